@@ -1,0 +1,181 @@
+"""The nouns of fuel_ray: knobs, nodes, requests, windows, policies. The unit is in every name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What is set on a node once per control window."""
+
+    batch_limit: int  # requests that may run at once; acts on admission only
+    gpu_clock_mhz: int  # pinned SM clock
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """What does not change while a node's server lives."""
+
+    name: str
+    gpu_name: str
+    gpu_uuids: tuple[str, ...]
+    model: str
+    kv_block_size: int  # tokens
+    num_kv_blocks: int
+    batch_limits: tuple[int, ...]  # lowest and highest admissible limit: (1, max_num_seqs)
+    gpu_clocks_mhz: tuple[int, ...]  # supported SM clocks, ascending; one entry if observe-only
+
+    @property
+    def max_performance(self) -> Knobs:
+        """The highest clock without a batch limit of our own."""
+        return Knobs(batch_limit=self.batch_limits[-1], gpu_clock_mhz=self.gpu_clocks_mhz[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as it is sent."""
+
+    arrival_s: float  # since the workload began
+    prompt_tokens: int
+    output_tokens: int
+    prefix_id: int | None = None  # requests with the same id share their first prefix_tokens tokens
+    prefix_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Requests:
+    """A workload's requests as columns of equal length n, sorted by arrival.
+
+    ``prefix_id`` is -1 where a request shares no prefix; ids are otherwise 0 .. number of prefixes - 1.
+    """
+
+    arrival_s: np.ndarray  # (n,) float64, ascending, since the workload began
+    prompt_tokens: np.ndarray  # (n,) int64, >= 1
+    output_tokens: np.ndarray  # (n,) int64, >= 1
+    prefix_id: np.ndarray  # (n,) int64
+    prefix_tokens: np.ndarray  # (n,) int64, <= prompt_tokens
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def __getitem__(self, index: int) -> Request:
+        prefix_id = int(self.prefix_id[index])
+        return Request(
+            arrival_s=float(self.arrival_s[index]),
+            prompt_tokens=int(self.prompt_tokens[index]),
+            output_tokens=int(self.output_tokens[index]),
+            prefix_id=None if prefix_id < 0 else prefix_id,
+            prefix_tokens=int(self.prefix_tokens[index]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """What happened to one request; times in seconds since the workload began, None where not reached."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int  # tokens asked for
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    preemptions: int = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; None for one-token outputs."""
+        if self.finished_s is None or self.first_token_s is None or self.output_tokens < 2:
+            return None
+        return (self.finished_s - self.first_token_s) / (self.output_tokens - 1)
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Time from arrival to the last token."""
+        return None if self.finished_s is None else self.finished_s - self.arrival_s
+
+
+@dataclass(frozen=True, slots=True)
+class WindowMetrics:
+    """One control window, measured. Carries samples rather than percentiles, because samples pool.
+
+    ``ttfts_s`` belong to the requests whose first token came in this window; ``tpots_s`` and ``e2es_s`` to those
+    that finished in it (one-token outputs have no TPOT). Counts and gauges without a comment are per window and
+    at its end.
+    """
+
+    duration_s: float
+    energy_j: float  # of all GPUs of the node
+    cpu_energy_j: float | None
+    gpu_util: float | None  # share of the window in which a kernel ran, 0..1
+    gpu_mem_util: float | None  # memory controller's busy share, 0..1
+    cpu_util: float | None  # 0..1
+    arrivals: int
+    completed: int
+    prompt_tokens: int  # computed, without prefix cache hits
+    output_tokens: int
+    running: int
+    waiting: int
+    preemptions: int
+    kv_usage: float  # share of the KV blocks in use, 0..1
+    prefix_hit_rate: float | None  # share of queried prompt tokens found in the cache; None without queries
+    oldest_wait_s: float  # age of the oldest request without a first token, 0.0 if there is none
+    ttfts_s: tuple[float, ...]
+    tpots_s: tuple[float, ...]
+    e2es_s: tuple[float, ...]
+    knobs: Knobs  # in force during the window
+    gpu_clock_mhz: float | None = None  # mean SM clock while busy; below the knob when the power cap binds
+
+
+class Node(Protocol):
+    """One GPU server, real or simulated, that is set and measured once per control window."""
+
+    @property
+    def spec(self) -> NodeSpec: ...
+
+    def reset(self, *, seed: int) -> None:
+        """Start afresh. A simulated node draws its workload from ``seed``; a live one only drops old samples."""
+        ...
+
+    def apply(self, knobs: Knobs) -> Knobs:
+        """Set the knobs and return what is in force.
+
+        Raises:
+            NodeError: the node refused or is gone.
+        """
+        ...
+
+    def measure(self, duration_s: float) -> WindowMetrics:
+        """Let ``duration_s`` seconds pass (real or virtual) and return what was measured in them.
+
+        Raises:
+            NodeError: the window could not be measured.
+        """
+        ...
+
+    def take_records(self) -> Sequence[RequestRecord]:
+        """Records of all requests since the last call that have finished or were given up, in order of finish."""
+        ...
+
+    def close(self) -> None:
+        """Release what the node holds; safe to call twice."""
+        ...
+
+
+class Policy(Protocol):
+    """Chooses the knobs of the next window from the window just measured."""
+
+    def reset(self) -> None:
+        """Forget the past, at the start of an episode."""
+        ...
+
+    def decide(self, window: WindowMetrics) -> Knobs:
+        """Knobs for the next window."""
+        ...
