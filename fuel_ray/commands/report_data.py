@@ -1,0 +1,173 @@
+"""A run folder as the report reads it, and the paired comparisons made from it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.stats import Interval, bootstrap_mean, paired_ratio
+
+LEARNED = "dqn"
+REFERENCES = ("max_performance", "tuned_static", "load_table")
+CONTROL = "steady"
+ENERGY = "energy_j_per_request"
+_KEYS = ("block_size", "policy", "workload", "seed")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """What a finished sweep left in its folder."""
+
+    name: str
+    info: Mapping[str, Any]  # run.json as it is
+    config: Mapping[str, Any]  # its config, flattened: dotted key -> value
+    summary: pd.DataFrame  # one row per (block_size, policy, workload, seed)
+    learning: pd.DataFrame  # one row per (block_size, training iteration); may be empty
+    steps: pd.DataFrame  # one row per control window of one seed; may be empty
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Block sizes that were evaluated, ascending."""
+        return sorted(int(size) for size in self.summary["block_size"].unique())
+
+    @property
+    def policies(self) -> list[str]:
+        """Policies in the order of the tables: references, others as they come, the learned one last."""
+        present = list(self.summary["policy"].unique())
+        others = [name for name in present if name not in (*REFERENCES, LEARNED)]
+        return [name for name in (*REFERENCES, *others, LEARNED) if name in present]
+
+    @property
+    def workloads(self) -> list[str]:
+        """Workloads, the one that was trained for first."""
+        present = list(self.summary["workload"].unique())
+        main = self.setting("workload")
+        return sorted(present, key=lambda name: (name != main, name == CONTROL))
+
+    @property
+    def attainment_target(self) -> float | None:
+        """Share of requests that must meet the SLO, 0..1."""
+        target = self.setting("slo_attainment_target")
+        return None if target is None else float(target)
+
+    def setting(self, name: str) -> Any:
+        """A config value by the last part of its key; None where the run has no such key."""
+        return next((value for key, value in self.config.items() if key.split(".")[-1] == name), None)
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read a run folder; what is optional and not there is empty.
+
+    Raises:
+        ConfigError: summary.csv or run.json is not there, or a file is malformed.
+    """
+    try:
+        info = json.loads((run_dir / "run.json").read_text())
+        summary = pd.read_csv(run_dir / "summary.csv", dtype={"policy": str, "workload": str})
+        learning = run_dir / "learning.csv"
+        steps = run_dir / "steps.jsonl"
+        return Run(
+            name=run_dir.resolve().name,
+            info=info,
+            config=dict(_flat(info.get("config", {}))),
+            summary=summary.dropna(subset=list(_KEYS)),
+            learning=pd.read_csv(learning) if learning.exists() else pd.DataFrame(),
+            steps=_read_steps(steps) if steps.exists() else pd.DataFrame(),
+        )
+    except (OSError, KeyError, ValueError) as error:  # pandas and json raise ValueErrors
+        raise ConfigError(f"cannot report on {run_dir}: {error}") from error
+
+
+def mean_over_seeds(
+    run: Run, column: str, *, workload: str, policy: str, block_size: int | None = None
+) -> Interval | None:
+    """Mean of a column over the seeds, each averaged over the block sizes; None without values."""
+    values = _cells(run, column, workload=workload, policy=policy, block_size=block_size).groupby("seed").mean()
+    return bootstrap_mean(values.to_numpy(), rng=_rng()) if len(values) else None
+
+
+def relative_energy(
+    run: Run, policy: str, reference: str, *, workload: str, block_size: int | None = None
+) -> Interval | None:
+    """Energy per request of one policy over that of another, paired by seed; None if they share none."""
+    return _paired(
+        _cells(run, ENERGY, workload=workload, policy=policy, block_size=block_size),
+        _cells(run, ENERGY, workload=workload, policy=reference, block_size=block_size),
+    )
+
+
+def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int, int], Interval]:
+    """Energy per request at block size a over that at b, paired by seed, for each pair a > b."""
+    cells = {
+        size: _cells(run, ENERGY, workload=workload, policy=policy, block_size=size).droplevel("block_size")
+        for size in run.block_sizes
+    }
+    ratios = {(a, b): _paired(cells[a], cells[b]) for a in cells for b in cells if a > b}
+    return {pair: ratio for pair, ratio in ratios.items() if ratio is not None}
+
+
+def seeds_of(run: Run, policy: str, *, workload: str) -> int:
+    """Number of held-out seeds of a policy."""
+    return int(_cells(run, ENERGY, workload=workload, policy=policy, block_size=None).groupby("seed").ngroups)
+
+
+def below_target(run: Run, *, workload: str) -> list[tuple[str, int, float]]:
+    """(policy, block size, attainment) wherever the mean attainment misses the target."""
+    means = {
+        (policy, size): mean_over_seeds(run, "slo_attainment", workload=workload, policy=policy, block_size=size)
+        for policy in run.policies
+        for size in run.block_sizes
+    }
+    return [(*key, mean.mean) for key, mean in means.items() if mean is not None and missed(run, mean)]
+
+
+def missed(run: Run, attainment: Interval | None) -> bool:
+    """True when the mean attainment is below the run's target."""
+    target = run.attainment_target
+    return attainment is not None and target is not None and attainment.mean < target
+
+
+def _rng() -> np.random.Generator:
+    """The same resamples for every interval, so that a run has one report."""
+    return np.random.default_rng(0)
+
+
+def _cells(run: Run, column: str, *, workload: str, policy: str, block_size: int | None) -> pd.Series:
+    """A column indexed by (block_size, seed), without unknown values."""
+    rows = run.summary[(run.summary["workload"] == workload) & (run.summary["policy"] == policy)]
+    cells = rows.set_index(["block_size", "seed"])[column].dropna()
+    return cells if block_size is None else cells[cells.index.get_level_values(0) == block_size]
+
+
+def _paired(numerators: pd.Series, denominators: pd.Series) -> Interval | None:
+    both = pd.concat([numerators, denominators], axis=1, join="inner").groupby("seed").mean()
+    return paired_ratio(*both.to_numpy().T, rng=_rng()) if len(both) else None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_steps(path: Path) -> pd.DataFrame:
+    with path.open() as lines:
+        return pd.DataFrame([_step(json.loads(line)) for line in lines])
+
+
+def _step(step: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: step[key] for key in ("block_size", "policy", "workload", "time_s", "arrivals")},
+        "in_system": step["running"] + step["waiting"],
+        "chosen_limit": step["chosen"]["batch_limit"],
+        "chosen_clock_mhz": step["chosen"]["gpu_clock_mhz"],
+        "batch_limit": step["applied"]["batch_limit"],
+        "gpu_clock_mhz": step["applied"]["gpu_clock_mhz"],
+    }

@@ -1,0 +1,221 @@
+"""The report's figures, each drawn to a data URI. The home of matplotlib."""
+
+import base64
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import ScalarFormatter
+
+from fuel_ray.commands.report_data import ENERGY, LEARNED, Run, mean_over_seeds
+from fuel_ray.commands.report_text import label
+from fuel_ray.stats import Interval
+
+# Okabe and Ito's colour-blind-safe palette; policies that have no colour of their own take the others in turn.
+_COLORS = {"max_performance": "#7a7a7a", "tuned_static": "#e69f00", "load_table": "#009e73", LEARNED: "#0072b2"}
+_OTHER_COLORS = ("#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
+_BLOCK_COLORS = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b", "#6a51a3", "#3f007d")  # light to dark: an order
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_SMOOTH_S = 15  # bold lines in the time plot are means over this long
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8f98",
+    "axes.labelcolor": "#30343b",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.xmargin": 0.01,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8eaee",
+    "legend.frameon": False,
+    "svg.hashsalt": "fuel_ray",
+    "text.parse_math": False,  # names come from files
+}
+
+
+def color(run: Run, policy: str) -> str:
+    """The colour of a policy in every figure and table."""
+    others = [name for name in run.policies if name not in _COLORS]
+    return _COLORS.get(policy) or _OTHER_COLORS[others.index(policy) % len(_OTHER_COLORS)]
+
+
+def learning_curves(run: Run) -> str:
+    """Reward and energy per request against environment steps, one line per block size."""
+    panels = (("reward", "reward per window"), (ENERGY, "energy per request (J)"))
+
+    def paint(figure: Figure) -> None:
+        for axes, (column, name) in zip(figure.subplots(1, 2), panels, strict=True):
+            for rank, (size, rows) in enumerate(run.learning.groupby("block_size")):
+                curve = rows.dropna(subset=[column]).sort_values("env_steps")
+                ink = _BLOCK_COLORS[rank % len(_BLOCK_COLORS)]
+                axes.plot(curve["env_steps"], curve[column], color=ink, alpha=0.3, linewidth=0.8)
+                smooth = curve[column].rolling(5, min_periods=1).mean()
+                axes.plot(curve["env_steps"], smooth, color=ink, linewidth=1.8, label=f"block size {size}")
+            axes.set(xlabel="environment steps (control windows)", ylabel=name)
+            axes.xaxis.set_major_formatter(lambda steps, _: f"{steps:,.0f}")
+        axes.legend()
+
+    return _draw(paint, height_in=3.4)
+
+
+def energy_against_attainment(run: Run, *, workload: str) -> str:
+    """Energy per request against SLO attainment: a colour per policy, a marker per block size."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.margins(0.06)
+        for policy in run.policies:
+            for rank, size in enumerate(run.block_sizes):
+                at = {"workload": workload, "policy": policy, "block_size": size}
+                energy = mean_over_seeds(run, ENERGY, **at)
+                share = mean_over_seeds(run, "slo_attainment", **at)
+                if energy is not None and share is not None:
+                    _cross(axes, energy, share, color(run, policy), _MARKERS[rank % len(_MARKERS)])
+        if run.attainment_target is not None:
+            axes.axhline(100 * run.attainment_target, color="#b3261e", linestyle="--", linewidth=1)
+        axes.set(xlabel="energy per request (J)  ← better", ylabel="SLO attainment (%)  better →")
+        figure.legend(handles=_scatter_key(run), loc="outside right center")
+
+    return _draw(paint, height_in=4.2)
+
+
+def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None:
+    """Load, queue, clocks and limits on one time axis; None where no windows were recorded."""
+    steps = _windows(run, workload=workload, block_size=block_size)
+    if steps.empty:
+        return None
+
+    def paint(figure: Figure) -> None:
+        panels = figure.subplots(4, 1, sharex=True, height_ratios=(2, 3, 3, 3))
+        for policy in run.policies:
+            rows = steps[steps["policy"] == policy].sort_values("time_s")
+            for axes, column in zip(panels[1:], ("in_system", "gpu_clock_mhz", "batch_limit"), strict=True):
+                _trace(axes, rows, rows[column], color(run, policy))
+        load = steps[steps["policy"] == steps["policy"].iloc[0]].sort_values("time_s")
+        _trace(panels[0], load, load["arrivals"] / _window_s(load), "#30343b")
+        names = ("arrivals per s", "running + waiting", "GPU clock (MHz)", "batch limit")
+        for axes, name in zip(panels, names, strict=True):
+            axes.set_ylabel(name)
+        panels[3].set_yscale("log", base=2)
+        panels[3].yaxis.set_major_formatter(ScalarFormatter())
+        panels[3].set_xlabel("time (min)")
+        figure.align_ylabels()
+        figure.legend(handles=_policy_key(run), loc="outside upper center", ncols=len(run.policies))
+
+    return _draw(paint, height_in=7.4, form="png")
+
+
+def decision_heat_maps(run: Run, *, workload: str) -> str | None:
+    """Share of windows in which the learned policy chose each (batch limit, clock), per block size."""
+    steps = _windows(run, workload=workload, policy=LEARNED)
+    if steps.empty:
+        return None
+    sizes = sorted(steps["block_size"].unique())
+    clocks, limits = (np.sort(steps[key].unique()) for key in ("chosen_clock_mhz", "chosen_limit"))
+    rows = -(-len(sizes) // 2)
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(rows, min(2, len(sizes)), squeeze=False)
+        shares = [_shares(steps[steps["block_size"] == size], limits=limits, clocks=clocks) for size in sizes]
+        top = max(float(share.max()) for share in shares)
+        for axes, size, share in zip(grid.flat, sizes, shares, strict=False):
+            image = _heat_map(axes, share, limits=limits, clocks=clocks, top=top)
+            axes.set(title=f"block size {size}", xlabel="GPU clock (MHz)", ylabel="batch limit")
+        for axes in grid.flat[len(sizes) :]:
+            axes.set_visible(False)
+        figure.colorbar(image, ax=grid, label="share of windows (%)", shrink=0.7)
+
+    return _draw(paint, height_in=min(0.9 + rows * (1.0 + 0.2 * len(limits)), 9.0))
+
+
+def _draw(paint: Callable[[Figure], None], *, height_in: float, form: str = "svg") -> str:
+    buffer = BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10.2, height_in), layout="constrained")
+        paint(figure)
+        figure.savefig(buffer, format=form, dpi=120, metadata={"Date": None} if form == "svg" else None)
+    kind = {"svg": "svg+xml"}.get(form, form)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _windows(run: Run, **where: Any) -> pd.DataFrame:
+    steps = run.steps
+    for key, value in where.items():
+        steps = steps[steps[key] == value] if len(steps) else steps
+    return steps
+
+
+def _cross(axes: Any, energy: Interval, share: Interval, ink: str, marker: str) -> None:
+    axes.errorbar(
+        energy.mean,
+        100 * share.mean,
+        xerr=_bars(energy),
+        yerr=_bars(share, scale=100),
+        fmt=marker,
+        color=ink,
+        elinewidth=1,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        markersize=7.5,
+    )
+
+
+def _bars(interval: Interval, *, scale: float = 1) -> list[list[float]] | None:
+    if interval.low is None or interval.high is None:
+        return None
+    return [[scale * (interval.mean - interval.low)], [scale * (interval.high - interval.mean)]]
+
+
+def _trace(axes: Any, rows: pd.DataFrame, values: pd.Series, ink: str) -> None:
+    """Each window thin, a centred mean over _SMOOTH_S bold."""
+    smooth = values.rolling(max(1, round(_SMOOTH_S / _window_s(rows))), min_periods=1, center=True).mean()
+    axes.plot(rows["time_s"] / 60, values, color=ink, alpha=0.3, linewidth=0.5)
+    axes.plot(rows["time_s"] / 60, smooth, color=ink, linewidth=1.5)
+
+
+def _window_s(rows: pd.DataFrame) -> float:
+    return float(rows["time_s"].diff().median()) if len(rows) > 1 else 1.0
+
+
+def _shares(steps: pd.DataFrame, *, limits: np.ndarray, clocks: np.ndarray) -> np.ndarray:
+    """Percent of windows, shape (limits, clocks)."""
+    counts = np.zeros((len(limits), len(clocks)))
+    at = (np.searchsorted(limits, steps["chosen_limit"]), np.searchsorted(clocks, steps["chosen_clock_mhz"]))
+    np.add.at(counts, at, 1)
+    return 100 * counts / counts.sum()
+
+
+def _heat_map(axes: Any, share: np.ndarray, *, limits: np.ndarray, clocks: np.ndarray, top: float) -> Any:
+    image = axes.pcolormesh(np.where(share > 0, share, np.nan), cmap="Blues", vmin=0, vmax=top)
+    axes.set_facecolor("#f6f7f9")
+    axes.grid(visible=False)
+    axes.set_xticks(np.arange(len(clocks)) + 0.5, clocks, rotation=90, fontsize=7.5)
+    axes.set_yticks(np.arange(len(limits)) + 0.5, limits, fontsize=7.5)
+    for row, column in np.argwhere(share >= 3):
+        value = share[row, column]
+        ink = "white" if value > 0.42 * top else "#30343b"
+        axes.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+    return image
+
+
+def _policy_key(run: Run) -> list[Line2D]:
+    return [Line2D([], [], color=color(run, name), linewidth=3, label=label(name)) for name in run.policies]
+
+
+def _scatter_key(run: Run) -> list[Line2D]:
+    sizes = [
+        Line2D([], [], color="#30343b", marker=_MARKERS[rank % len(_MARKERS)], ls="", label=f"block size {size}")
+        for rank, size in enumerate(run.block_sizes)
+    ]
+    target = Line2D([], [], color="#b3261e", linestyle="--", linewidth=1, label="attainment target")
+    return [*_policy_key(run), *sizes, *([] if run.attainment_target is None else [target])]

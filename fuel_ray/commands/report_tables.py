@@ -1,0 +1,133 @@
+"""The report's tables: what each policy cost and kept, and how the run was made."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fuel_ray.commands.report_data import ENERGY, LEARNED, REFERENCES, Run, mean_over_seeds, missed, relative_energy
+from fuel_ray.commands.report_figures import color
+from fuel_ray.commands.report_page import Cell, table
+from fuel_ray.commands.report_text import label, percent
+from fuel_ray.stats import Interval
+
+_HEAD = (
+    Cell("block"),
+    Cell("policy", style="text"),
+    Cell("J/request"),
+    *(Cell(f"vs {name}") for name in ("max", "static", "table")),
+    Cell("SLO met"),
+    Cell("TTFT s"),
+    Cell("TPOT ms"),
+    Cell("MHz"),
+    Cell("limit"),
+    Cell("switches"),
+)
+_MEANS: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("ttft_p99_s", lambda seconds: f"{seconds:.2f}"),
+    ("tpot_p99_s", lambda seconds: f"{1000 * seconds:.1f}"),
+    ("mean_gpu_clock_mhz", lambda mhz: f"{mhz:.0f}"),
+    ("mean_batch_limit", lambda limit: f"{limit:.0f}"),
+    ("clock_switches", lambda changes: f"{changes:.0f}"),
+)
+_DIGEST_LENGTH = 16  # enough to tell workloads apart
+
+
+def results(run: Run, *, workload: str) -> str:
+    """Block size x policy: energy, what it is relative to each reference, SLO attainment and latency."""
+    groups = []
+    for size in run.block_sizes:
+        first, *rest = _rows(run, workload=workload, size=size) or [[Cell("not run", style="text")]]
+        groups.append([[Cell(str(size), rows=1 + len(rest)), *first], *rest])
+    return table(_HEAD, groups)
+
+
+def plain_results(run: Run, *, workload: str) -> list[str]:
+    """The same as lines of text."""
+    rows = [[cell.text for cell in _HEAD]]
+    for size in run.block_sizes:
+        rows += [[str(size), *(cell.text for cell in row)] for row in _rows(run, workload=workload, size=size)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [line.replace("−", "-").replace("–", "-") for line in lines]
+
+
+def span(interval: Interval, form: Callable[[float], str]) -> str:
+    """An interval's ends, or nothing where it is unknown."""
+    known = interval.low is not None and interval.high is not None
+    return f"{form(interval.low)} to {form(interval.high)}".replace(" %", "") if known else ""
+
+
+def change(ratio: float) -> str:
+    """A ratio as a relative change: 0.9 -> "−10.0 %"."""
+    return f"{100 * (ratio - 1):+.1f} %".replace("-", "−")
+
+
+def chosen_pairs(run: Run) -> str:
+    """What the baselines were tuned to."""
+    rows = [
+        [Cell(size), Cell(_pair(tuned.get("tuned_static")), style="text"), Cell(_rates(tuned), style="text wrap")]
+        for size, tuned in (run.info.get("tuned") or {}).items()
+    ]
+    head = (Cell("block size"), Cell("tuned static", style="text"), Cell("load table, by arrival rate", style="text"))
+    return table(head, [[row] for row in rows]) if rows else ""
+
+
+def key_values(tree: Mapping[str, Any]) -> str:
+    """Settings and their values."""
+    rows = [[Cell(key, style="text"), Cell(str(value), style="text wrap")] for key, value in tree.items()]
+    return table((Cell("name", style="text"), Cell("value", style="text")), [rows]) if rows else ""
+
+
+def digests(run: Run) -> str:
+    """The workload of each seed, by digest, and whether the policies faced the same one."""
+    rows = [
+        [Cell(str(workload), style="text"), Cell(str(seed)), Cell(_digest(found), style="text")]
+        for (workload, seed), found in run.summary.groupby(["workload", "seed"])["workload_digest"].unique().items()
+    ]
+    return table((Cell("workload", style="text"), Cell("seed"), Cell("digest", style="text")), [rows])
+
+
+def _rows(run: Run, *, workload: str, size: int) -> list[list[Cell]]:
+    """One row per policy that ran at this block size, without the block size."""
+    return [row for policy in run.policies if (row := _row(run, policy, workload=workload, size=size))]
+
+
+def _row(run: Run, policy: str, *, workload: str, size: int) -> list[Cell]:
+    def mean(column: str) -> Interval | None:
+        return mean_over_seeds(run, column, policy=policy, workload=workload, block_size=size)
+
+    if (energy := mean(ENERGY)) is None:
+        return []
+    ratios = (
+        None if name == policy else relative_energy(run, policy, name, workload=workload, block_size=size)
+        for name in REFERENCES
+    )
+    share = mean("slo_attainment")
+    return [
+        Cell(label(policy), style="text mine" if policy == LEARNED else "text", dot=color(run, policy)),
+        _cell(energy, lambda joules: f"{joules:.1f}"),
+        *(_cell(ratio, change) for ratio in ratios),
+        _cell(share, percent, style="bad" if missed(run, share) else ""),
+        *(Cell(_cell(mean(column), form).text) for column, form in _MEANS),
+    ]
+
+
+def _cell(interval: Interval | None, form: Callable[[float], str], *, style: str = "") -> Cell:
+    return Cell("–", style=style) if interval is None else Cell(form(interval.mean), span(interval, form), style)
+
+
+def _pair(knobs: Mapping[str, Any] | None) -> str:
+    return f"{knobs.get('gpu_clock_mhz')} MHz, limit {knobs.get('batch_limit')}" if knobs else "–"
+
+
+def _rates(tuned: Mapping[str, Any]) -> str:
+    parts = [
+        f"{'above' if upto is None or math.isinf(upto) else f'up to {upto:g} req/s'}: {clock} MHz, limit {limit}"
+        for upto, limit, clock in tuned.get("load_table") or ()
+    ]
+    return "; ".join(parts) or "–"
+
+
+def _digest(found: Any) -> str:
+    shown = ", ".join(str(digest)[:_DIGEST_LENGTH] for digest in found)
+    return shown if len(found) == 1 else f"{shown} (policies faced different requests: comparisons are not paired)"

@@ -1,0 +1,173 @@
+"""The report's sentences: what the numbers say, good or bad, in plain words."""
+
+from fuel_ray.commands.report_data import (
+    LEARNED,
+    REFERENCES,
+    Run,
+    below_target,
+    block_size_ratios,
+    mean_over_seeds,
+    missed,
+    relative_energy,
+    seeds_of,
+)
+from fuel_ray.stats import Interval
+
+SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ; FACTS.md: within 1 % on a real H100
+
+_LABELS = {
+    "max_performance": "maximum performance",
+    "tuned_static": "tuned static",
+    "load_table": "load table",
+    LEARNED: "learned (DQN)",
+}
+_IN_PROSE = {
+    "max_performance": "maximum performance",
+    "tuned_static": "the tuned static pair",
+    "load_table": "the load table",
+}
+
+
+def label(policy: str) -> str:
+    """A policy's name for people."""
+    return _LABELS.get(policy, policy.replace("_", " "))
+
+
+def percent(share: float) -> str:
+    """A share as people write it: 0.954 -> "95.4 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def headline(run: Run) -> str:
+    """The answer in one sentence; begins with "Bad news" where the learned policy fails."""
+    workload = run.workloads[0]
+    attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=LEARNED)
+    if attainment is None:
+        return f"This run has no learned policy on the {workload} workload to judge."
+    ratios = {name: relative_energy(run, LEARNED, name, workload=workload) for name in REFERENCES}
+    energy = [f"{_more(r)} than {_IN_PROSE[name]}{_range(r)}" for name, r in ratios.items() if r is not None]
+    answer = f"uses {_and(energy)}, and ".replace(" than", " energy per request than", 1) if energy else ""
+    return f"{_news(run, ratios, attainment)} {answer}meets the SLO for {_shares(run, attainment)}."
+
+
+def sample(run: Run) -> str:
+    """What the headline averages over."""
+    workload, sizes = run.workloads[0], _and([str(size) for size in run.block_sizes])
+    seeds = seeds_of(run, LEARNED, workload=workload)
+    return (
+        f"Workload {workload}, averaged over block size {sizes}; n = {seeds} held-out seeds, paired by seed; "
+        "brackets are 95 % bootstrap intervals."
+    )
+
+
+def origin(run: Run) -> str:
+    """Whether the numbers are modelled or measured, and with what."""
+    pack = run.info.get("pack") or {}
+    if (run.setting("backend") or "sim") != "sim":
+        return f"Measured on hardware (backend {run.setting('backend')})."
+    name = pack.get("name") or run.setting("pack") or "unnamed"
+    return (
+        f"Modelled, not measured: every number comes from a simulated node with calibration pack {name}. "
+        f"{pack.get('notes', '')}"
+    ).strip()
+
+
+def misses(run: Run, *, workload: str) -> str:
+    """Who misses the attainment target, or that nobody does."""
+    if run.attainment_target is None:
+        return "This run has no SLO attainment target."
+    below = below_target(run, workload=workload)
+    if not below:
+        return f"Every policy meets the SLO attainment target of {percent(run.attainment_target)} at every block size."
+    names = [f"{label(policy)} at block size {size} ({percent(share)})" for policy, size, share in below]
+    return (
+        f"Below the SLO attainment target of {percent(run.attainment_target)}: {_and(names)}. "
+        "Their energy is not at the same promise as the others'."
+    )
+
+
+def block_sizes(run: Run) -> str:
+    """Whether the block sizes differ at all for the learned policy."""
+    workload = run.workloads[0]
+    ratios = block_size_ratios(run, LEARNED, workload=workload)
+    if not ratios:
+        return "Fewer than two block sizes have a learned policy, so block sizes cannot be compared."
+    if any(ratio.low is None for ratio in ratios.values()):
+        return "One seed gives no interval, so this run cannot say whether the block sizes differ."
+    apart = {pair: ratio for pair, ratio in ratios.items() if _differs(ratio)}
+    (a, b), widest = max((apart or ratios).items(), key=lambda item: abs(item[1].mean - 1))
+    fact = f"block size {a} uses {_more(widest)} energy per request than {b}{_range(widest)}"
+    if not apart:
+        return (
+            "The block sizes do not differ for the learned policy: every difference is below 1 % or its interval "
+            f"includes zero. The largest: {fact}.{_untrained(run)}"
+        )
+    return (
+        f"The block sizes differ for the learned policy: {fact}. {len(apart)} of {len(ratios)} pairs differ by "
+        f"1 % or more with an interval that excludes zero.{_untrained(run)} Each block size trained its own "
+        "policy once, so a difference may also come from the training."
+    )
+
+
+def control(run: Run, *, workload: str) -> str:
+    """What the negative control says about the comparison itself."""
+    ratio = relative_energy(run, LEARNED, "tuned_static", workload=workload)
+    aim = "Under this load a fixed pair is as good as it gets, so an adaptive policy should gain nothing over it"
+    if ratio is None:
+        return f"{aim}; this run has no such comparison."
+    gained = ratio.mean < 1 - SMALLEST_DIFFERENCE and (ratio.low is None or ratio.excludes(1.0))
+    verdict = "a gain, so distrust the comparison (is the static pair tuned?)" if gained else "as it should be"
+    return f"{aim}: the learned policy uses {_more(ratio)} energy than the tuned static pair{_range(ratio)}, {verdict}."
+
+
+def _news(run: Run, ratios: dict[str, Interval | None], attainment: Interval) -> str:
+    maximum, static = ratios["max_performance"], ratios["tuned_static"]
+    faults = []
+    if missed(run, attainment):
+        faults.append("the attainment target is missed")
+    if maximum is not None and maximum.mean >= 1:
+        faults.append("nothing is saved")
+    elif static is not None and static.mean > 1 and static.excludes(1.0):
+        faults.append("a tuned static pair saves more")
+    return f"Bad news, {_and(faults)}: the learned policy" if faults else "The learned policy"
+
+
+def _untrained(run: Run) -> str:
+    """The largest difference where no training can blur it."""
+    ratios = block_size_ratios(run, "max_performance", workload=run.workloads[0])
+    if not ratios:
+        return ""
+    (a, b), widest = max(ratios.items(), key=lambda item: abs(item[1].mean - 1))
+    return (
+        " Under maximum performance, where nothing is learned, the largest difference is "
+        f"{percent(abs(widest.mean - 1))} ({a} against {b})."
+    )
+
+
+def _differs(ratio: Interval) -> bool:
+    return ratio.excludes(1.0) and abs(ratio.mean - 1) >= SMALLEST_DIFFERENCE
+
+
+def _more(ratio: Interval) -> str:
+    return f"{percent(abs(ratio.mean - 1))} {'less' if ratio.mean < 1 else 'more'}"
+
+
+def _range(ratio: Interval) -> str:
+    if ratio.low is None or ratio.high is None:
+        return ""
+    small, large = sorted((abs(ratio.low - 1), abs(ratio.high - 1)))
+    if not ratio.excludes(1.0):
+        return f" ({percent(1 - ratio.low)} less to {percent(ratio.high - 1)} more: no clear difference)"
+    return f" ({100 * small:.1f} to {percent(large)} {'less' if ratio.mean < 1 else 'more'})"
+
+
+def _shares(run: Run, attainment: Interval) -> str:
+    known = attainment.low is not None and attainment.high is not None
+    notes = [f"{100 * attainment.low:.1f} to {percent(attainment.high)}"] if known else []
+    if run.attainment_target is not None:
+        notes.append(f"target {percent(run.attainment_target)}")
+    return f"{percent(attainment.mean)} of requests" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

@@ -1,0 +1,182 @@
+"""A GPU server in virtual time, behind the Node protocol."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fuel_ray.errors import ConfigError, NodeError
+from fuel_ray.sim import scheduler as rules
+from fuel_ray.sim.perf_model import Pack
+from fuel_ray.sim.scheduler import Engine, State, advance, new_state
+from fuel_ray.types import Knobs, NodeSpec, RequestRecord, Requests, WindowMetrics
+from fuel_ray.workload import Workload
+
+
+class SimulatedNode:
+    """A calibrated twin of one vLLM server: same seed and knobs, same bytes.
+
+    Each ``reset`` draws ``horizon_s`` seconds of requests from the workload; after them nobody arrives any more.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        workload: Workload,
+        *,
+        kv_block_size: int,
+        horizon_s: float,
+        kv_tokens: int | None = None,
+        prefix_caching: bool = True,
+        random_start: bool = False,
+    ) -> None:
+        """Create the node.
+
+        Args:
+            pack: performance model and limits of the server.
+            workload: where requests come from.
+            kv_block_size: tokens per KV block.
+            horizon_s: seconds of requests per reset.
+            kv_tokens: size of the KV pool in tokens; the pack's own by default.
+            prefix_caching: whether full blocks are found again.
+            random_start: begin each reset at a random point of the workload's period (for training).
+        """
+        num_kv_blocks = (kv_tokens or pack.kv_tokens) // kv_block_size
+        self._pack = pack
+        self._workload = workload
+        self._horizon_s = horizon_s
+        self._random_start = random_start
+        self._engine = Engine(
+            block_size=kv_block_size,
+            num_blocks=num_kv_blocks - 1,
+            max_num_seqs=pack.max_num_seqs,
+            max_num_batched_tokens=pack.max_num_batched_tokens,
+            prefix_caching=prefix_caching,
+        )
+        self._spec = NodeSpec(
+            name=f"sim-{pack.name}-b{kv_block_size}",
+            gpu_name=pack.gpu_name,
+            gpu_uuids=(f"SIM-{pack.name}",),
+            model=pack.model,
+            kv_block_size=kv_block_size,
+            num_kv_blocks=num_kv_blocks,
+            batch_limits=(1, pack.max_num_seqs),
+            gpu_clocks_mhz=pack.gpu_clocks_mhz,
+        )
+        self._clocks = frozenset(pack.gpu_clocks_mhz)
+        self._knobs = self._spec.max_performance
+        self._state: State | None = None
+        self._reported = 0
+
+    @property
+    def spec(self) -> NodeSpec:
+        """The simulated server."""
+        return self._spec
+
+    @property
+    def time_s(self) -> float:
+        """Virtual time since the last reset."""
+        return float(self._running().clock[rules.NOW])
+
+    def reset(self, *, seed: int) -> None:
+        """Draw new requests and start idle at time 0 with maximum performance."""
+        rng = np.random.default_rng(seed)
+        period_s = self._workload.period_s
+        start_s = rng.uniform(0.0, period_s) if self._random_start and period_s else 0.0
+        self.replay(self._workload.generate(self._horizon_s, rng=rng, start_s=start_s))
+
+    def replay(self, requests: Requests) -> None:
+        """Start idle at time 0 with these requests to come.
+
+        Raises:
+            ConfigError: a request would never fit into the KV pool.
+        """
+        pool = self._engine.num_blocks * self._engine.block_size
+        longest = int((requests.prompt_tokens + requests.output_tokens).max(initial=1))
+        if longest > pool:
+            raise ConfigError(f"a request of {longest} tokens does not fit into the KV pool of {pool} tokens")
+        self._knobs = self._spec.max_performance
+        self._state = new_state(requests, self._engine)
+        self._reported = 0
+
+    def apply(self, knobs: Knobs) -> Knobs:
+        """Set the knobs; they act at the next engine step.
+
+        Raises:
+            NodeError: the clock is not one of ``spec.gpu_clocks_mhz`` or the limit is out of range.
+        """
+        lowest, highest = self._spec.batch_limits
+        if knobs.gpu_clock_mhz not in self._clocks or not lowest <= knobs.batch_limit <= highest:
+            raise NodeError(
+                f"{knobs} cannot be set: limits {lowest}..{highest}, "
+                f"clocks {self._spec.gpu_clocks_mhz[0]}..{self._spec.gpu_clocks_mhz[-1]} MHz"
+            )
+        self._knobs = knobs
+        return knobs
+
+    def measure(self, duration_s: float) -> WindowMetrics:
+        """Advance virtual time by ``duration_s`` seconds."""
+        s = self._running()
+        before = s.count.tolist()
+        until_s = s.clock[rules.NOW] + duration_s
+        advance(s, self._engine, self._pack.perf, until_s, self._knobs.batch_limit, self._knobs.gpu_clock_mhz)
+        return self._window(s, duration_s, before)
+
+    def take_records(self) -> Sequence[RequestRecord]:
+        """Records of the requests that finished since the last call, in order of finish."""
+        s = self._running()
+        finished = s.finished[self._reported : s.count[rules.FINISHED]].tolist()
+        self._reported += len(finished)
+        return [_record(s, r) for r in finished]
+
+    def close(self) -> None:
+        """Forget the requests."""
+        self._state = None
+
+    def _running(self) -> State:
+        if self._state is None:
+            raise NodeError(f"{self._spec.name} was not reset")
+        return self._state
+
+    def _window(self, s: State, duration_s: float, before: list[int]) -> WindowMetrics:
+        clock, count = s.clock.tolist(), s.count.tolist()
+        busy_s = clock[rules.BUSY_S]
+        busy = busy_s / duration_s
+        perf = self._pack.perf
+        queries = count[rules.PREFIX_QUERIES]
+        ttft_s, tpot_s, e2e_s = s.sample
+        return WindowMetrics(
+            duration_s=duration_s,
+            energy_j=clock[rules.ENERGY],
+            cpu_energy_j=duration_s * (perf.idle_cpu_w + busy * (perf.busy_cpu_w - perf.idle_cpu_w)),
+            gpu_util=busy,
+            gpu_mem_util=busy * perf.busy_mem_util,
+            cpu_util=perf.idle_cpu_util + busy * (perf.busy_cpu_util - perf.idle_cpu_util),
+            arrivals=count[rules.ARRIVALS],
+            completed=count[rules.FINISHED] - before[rules.FINISHED],
+            prompt_tokens=count[rules.PROMPT_TOKENS],
+            output_tokens=count[rules.OUTPUT_TOKENS],
+            running=count[rules.RUNNING],
+            waiting=count[rules.PREEMPTED] + count[rules.ARRIVED] - count[rules.ADMITTED],
+            preemptions=count[rules.PREEMPTIONS],
+            kv_usage=1.0 - count[rules.FREE_BLOCKS] / self._engine.num_blocks,
+            prefix_hit_rate=count[rules.PREFIX_HITS] / queries if queries else None,
+            oldest_wait_s=clock[rules.OLDEST_WAIT],
+            ttfts_s=tuple(ttft_s[before[rules.TTFTS] : count[rules.TTFTS]].tolist()),
+            tpots_s=tuple(tpot_s[before[rules.TPOTS] : count[rules.TPOTS]].tolist()),
+            e2es_s=tuple(e2e_s[before[rules.FINISHED] : count[rules.FINISHED]].tolist()),
+            knobs=self._knobs,
+            gpu_clock_mhz=clock[rules.CLOCK_S] / busy_s if busy_s > 0 else None,
+        )
+
+
+def _record(s: State, r: int) -> RequestRecord:
+    arrival_s, admitted_s, first_token_s, finished_s = s.time_s[r].tolist()
+    return RequestRecord(
+        arrival_s=arrival_s,
+        prompt_tokens=int(s.request[r, rules.PROMPT]),
+        output_tokens=int(s.request[r, rules.OUTPUT]),
+        admitted_s=admitted_s,
+        first_token_s=first_token_s,
+        finished_s=finished_s,
+        preemptions=int(s.request[r, rules.PREEMPTED_TIMES]),
+    )

@@ -1,0 +1,61 @@
+"""Percentile bootstrap intervals over the few seeds of an evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuel_ray.errors import FuelRayError
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95 % percentile bootstrap interval."""
+
+    mean: float
+    low: float | None  # None where a single value says nothing about the spread
+    high: float | None
+
+    def excludes(self, value: float) -> bool:
+        """True when the interval is known and ``value`` lies outside it."""
+        return self.low is not None and self.high is not None and not self.low <= value <= self.high
+
+
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray, *, rng: np.random.Generator, resamples: int = 2000
+) -> Interval:
+    """Mean of ``values``, one per seed, and its interval.
+
+    Raises:
+        FuelRayError: there are no values.
+    """
+    return paired_ratio(values, np.ones(len(values)), rng=rng, resamples=resamples)
+
+
+def paired_ratio(
+    numerators: Sequence[float] | np.ndarray,
+    denominators: Sequence[float] | np.ndarray,
+    *,
+    rng: np.random.Generator,
+    resamples: int = 2000,
+) -> Interval:
+    """sum(numerators) / sum(denominators) and its interval; pairs that share a seed are resampled together.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: the percentile interval.
+
+    Raises:
+        FuelRayError: the two differ in length, or are empty.
+    """
+    if len(numerators) != len(denominators) or not len(numerators):
+        raise FuelRayError(f"a bootstrap needs pairs, got {len(numerators)} and {len(denominators)} values")
+    pairs = np.column_stack((numerators, denominators)).astype(float)
+    estimate = _ratio(pairs.sum(axis=0))
+    if len(pairs) == 1:
+        return Interval(float(estimate), None, None)
+    picks = rng.integers(len(pairs), size=(resamples, len(pairs)))
+    low, high = np.percentile(_ratio(pairs[picks].sum(axis=1)), (2.5, 97.5))
+    return Interval(float(estimate), float(low), float(high))
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    return np.asarray(sums[..., 0] / sums[..., 1])

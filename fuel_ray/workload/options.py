@@ -1,0 +1,87 @@
+"""The text form of a workload: ``NAME[:key=value,...]``."""
+
+import math
+from collections.abc import Iterable
+
+from fuel_ray.errors import ConfigError
+
+
+class Options:
+    """The pairs of one spec; knows which keys it was asked for, so that any other can be refused."""
+
+    def __init__(self, text: str, *, defaults: str = "") -> None:
+        self.text = text.strip()
+        self.name, _, pairs = self.text.partition(":")
+        self._asked: list[str] = []
+        self._given = self._pairs(defaults) | self._pairs(pairs)
+
+    def text_of(self, key: str) -> str | None:
+        """The value as written; None if the key is not given."""
+        if key not in self._asked:
+            self._asked.append(key)
+        return self._given.get(key)
+
+    def number(self, key: str, default: float, *, low: float, high: float) -> float:
+        """A number in [low, high].
+
+        Raises:
+            ConfigError: it is not.
+        """
+        written = self.text_of(key)
+        value = default if written is None else as_number(written)
+        if not low <= value <= high:
+            raise self.error(f"{key} is {written or value}; a number from {low:g} to {high:g}")
+        return float(value)
+
+    def count(self, key: str, default: int, *, low: int, high: int) -> int:
+        """A whole number in [low, high].
+
+        Raises:
+            ConfigError: it is not.
+        """
+        value = self.number(key, default, low=low, high=high)
+        if not value.is_integer():
+            raise self.error(f"{key} is {value:g}; a whole number from {low} to {high}")
+        return int(value)
+
+    def choice(self, key: str, default: str, allowed: Iterable[str]) -> str:
+        """One of the allowed words.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        value = self.text_of(key) or default
+        if value not in (allowed := tuple(allowed)):
+            raise self.error(f"{key} is {value}; one of {', '.join(allowed)}")
+        return value
+
+    def refuse_the_rest(self) -> None:
+        """Check that every key given was asked for.
+
+        Raises:
+            ConfigError: one was not.
+        """
+        for key in self._given:
+            if key not in self._asked:
+                raise self.error(f"{key} is unknown here; one of {', '.join(self._asked)}")
+
+    def error(self, problem: str) -> ConfigError:
+        """The error to raise about this spec."""
+        return ConfigError(f"workload {self.text!r}: {problem}")
+
+    def _pairs(self, text: str) -> dict[str, str]:
+        pairs: dict[str, str] = {}
+        for pair in filter(None, text.split(",")):
+            key, _, value = (part.strip() for part in pair.partition("="))
+            if not key or not value or key in pairs:
+                raise self.error(f"{pair!r} is not key=value, each key once")
+            pairs[key] = value
+        return pairs
+
+
+def as_number(text: str) -> float:
+    """The number written, or nan, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,187 @@
+"""From the text form of a workload to the workload: every name, key and default is here."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.types import Requests
+from fuel_ray.workload.arrivals import Arrivals, Diurnal, Evenly, Gamma, Mmpp, Piecewise
+from fuel_ray.workload.lengths import (
+    ClippedLognormal,
+    Fixed,
+    Independent,
+    Lengths,
+    Resampled,
+    SharedPrefixes,
+)
+from fuel_ray.workload.options import Options, as_number
+from fuel_ray.workload.synthetic import Synthetic
+from fuel_ray.workload.trace import (
+    Replay,
+    read_azure,
+    read_burstgpt,
+    read_excerpt,
+    read_mooncake,
+    read_speeds,
+    replay,
+)
+
+
+class Workload(Protocol):
+    """A source of requests; immutable and picklable."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def period_s(self) -> float | None:
+        """Time after which it repeats, in distribution at least; None if it is stationary."""
+        ...
+
+    @property
+    def mean_rate_rps(self) -> float: ...
+
+    def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
+        """Requests of [start_s, start_s + duration_s) of the workload's own time, counted from start_s."""
+        ...
+
+    def digest(self) -> str:
+        """12 hex characters that name the definition, trace contents included and the name excluded."""
+        ...
+
+
+def parse_workload(text: str) -> Workload:
+    """The workload of ``NAME[:key=value,...]``, such as ``diurnal:low_rps=1,high_rps=12``.
+
+    Raises:
+        ConfigError: a name, key or value is wrong, or a trace file cannot be read.
+    """
+    name = text.strip().partition(":")[0]
+    options = Options(text, defaults=_PRESETS.get(name, ""))
+    workload: Workload
+    if name in _READERS or name in _EXCERPTS:
+        workload = _replay(options)
+    elif name in _ARRIVALS:
+        arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
+        workload = Synthetic(options.text, arrivals, lengths, prefixes)
+    else:
+        names = ", ".join((*_ARRIVALS, *_EXCERPTS, *_READERS))
+        raise ConfigError(f"workload {name!r} is unknown; one of {names}")
+    options.refuse_the_rest()
+    return workload
+
+
+def _steady(options: Options) -> Arrivals:
+    return Piecewise(((options.number("rate_rps", 5, low=0.001, high=10_000), 1.0),))
+
+
+def _gamma(options: Options) -> Arrivals:
+    rate_rps = options.number("rate_rps", 5, low=0.001, high=10_000)
+    return Gamma(rate_rps, cv=options.number("cv", 2, low=0.01, high=20))
+
+
+def _piecewise(options: Options) -> Arrivals:
+    written = options.text_of("rates") or "2@300+10@300"
+    steps = []
+    for step in written.split("+"):
+        rate_rps, seconds = (as_number(part) for part in step.partition("@")[::2])
+        if not (0 <= rate_rps <= 10_000 and 0.001 <= seconds <= 1e7):
+            raise options.error(f"rates has {step!r}; REQ_PER_S@SECONDS, joined by +, as in 2@60+10@30")
+        steps.append((rate_rps, seconds))
+    if not any(rate_rps for rate_rps, _ in steps):
+        raise options.error("rates are all 0; at least one above 0")
+    return Piecewise(tuple(steps))
+
+
+def _diurnal(options: Options) -> Arrivals:
+    high_rps = options.number("high_rps", 12, low=0.001, high=10_000)
+    low_rps = options.number("low_rps", min(1.0, high_rps), low=0, high=high_rps)
+    return Diurnal(low_rps, high_rps, period_s=options.number("period_s", 1200, low=1, high=1e7))
+
+
+def _mmpp(options: Options) -> Arrivals:
+    high_rps = options.number("high_rps", 20, low=0.001, high=10_000)
+    low_rps = options.number("low_rps", min(2.0, high_rps), low=0, high=high_rps)
+    return Mmpp(low_rps, high_rps, dwell_s=options.number("dwell_s", 60, low=0.1, high=1e7))
+
+
+def _speeds(options: Options) -> Arrivals:
+    return Evenly(read_speeds(_path(options)))
+
+
+def _lengths(options: Options) -> Lengths:
+    kind = options.choice("lengths", "lognormal", ("lognormal", "sharegpt", "fixed", *_EXCERPTS))
+    if kind in _EXCERPTS:
+        rows = read_excerpt(_EXCERPTS[kind])
+        return Resampled(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
+    if kind == "fixed":
+        prompt_tokens = options.count("prompt_mean", 512, low=1, high=1_000_000)
+        return Fixed(prompt_tokens, options.count("output_mean", 220, low=1, high=1_000_000))
+    if kind == "sharegpt":
+        # Means of the vLLM paper, figure 11 (arXiv:2309.06180); sigma and limits are ours, as it gives none.
+        return _lognormal(options, prompt=(161, 1024), output=(338, 2048), sigma=1.0)
+    return _lognormal(options, prompt=(512, 4096), output=(220, 1024), sigma=0.9)
+
+
+def _lognormal(
+    options: Options, *, prompt: tuple[int, int], output: tuple[int, int], sigma: float
+) -> Lengths:
+    """Lognormal lengths whose (mean, highest) and sigma are these unless the options say otherwise."""
+    sigma = options.number("sigma", sigma, low=0.05, high=2)
+    highest_prompt = options.count("max_prompt_tokens", prompt[1], low=16, high=1_000_000)
+    highest_output = options.count("max_output_tokens", output[1], low=8, high=1_000_000)
+    prompt_mean = options.number("prompt_mean", prompt[0], low=8, high=highest_prompt / 2)
+    output_mean = options.number("output_mean", output[0], low=4, high=highest_output / 2)
+    return Independent(
+        prompt=ClippedLognormal(prompt_mean, sigma, low=4, high=highest_prompt),
+        output=ClippedLognormal(output_mean, sigma, low=2, high=highest_output),
+    )
+
+
+def _prefixes(options: Options) -> SharedPrefixes | None:
+    count = options.count("prefixes", 0, low=0, high=1_000_000)
+    if count == 0:
+        return None
+    tokens = options.count("prefix_tokens", 500, low=1, high=1_000_000)
+    return SharedPrefixes(count, tokens, share=options.number("prefix_share", 0.7, low=0, high=1))
+
+
+def _replay(options: Options) -> Replay:
+    if options.name in _EXCERPTS:
+        source = _EXCERPTS[options.name]
+        rows = read_excerpt(source)
+    else:
+        source = _path(options)
+        rows = _READERS[options.name](source)
+    rate_scale = options.number("rate_scale", 1, low=0.001, high=1000)
+    longest = options.count("max_prompt_tokens", 1_000_000, low=1, high=1_000_000)
+    return replay(options.text, rows, source=source, rate_scale=rate_scale, max_prompt_tokens=longest)
+
+
+def _path(options: Options) -> Path:
+    path = options.text_of("path")
+    if path is None:
+        raise options.error("path is missing; path=FILE")
+    return Path(path).expanduser()
+
+
+_ARRIVALS = {
+    "steady": _steady,
+    "gamma": _gamma,
+    "piecewise": _piecewise,
+    "diurnal": _diurnal,
+    "mmpp": _mmpp,
+    "speeds": _speeds,
+    "chat-prefix": _diurnal,
+}
+# The mean prompt is that of the default, 112 + 0.8 x 500 tokens, so that the two compare; 500 tokens do not
+# fill their last KV block at any block size above 4, as real system prompts do not.
+_PRESETS = {"chat-prefix": "prompt_mean=112,prefixes=8,prefix_tokens=500,prefix_share=0.8"}
+_READERS = {"azure": read_azure, "mooncake": read_mooncake, "burstgpt": read_burstgpt}
+_DATA = Path(__file__).parent / "data"
+_EXCERPTS = {
+    "azure-conv": _DATA / "azure_conv_2023.csv",
+    "azure-code": _DATA / "azure_code_2023.csv",
+}

@@ -1,0 +1,202 @@
+"""The report of a synthetic run folder: invented numbers, realistic shapes."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from fuel_ray.commands.report import summary_table, write_report
+from fuel_ray.errors import ConfigError
+
+BLOCK_SIZES = (8, 16, 32, 64)
+POLICIES = ("max_performance", "tuned_static", "load_table", "dqn")
+WORKLOADS = ("diurnal", "steady")
+CLOCKS = np.array([705, 810, 900, 1005, 1110, 1200, 1290, 1350, 1410, 1605, 1800, 1980])
+LIMITS = np.array([4, 8, 16, 24, 32, 48, 64, 96, 128, 256])
+ENERGY_J = {
+    "diurnal": {"max_performance": 73.0, "tuned_static": 51.9, "load_table": 48.3, "dqn": 50.1},
+    "steady": {"max_performance": 78.0, "tuned_static": 56.0, "load_table": 56.1, "dqn": 56.2},
+}
+ATTAINMENT = {"max_performance": 0.998, "tuned_static": 0.962, "load_table": 0.957, "dqn": 0.958}
+CLOCK_MHZ = {"max_performance": 1980, "tuned_static": 1350, "load_table": 1280, "dqn": 1300}
+LIMIT = {"max_performance": 256, "tuned_static": 48, "load_table": 52, "dqn": 58}
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """What a test varies in the synthetic run."""
+
+    block_sizes: tuple[int, ...] = BLOCK_SIZES
+    policies: tuple[str, ...] = POLICIES
+    workloads: tuple[str, ...] = WORKLOADS
+    seeds: int = 10
+    windows: int = 60
+    block_effect: float = 0.0  # extra energy at the largest block size, as a fraction
+    learned_energy: float = 1.0  # factor on the learned policy's energy
+    learned_attainment: float = 0.958
+    pack: str = "synthetic-pack"
+    command: str = "python experiments/sweep_block_size.py"
+    unsupported: tuple[tuple[str, str], ...] = ()
+
+
+def write_run(folder, shape=Synthetic()):
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    _write_csv(folder / "summary.csv", _summary_rows(shape, rng))
+    _write_csv(folder / "learning.csv", _learning_rows(shape, rng))
+    with (folder / "steps.jsonl").open("w") as file:
+        for step in _steps(shape, rng):
+            file.write(json.dumps(step) + "\n")
+    (folder / "run.json").write_text(json.dumps(_run_info(shape)))
+    return folder
+
+
+def _write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _summary_rows(shape, rng):
+    seed_effects = rng.normal(1.0, 0.02, size=shape.seeds)  # a heavy day is heavy for every policy
+    return [
+        _summary_row(shape, size, policy, workload, seed, effect * rng.normal(1.0, 0.003))
+        for size in shape.block_sizes
+        for policy in shape.policies
+        for workload in shape.workloads
+        for seed, effect in enumerate(seed_effects, start=1000)
+    ]
+
+
+def _summary_row(shape, size, policy, workload, seed, effect):
+    learned = policy == "dqn"
+    block = 1.0 + shape.block_effect * (size == max(shape.block_sizes))
+    energy = ENERGY_J[workload].get(policy, 60.0) * effect * block * (shape.learned_energy if learned else 1.0)
+    attained = shape.learned_attainment if learned else ATTAINMENT.get(policy, 0.97)
+    slack = 1.98 - CLOCK_MHZ.get(policy, 1300) / 1000
+    return {
+        "block_size": size,
+        "policy": policy,
+        "workload": workload,
+        "seed": seed,
+        "energy_j": energy * 7800,
+        "energy_j_per_request": energy,
+        "energy_j_per_output_token": energy / 220,
+        "slo_attainment": min(1.0, attained + 0.1 * (effect - 1)),
+        **{
+            f"{name}_{part}_s": base * factor * (1 + slack)
+            for name, base in (("ttft", 0.09), ("tpot", 0.016), ("e2e", 3.6))
+            for part, factor in (("mean", 1.0), ("p50", 0.8), ("p99", 3.0 if name != "ttft" else 9.0))
+        },
+        "requests": 7800,
+        "preemptions": 12,
+        "mean_gpu_clock_mhz": CLOCK_MHZ.get(policy, 1300),
+        "mean_batch_limit": LIMIT.get(policy, 40),
+        "clock_switches": {"load_table": 61, "dqn": 143}.get(policy, 0),
+        "workload_digest": f"{workload}{seed:04d}" * 4,
+    }
+
+
+def _learning_rows(shape, rng):
+    return [
+        {
+            "block_size": size,
+            "env_steps": 2048 * (row + 1),
+            "reward": "" if row == 0 else -1.2 + 0.8 * (1 - np.exp(-row / 12)) + rng.normal(0, 0.03),
+            "energy_j_per_request": "" if row == 0 else 50 + 25 * np.exp(-row / 12) + rng.normal(0, 0.7),
+            "slo_attainment": "" if row == 0 else 0.95 + rng.normal(0, 0.01),
+        }
+        for size in shape.block_sizes
+        for row in range(60)
+    ]
+
+
+def _steps(shape, rng):
+    for size in shape.block_sizes:
+        for workload in shape.workloads:
+            time_s = np.arange(shape.windows, dtype=float)
+            phase = 2 * np.pi * time_s / max(shape.windows, 2)
+            rate = 5.0 + 0 * phase if workload == "steady" else 6.5 - 5.5 * np.cos(phase)
+            arrivals = rng.poisson(rate)
+            for policy in shape.policies:
+                yield from _policy_steps(size, policy, workload, time_s, rate, arrivals, rng)
+
+
+def _policy_steps(size, policy, workload, time_s, rate, arrivals, rng):
+    clock, limit = _knobs(policy, rate, rng)
+    running = np.minimum(limit, rng.poisson(rate * 2.2 * (1.98 / (clock / 1000)) ** 0.7))
+    waiting = rng.poisson(np.where(rate > 11, 6.0, 0.2))
+    for i in range(len(time_s)):
+        knobs = {"batch_limit": int(limit[i]), "gpu_clock_mhz": int(clock[i])}
+        yield {
+            "block_size": size,
+            "policy": policy,
+            "workload": workload,
+            "seed": 1000,
+            "step": i,
+            "time_s": float(time_s[i]),
+            "chosen": knobs,
+            "applied": knobs,
+            "reward": -0.5,
+            "arrivals": int(arrivals[i]),
+            "completed": int(arrivals[i]),
+            "running": int(running[i]),
+            "waiting": int(waiting[i]),
+            "kv_usage": 0.5,
+            "power_w": 300.0,
+            "oldest_wait_s": 0.1,
+        }
+
+
+def _knobs(policy, rate, rng):
+    if policy in ("max_performance", "tuned_static"):
+        return np.full(len(rate), CLOCK_MHZ[policy]), np.full(len(rate), LIMIT[policy])
+    noise = 0 if policy == "load_table" else rng.integers(-1, 2, size=len(rate))
+    level = np.clip(np.round(rate / 1.5) + noise, 0, len(CLOCKS) - 2).astype(int)
+    return CLOCKS[level], LIMITS[np.clip(level + 1, 0, len(LIMITS) - 1)]
+
+
+def _run_info(shape):
+    tuned = {
+        "tuned_static": {"batch_limit": 48, "gpu_clock_mhz": 1350},
+        "load_table": [[3.0, 24, 900], [6.0, 48, 1110], [9.0, 48, 1290], [None, 64, 1500]],
+    }
+    return {
+        "config": {
+            "preset": "default",
+            "pack": shape.pack,
+            "workload": "diurnal",
+            "slo_ttft_s": 1.0,
+            "slo_tpot_s": 0.05,
+            "slo_e2e_s": None,
+            "slo_attainment_target": 0.95,
+            "kv_tokens": 26000,
+            "block_sizes": list(shape.block_sizes),
+            "reward": {"name": "energy", "slo_penalty": 5.0},
+        },
+        "versions": {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0", "numpy": "2.4.6"},
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "seeds": {"training": 0, "tuning": [100, 101, 102], "evaluation": list(range(1000, 1000 + shape.seeds))},
+        "wall_time_s": 512.4,
+        "started": "2026-11-30T10:12:00+00:00",
+        "command": shape.command,
+        "pack": {"name": shape.pack, "sha256": "ab" * 32, "notes": "Synthetic: invented for a test, not a GPU."},
+        "tuned": {str(size): tuned for size in shape.block_sizes},
+        "unsupported": dict(shape.unsupported),
+    }
+
+
+def report_of(folder, **shape):
+    return write_report(write_run(folder, Synthetic(**shape))).read_text()
+
+
+@pytest.fixture(scope="module")
+def full_report(tmp_path_factory):
+    path = write_report(write_run(tmp_path_factory.mktemp("full") / "run"))
+    return path, path.read_text()
