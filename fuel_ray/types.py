@@ -35,6 +35,27 @@ class NodeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Slo:
+    """The latency promise: limits that a share of the requests, or their mean, has to keep."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+    share: float | None = 0.95  # of the requests that must keep all limits; None: the means must keep them
+
+    def is_kept_by(self, record: "RequestRecord") -> bool:
+        """Whether a request finished within every limit."""
+        if record.finished_s is None:
+            return False
+        pairs = (
+            (record.ttft_s, self.ttft_s),
+            (record.tpot_s, self.tpot_s),
+            (record.e2e_s, self.e2e_s),
+        )
+        return all(value is None or limit is None or value <= limit for value, limit in pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request as it is sent."""
 

@@ -77,7 +77,9 @@ def _summary_rows(shape, rng):
 def _summary_row(shape, size, policy, workload, seed, effect):
     learned = policy == "dqn"
     block = 1.0 + shape.block_effect * (size == max(shape.block_sizes))
-    energy = ENERGY_J[workload].get(policy, 60.0) * effect * block * (shape.learned_energy if learned else 1.0)
+    energy = (
+        ENERGY_J[workload].get(policy, 60.0) * effect * block * (shape.learned_energy if learned else 1.0)
+    )
     attained = shape.learned_attainment if learned else ATTAINMENT.get(policy, 0.97)
     slack = 1.98 - CLOCK_MHZ.get(policy, 1300) / 1000
     return {
@@ -182,11 +184,19 @@ def _run_info(shape):
         },
         "versions": {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0", "numpy": "2.4.6"},
         "git_commit": "0123456789abcdef0123456789abcdef01234567",
-        "seeds": {"training": 0, "tuning": [100, 101, 102], "evaluation": list(range(1000, 1000 + shape.seeds))},
+        "seeds": {
+            "training": 0,
+            "tuning": [100, 101, 102],
+            "evaluation": list(range(1000, 1000 + shape.seeds)),
+        },
         "wall_time_s": 512.4,
         "started": "2026-11-30T10:12:00+00:00",
         "command": shape.command,
-        "pack": {"name": shape.pack, "sha256": "ab" * 32, "notes": "Synthetic: invented for a test, not a GPU."},
+        "pack": {
+            "name": shape.pack,
+            "sha256": "ab" * 32,
+            "notes": "Synthetic: invented for a test, not a GPU.",
+        },
         "tuned": {str(size): tuned for size in shape.block_sizes},
         "unsupported": dict(shape.unsupported),
     }
@@ -196,7 +206,166 @@ def report_of(folder, **shape):
     return write_report(write_run(folder, Synthetic(**shape))).read_text()
 
 
+def table_of(folder, **shape):
+    return summary_table(write_run(folder, Synthetic(**shape)))
+
+
 @pytest.fixture(scope="module")
 def full_report(tmp_path_factory):
     path = write_report(write_run(tmp_path_factory.mktemp("full") / "run"))
     return path, path.read_text()
+
+
+def prose(page):
+    return page.replace("\u00a0", " ")
+
+
+def test_the_report_is_one_small_file_that_loads_nothing(full_report):
+    path, page = full_report
+    assert path.name == "report.html"
+    assert path.stat().st_size < 3_000_000
+    assert re.search(r"https?://", page) is None
+    assert "<script" not in page and "<link" not in page and "@import" not in page and "url(" not in page
+    sources = re.findall(r'\ssrc="([^"]{5})', page)
+    assert sources == ["data:"] * 7  # learning, scatter, four time plots, heat maps
+    assert page.count("<figcaption>") == 7
+
+
+def test_the_headline_gives_savings_attainment_interval_and_n(full_report):
+    page = prose(full_report[1])
+    headline = re.search(r'<p class="headline">(.*?)</p>', page)[1]
+    assert re.search(
+        r"uses 31\.\d % less energy per request than maximum performance \(31\.\d to 3", headline
+    )
+    assert "less than the tuned static pair" in headline and "more than the load table" in headline
+    assert re.search(
+        r"meets the SLO for 95\.8 % of requests \(95\.\d to 9\d\.\d %; target 95\.0 %\)", headline
+    )
+    assert "n = 10 held-out seeds" in page
+    assert "Modelled, not measured" in page and "synthetic-pack" in page
+
+
+def test_the_parts_come_in_order(full_report):
+    headings = re.findall(r"<h2>(.*?)</h2>", full_report[1])
+    assert headings == [
+        "How to read this",
+        "Results on the diurnal workload",
+        "Do the block sizes differ?",
+        "Learning",
+        "Energy against the latency promise",
+        "What each policy chose over time",
+        "What the learned policy chooses",
+        "Negative control: the steady workload",
+        "How this run was made",
+    ]
+
+
+def test_equal_block_sizes_are_said_not_to_differ(full_report):
+    assert "The block sizes do not differ for the learned policy" in full_report[1]
+
+
+def test_unequal_block_sizes_are_said_to_differ(tmp_path):
+    page = table_of(tmp_path / "run", block_effect=0.04, workloads=("diurnal",))
+    assert "The block sizes differ for the learned policy: block size 64 uses" in page
+    assert "3 of 6 pairs differ" in page
+
+
+def test_a_missed_attainment_target_is_bad_news(tmp_path):
+    page = prose(report_of(tmp_path / "run", learned_attainment=0.92, block_sizes=(8,)))
+    assert 'class="headline bad">Bad news, the attainment target is missed' in page
+    assert re.search(r'<td class="bad">9[12]', page)
+    assert "Below the SLO attainment target of 95.0 %: learned (DQN) at block size 8 (92" in page
+
+
+def test_a_policy_that_loses_to_a_fixed_pair_is_bad_news(tmp_path):
+    page = table_of(tmp_path / "run", learned_energy=1.08, block_sizes=(8, 16))
+    assert "Bad news, a tuned static pair saves more: the learned policy uses" in page
+    assert "a loss where nothing was to be gained" in page
+
+
+def test_a_policy_that_saves_nothing_is_bad_news(tmp_path):
+    assert "Bad news, nothing is saved" in table_of(tmp_path / "run", learned_energy=1.6, block_sizes=(8, 16))
+
+
+def test_a_gain_under_the_negative_control_is_distrusted(tmp_path):
+    assert "distrust the comparison" in table_of(tmp_path / "run", learned_energy=0.9, block_sizes=(16,))
+
+
+def test_a_run_of_one_block_size_without_control_or_baseline(tmp_path):
+    page = report_of(
+        tmp_path / "run",
+        block_sizes=(32,),
+        policies=("max_performance", "dqn"),
+        workloads=("diurnal",),
+        unsupported=(("8", "no attention backend takes it"),),
+    )
+    assert "block sizes cannot be compared" in page
+    assert "Negative control" not in page and "tuned static pair" not in page
+    assert "Block size 8 was not run: no attention backend takes it" in page
+
+
+def test_a_run_without_a_learned_policy_and_one_with_a_further_baseline(tmp_path):
+    page = report_of(tmp_path / "run", block_sizes=(16,), policies=("max_performance", "clipper"))
+    assert "no learned policy" in page
+    assert "clipper" in page and "a further baseline" in page
+
+
+def test_one_seed_claims_no_interval(tmp_path):
+    page = report_of(tmp_path / "run", seeds=1, block_sizes=(16, 32), policies=("max_performance", "dqn"))
+    assert "One seed gives no interval" in page
+    assert "nan" not in page
+
+
+def test_a_run_without_windows_learning_or_optional_keys_still_has_its_tables(tmp_path):
+    folder = write_run(tmp_path / "run", Synthetic(block_sizes=(8, 16)))
+    (folder / "steps.jsonl").unlink()
+    (folder / "learning.csv").write_text("")
+    (folder / "run.json").write_text("{}")
+    page = write_report(folder).read_text()
+    assert "Results on the diurnal workload" in page
+    assert "Learning</h2>" not in page and "chose over time" not in page
+
+
+def test_strings_from_files_are_escaped(tmp_path):
+    evil = "<img src=x onerror=alert(1)>$\\frac"
+    page = report_of(tmp_path / "run", pack=evil, command=evil, policies=(*POLICIES, evil), block_sizes=(16,))
+    assert "<img src=x" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_policies_that_faced_different_requests_are_called_out(tmp_path):
+    folder = write_run(tmp_path / "run", Synthetic(block_sizes=(16,)))
+    summary = (folder / "summary.csv").read_text()
+    (folder / "summary.csv").write_text(summary.replace("diurnal1000" * 4, "other", 1))
+    assert "policies faced different requests" in summary_table(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.csv", None, "summary.csv"),
+        ("summary.csv", "block_size,policy\n8,dqn\n", "has no column workload"),
+        ("run.json", "{", "run.json"),
+        ("steps.jsonl", '{"block_size": 8}\n', "steps.jsonl"),
+    ],
+)
+def test_a_folder_that_is_not_a_finished_run_is_named(tmp_path, name, content, message):
+    folder = write_run(tmp_path / "run", Synthetic(block_sizes=(16,)))
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_terminal_table_has_a_row_per_policy_and_the_answer(full_report):
+    text = summary_table(full_report[0].parent)
+    lines = text.splitlines()
+    assert sum("learned (DQN)" in line for line in lines) == 2 * len(BLOCK_SIZES)
+    assert max(len(line) for line in lines if "tuned static  " in line) <= 130
+    assert "The learned policy uses 31." in text and "do not differ" in text
+    assert text.isascii()
+
+
+def test_importing_fuel_ray_does_not_import_matplotlib():
+    code = "import sys, fuel_ray, fuel_ray.commands, fuel_ray.stats; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

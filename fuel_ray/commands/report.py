@@ -32,19 +32,36 @@ _SHOWN_BLOCK_SIZE = 16  # vLLM's default; the others are folded
 
 _POLICIES = {
     "max_performance": "highest clock, no batch limit: a server without control",
-    "tuned_static": "the one fixed (clock, limit) pair with the least energy within the SLO on the training seeds",
+    "tuned_static": "the one (clock, limit) pair with the least energy within the SLO on the training seeds",
     "load_table": "a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
     LEARNED: "the DQN that this run trained, one per KV block size",
 }
 _TERMS = {
     "J/request": "GPU energy divided by finished requests; lower is better",
-    "SLO attainment": "share of requests that kept the latency promise (SLO); at or above the target is enough",
-    "TTFT, TPOT": "time to first token, time per output token after it; in tables the p99, averaged over seeds",
+    "SLO attainment": "share of requests that kept the latency promise (SLO); the target is enough",
+    "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
     "limit": "batch limit: requests that may run at once; the others wait",
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
     "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed",
 }
+
+_LEARNING = (
+    "Reward should rise and energy per request fall until both are flat; a curve that still moves at its end asks "
+    "for more steps. Thin: each training iteration. Bold: mean of five."
+)
+_SCATTER = (
+    "Left is less energy, up is more requests within the SLO. A policy is better than another only if it lies to "
+    "its left and above the dashed target. Bars: 95 % intervals over seeds."
+)
+_CHOICES = (
+    "A policy that follows the load lowers its clock as arrivals fall and raises it before requests queue. "
+    "Thin: each window. Bold: 15 s mean."
+)
+_HEAT_MAPS = (
+    "Share of control windows in which the learned policy chose each (batch limit, clock). A single dark cell is "
+    "a static policy, a band follows the load."
+)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -68,7 +85,9 @@ def summary_table(run_dir: Path) -> str:
     run = load_run(run_dir)
     lines = []
     for workload in run.workloads:
-        lines += [f"workload {workload}", *tables.plain_results(run, workload=workload), ""]
+        lines += [f"workload {workload}", *tables.plain_results(run, workload=workload)]
+        lines += [text.misses(run, workload=workload)]
+        lines += [text.control(run, workload=workload), ""] if workload == CONTROL else [""]
     sentences = (text.headline(run), text.sample(run), text.block_sizes(run), text.origin(run))
     return "\n".join([*lines, *sentences])
 
@@ -112,8 +131,12 @@ def _tiles(run: Run) -> Iterator[str]:
     for reference in REFERENCES:
         ratio = relative_energy(run, LEARNED, reference, workload=main)
         if ratio is not None:
-            name = f"energy per request vs {text.label(reference)}"
-            yield tile(tables.change(ratio.mean), name=name, note=f"95 % interval {tables.span(ratio, tables.change)}")
+            name = f"J/request vs {text.label(reference)}"
+            yield tile(
+                tables.change(ratio.mean),
+                name=name,
+                note=f"95 % interval {tables.span(ratio, tables.change)}",
+            )
     share = mean_over_seeds(run, "slo_attainment", workload=main, policy=LEARNED)
     if share is not None:
         note = f"95 % interval {tables.span(share, text.percent)}"
@@ -129,45 +152,27 @@ def _figures(run: Run) -> Iterator[str]:
     main = run.workloads[0]
     if len(run.learning):
         yield heading("Learning")
-        yield figure(
-            figures.learning_curves(run),
-            caption="Reward should rise and energy per request fall until both are flat; a curve that still moves at "
-            "its end asks for more steps. Thin: each training iteration. Bold: mean of five.",
-        )
+        yield figure(figures.learning_curves(run), caption=_LEARNING)
     yield heading("Energy against the latency promise")
     yield figure(
-        figures.energy_against_attainment(run, workload=main),
-        caption=f"Left is less energy, up is more requests within the SLO ({main} workload). A policy is better only "
-        "if it lies to the left of another and above the dashed target. Bars: 95 % intervals over seeds.",
+        figures.energy_against_attainment(run, workload=main), caption=f"Workload {main}. {_SCATTER}"
     )
     yield from _choices(run, main)
     if heat_maps := figures.decision_heat_maps(run, workload=main):
         yield heading("What the learned policy chooses")
-        yield figure(
-            heat_maps,
-            caption="Share of control windows in which the learned policy chose each (batch limit, clock), one "
-            f"held-out seed of the {main} workload. One dark cell is a static policy; a dark band follows the load.",
-        )
+        yield figure(heat_maps, caption=f"Workload {main}, one held-out seed. {_HEAT_MAPS}")
 
 
 def _choices(run: Run, workload: str) -> Iterator[str]:
-    drawn = {
-        size: figures.choices_over_time(run, workload=workload, block_size=size) for size in run.block_sizes
-    }
-    panels = {
-        size: figure(
-            uri,
-            caption=f"Block size {size}, one held-out seed of the {workload} workload. A policy that controls lowers "
-            "its clock when arrivals fall and raises it before the queue grows. Thin: each window. Bold: 15 s mean.",
-        )
-        for size, uri in drawn.items()
-        if uri is not None
-    }
+    panels = {}
+    for size in run.block_sizes:
+        if drawn := figures.choices_over_time(run, workload=workload, block_size=size):
+            caption = f"Block size {size}, workload {workload}, one held-out seed. {_CHOICES}"
+            panels[size] = figure(drawn, caption=caption)
     if not panels:
         return
     yield heading("What each policy chose over time")
-    shown = _SHOWN_BLOCK_SIZE if _SHOWN_BLOCK_SIZE in panels else next(iter(panels))
-    yield panels.pop(shown)
+    yield panels.pop(_SHOWN_BLOCK_SIZE if _SHOWN_BLOCK_SIZE in panels else min(panels))
     for size, panel in panels.items():
         yield folded(f"Block size {size}", panel)
 
@@ -183,11 +188,11 @@ def _provenance(run: Run) -> Iterator[str]:
         "git commit": info.get("git_commit"),
         "calibration pack": pack.get("name"),
         "pack sha256": pack.get("sha256"),
-        **{f"{name} seeds": seeds for name, seeds in (info.get("seeds") or {}).items()},
+        **{f"seeds: {name}": seeds for name, seeds in (info.get("seeds") or {}).items()},
     }
     yield tables.key_values({name: value for name, value in facts.items() if value is not None})
     yield heading("What the baselines were tuned to", level=3)
     yield tables.chosen_pairs(run)
     yield folded("Configuration", tables.key_values(run.config))
     yield folded("Package versions", tables.key_values(info.get("versions") or {}))
-    yield folded("Workload digests", tables.digests(run))
+    yield folded("Workload digests", tables.requests(run))

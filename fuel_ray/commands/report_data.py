@@ -1,7 +1,8 @@
 """A run folder as the report reads it, and the paired comparisons made from it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ LEARNED = "dqn"
 REFERENCES = ("max_performance", "tuned_static", "load_table")
 CONTROL = "steady"
 ENERGY = "energy_j_per_request"
-_KEYS = ("block_size", "policy", "workload", "seed")
+_COLUMNS = (
+    *("block_size", "policy", "workload", "seed", "workload_digest", "slo_attainment", ENERGY),
+    *("ttft_p99_s", "tpot_p99_s", "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +31,9 @@ class Run:
     info: Mapping[str, Any]  # run.json as it is
     config: Mapping[str, Any]  # its config, flattened: dotted key -> value
     summary: pd.DataFrame  # one row per (block_size, policy, workload, seed)
+    cells: Mapping[
+        tuple[str, str], pd.DataFrame
+    ]  # the same by (workload, policy), indexed by (block_size, seed)
     learning: pd.DataFrame  # one row per (block_size, training iteration); may be empty
     steps: pd.DataFrame  # one row per control window of one seed; may be empty
 
@@ -61,33 +68,37 @@ class Run:
 
 
 def load_run(run_dir: Path) -> Run:
-    """Read a run folder; what is optional and not there is empty.
+    """Read a run folder; learning.csv and steps.jsonl may be missing.
 
     Raises:
         ConfigError: summary.csv or run.json is not there, or a file is malformed.
     """
-    try:
-        info = json.loads((run_dir / "run.json").read_text())
-        summary = pd.read_csv(run_dir / "summary.csv", dtype={"policy": str, "workload": str})
-        learning = run_dir / "learning.csv"
-        steps = run_dir / "steps.jsonl"
-        return Run(
-            name=run_dir.resolve().name,
-            info=info,
-            config=dict(_flat(info.get("config", {}))),
-            summary=summary.dropna(subset=list(_KEYS)),
-            learning=pd.read_csv(learning) if learning.exists() else pd.DataFrame(),
-            steps=_read_steps(steps) if steps.exists() else pd.DataFrame(),
-        )
-    except (OSError, KeyError, ValueError) as error:  # pandas and json raise ValueErrors
-        raise ConfigError(f"cannot report on {run_dir}: {error}") from error
+    with _reading(run_dir / "run.json") as path:
+        info = json.loads(path.read_text())
+    with _reading(run_dir / "summary.csv") as path:
+        summary = pd.read_csv(path, dtype={"policy": str, "workload": str, "workload_digest": str})
+    if missing := [name for name in _COLUMNS if name not in summary]:
+        raise ConfigError(f"{path} has no column {', '.join(missing)}")
+    if summary.empty:
+        raise ConfigError(f"{path} has no rows: nothing was evaluated")
+    return Run(
+        name=run_dir.resolve().name,
+        info=info,
+        config=dict(_flat(info.get("config", {}))),
+        summary=summary,
+        cells=dict(list(summary.set_index(["block_size", "seed"]).groupby(["workload", "policy"]))),
+        learning=_optional(run_dir / "learning.csv", pd.read_csv),
+        steps=_optional(run_dir / "steps.jsonl", _read_steps),
+    )
 
 
 def mean_over_seeds(
     run: Run, column: str, *, workload: str, policy: str, block_size: int | None = None
 ) -> Interval | None:
     """Mean of a column over the seeds, each averaged over the block sizes; None without values."""
-    values = _cells(run, column, workload=workload, policy=policy, block_size=block_size).groupby("seed").mean()
+    values = (
+        _cells(run, column, workload=workload, policy=policy, block_size=block_size).groupby("seed").mean()
+    )
     return bootstrap_mean(values.to_numpy(), rng=_rng()) if len(values) else None
 
 
@@ -111,15 +122,26 @@ def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int
     return {pair: ratio for pair, ratio in ratios.items() if ratio is not None}
 
 
-def seeds_of(run: Run, policy: str, *, workload: str) -> int:
-    """Number of held-out seeds of a policy."""
-    return int(_cells(run, ENERGY, workload=workload, policy=policy, block_size=None).groupby("seed").ngroups)
+def seeds_of(run: Run, *, workload: str) -> int:
+    """Number of held-out seeds of a workload."""
+    return int(run.summary.loc[run.summary["workload"] == workload, "seed"].nunique())
+
+
+def digests(run: Run) -> dict[tuple[str, int], list[str]]:
+    """Digests of the requests that were sent, by (workload, seed); more than one breaks the pairing."""
+    found: dict[tuple[str, int], list[str]] = {}
+    columns = (run.summary[name] for name in ("workload", "seed", "workload_digest"))
+    for workload, seed, digest in sorted(set(zip(*columns, strict=True))):
+        found.setdefault((workload, seed), []).append(str(digest))
+    return found
 
 
 def below_target(run: Run, *, workload: str) -> list[tuple[str, int, float]]:
     """(policy, block size, attainment) wherever the mean attainment misses the target."""
     means = {
-        (policy, size): mean_over_seeds(run, "slo_attainment", workload=workload, policy=policy, block_size=size)
+        (policy, size): mean_over_seeds(
+            run, "slo_attainment", workload=workload, policy=policy, block_size=size
+        )
         for policy in run.policies
         for size in run.block_sizes
     }
@@ -139,8 +161,10 @@ def _rng() -> np.random.Generator:
 
 def _cells(run: Run, column: str, *, workload: str, policy: str, block_size: int | None) -> pd.Series:
     """A column indexed by (block_size, seed), without unknown values."""
-    rows = run.summary[(run.summary["workload"] == workload) & (run.summary["policy"] == policy)]
-    cells = rows.set_index(["block_size", "seed"])[column].dropna()
+    rows = run.cells.get((workload, policy))
+    if rows is None:
+        rows = next(iter(run.cells.values())).iloc[:0]
+    cells = rows[column].dropna()
     return cells if block_size is None else cells[cells.index.get_level_values(0) == block_size]
 
 
@@ -155,6 +179,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except (OSError, KeyError, TypeError, ValueError) as error:  # pandas and json raise ValueErrors
+        raise ConfigError(f"cannot report on {path}: {error}") from error
+
+
+def _optional(path: Path, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    with _reading(path):
+        return read(path) if path.exists() and path.stat().st_size else pd.DataFrame()
 
 
 def _read_steps(path: Path) -> pd.DataFrame:

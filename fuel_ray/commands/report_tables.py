@@ -4,7 +4,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fuel_ray.commands.report_data import ENERGY, LEARNED, REFERENCES, Run, mean_over_seeds, missed, relative_energy
+from fuel_ray.commands.report_data import (
+    ENERGY,
+    LEARNED,
+    REFERENCES,
+    Run,
+    digests,
+    mean_over_seeds,
+    missed,
+    relative_energy,
+)
 from fuel_ray.commands.report_figures import color
 from fuel_ray.commands.report_page import Cell, table
 from fuel_ray.commands.report_text import label, percent
@@ -16,20 +25,19 @@ _HEAD = (
     Cell("J/request"),
     *(Cell(f"vs {name}") for name in ("max", "static", "table")),
     Cell("SLO met"),
-    Cell("TTFT s"),
-    Cell("TPOT ms"),
+    Cell("TTFT p99 s"),
+    Cell("TPOT p99 ms"),
     Cell("MHz"),
     Cell("limit"),
     Cell("switches"),
 )
-_MEANS: tuple[tuple[str, Callable[[float], str]], ...] = (
-    ("ttft_p99_s", lambda seconds: f"{seconds:.2f}"),
-    ("tpot_p99_s", lambda seconds: f"{1000 * seconds:.1f}"),
-    ("mean_gpu_clock_mhz", lambda mhz: f"{mhz:.0f}"),
-    ("mean_batch_limit", lambda limit: f"{limit:.0f}"),
-    ("clock_switches", lambda changes: f"{changes:.0f}"),
-)
-_DIGEST_LENGTH = 16  # enough to tell workloads apart
+_MEANS: dict[str, Callable[[float], str]] = {
+    "ttft_p99_s": "{:.2f}".format,
+    "tpot_p99_s": lambda seconds: f"{1000 * seconds:.1f}",  # shown in ms
+    "mean_gpu_clock_mhz": "{:.0f}".format,
+    "mean_batch_limit": "{:.0f}".format,
+    "clock_switches": "{:.0f}".format,
+}
 
 
 def results(run: Run, *, workload: str) -> str:
@@ -45,7 +53,9 @@ def plain_results(run: Run, *, workload: str) -> list[str]:
     """The same as lines of text."""
     rows = [[cell.text for cell in _HEAD]]
     for size in run.block_sizes:
-        rows += [[str(size), *(cell.text for cell in row)] for row in _rows(run, workload=workload, size=size)]
+        rows += [
+            [str(size), *(cell.text for cell in row)] for row in _rows(run, workload=workload, size=size)
+        ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return [line.replace("−", "-").replace("–", "-") for line in lines]
@@ -53,8 +63,9 @@ def plain_results(run: Run, *, workload: str) -> list[str]:
 
 def span(interval: Interval, form: Callable[[float], str]) -> str:
     """An interval's ends, or nothing where it is unknown."""
-    known = interval.low is not None and interval.high is not None
-    return f"{form(interval.low)} to {form(interval.high)}".replace(" %", "") if known else ""
+    if interval.low is None or interval.high is None:
+        return ""
+    return f"{form(interval.low)} to {form(interval.high)}".replace(" %", "")
 
 
 def change(ratio: float) -> str:
@@ -65,10 +76,18 @@ def change(ratio: float) -> str:
 def chosen_pairs(run: Run) -> str:
     """What the baselines were tuned to."""
     rows = [
-        [Cell(size), Cell(_pair(tuned.get("tuned_static")), style="text"), Cell(_rates(tuned), style="text wrap")]
+        [
+            Cell(size),
+            Cell(_pair(tuned.get("tuned_static")), style="text"),
+            Cell(_rates(tuned), style="text wrap"),
+        ]
         for size, tuned in (run.info.get("tuned") or {}).items()
     ]
-    head = (Cell("block size"), Cell("tuned static", style="text"), Cell("load table, by arrival rate", style="text"))
+    head = (
+        Cell("block size"),
+        Cell("tuned static", style="text"),
+        Cell("load table, by arrival rate", style="text"),
+    )
     return table(head, [[row] for row in rows]) if rows else ""
 
 
@@ -78,11 +97,11 @@ def key_values(tree: Mapping[str, Any]) -> str:
     return table((Cell("name", style="text"), Cell("value", style="text")), [rows]) if rows else ""
 
 
-def digests(run: Run) -> str:
-    """The workload of each seed, by digest, and whether the policies faced the same one."""
+def requests(run: Run) -> str:
+    """What was sent, by digest, per workload and seed."""
     rows = [
-        [Cell(str(workload), style="text"), Cell(str(seed)), Cell(_digest(found), style="text")]
-        for (workload, seed), found in run.summary.groupby(["workload", "seed"])["workload_digest"].unique().items()
+        [Cell(workload, style="text"), Cell(str(seed)), Cell(", ".join(found), style="text wrap")]
+        for (workload, seed), found in digests(run).items()
     ]
     return table((Cell("workload", style="text"), Cell("seed"), Cell("digest", style="text")), [rows])
 
@@ -105,15 +124,17 @@ def _row(run: Run, policy: str, *, workload: str, size: int) -> list[Cell]:
     share = mean("slo_attainment")
     return [
         Cell(label(policy), style="text mine" if policy == LEARNED else "text", dot=color(run, policy)),
-        _cell(energy, lambda joules: f"{joules:.1f}"),
+        _cell(energy, "{:.1f}".format),
         *(_cell(ratio, change) for ratio in ratios),
         _cell(share, percent, style="bad" if missed(run, share) else ""),
-        *(Cell(_cell(mean(column), form).text) for column, form in _MEANS),
+        *(Cell(_cell(mean(column), form).text) for column, form in _MEANS.items()),
     ]
 
 
 def _cell(interval: Interval | None, form: Callable[[float], str], *, style: str = "") -> Cell:
-    return Cell("–", style=style) if interval is None else Cell(form(interval.mean), span(interval, form), style)
+    return (
+        Cell("–", style=style) if interval is None else Cell(form(interval.mean), span(interval, form), style)
+    )
 
 
 def _pair(knobs: Mapping[str, Any] | None) -> str:
@@ -122,12 +143,7 @@ def _pair(knobs: Mapping[str, Any] | None) -> str:
 
 def _rates(tuned: Mapping[str, Any]) -> str:
     parts = [
-        f"{'above' if upto is None or math.isinf(upto) else f'up to {upto:g} req/s'}: {clock} MHz, limit {limit}"
+        f"{'above' if upto is None or math.isinf(upto) else f'to {upto:g} req/s'}: {clock} MHz, limit {limit}"
         for upto, limit, clock in tuned.get("load_table") or ()
     ]
     return "; ".join(parts) or "–"
-
-
-def _digest(found: Any) -> str:
-    shown = ", ".join(str(digest)[:_DIGEST_LENGTH] for digest in found)
-    return shown if len(found) == 1 else f"{shown} (policies faced different requests: comparisons are not paired)"

@@ -6,6 +6,7 @@ from fuel_ray.commands.report_data import (
     Run,
     below_target,
     block_size_ratios,
+    digests,
     mean_over_seeds,
     missed,
     relative_energy,
@@ -52,11 +53,14 @@ def headline(run: Run) -> str:
 
 def sample(run: Run) -> str:
     """What the headline averages over."""
-    workload, sizes = run.workloads[0], _and([str(size) for size in run.block_sizes])
-    seeds = seeds_of(run, LEARNED, workload=workload)
+    workload, sizes = run.workloads[0], [str(size) for size in run.block_sizes]
+    scope = f"averaged over block sizes {_and(sizes)}" if len(sizes) > 1 else f"block size {sizes[0]}"
+    seeds = seeds_of(run, workload=workload)
+    paired = all(len(found) == 1 for found in digests(run).values())
+    warning = "" if paired else " Warning: policies faced different requests at the same seed."
     return (
-        f"Workload {workload}, averaged over block size {sizes}; n = {seeds} held-out seeds, paired by seed; "
-        "brackets are 95 % bootstrap intervals."
+        f"Workload {workload}, {scope}; n = {seeds} held-out seeds; in brackets: paired bootstrap 95 % intervals."
+        f"{warning}"
     )
 
 
@@ -78,7 +82,7 @@ def misses(run: Run, *, workload: str) -> str:
         return "This run has no SLO attainment target."
     below = below_target(run, workload=workload)
     if not below:
-        return f"Every policy meets the SLO attainment target of {percent(run.attainment_target)} at every block size."
+        return f"Every policy meets the attainment target of {percent(run.attainment_target)} throughout."
     names = [f"{label(policy)} at block size {size} ({percent(share)})" for policy, size, share in below]
     return (
         f"Below the SLO attainment target of {percent(run.attainment_target)}: {_and(names)}. "
@@ -99,12 +103,12 @@ def block_sizes(run: Run) -> str:
     fact = f"block size {a} uses {_more(widest)} energy per request than {b}{_range(widest)}"
     if not apart:
         return (
-            "The block sizes do not differ for the learned policy: every difference is below 1 % or its interval "
-            f"includes zero. The largest: {fact}.{_untrained(run)}"
+            "The block sizes do not differ for the learned policy: every difference is below 1 % or its "
+            f"interval includes zero. The largest: {fact}.{_untrained(run)}"
         )
     return (
-        f"The block sizes differ for the learned policy: {fact}. {len(apart)} of {len(ratios)} pairs differ by "
-        f"1 % or more with an interval that excludes zero.{_untrained(run)} Each block size trained its own "
+        f"The block sizes differ for the learned policy: {fact}. {len(apart)} of {len(ratios)} pairs differ "
+        f"by 1 % or more with an interval that excludes zero.{_untrained(run)} Each block size trained its own "
         "policy once, so a difference may also come from the training."
     )
 
@@ -112,12 +116,16 @@ def block_sizes(run: Run) -> str:
 def control(run: Run, *, workload: str) -> str:
     """What the negative control says about the comparison itself."""
     ratio = relative_energy(run, LEARNED, "tuned_static", workload=workload)
-    aim = "Under this load a fixed pair is as good as it gets, so an adaptive policy should gain nothing over it"
+    aim = "Under this load a fixed pair is as good as it gets; adapting should gain nothing"
     if ratio is None:
         return f"{aim}; this run has no such comparison."
-    gained = ratio.mean < 1 - SMALLEST_DIFFERENCE and (ratio.low is None or ratio.excludes(1.0))
-    verdict = "a gain, so distrust the comparison (is the static pair tuned?)" if gained else "as it should be"
-    return f"{aim}: the learned policy uses {_more(ratio)} energy than the tuned static pair{_range(ratio)}, {verdict}."
+    if not _differs(ratio):
+        verdict = "no gain, as it should be"
+    elif ratio.mean < 1:
+        verdict = "a gain, so distrust the comparison: is the static pair well tuned?"
+    else:
+        verdict = "a loss where nothing was to be gained"
+    return f"{aim}. The learned policy uses {_more(ratio)} energy than the pair{_range(ratio)}: {verdict}."
 
 
 def _news(run: Run, ratios: dict[str, Interval | None], attainment: Interval) -> str:
@@ -162,8 +170,9 @@ def _range(ratio: Interval) -> str:
 
 
 def _shares(run: Run, attainment: Interval) -> str:
-    known = attainment.low is not None and attainment.high is not None
-    notes = [f"{100 * attainment.low:.1f} to {percent(attainment.high)}"] if known else []
+    notes = []
+    if attainment.low is not None and attainment.high is not None:
+        notes.append(f"{100 * attainment.low:.1f} to {percent(attainment.high)}")
     if run.attainment_target is not None:
         notes.append(f"target {percent(run.attainment_target)}")
     return f"{percent(attainment.mean)} of requests" + (f" ({'; '.join(notes)})" if notes else "")

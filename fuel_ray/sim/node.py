@@ -99,19 +99,13 @@ class SimulatedNode:
         self._reported = 0
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Set the knobs; they act at the next engine step.
-
-        Raises:
-            NodeError: the clock is not one of ``spec.gpu_clocks_mhz`` or the limit is out of range.
-        """
+        """Set the nearest supported clock and a limit within range; they act at the next engine step."""
         lowest, highest = self._spec.batch_limits
-        if knobs.gpu_clock_mhz not in self._clocks or not lowest <= knobs.batch_limit <= highest:
-            raise NodeError(
-                f"{knobs} cannot be set: limits {lowest}..{highest}, "
-                f"clocks {self._spec.gpu_clocks_mhz[0]}..{self._spec.gpu_clocks_mhz[-1]} MHz"
-            )
-        self._knobs = knobs
-        return knobs
+        clock_mhz = knobs.gpu_clock_mhz
+        if clock_mhz not in self._clocks:
+            clock_mhz = min(self._spec.gpu_clocks_mhz, key=lambda supported: abs(supported - clock_mhz))
+        self._knobs = Knobs(min(max(knobs.batch_limit, lowest), highest), clock_mhz)
+        return self._knobs
 
     def measure(self, duration_s: float) -> WindowMetrics:
         """Advance virtual time by ``duration_s`` seconds."""

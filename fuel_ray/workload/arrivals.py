@@ -41,14 +41,15 @@ class Piecewise:
         ends_s = np.cumsum(seconds)
 
         def rate_rps(t_s: np.ndarray) -> np.ndarray:
-            return rates_rps[np.searchsorted(ends_s[:-1], (start_s + t_s) % ends_s[-1], side="right")]
+            step: np.ndarray = np.searchsorted(ends_s[:-1], (start_s + t_s) % ends_s[-1], side="right")
+            return np.take(rates_rps, step)
 
         return _thinned(rate_rps, rates_rps.max(), duration_s, rng=rng)
 
 
 @dataclass(frozen=True, slots=True)
 class Gamma:
-    """Renewal arrivals with gamma gaps; ``cv`` is the gaps' standard deviation over their mean, 1 is Poisson."""
+    """Renewal arrivals with gamma gaps; ``cv`` is their standard deviation over their mean, 1 is Poisson."""
 
     rate_rps: float
     cv: float
@@ -114,14 +115,14 @@ class Mmpp:
         rates_rps = np.array([self.low_rps, self.high_rps])
 
         def rate_rps(t_s: np.ndarray) -> np.ndarray:
-            return rates_rps[(state + np.searchsorted(switches_s, t_s)) % 2]
+            return np.take(rates_rps, (state + np.searchsorted(switches_s, t_s)) % 2)
 
         return _thinned(rate_rps, self.high_rps, duration_s, rng=rng)
 
 
 @dataclass(frozen=True, slots=True)
 class Evenly:
-    """A whole number of requests in each second, evenly spaced from its start (the load model of GreenDLS)."""
+    """A whole number of requests in each second, evenly spaced from its start, as in GreenDLS."""
 
     speeds_rps: tuple[int, ...]
 
@@ -144,7 +145,7 @@ class Evenly:
 def repeated(
     times_s: np.ndarray, period_s: float, *, duration_s: float, start_s: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A span of a schedule in [0, period_s) that repeats: times counted from ``start_s``, and their indices."""
+    """A span of a repeating schedule: times counted from ``start_s``, and their indices in ``times_s``."""
     start_s %= period_s
     rounds = np.arange(int((start_s + duration_s) // period_s) + 1)
     unrolled_s = (rounds[:, None] * period_s + times_s).ravel() - start_s

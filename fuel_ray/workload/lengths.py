@@ -4,17 +4,8 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Protocol
 
 import numpy as np
-
-
-class Lengths(Protocol):
-    """A joint distribution of prompt and output tokens."""
-
-    def sample(self, n: int, *, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt tokens (n,) and output tokens (n,), int64 and at least 1."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +20,8 @@ class ClippedLognormal:
     def sample(self, n: int, *, rng: np.random.Generator) -> np.ndarray:
         """Token counts (n,), int64."""
         mu = _mu_after_clipping(self.mean, self.sigma, self.low, self.high)
-        tokens = np.exp(mu + self.sigma * rng.standard_normal(n))
-        return np.rint(np.clip(tokens, self.low, self.high)).astype(np.int64)
+        tokens = np.exp(mu + self.sigma * rng.standard_normal(n)).clip(self.low, self.high)
+        return np.asarray(np.rint(tokens), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,30 +32,24 @@ class Independent:
     output: ClippedLognormal
 
     def sample(self, n: int, *, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt tokens (n,) and output tokens (n,), int64."""
         return self.prompt.sample(n, rng=rng), self.output.sample(n, rng=rng)
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """Every request is equally long."""
-
-    prompt_tokens: int
-    output_tokens: int
-
-    def sample(self, n: int, *, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(n, self.prompt_tokens, np.int64), np.full(n, self.output_tokens, np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resampled:
-    """Pairs drawn with replacement from requests that were observed."""
+    """Pairs drawn with replacement from those listed; a single one makes all requests equally long."""
 
     prompt_tokens: np.ndarray
     output_tokens: np.ndarray
 
     def sample(self, n: int, *, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt tokens (n,) and output tokens (n,), int64."""
         drawn = rng.integers(len(self.prompt_tokens), size=n)
         return self.prompt_tokens[drawn], self.output_tokens[drawn]
+
+
+Lengths = Independent | Resampled
 
 
 @dataclass(frozen=True, slots=True)

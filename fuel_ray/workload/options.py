@@ -7,7 +7,11 @@ from fuel_ray.errors import ConfigError
 
 
 class Options:
-    """The pairs of one spec; knows which keys it was asked for, so that any other can be refused."""
+    """The pairs of one spec; knows which keys it was asked for, so that any other can be refused.
+
+    Raises:
+        ConfigError: from any method, if the text is not what it asks for.
+    """
 
     def __init__(self, text: str, *, defaults: str = "") -> None:
         self.text = text.strip()
@@ -22,45 +26,29 @@ class Options:
         return self._given.get(key)
 
     def number(self, key: str, default: float, *, low: float, high: float) -> float:
-        """A number in [low, high].
-
-        Raises:
-            ConfigError: it is not.
-        """
+        """A number in [low, high]."""
         written = self.text_of(key)
         value = default if written is None else as_number(written)
         if not low <= value <= high:
-            raise self.error(f"{key} is {written or value}; a number from {low:g} to {high:g}")
+            raise self.error(f"{key} is {written or default!r}; a number from {low:g} to {high:g}")
         return float(value)
 
     def count(self, key: str, default: int, *, low: int, high: int) -> int:
-        """A whole number in [low, high].
-
-        Raises:
-            ConfigError: it is not.
-        """
+        """A whole number in [low, high]."""
         value = self.number(key, default, low=low, high=high)
         if not value.is_integer():
             raise self.error(f"{key} is {value:g}; a whole number from {low} to {high}")
         return int(value)
 
     def choice(self, key: str, default: str, allowed: Iterable[str]) -> str:
-        """One of the allowed words.
-
-        Raises:
-            ConfigError: it is not.
-        """
+        """One of the allowed words."""
         value = self.text_of(key) or default
         if value not in (allowed := tuple(allowed)):
-            raise self.error(f"{key} is {value}; one of {', '.join(allowed)}")
+            raise self.error(f"{key} is {value!r}; one of {', '.join(allowed)}")
         return value
 
     def refuse_the_rest(self) -> None:
-        """Check that every key given was asked for.
-
-        Raises:
-            ConfigError: one was not.
-        """
+        """Check that every key given was asked for."""
         for key in self._given:
             if key not in self._asked:
                 raise self.error(f"{key} is unknown here; one of {', '.join(self._asked)}")

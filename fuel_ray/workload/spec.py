@@ -10,7 +10,6 @@ from fuel_ray.types import Requests
 from fuel_ray.workload.arrivals import Arrivals, Diurnal, Evenly, Gamma, Mmpp, Piecewise
 from fuel_ray.workload.lengths import (
     ClippedLognormal,
-    Fixed,
     Independent,
     Lengths,
     Resampled,
@@ -115,10 +114,12 @@ def _lengths(options: Options) -> Lengths:
     kind = options.choice("lengths", "lognormal", ("lognormal", "sharegpt", "fixed", *_EXCERPTS))
     if kind in _EXCERPTS:
         rows = read_excerpt(_EXCERPTS[kind])
-        return Resampled(np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
+        pairs = np.array([(row.prompt_tokens, row.output_tokens) for row in rows])
+        return Resampled(pairs[:, 0], pairs[:, 1])
     if kind == "fixed":
         prompt_tokens = options.count("prompt_mean", 512, low=1, high=1_000_000)
-        return Fixed(prompt_tokens, options.count("output_mean", 220, low=1, high=1_000_000))
+        output_tokens = options.count("output_mean", 220, low=1, high=1_000_000)
+        return Resampled(np.array([prompt_tokens]), np.array([output_tokens]))
     if kind == "sharegpt":
         # Means of the vLLM paper, figure 11 (arXiv:2309.06180); sigma and limits are ours, as it gives none.
         return _lognormal(options, prompt=(161, 1024), output=(338, 2048), sigma=1.0)
@@ -141,7 +142,7 @@ def _lognormal(
 
 
 def _prefixes(options: Options) -> SharedPrefixes | None:
-    count = options.count("prefixes", 0, low=0, high=1_000_000)
+    count = options.count("prefixes", 0, low=0, high=10_000)
     if count == 0:
         return None
     tokens = options.count("prefix_tokens", 500, low=1, high=1_000_000)

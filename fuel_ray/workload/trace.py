@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -84,58 +84,39 @@ def replay(
 
 
 def read_azure(path: Path) -> list[TraceRow]:
-    """Azure LLM inference traces of 2023 and 2024 (github.com/Azure/AzurePublicDataset).
-
-    Raises:
-        ConfigError: the file cannot be read or a line is not in this format.
-    """
+    """Azure LLM inference traces of 2023 and 2024 (github.com/Azure/AzurePublicDataset)."""
     return _read_csv(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), seconds=_seconds_of_date)
 
 
 def read_burstgpt(path: Path) -> list[TraceRow]:
-    """BurstGPT (arXiv:2401.17644); its failed requests have no response tokens.
-
-    Raises:
-        ConfigError: the file cannot be read or a line is not in this format.
-    """
+    """BurstGPT (arXiv:2401.17644); its failed requests have no response tokens."""
     return _read_csv(path, ("Timestamp", "Request tokens", "Response tokens"), seconds=float)
 
 
 def read_excerpt(path: Path) -> list[TraceRow]:
-    """The excerpts in ``data/``.
-
-    Raises:
-        ConfigError: the file cannot be read or a line is not in this format.
-    """
+    """The excerpts in ``data/``."""
     return _read_csv(path, ("arrival_s", "prompt_tokens", "output_tokens"), seconds=float)
 
 
 def read_mooncake(path: Path) -> list[TraceRow]:
-    """Mooncake traces (arXiv:2407.00079), one JSON object a line.
-
-    Raises:
-        ConfigError: the file cannot be read or a line is not in this format.
-    """
+    """Mooncake traces (arXiv:2407.00079), one JSON object a line."""
 
     def parse(line: str) -> TraceRow:
         item = json.loads(line)
-        hash_ids = tuple(_whole(i) for i in item.get("hash_ids", ()))
+        hash_ids = tuple(_whole(block, most=2**62) for block in item.get("hash_ids", ()))
         return _row(item["timestamp"] / 1000, item["input_length"], item["output_length"], hash_ids)
 
-    return _parse(path, parse, "JSON with timestamp (ms), input_length, output_length and hash_ids")
+    expected = "JSON with timestamp (ms), input_length, output_length and hash_ids"
+    return _parse(path, _lines(path), parse, expected)
 
 
 def read_speeds(path: Path) -> tuple[int, ...]:
-    """Requests in each second: whole numbers, as a JSON list or separated by commas, blanks or newlines.
-
-    Raises:
-        ConfigError: the file cannot be read, holds something else, or no request.
-    """
+    """Requests in each second: whole numbers, as a JSON list or separated by commas, blanks or newlines."""
 
     def parse(line: str) -> tuple[int, ...]:
         return tuple(_whole(item) for item in line.translate(str.maketrans("[],;", "    ")).split())
 
-    speeds = sum(_parse(path, parse, "a list of whole numbers"), ())
+    speeds = tuple(chain.from_iterable(_parse(path, _lines(path), parse, "a list of whole numbers")))
     if not any(speeds):
         raise ConfigError(f"{path}: no second with a request")
     return speeds
@@ -144,7 +125,8 @@ def read_speeds(path: Path) -> tuple[int, ...]:
 def _read_csv(
     path: Path, columns: tuple[str, str, str], *, seconds: Callable[[str], float]
 ) -> list[TraceRow]:
-    header = [name.strip() for name in next(iter(_lines(path)), "").split(",")]
+    lines = _lines(path)
+    header = [name.strip() for name in lines[0].split(",")] if lines else []
     if missing := [column for column in columns if column not in header]:
         raise ConfigError(f"{path}:1: no column {missing[0]!r}; needs {', '.join(columns)}")
     time, prompt, output = (header.index(column) for column in columns)
@@ -153,7 +135,7 @@ def _read_csv(
         cells = line.split(",")
         return _row(seconds(cells[time].strip()), cells[prompt], cells[output])
 
-    return _parse(path, parse, f"a row with {', '.join(columns)}", header_lines=1)
+    return _parse(path, lines[1:], parse, f"a row with {', '.join(columns)}", first_line=2)
 
 
 def _lines(path: Path) -> list[str]:
@@ -165,10 +147,12 @@ def _lines(path: Path) -> list[str]:
         raise ConfigError(f"{path}: not UTF-8 text") from error
 
 
-def _parse(path: Path, parse: Callable[[str], T], expected: str, *, header_lines: int = 0) -> list[T]:
+def _parse(
+    path: Path, lines: Sequence[str], parse: Callable[[str], T], expected: str, *, first_line: int = 1
+) -> list[T]:
     parsed = []
-    for number, line in enumerate(_lines(path), 1):
-        if number <= header_lines or not line.strip():
+    for number, line in enumerate(lines, first_line):
+        if not line.strip():
             continue
         try:
             parsed.append(parse(line))
@@ -185,9 +169,9 @@ def _row(
     return TraceRow(time_s, _whole(prompt_tokens), _whole(output_tokens), hash_ids)
 
 
-def _whole(value: str | int) -> int:
+def _whole(value: str | int, *, most: int = _MOST) -> int:
     number = int(value)
-    if not 0 <= number <= _MOST:
+    if not 0 <= number <= most:
         raise ValueError(value)
     return number
 
@@ -197,27 +181,27 @@ def _seconds_of_date(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _shared_prefixes(chains: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+def _shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
     """A (prefix id, prefix tokens) per prompt; (-1, 0) where no other prompt shares its first block.
 
     Prompts form a tree of blocks, of which those in at least two prompts matter. ``Requests`` knows one chain
-    per prefix id, so the tree is cut into chains that follow the most shared child, and each prompt belongs to
-    the chain of its deepest shared block. Prompts of one chain share exactly what they share in the trace;
+    per prefix id, so the tree is cut into chains that follow the most shared child, and each prompt belongs
+    to the chain of its deepest shared block. Prompts of one chain share exactly what they share in the trace;
     what prompts of different chains share above the branch is lost, so sharing is under-estimated.
     """
-    uses = Counter(block for chain in chains for block in chain)
-    shared = [tuple(takewhile(lambda block: uses[block] > 1, chain)) for chain in chains]
+    uses = Counter(chain.from_iterable(set(prompt) for prompt in prompts))
+    shared = [tuple(takewhile(lambda block: uses[block] > 1, prompt)) for prompt in prompts]
     follower: dict[int, int] = {}
-    for chain in shared:
-        for block, child in pairwise(chain):
+    for blocks in shared:
+        for block, child in pairwise(blocks):
             if uses[child] > uses[follower.get(block, -1)]:
                 follower[block] = child
-    return [(_head(chain, follower), len(chain) * _MOONCAKE_BLOCK_TOKENS) for chain in shared]
+    return [(_head(blocks, follower), len(blocks) * _MOONCAKE_BLOCK_TOKENS) for blocks in shared]
 
 
-def _head(chain: tuple[int, ...], follower: dict[int, int]) -> int:
+def _head(blocks: tuple[int, ...], follower: dict[int, int]) -> int:
     """First block of the cut-out chain in which this one ends; -1 for an empty one."""
-    head = chain[0] if chain else -1
-    for block, child in pairwise(chain):
+    head = blocks[0] if blocks else -1
+    for block, child in pairwise(blocks):
         head = head if follower[block] == child else child
     return head

@@ -1,0 +1,119 @@
+"""From settings to objects: the one place that chooses what a node is made of."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, RunningScale, node_grid
+from fuel_ray.config import PRESETS, SweepConfig
+from fuel_ray.control import ControlLoop, Guard
+from fuel_ray.env import ServingEnv
+from fuel_ray.objective import Energy, GreenDls, Objective
+from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.sim.perf_model import load_pack, step_cost
+from fuel_ray.types import NodeSpec
+from fuel_ray.workload import parse_workload
+
+# Mean output and prompt length for which the energy reward's reference is computed
+_REFERENCE_SEQS, _REFERENCE_CONTEXT = 16, 16 * 700
+
+
+def build_node(
+    config: SweepConfig,
+    kv_block_size: int,
+    *,
+    horizon_s: float,
+    workload: str | None = None,
+    random_start: bool = False,
+) -> SimulatedNode:
+    """A simulated node as the settings describe it.
+
+    Raises:
+        ConfigError: pack or workload is unknown or malformed.
+    """
+    return SimulatedNode(
+        load_pack(config.pack),
+        parse_workload(workload or config.workload),
+        kv_block_size=kv_block_size,
+        horizon_s=horizon_s,
+        kv_tokens=config.kv_tokens,
+        prefix_caching=config.prefix_caching,
+        random_start=random_start,
+    )
+
+
+def build_objective(config: SweepConfig) -> Objective:
+    """The reward that the settings name."""
+    if config.reward == "energy":
+        perf = load_pack(config.pack).perf
+        duration_s, power_w, _ = step_cost(
+            perf, _REFERENCE_SEQS, _REFERENCE_CONTEXT, 0, 0.7 * perf.max_clock_mhz
+        )
+        return Energy(
+            slo=config.slo,
+            token_price_j=duration_s * power_w / _REFERENCE_SEQS,
+            miss_price_j=config.miss_price_j,
+            scale_w=power_w,
+        )
+    if config.slo_e2e_s is None:
+        raise AssertionError("validated before: the GreenDLS rewards need an e2e SLO")
+    return GreenDls(
+        slo_e2e_s=config.slo_e2e_s,
+        kv=config.reward != "greendls",
+        normalized=config.reward == "greendls_kv_normalized",
+    )
+
+
+def build_grid(config: SweepConfig, spec: NodeSpec) -> ActionGrid:
+    """The action grid that the settings name, for this node."""
+    if config.grid == "seed":
+        return SEED_GRID
+    if config.grid == "greendls":
+        return GREENDLS_GRID
+    return node_grid(
+        spec,
+        clock_step_mhz=config.grid_clock_step_mhz,
+        lowest_clock_share=config.grid_lowest_clock_share,
+        batch_limits=config.grid_batch_limits,
+    )
+
+
+def build_codec(config: SweepConfig, spec: NodeSpec) -> Codec:
+    """What policies see and may choose on this node."""
+    features = config.features
+    if config.conditional and "kv_block_size" not in features:
+        features = (*features, "kv_block_size")
+    return Codec(
+        features=features,
+        grid=build_grid(config, spec),
+        slo=config.slo,
+        running_scale=RunningScale() if config.normalisation == "running" else None,
+    )
+
+
+def build_loop(
+    config: SweepConfig,
+    kv_block_size: int,
+    *,
+    horizon_s: float,
+    workload: str | None = None,
+    random_start: bool = False,
+) -> ControlLoop:
+    """A node under control."""
+    node = build_node(
+        config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start
+    )
+    return ControlLoop(node, build_objective(config), guard=Guard(config.guard_wait_s))
+
+
+def build_env(config: SweepConfig, block_sizes: Sequence[int]) -> ServingEnv:
+    """A training environment over servers of these block sizes, each episode at a random point of the workload."""
+    steps = config.train.episode_steps
+    loops = [
+        build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes
+    ]
+    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps)
+
+
+def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:
+    """What ``gymnasium.make("fuel_ray/Serving-v0")`` makes."""
+    return build_env(PRESETS[preset], [kv_block_size])

@@ -1,0 +1,231 @@
+"""What a policy sees and what it may choose: the feature table and the action grid."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.metrics import window_attainment
+from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
+
+EWMA_S = 10.0  # time constant of the arrival rate's moving average
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a feature may need beyond the window."""
+
+    spec: NodeSpec
+    slo: Slo
+    arrival_rate_ewma_rps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One entry of the observation: value / scale, clipped to [0, high]."""
+
+    scale: float
+    value: Callable[[WindowMetrics, Context], float | None]  # None reads as 0
+    high: float = 1.0
+
+
+def _wait_of_slo(w: WindowMetrics, c: Context) -> float:
+    limit_s = c.slo.e2e_s or c.slo.ttft_s
+    return w.oldest_wait_s / limit_s if limit_s else 0.0
+
+
+def _inference_of_slo(w: WindowMetrics, c: Context) -> float:
+    limit_s = c.slo.e2e_s or c.slo.ttft_s
+    return sum(w.e2es_s) / len(w.e2es_s) / limit_s if w.e2es_s and limit_s else 0.0
+
+
+FEATURES: dict[str, Feature] = {
+    # The ten of seed.md 4.1, in its order and with its scales
+    "gpu_power": Feature(1000.0, lambda w, c: w.energy_j / w.duration_s),
+    "gpu_util": Feature(1.0, lambda w, c: w.gpu_util),
+    "gpu_mem_util": Feature(1.0, lambda w, c: w.gpu_mem_util),
+    "cpu_power": Feature(
+        200.0, lambda w, c: None if w.cpu_energy_j is None else w.cpu_energy_j / w.duration_s
+    ),
+    "cpu_util": Feature(1.0, lambda w, c: w.cpu_util),
+    "running": Feature(50.0, lambda w, c: w.running),
+    "waiting": Feature(50.0, lambda w, c: w.waiting),
+    "kv_usage": Feature(1.0, lambda w, c: w.kv_usage),
+    "request_throughput": Feature(20.0, lambda w, c: w.completed / w.duration_s),
+    "token_throughput": Feature(2000.0, lambda w, c: w.output_tokens / w.duration_s),
+    # Optional ones (seed.md 7.3 and 7.4)
+    "prefix_cache_hit_rate": Feature(1.0, lambda w, c: w.prefix_hit_rate),
+    "slo_attainment": Feature(1.0, lambda w, c: window_attainment(w, c.slo)),
+    "kv_used_share": Feature(1.0, lambda w, c: w.kv_usage),
+    "kv_free_share": Feature(1.0, lambda w, c: 1.0 - w.kv_usage),
+    "kv_block_size": Feature(64.0, lambda w, c: c.spec.kv_block_size, high=4.0),
+    "gpu_clock": Feature(1.0, lambda w, c: w.knobs.gpu_clock_mhz / c.spec.gpu_clocks_mhz[-1]),
+    "batch_limit": Feature(1.0, lambda w, c: w.knobs.batch_limit / c.spec.batch_limits[-1]),
+    "arrival_rate": Feature(20.0, lambda w, c: w.arrivals / w.duration_s),
+    "arrival_rate_ewma": Feature(20.0, lambda w, c: c.arrival_rate_ewma_rps),
+    "oldest_wait": Feature(1.0, _wait_of_slo),
+    # GreenDLS's four (llm/src/scheduler.py): 10 x value, rounded to 3 places
+    "greendls_power": Feature(0.1, lambda w, c: round(w.energy_j / w.duration_s / 250, 4), high=100.0),
+    "greendls_wait": Feature(0.1, lambda w, c: round(min(_wait_of_slo(w, c), 1.0), 4), high=10.0),
+    "greendls_inference": Feature(0.1, lambda w, c: round(min(_inference_of_slo(w, c), 1.0), 4), high=10.0),
+    "greendls_rate": Feature(0.1, lambda w, c: round(w.arrivals / w.duration_s / 10, 4), high=100.0),
+}
+SEED_FEATURES = tuple(FEATURES)[:10]
+GREENDLS_FEATURES = tuple(name for name in FEATURES if name.startswith("greendls_"))
+DEFAULT_FEATURES = (*SEED_FEATURES, "arrival_rate_ewma", "gpu_clock", "oldest_wait")
+
+
+@dataclass(frozen=True, slots=True)
+class ActionGrid:
+    """Every pair of a batch limit and a clock; index = limit index x number of clocks + clock index."""
+
+    batch_limits: tuple[int, ...]
+    gpu_clocks_mhz: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.batch_limits) * len(self.gpu_clocks_mhz)
+
+    def decode(self, index: int) -> Knobs:
+        """The pair with this index."""
+        limit, clock = divmod(int(index), len(self.gpu_clocks_mhz))
+        return Knobs(self.batch_limits[limit], self.gpu_clocks_mhz[clock])
+
+    def encode(self, knobs: Knobs) -> int:
+        """The index of a pair.
+
+        Raises:
+            ConfigError: the pair is not in the grid.
+        """
+        try:
+            limit = self.batch_limits.index(knobs.batch_limit)
+            return limit * len(self.gpu_clocks_mhz) + self.gpu_clocks_mhz.index(knobs.gpu_clock_mhz)
+        except ValueError:
+            raise ConfigError(f"{knobs} is not in the action grid") from None
+
+
+GREENDLS_BATCH_LIMITS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36)
+SEED_GRID = ActionGrid(GREENDLS_BATCH_LIMITS, tuple(range(540, 1501, 60)))
+GREENDLS_GRID = ActionGrid(GREENDLS_BATCH_LIMITS, tuple(range(517, 1538, 60)))
+GridName = Literal["node", "seed", "greendls"]
+
+
+def node_grid(
+    spec: NodeSpec, *, clock_step_mhz: int, lowest_clock_share: float, batch_limits: Sequence[int]
+) -> ActionGrid:
+    """A grid of what the node supports: clocks at least ``clock_step_mhz`` apart, down from the maximum.
+
+    Limits above the node's capacity become its capacity, which is always included.
+    """
+    highest = spec.gpu_clocks_mhz[-1]
+    clocks = [highest]
+    for clock_mhz in reversed(spec.gpu_clocks_mhz):
+        if clock_mhz >= lowest_clock_share * highest and clocks[-1] - clock_mhz >= clock_step_mhz:
+            clocks.append(clock_mhz)
+    limits = {limit for limit in batch_limits if limit < spec.batch_limits[-1]} | {spec.batch_limits[-1]}
+    return ActionGrid(tuple(sorted(limits)), tuple(reversed(clocks)))
+
+
+@dataclass(slots=True)
+class RunningScale:
+    """Mean and spread of each feature so far (Welford, Technometrics 4, 1962)."""
+
+    count: int = 0
+    mean: list[float] = field(default_factory=list)
+    sum_of_squares: list[float] = field(default_factory=list)
+
+    def update(self, values: Sequence[float]) -> None:
+        """Take one more observation into account."""
+        if not self.mean:
+            self.mean, self.sum_of_squares = [0.0] * len(values), [0.0] * len(values)
+        self.count += 1
+        for i, value in enumerate(values):
+            delta = value - self.mean[i]
+            self.mean[i] += delta / self.count
+            self.sum_of_squares[i] += delta * (value - self.mean[i])
+
+    def apply(self, values: Sequence[float]) -> list[float]:
+        """(value - mean) / standard deviation, clipped to [-5, 5]."""
+        if self.count < 2:
+            return [0.0] * len(values)
+        return [
+            min(max((value - mean) / math.sqrt(squares / (self.count - 1) + 1e-8), -5.0), 5.0)
+            for value, mean, squares in zip(values, self.mean, self.sum_of_squares, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Which features a policy sees, how they are scaled, and which actions it has."""
+
+    features: tuple[str, ...]
+    grid: ActionGrid
+    slo: Slo
+    running_scale: RunningScale | None = None  # fixed scales of the feature table if None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.features if name not in FEATURES]
+        if unknown or not self.features:
+            raise ConfigError(f"features {unknown} are unknown; allowed are {', '.join(FEATURES)}")
+
+    @property
+    def low(self) -> np.ndarray:
+        """Lower bounds of the observation."""
+        return np.full(len(self.features), -5.0 if self.running_scale else 0.0, np.float32)
+
+    @property
+    def high(self) -> np.ndarray:
+        """Upper bounds of the observation."""
+        if self.running_scale:
+            return np.full(len(self.features), 5.0, np.float32)
+        return np.array([FEATURES[name].high for name in self.features], np.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> "Codec":
+        """The inverse of ``to_dict``."""
+        scale = raw["running_scale"]
+        return Codec(
+            features=tuple(raw["features"]),
+            grid=ActionGrid(tuple(raw["grid"]["batch_limits"]), tuple(raw["grid"]["gpu_clocks_mhz"])),
+            slo=Slo(**raw["slo"]),
+            running_scale=RunningScale(**scale) if scale else None,
+        )
+
+
+class Encoder:
+    """A codec at work on one node: remembers the arrival rate of the last seconds."""
+
+    def __init__(self, codec: Codec, spec: NodeSpec, *, learn_scale: bool = False) -> None:
+        self._codec = codec
+        self._spec = spec
+        self._learn_scale = learn_scale
+        self._features = [FEATURES[name] for name in codec.features]
+        self._rate_rps: float | None = None
+
+    def reset(self) -> None:
+        """Forget the past."""
+        self._rate_rps = None
+
+    def encode(self, window: WindowMetrics) -> np.ndarray:
+        """The observation after a window: (features,) float32 within the codec's bounds."""
+        rate_rps = window.arrivals / window.duration_s
+        if self._rate_rps is not None:
+            rate_rps = self._rate_rps + (rate_rps - self._rate_rps) * -math.expm1(-window.duration_s / EWMA_S)
+        self._rate_rps = rate_rps
+        context = Context(self._spec, self._codec.slo, rate_rps)
+        values = []
+        for feature in self._features:
+            value = (feature.value(window, context) or 0.0) / feature.scale
+            values.append(min(max(value, 0.0), feature.high))
+        scale = self._codec.running_scale
+        if scale is not None:
+            if self._learn_scale:
+                scale.update(values)
+            values = scale.apply(values)
+        return np.array(values, np.float32)

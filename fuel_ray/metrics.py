@@ -1,0 +1,116 @@
+"""From windows and request records to the figures of the summary: one definition of each."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fuel_ray.types import RequestRecord, Slo, WindowMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Mean and percentiles of one latency, in seconds; None without samples."""
+
+    mean_s: float | None
+    p50_s: float | None
+    p99_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSummary:
+    """What one policy did with one workload."""
+
+    energy_j: float
+    energy_j_per_request: float | None
+    energy_j_per_output_token: float | None
+    slo_attainment: float
+    slo_met: bool
+    ttft: Latency
+    tpot: Latency
+    e2e: Latency
+    requests: int  # arrived
+    preemptions: int
+    mean_gpu_clock_mhz: float
+    mean_batch_limit: float
+    clock_switches: int
+
+
+@dataclass(slots=True)
+class EpisodeTotals:
+    """Adds windows up as they come."""
+
+    energy_j: float = 0.0
+    seconds: float = 0.0
+    arrivals: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    clock_mhz_s: float = 0.0
+    limit_s: float = 0.0
+    clock_switches: int = 0
+    _clock_mhz: int | None = field(default=None, repr=False)
+
+    def add(self, window: WindowMetrics) -> None:
+        """Take one more window into account."""
+        self.energy_j += window.energy_j
+        self.seconds += window.duration_s
+        self.arrivals += window.arrivals
+        self.output_tokens += window.output_tokens
+        self.preemptions += window.preemptions
+        self.clock_mhz_s += window.knobs.gpu_clock_mhz * window.duration_s
+        self.limit_s += window.knobs.batch_limit * window.duration_s
+        if self._clock_mhz is not None and self._clock_mhz != window.knobs.gpu_clock_mhz:
+            self.clock_switches += 1
+        self._clock_mhz = window.knobs.gpu_clock_mhz
+
+    def summary(self, records: Sequence[RequestRecord], slo: Slo) -> EpisodeSummary:
+        """Figures of the episode; requests that arrived and are not in ``records`` missed the SLO."""
+        ttft = latency(r.ttft_s for r in records)
+        tpot = latency(r.tpot_s for r in records)
+        e2e = latency(r.e2e_s for r in records)
+        kept = sum(map(slo.is_kept_by, records))
+        attainment = kept / self.arrivals if self.arrivals else 1.0
+        if slo.share is not None:
+            met = attainment >= slo.share
+        else:
+            pairs = ((ttft, slo.ttft_s), (tpot, slo.tpot_s), (e2e, slo.e2e_s))
+            met = all(x.mean_s is None or limit is None or x.mean_s <= limit for x, limit in pairs)
+        return EpisodeSummary(
+            energy_j=self.energy_j,
+            energy_j_per_request=self.energy_j / self.arrivals if self.arrivals else None,
+            energy_j_per_output_token=self.energy_j / self.output_tokens if self.output_tokens else None,
+            slo_attainment=attainment,
+            slo_met=met,
+            ttft=ttft,
+            tpot=tpot,
+            e2e=e2e,
+            requests=self.arrivals,
+            preemptions=self.preemptions,
+            mean_gpu_clock_mhz=self.clock_mhz_s / self.seconds,
+            mean_batch_limit=self.limit_s / self.seconds,
+            clock_switches=self.clock_switches,
+        )
+
+
+def latency(values_s: Iterable[float | None]) -> Latency:
+    """Mean, median and 99th percentile (linear interpolation) of the known values."""
+    known = np.array([value for value in values_s if value is not None])
+    if not len(known):
+        return Latency(None, None, None)
+    p50_s, p99_s = np.percentile(known, (50, 99)).tolist()
+    return Latency(float(known.mean()), p50_s, p99_s)
+
+
+def window_attainment(window: WindowMetrics, slo: Slo) -> float:
+    """Smallest share of a window's TTFT, TPOT and e2e samples within its limit; 1.0 without samples.
+
+    A stalled window, in which nothing finished and somebody waits beyond the TTFT or e2e limit, has attainment 0.
+    """
+    wait_limit_s = slo.ttft_s if slo.ttft_s is not None else slo.e2e_s
+    if wait_limit_s is not None and not window.completed and window.oldest_wait_s > wait_limit_s:
+        return 0.0
+    pairs = ((window.ttfts_s, slo.ttft_s), (window.tpots_s, slo.tpot_s), (window.e2es_s, slo.e2e_s))
+    shares = [
+        sum(value <= limit for value in values) / len(values) for values, limit in pairs if limit and values
+    ]
+    return min(shares, default=1.0)

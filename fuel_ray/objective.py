@@ -1,0 +1,123 @@
+"""The named rewards. Each scores one window; none of them depends on how the knobs were chosen."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fuel_ray.types import Slo, WindowMetrics
+
+GREENDLS_K = 150.0  # GreenDLS, llm/src/scheduler.py: weight of energy efficiency
+
+
+class Objective(Protocol):
+    """Scores a window; higher is better."""
+
+    def reward(self, window: WindowMetrics) -> float: ...
+
+
+def greendls_reward(delay_ms: float, energy_mj: float, slo_target_ms: float, k: float = GREENDLS_K) -> float:
+    """GreenDLS: k delay / energy within the SLO, SLO - delay (ms) beyond it.
+
+    By Little's law delay / energy per request is requests in the system / power, so this pays for slowness until the
+    SLO. It is kept to the letter for comparison.
+    """
+    if delay_ms <= slo_target_ms:
+        return k * delay_ms / energy_mj
+    return slo_target_ms - delay_ms
+
+
+def greendls_kv_reward(
+    delay_ms: float, energy_mj: float, kv_cache_usage: float, slo_target_ms: float, k: float = GREENDLS_K
+) -> float:
+    """The GreenDLS reward with a penalty, within the SLO, for KV usage below 0.5 or above 0.9.
+
+    Args:
+        delay_ms: latency of a request.
+        energy_mj: energy per request in mJ, > 0.
+        kv_cache_usage: 0..1.
+        slo_target_ms: the latency promised.
+        k: weight of energy efficiency.
+    """
+    reward = greendls_reward(delay_ms, energy_mj, slo_target_ms, k)
+    if delay_ms > slo_target_ms:
+        return reward
+    if kv_cache_usage < 0.5:
+        return reward - 5.0 * (0.5 - kv_cache_usage)
+    if kv_cache_usage > 0.9:
+        return reward - 10.0 * (kv_cache_usage - 0.9)
+    return reward
+
+
+def normalized_greendls_kv_reward(
+    delay_ms: float, energy_mj: float, kv_cache_usage: float, slo_target_ms: float, k: float = GREENDLS_K
+) -> float:
+    """``greendls_kv_reward`` / 50, clipped to [-2, 2]."""
+    raw = greendls_kv_reward(delay_ms, energy_mj, kv_cache_usage, slo_target_ms, k)
+    return min(max(raw / 50.0, -2.0), 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class GreenDls:
+    """The GreenDLS rewards on a window: mean e2e of what finished against GPU energy per finished request.
+
+    A window in which nothing finished scores 0 if nobody waits. If somebody does it is stalled, and scores as if the
+    latency were the SLO plus the oldest wait.
+    """
+
+    slo_e2e_s: float
+    kv: bool  # with the KV usage term
+    normalized: bool
+
+    def reward(self, window: WindowMetrics) -> float:
+        """Score of one window."""
+        slo_ms = self.slo_e2e_s * 1000
+        if window.completed:
+            delay_ms = sum(window.e2es_s) / window.completed * 1000
+            energy_mj = window.energy_j / window.completed * 1000
+        elif window.waiting:
+            delay_ms = slo_ms + window.oldest_wait_s * 1000
+            energy_mj = window.energy_j * 1000
+        else:
+            return 0.0
+        if not self.kv:
+            raw = greendls_reward(delay_ms, energy_mj, slo_ms)
+            return min(max(raw / 50.0, -2.0), 2.0) if self.normalized else raw
+        score = normalized_greendls_kv_reward if self.normalized else greendls_kv_reward
+        return score(delay_ms, energy_mj, window.kv_usage, slo_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """Joules saved against a reference price per token, less a price for each request that misses the SLO.
+
+    reward = (token_price_j * output tokens - energy - miss_price_j * misses) / (scale_w * duration)
+
+    Summed over an episode that serves all its arrivals the first term is a constant, so this ranks policies by energy
+    plus miss_price_j per miss; it only takes the load's variance out of the reward. Under overload, where more speed
+    serves more, it is Dinkelbach's form of "least joules per token" at the price of the reference
+    (W. Dinkelbach, Management Science 13, 1967).
+    """
+
+    slo: Slo
+    token_price_j: float  # J per output token that a good static setting pays
+    miss_price_j: float  # J charged per missed limit
+    scale_w: float  # typical power, so that rewards are of order 1
+
+    def reward(self, window: WindowMetrics) -> float:
+        """Score of one window."""
+        saved_j = self.token_price_j * window.output_tokens - window.energy_j
+        return (saved_j - self.miss_price_j * self.misses(window)) / (self.scale_w * window.duration_s)
+
+    def misses(self, window: WindowMetrics) -> float:
+        """Limits missed by requests in this window; those who wait in a stalled window count by the oldest wait."""
+        slo = self.slo
+        missed = 0.0
+        if slo.ttft_s is not None:
+            missed += sum(value > slo.ttft_s for value in window.ttfts_s)
+        if slo.tpot_s is not None:
+            missed += sum(value > slo.tpot_s for value in window.tpots_s)
+        if slo.e2e_s is not None:
+            missed += sum(value > slo.e2e_s for value in window.e2es_s)
+        wait_limit_s = slo.ttft_s if slo.ttft_s is not None else slo.e2e_s
+        if wait_limit_s is not None and not window.completed and window.waiting:
+            missed += window.waiting * min(1.0, window.oldest_wait_s / wait_limit_s)
+        return missed
