@@ -235,9 +235,11 @@ def test_the_headline_gives_savings_attainment_interval_and_n(full_report):
     page = prose(full_report[1])
     headline = re.search(r'<p class="headline">(.*?)</p>', page)[1]
     assert re.search(
-        r"uses 31\.\d % less energy per request than maximum performance \(31\.\d to 3", headline
+        r"energy per request is 31\.\d % less than under maximum performance \(31\.\d to 3", headline
     )
-    assert "less than the tuned static pair" in headline and "more than the load table" in headline
+    assert (
+        "less than under the tuned static pair" in headline and "more than under the load table" in headline
+    )
     assert re.search(
         r"meets the SLO for 95\.8 % of requests \(95\.\d to 9\d\.\d %; target 95\.0 %\)", headline
     )
@@ -272,14 +274,14 @@ def test_unequal_block_sizes_are_said_to_differ(tmp_path):
 
 def test_a_missed_attainment_target_is_bad_news(tmp_path):
     page = prose(report_of(tmp_path / "run", learned_attainment=0.92, block_sizes=(8,)))
-    assert 'class="headline bad">Bad news, the attainment target is missed' in page
+    assert 'class="headline bad">Bad news, the SLO attainment target is missed' in page
     assert re.search(r'<td class="bad">9[12]', page)
     assert "Below the SLO attainment target of 95.0 %: learned (DQN) at block size 8 (92" in page
 
 
 def test_a_policy_that_loses_to_a_fixed_pair_is_bad_news(tmp_path):
     page = table_of(tmp_path / "run", learned_energy=1.08, block_sizes=(8, 16))
-    assert "Bad news, a tuned static pair saves more: the learned policy uses" in page
+    assert "Bad news, a tuned static pair saves more: the learned policy's energy" in page
     assert "a loss where nothing was to be gained" in page
 
 
@@ -362,7 +364,7 @@ def test_the_terminal_table_has_a_row_per_policy_and_the_answer(full_report):
     lines = text.splitlines()
     assert sum("learned (DQN)" in line for line in lines) == 2 * len(BLOCK_SIZES)
     assert max(len(line) for line in lines if "tuned static  " in line) <= 130
-    assert "The learned policy uses 31." in text and "do not differ" in text
+    assert "The learned policy's energy per request is 31." in text and "do not differ" in text
     assert text.isascii()
 
 

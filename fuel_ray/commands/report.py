@@ -47,20 +47,20 @@ _TERMS = {
 }
 
 _LEARNING = (
-    "Reward should rise and energy per request fall until both are flat; a curve that still moves at its end asks "
-    "for more steps. Thin: each training iteration. Bold: mean of five."
+    "Reward should rise and energy per request fall until both are flat; a curve that still moves at its end "
+    "asks for more steps. Thin: each training iteration. Bold: mean of five."
 )
 _SCATTER = (
-    "Left is less energy, up is more requests within the SLO. A policy is better than another only if it lies to "
-    "its left and above the dashed target. Bars: 95 % intervals over seeds."
+    "Left is less energy, up is more requests within the SLO. A policy is better than another only if it lies "
+    "to its left and above the dashed target. Bars: 95 % intervals over seeds."
 )
 _CHOICES = (
     "A policy that follows the load lowers its clock as arrivals fall and raises it before requests queue. "
     "Thin: each window. Bold: 15 s mean."
 )
 _HEAT_MAPS = (
-    "Share of control windows in which the learned policy chose each (batch limit, clock). A single dark cell is "
-    "a static policy, a band follows the load."
+    "Share of control windows in which the learned policy chose each (batch limit, clock). A single dark cell "
+    "is a static policy, a band follows the load."
 )
 
 

@@ -86,7 +86,7 @@ def load_run(run_dir: Path) -> Run:
         info=info,
         config=dict(_flat(info.get("config", {}))),
         summary=summary,
-        cells=dict(list(summary.set_index(["block_size", "seed"]).groupby(["workload", "policy"]))),
+        cells=_by_policy(summary),
         learning=_optional(run_dir / "learning.csv", pd.read_csv),
         steps=_optional(run_dir / "steps.jsonl", _read_steps),
     )
@@ -179,6 +179,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _by_policy(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    groups = summary.set_index(["block_size", "seed"]).groupby(["workload", "policy"])
+    return {(str(workload), str(policy)): rows for (workload, policy), rows in groups}
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The report's sentences: what the numbers say, good or bad, in plain words."""
 
+from collections.abc import Mapping
+
 from fuel_ray.commands.report_data import (
     LEARNED,
     REFERENCES,
@@ -46,9 +48,12 @@ def headline(run: Run) -> str:
     if attainment is None:
         return f"This run has no learned policy on the {workload} workload to judge."
     ratios = {name: relative_energy(run, LEARNED, name, workload=workload) for name in REFERENCES}
-    energy = [f"{_more(r)} than {_IN_PROSE[name]}{_range(r)}" for name, r in ratios.items() if r is not None]
-    answer = f"uses {_and(energy)}, and ".replace(" than", " energy per request than", 1) if energy else ""
-    return f"{_news(run, ratios, attainment)} {answer}meets the SLO for {_shares(run, attainment)}."
+    energy = [
+        f"{_more(r)} than under {_IN_PROSE[name]}{_range(r)}" for name, r in ratios.items() if r is not None
+    ]
+    answer = f"learned policy's energy per request is {_and(energy)}, and it" if energy else "learned policy"
+    news = _news(missed=missed(run, attainment), ratios=ratios)
+    return f"{news} {answer} meets the SLO for {_shares(run, attainment)}."
 
 
 def sample(run: Run) -> str:
@@ -58,10 +63,8 @@ def sample(run: Run) -> str:
     seeds = seeds_of(run, workload=workload)
     paired = all(len(found) == 1 for found in digests(run).values())
     warning = "" if paired else " Warning: policies faced different requests at the same seed."
-    return (
-        f"Workload {workload}, {scope}; n = {seeds} held-out seeds; in brackets: paired bootstrap 95 % intervals."
-        f"{warning}"
-    )
+    brackets = "brackets: paired bootstrap 95 % intervals"
+    return f"Workload {workload}, {scope}; n = {seeds} held-out seeds; {brackets}.{warning}"
 
 
 def origin(run: Run) -> str:
@@ -108,8 +111,8 @@ def block_sizes(run: Run) -> str:
         )
     return (
         f"The block sizes differ for the learned policy: {fact}. {len(apart)} of {len(ratios)} pairs differ "
-        f"by 1 % or more with an interval that excludes zero.{_untrained(run)} Each block size trained its own "
-        "policy once, so a difference may also come from the training."
+        f"by 1 % or more with an interval that excludes zero.{_untrained(run)} Each block size trained its "
+        "own policy once, so a difference may also come from the training."
     )
 
 
@@ -128,16 +131,15 @@ def control(run: Run, *, workload: str) -> str:
     return f"{aim}. The learned policy uses {_more(ratio)} energy than the pair{_range(ratio)}: {verdict}."
 
 
-def _news(run: Run, ratios: dict[str, Interval | None], attainment: Interval) -> str:
+def _news(*, missed: bool, ratios: Mapping[str, Interval | None]) -> str:
+    """How the headline begins."""
     maximum, static = ratios["max_performance"], ratios["tuned_static"]
-    faults = []
-    if missed(run, attainment):
-        faults.append("the attainment target is missed")
+    faults = ["the SLO attainment target is missed"] if missed else []
     if maximum is not None and maximum.mean >= 1:
         faults.append("nothing is saved")
     elif static is not None and static.mean > 1 and static.excludes(1.0):
         faults.append("a tuned static pair saves more")
-    return f"Bad news, {_and(faults)}: the learned policy" if faults else "The learned policy"
+    return f"Bad news, {_and(faults)}: the" if faults else "The"
 
 
 def _untrained(run: Run) -> str:
