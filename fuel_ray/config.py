@@ -26,13 +26,13 @@ class TrainConfig:
 
     episode_steps: int = 200
     """Control windows per training episode."""
-    num_envs: int = 16
+    num_envs: int = 32
     """Simulated nodes that are stepped together."""
-    fragment_steps: int = 8
+    fragment_steps: int = 16
     """Windows per node between two rounds of updates; at least n_step."""
-    updates_per_round: int = 8
+    updates_per_round: int = 64
     """Gradient updates after each round."""
-    batch_size: int = 128
+    batch_size: int = 256
     """Transitions per update."""
     buffer_size: int = 100_000
     """Transitions in the replay buffer."""
@@ -52,8 +52,8 @@ class TrainConfig:
     """Share of random actions at the end."""
     epsilon_share: float = 0.5
     """Share of the training over which random actions fall from all to epsilon_final."""
-    target_update_steps: int = 2_000
-    """Windows between copies of the network into the target network."""
+    target_update_updates: int = 200
+    """Updates between copies of the network into the target network."""
     iterations: int = 25
     """Training results, each with a checkpoint."""
 
@@ -102,7 +102,7 @@ class SweepConfig:
     """Action grid: derived from the node, seed.md's 187 or GreenDLS's 198 actions."""
     grid_clock_step_mhz: int = 75
     """Distance of the clocks of the node grid in MHz."""
-    grid_lowest_clock_share: float = 0.4
+    grid_lowest_clock_share: float = 0.5
     """Lowest clock of the node grid as a share of the highest."""
     grid_batch_limits: tuple[int, ...] = (32, 40, 128)
     """Batch limits of the node grid; the server's capacity is always added."""

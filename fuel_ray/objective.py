@@ -101,11 +101,13 @@ class Energy:
     token_price_j: float  # J per output token that a good static setting pays
     miss_price_j: float  # J charged per missed limit
     scale_w: float  # typical power, so that rewards are of order 1
+    lowest: float = -4.0  # a window cannot score worse: one deep queue should not drown everything else
 
     def reward(self, window: WindowMetrics) -> float:
         """Score of one window."""
         saved_j = self.token_price_j * window.output_tokens - window.energy_j
-        return (saved_j - self.miss_price_j * self.misses(window)) / (self.scale_w * window.duration_s)
+        score = (saved_j - self.miss_price_j * self.misses(window)) / (self.scale_w * window.duration_s)
+        return max(score, self.lowest)
 
     def misses(self, window: WindowMetrics) -> float:
         """Limits missed by requests in this window; those who wait in a stalled window count by the oldest wait."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fuel_ray.commands.report import summary_table, write_report
+from fuel_ray.commands.report_data import ENERGY
 from fuel_ray.errors import ConfigError
 
 BLOCK_SIZES = (8, 16, 32, 64)
@@ -316,6 +317,13 @@ def test_one_seed_claims_no_interval(tmp_path):
     page = report_of(tmp_path / "run", seeds=1, block_sizes=(16, 32), policies=("max_performance", "dqn"))
     assert "One seed gives no interval" in page
     assert "nan" not in page
+
+
+def test_seeds_that_all_agree_can_be_drawn(tmp_path):
+    folder = write_run(tmp_path / "run", Synthetic(block_sizes=(16,), workloads=("diurnal",)))
+    rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+    _write_csv(folder / "summary.csv", [{**row, "slo_attainment": 0.1, ENERGY: 50.1} for row in rows])
+    assert "0.0 % more than under maximum performance" in prose(write_report(folder).read_text())
 
 
 def test_a_run_without_windows_learning_or_optional_keys_still_has_its_tables(tmp_path):

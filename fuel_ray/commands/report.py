@@ -38,7 +38,7 @@ _POLICIES = {
 }
 _TERMS = {
     "J/request": "GPU energy divided by finished requests; lower is better",
-    "SLO attainment": "share of requests that kept the latency promise (SLO); the target is enough",
+    "SLO attainment": "share of requests that kept the latency promise (SLO); meeting the target is enough",
     "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
     "limit": "batch limit: requests that may run at once; the others wait",
@@ -51,16 +51,16 @@ _LEARNING = (
     "asks for more steps. Thin: each training iteration. Bold: mean of five."
 )
 _SCATTER = (
-    "Left is less energy, up is more requests within the SLO. A policy is better than another only if it lies "
-    "to its left and above the dashed target. Bars: 95 % intervals over seeds."
+    "Left is less energy, up is more requests within the SLO. A policy is better than another only if it "
+    "lies to its left and above the dashed target. Bars: 95 % intervals over seeds."
 )
 _CHOICES = (
     "A policy that follows the load lowers its clock as arrivals fall and raises it before requests queue. "
-    "Thin: each window. Bold: 15 s mean."
+    f"Thin: each window. Bold: {figures.SMOOTH_S} s mean."
 )
 _HEAT_MAPS = (
-    "Share of control windows in which the learned policy chose each (batch limit, clock). A single dark cell "
-    "is a static policy, a band follows the load."
+    "Share of control windows in which the learned policy chose each (batch limit, clock). A single dark "
+    "cell is a static policy, a band follows the load."
 )
 
 
@@ -145,7 +145,7 @@ def _tiles(run: Run) -> Iterator[str]:
 
 def _results(run: Run, workload: str) -> Iterator[str]:
     yield tables.results(run, workload=workload)
-    yield paragraph(text.misses(run, workload=workload), style="soft")
+    yield paragraph(text.misses(run, workload=workload))
 
 
 def _figures(run: Run) -> Iterator[str]:

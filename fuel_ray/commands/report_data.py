@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ class Run:
     info: Mapping[str, Any]  # run.json as it is
     config: Mapping[str, Any]  # its config, flattened: dotted key -> value
     summary: pd.DataFrame  # one row per (block_size, policy, workload, seed)
-    cells: Mapping[
-        tuple[str, str], pd.DataFrame
-    ]  # the same by (workload, policy), indexed by (block_size, seed)
+    cells: Mapping[tuple[str, str], pd.DataFrame]  # its rows by (workload, policy), index (block_size, seed)
     learning: pd.DataFrame  # one row per (block_size, training iteration); may be empty
     steps: pd.DataFrame  # one row per control window of one seed; may be empty
 
@@ -96,9 +95,8 @@ def mean_over_seeds(
     run: Run, column: str, *, workload: str, policy: str, block_size: int | None = None
 ) -> Interval | None:
     """Mean of a column over the seeds, each averaged over the block sizes; None without values."""
-    values = (
-        _cells(run, column, workload=workload, policy=policy, block_size=block_size).groupby("seed").mean()
-    )
+    cells = _cells(run, column, workload=workload, policy=policy, block_size=block_size)
+    values = cells.groupby("seed").mean()
     return bootstrap_mean(values.to_numpy(), rng=_rng()) if len(values) else None
 
 
@@ -131,21 +129,19 @@ def digests(run: Run) -> dict[tuple[str, int], list[str]]:
     """Digests of the requests that were sent, by (workload, seed); more than one breaks the pairing."""
     found: dict[tuple[str, int], list[str]] = {}
     columns = (run.summary[name] for name in ("workload", "seed", "workload_digest"))
-    for workload, seed, digest in sorted(set(zip(*columns, strict=True))):
-        found.setdefault((workload, seed), []).append(str(digest))
+    for workload, seed, digest in sorted({(w, s, str(d)) for w, s, d in zip(*columns, strict=True)}):
+        found.setdefault((workload, seed), []).append(digest)
     return found
 
 
-def below_target(run: Run, *, workload: str) -> list[tuple[str, int, float]]:
-    """(policy, block size, attainment) wherever the mean attainment misses the target."""
-    means = {
-        (policy, size): mean_over_seeds(
-            run, "slo_attainment", workload=workload, policy=policy, block_size=size
-        )
-        for policy in run.policies
-        for size in run.block_sizes
-    }
-    return [(*key, mean.mean) for key, mean in means.items() if mean is not None and missed(run, mean)]
+def below_target(run: Run, *, workload: str) -> dict[str, dict[int, float]]:
+    """Mean attainments that miss the target: policy -> block size -> share."""
+    below: dict[str, dict[int, float]] = {}
+    for policy, size in product(run.policies, run.block_sizes):
+        mean = mean_over_seeds(run, "slo_attainment", workload=workload, policy=policy, block_size=size)
+        if mean is not None and missed(run, mean):
+            below.setdefault(policy, {})[size] = mean.mean
+    return below
 
 
 def missed(run: Run, attainment: Interval | None) -> bool:

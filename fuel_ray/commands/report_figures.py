@@ -27,7 +27,7 @@ _OTHER_COLORS = ("#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
 _BLOCK_COLORS = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b", "#6a51a3", "#3f007d")  # light to dark: an order
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_TICKS = 24
-_SMOOTH_S = 15  # bold lines in the time plot are means over this long
+SMOOTH_S = 15  # bold lines in the time plot are means over this long
 
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -182,12 +182,13 @@ def _cross(axes: Any, energy: Interval, share: Interval, ink: str, marker: str) 
 def _bars(interval: Interval, *, scale: float = 1) -> list[list[float]] | None:
     if interval.low is None or interval.high is None:
         return None
-    return [[scale * (interval.mean - interval.low)], [scale * (interval.high - interval.mean)]]
+    below, above = interval.mean - interval.low, interval.high - interval.mean
+    return [[scale * max(below, 0.0)], [scale * max(above, 0.0)]]  # equal seeds may round to below zero
 
 
 def _trace(axes: Any, rows: pd.DataFrame, values: pd.Series, ink: str) -> None:
-    """Each window thin, a centred mean over _SMOOTH_S bold."""
-    smooth = values.rolling(max(1, round(_SMOOTH_S / _window_s(rows))), min_periods=1, center=True).mean()
+    """Each window thin, a centred mean over SMOOTH_S bold."""
+    smooth = values.rolling(max(1, round(SMOOTH_S / _window_s(rows))), min_periods=1, center=True).mean()
     axes.plot(rows["time_s"] / 60, values, color=ink, alpha=0.3, linewidth=0.5)
     axes.plot(rows["time_s"] / 60, smooth, color=ink, linewidth=1.5)
 

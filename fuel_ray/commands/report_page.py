@@ -26,7 +26,7 @@ p { margin: 8px 0; max-width: 95ch; overflow-wrap: anywhere }
 .tile { padding: 12px 16px }
 .tile b { display: block; font-size: 26px; line-height: 1.3; font-variant-numeric: tabular-nums }
 .tile span { display: block; font-size: 13px; color: var(--soft) }
-.bad b, td.bad { color: var(--bad) }
+.bad b, td.bad { color: var(--bad); font-weight: 700 }
 .card { overflow-x: auto; margin: 12px 0; padding: 4px 8px }
 table { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.35;
   font-variant-numeric: tabular-nums }

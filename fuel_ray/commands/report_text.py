@@ -86,9 +86,12 @@ def misses(run: Run, *, workload: str) -> str:
     below = below_target(run, workload=workload)
     if not below:
         return f"Every policy meets the attainment target of {percent(run.attainment_target)} throughout."
-    names = [f"{label(policy)} at block size {size} ({percent(share)})" for policy, size, share in below]
+    names = []
+    for policy, shares in below.items():
+        sizes = _and([f"{size} ({percent(share)})" for size, share in shares.items()])
+        names.append(f"{label(policy)} at block size {sizes}")
     return (
-        f"Below the SLO attainment target of {percent(run.attainment_target)}: {_and(names)}. "
+        f"Below the SLO attainment target of {percent(run.attainment_target)}: {'; '.join(names)}. "
         "Their energy is not at the same promise as the others'."
     )
 

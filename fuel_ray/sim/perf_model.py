@@ -47,8 +47,9 @@ class PerfModel(NamedTuple):
     fixed_s: float
     fixed_seq_s: float
     eager_clock_share: float
-    # Power above idle relates to its value at x = 1 as
-    # (slope_w + slope_seq_w n) x + max(0, x - knee) (knee_w + knee_seq_w n) does.
+    # Power relates to its value at x = 1 as
+    # static_w + (slope_w + slope_seq_w n) x + max(0, x - knee) (knee_w + knee_seq_w n) does.
+    static_w: float
     slope_w: float
     slope_seq_w: float
     knee: float
@@ -94,8 +95,9 @@ def step_cost(
         share = scaled / (scaled + m.fixed_s + m.fixed_seq_s * shape_seqs)
     slope = m.slope_w + m.slope_seq_w * shape_seqs
     knee = m.knee_w + m.knee_seq_w * shape_seqs
-    shape = (slope * x + max(0.0, x - m.knee) * knee) / (slope + (1.0 - m.knee) * knee)
-    power = m.idle_w + (energy / duration - m.idle_w) * shape
+    highest = m.static_w + slope + (1.0 - m.knee) * knee
+    shape = (m.static_w + slope * x + max(0.0, x - m.knee) * knee) / highest
+    power = max(m.idle_w, energy / duration * shape)
     duration *= 1.0 - share + share / x
     if power > m.power_cap_w:
         stretch = power / m.power_cap_w

@@ -1,0 +1,93 @@
+"""A policy as a folder: weights, codec and manifest. Acting needs neither Ray nor torch."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fuel_ray.codec import Codec, Encoder
+from fuel_ray.errors import PolicyError
+from fuel_ray.policies.network import Head, q_values
+from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a policy was made for and how it did."""
+
+    kv_block_sizes: tuple[int, ...]  # tokens; more than one for a conditional policy
+    model: str
+    gpu_name: str
+    engine: str
+    pack: str
+    pack_sha256: str
+    reward: str
+    workload: str
+    workload_digest: str
+    head: Head
+    fuel_ray_version: str
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+class LearnedPolicy:
+    """Takes the action of highest Q in every window."""
+
+    def __init__(
+        self, arrays: dict[str, np.ndarray], codec: Codec, manifest: Manifest, spec: NodeSpec
+    ) -> None:
+        self.manifest = manifest
+        self._arrays = arrays
+        self._codec = codec
+        self._encoder = Encoder(codec, spec)
+
+    def reset(self) -> None:
+        """Forget the past."""
+        self._encoder.reset()
+
+    def decide(self, window: WindowMetrics) -> Knobs:
+        """Knobs for the next window."""
+        q = q_values(self._arrays, self._encoder.encode(window), head=self.manifest.head)
+        return self._codec.grid.decode(int(q.argmax()))
+
+
+def save_policy(folder: Path, arrays: dict[str, np.ndarray], codec: Codec, manifest: Manifest) -> None:
+    """Write a policy folder: ``weights.safetensors``, ``codec.json``, ``manifest.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / "weights.safetensors")
+    (folder / "codec.json").write_text(json.dumps(codec.to_dict(), indent=2))
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+
+
+def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
+    """The policy in a folder, ready to control a node.
+
+    Raises:
+        PolicyError: the folder is malformed, or was made for another block size or other clocks.
+    """
+    try:
+        raw = json.loads((folder / "manifest.json").read_text())
+        raw["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
+        manifest = Manifest(**raw)
+        codec = Codec.from_dict(json.loads((folder / "codec.json").read_text()))
+        arrays = load_file(folder / "weights.safetensors")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise PolicyError(f"{folder} is not a policy folder: {error}") from error
+    if manifest.format != FORMAT:
+        raise PolicyError(f"{folder}: format {manifest.format}; this version reads {FORMAT}")
+    if spec.kv_block_size not in manifest.kv_block_sizes:
+        raise PolicyError(
+            f"{folder} was trained for KV block size {manifest.kv_block_sizes}, {spec.name} has {spec.kv_block_size}"
+        )
+    if spec.gpu_name != manifest.gpu_name or spec.model != manifest.model:
+        raise PolicyError(
+            f"{folder} was trained for {manifest.model} on {manifest.gpu_name}, "
+            f"{spec.name} is {spec.model} on {spec.gpu_name}"
+        )
+    return LearnedPolicy(arrays, codec, manifest, spec)

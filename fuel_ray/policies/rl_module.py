@@ -1,0 +1,109 @@
+"""The Q network as an RLlib module. Only training imports this; acting needs ``network.q_values``."""
+
+from typing import Any
+
+import torch
+from ray.rllib.algorithms.dqn.dqn_learner import QF_NEXT_PREDS, QF_PREDS, QF_TARGET_NEXT_PREDS
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.utils import make_target_network
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetworkAPI
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+from ray.rllib.utils.schedules.scheduler import Scheduler
+from torch import nn
+
+from fuel_ray.policies.network import Head
+
+
+class DuelingQNet(nn.Module):
+    """State value plus advantages; an additive head learns one per limit and one per clock, and sums them.
+
+    Duelling: Wang et al., ICML 2016. Additive advantages share what is learned of a clock across limits (Tavakoli et
+    al., AAAI 2018, call the idea action branching).
+    """
+
+    def __init__(
+        self, features: int, *, limits: int, clocks: int, hidden: tuple[int, ...], head: Head
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = features
+        for units in hidden:
+            layers += [nn.Linear(width, units), nn.ReLU()]
+            width = units
+        self.trunk = nn.Sequential(*layers)
+        self.value = nn.Linear(width, 1)
+        self.additive = head == "additive"
+        if self.additive:
+            self.limit_advantage = nn.Linear(width, limits)
+            self.clock_advantage = nn.Linear(width, clocks)
+        else:
+            self.advantage = nn.Linear(width, limits * clocks)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """Q of every action: (batch, features) -> (batch, actions)."""
+        hidden = self.trunk(observations)
+        if self.additive:
+            limits, clocks = self.limit_advantage(hidden), self.clock_advantage(hidden)
+            advantage = (limits.unsqueeze(-1) + clocks.unsqueeze(-2)).flatten(-2)
+        else:
+            advantage = self.advantage(hidden)
+        q: torch.Tensor = self.value(hidden) + advantage - advantage.mean(-1, keepdim=True)
+        return q
+
+
+class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAPI):
+    """What RLlib's DQN asks of a module: Q values, a target network, epsilon-greedy exploration."""
+
+    def setup(self) -> None:
+        """Build the networks from ``model_config``."""
+        settings = self.model_config
+        self.q = DuelingQNet(
+            self.observation_space.shape[0],
+            limits=settings["limits"],
+            clocks=settings["clocks"],
+            hidden=tuple(settings["hidden"]),
+            head=settings["head"],
+        )
+        self.epsilon_schedule = Scheduler(
+            fixed_value_or_schedule=settings["epsilon"], framework="torch"
+        )
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """What an actor's copy goes without."""
+        return ["_target_q"]
+
+    def make_target_networks(self) -> None:
+        """Copy the network into its target."""
+        self._target_q = make_target_network(self.q)
+
+    def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Networks that are copied now and then."""
+        return [(self.q, self._target_q)]
+
+    def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Q of every action."""
+        return {QF_PREDS: self.q(batch[Columns.OBS])}
+
+    def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Q of every action by the target network."""
+        return {QF_PREDS: self._target_q(batch[Columns.OBS])}
+
+    def _forward_inference(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return {Columns.ACTIONS: self.q(batch[Columns.OBS]).argmax(-1)}
+
+    def _forward_exploration(self, batch: dict[str, Any], t: int = 0, **_: Any) -> dict[str, Any]:
+        q = self.q(batch[Columns.OBS])
+        self.epsilon_schedule.update(t)
+        explore = torch.rand(len(q)) < self.epsilon_schedule.get_current_value()
+        random = torch.randint(q.shape[-1], (len(q),))
+        return {Columns.ACTIONS: torch.where(explore, random, q.argmax(-1))}
+
+    def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        following = batch[Columns.NEXT_OBS]
+        with torch.no_grad():
+            target_next, online_next = self._target_q(following), self.q(following)
+        return {
+            QF_PREDS: self.q(batch[Columns.OBS]),
+            QF_NEXT_PREDS: online_next,
+            QF_TARGET_NEXT_PREDS: target_next,
+        }
