@@ -176,21 +176,18 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         raise ConfigError(_one_line(complaint.getvalue())) from None
 
 
-def parse_sweep(argv: list[str], *, prog: str) -> SweepConfig:
-    """Settings of a sweep: preset, then --config file, then flags.
+def parse_sweep(argv: list[str], *, prog: str, default: SweepConfig | None = None) -> SweepConfig:
+    """Settings of a sweep: ``default`` or else the preset, then the --config file, then flags.
 
     Raises:
         ConfigError: a flag, a file or a value is wrong.
     """
-    given = {flag: _value_of(argv, flag) for flag in ("--preset", "--config")}
-    preset = given["--preset"] or "default"
-    if preset not in PRESETS:
+    preset, path = _value_of(argv, "--preset"), _value_of(argv, "--config")
+    if preset is not None and preset not in PRESETS:
         raise ConfigError(f"--preset {preset} is unknown; allowed are {', '.join(PRESETS)}")
-    base = PRESETS[preset]
-    if given["--config"]:
-        base = load_config(Path(given["--config"]), base=base)
-        if given["--preset"]:
-            base = replace(base, preset=typing.cast(Preset, preset))
+    base = default or PRESETS[preset or "default"]
+    if path is not None:
+        base = load_config(Path(path), base=base)
     config = parse_flags(SweepConfig, argv, prog=prog, default=base)
     validate(config)
     return config
@@ -259,7 +256,8 @@ def from_dict(raw: Any, *, base: SweepConfig, source: str) -> SweepConfig:
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: not a JSON object")
-    changes = _changes(SweepConfig, {k: v for k, v in raw.items() if k != "train"}, source)
+    extra = ("train", "backend", "slo_attainment_target")  # run.json says more than settings
+    changes = _changes(SweepConfig, {k: v for k, v in raw.items() if k not in extra}, source)
     train = raw.get("train", {})
     if not isinstance(train, dict):
         raise ConfigError(f"{source}: train is not a JSON object")

@@ -1,41 +1,125 @@
-"""Evaluate policies on held-out workload seeds, and tune the baselines on training seeds."""
+"""Tune the baselines on training seeds, choose among checkpoints, evaluate policies on held-out seeds."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from fuel_ray.build import build_loop
+import numpy as np
+
+from fuel_ray.build import build_codec, build_loop
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
-from fuel_ray.metrics import EpisodeSummary, EpisodeTotals
+from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.policies.baselines import LoadTable, Score, Scorer, Static, tune_load_table, tune_static
-from fuel_ray.types import Knobs, Policy
+from fuel_ray.policies.learned import LearnedPolicy, load_policy
+from fuel_ray.record import step_line, summary_fields
+from fuel_ray.types import Knobs, NodeSpec, Policy, RequestRecord
 from fuel_ray.workload import parse_workload
 
 EPISODE_S = 1200  # one period of the default workload
 DRAIN_S = 120  # windows after the last arrival in which requests may finish
-TUNING_SEEDS = tuple(range(1_000, 1_004))  # training draws its own seeds below 2**31 by chance
-HELD_OUT_SEED = 2_000_000_000
+TUNING_SEEDS = tuple(range(1_000, 1_004))
+HELD_OUT_SEED = 2_000_000_000  # first of the held-out seeds; no training or tuning seed is one of them
 STATIC_LIMITS = (24, 32, 40, 48, 64)
+TABLE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Baselines:
-    """The tuned rules for one block size."""
+class Tuned:
+    """The baselines for one block size."""
 
     static: Knobs
     table: LoadTable
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; the last row of the load table has no upper rate."""
+        rates = (*self.table.rates_rps, None)
+        rows = [[r, k.batch_limit, k.gpu_clock_mhz] for r, k in zip(rates, self.table.knobs, strict=True)]
+        return {"tuned_static": asdict(self.static), "load_table": rows}
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> "Tuned":
+        """The inverse of ``to_dict``."""
+        rows = raw["load_table"]
+        table = LoadTable([row[0] for row in rows[:-1]], [Knobs(row[1], row[2]) for row in rows])
+        return Tuned(Knobs(**raw["tuned_static"]), table)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What all policies did on held-out seeds for one block size."""
+
+    rows: list[dict[str, Any]]  # of summary.csv
+    lines: list[str]  # of steps.jsonl, for the first seed
+
+
+def tune_baselines(config: SweepConfig, kv_block_size: int) -> Tuned:
+    """Tune the static pair and the load table for the training workload on the tuning seeds."""
+    score = _scorer(config, kv_block_size, TUNING_SEEDS)
+    spec = build_loop(config, kv_block_size, horizon_s=1.0).node.spec
+    static = tune_static(score, spec, share=config.tune_share, limits=STATIC_LIMITS)
+    peak_rps = 2.0 * parse_workload(config.workload).mean_rate_rps
+    rates = [peak_rps * row / TABLE_ROWS for row in range(1, TABLE_ROWS)]
+    table = tune_load_table(score, spec, share=config.tune_share, start=static, rates_rps=rates)
+    return Tuned(static, table)
+
+
+def select_policy(
+    config: SweepConfig, block_sizes: Sequence[int], candidates: Sequence[Mapping[str, np.ndarray]]
+) -> int:
+    """Index of the weights that use the least energy while they keep the SLO on the tuning seeds.
+
+    If none keeps it, the one of highest attainment.
+    """
+    ranks = []
+    for arrays in candidates:
+        scores = []
+        for size in block_sizes:
+            spec = build_loop(config, size, horizon_s=1.0).node.spec
+            policy = LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
+            scores.append(_scorer(config, size, TUNING_SEEDS)(policy))
+        attainment = min(score.slo_attainment for score in scores)
+        energy_j = sum(score.energy_j_per_request for score in scores)
+        kept = attainment >= config.tune_share
+        ranks.append((not kept, energy_j if kept else -attainment))
+    return ranks.index(min(ranks))
+
+
+def evaluate_block_size(
+    config: SweepConfig, kv_block_size: int, tuned: Tuned, policy_folder: Path
+) -> Evaluation:
+    """Evaluate the baselines and the learned policy on all held-out seeds of all workloads."""
+    evaluation = Evaluation([], [])
+    for workload in dict.fromkeys(filter(None, (config.workload, config.control_workload))):
+        loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
+        for name, policy in _policies(loop.node.spec, tuned, policy_folder).items():
+            for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds):
+                labels = {
+                    "block_size": kv_block_size,
+                    "policy": name,
+                    "workload": workload,
+                    "seed": seed,
+                }
+                lines = evaluation.lines if seed == HELD_OUT_SEED else None
+                evaluation.rows.append(_evaluate(config, loop, policy, labels, lines))
+    return evaluation
+
 
 def run_episode(
-    loop: ControlLoop, policy: Policy, *, seed: int, seconds: int, observe: Callable[[StepRecord], None] | None = None
-) -> tuple[EpisodeTotals, Any]:
-    """Let a policy serve ``seconds`` of arrivals and drain the queue; totals and request records."""
+    loop: ControlLoop,
+    policy: Policy,
+    *,
+    seed: int,
+    seconds: int = EPISODE_S,
+    observe: Callable[[StepRecord], None] | None = None,
+) -> tuple[EpisodeTotals, Sequence[RequestRecord]]:
+    """Let a policy serve ``seconds`` of arrivals and then drain the queue; totals and request records."""
     totals = EpisodeTotals()
     policy.reset()
     window = loop.reset(seed=seed)
     totals.add(window)
-    for step in range(seconds + DRAIN_S):
+    for step in range(1, seconds + DRAIN_S):
         if step >= seconds and not window.running and not window.waiting:
             break
         record = loop.step(policy.decide(window))
@@ -46,34 +130,41 @@ def run_episode(
     return totals, loop.node.take_records()
 
 
-def episode_summary(config: SweepConfig, kv_block_size: int, policy: Policy, *, workload: str, seed: int,
-    observe: Callable[[StepRecord], None] | None = None) -> EpisodeSummary:
-    loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
-    totals, records = run_episode(loop, policy, seed=seed, seconds=EPISODE_S, observe=observe)
-    return totals.summary(records, config.slo)
+def _evaluate(
+    config: SweepConfig, loop: ControlLoop, policy: Policy, labels: dict[str, Any], lines: list[str] | None
+) -> dict[str, Any]:
+    """One row of the summary; step lines are added to ``lines`` where asked for."""
+
+    def observe(record: StepRecord) -> None:
+        if lines is not None:
+            lines.append(step_line(record, time_s=float(record.step), labels=labels))
+
+    totals, records = run_episode(loop, policy, seed=labels["seed"], observe=observe)
+    summary = totals.summary(records, config.slo)
+    digest = parse_workload(labels["workload"]).digest()
+    return {**labels, "workload_digest": digest, **summary_fields(summary)}
 
 
-def scorer(config: SweepConfig, kv_block_size: int, seeds: Sequence[int]) -> Scorer:
-    """Scores a policy on the training workload, averaged over seeds."""
+def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Policy]:
+    return {
+        "max_performance": Static(spec.max_performance),
+        "tuned_static": Static(tuned.static),
+        "load_table": tuned.table,
+        "dqn": load_policy(policy_folder, spec),
+    }
+
+
+def _scorer(config: SweepConfig, kv_block_size: int, seeds: Sequence[int]) -> Scorer:
+    """Scores a policy on the training workload, pooled over seeds."""
     loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S))
 
     def score(policy: Policy) -> Score:
         energy_j = requests = kept = 0.0
         for seed in seeds:
-            totals, records = run_episode(loop, policy, seed=seed, seconds=EPISODE_S)
+            totals, records = run_episode(loop, policy, seed=seed)
             energy_j += totals.energy_j
             requests += totals.arrivals
             kept += sum(map(config.slo.is_kept_by, records))
         return Score(energy_j / requests, kept / requests)
 
     return score
-
-
-def tune_baselines(config: SweepConfig, kv_block_size: int) -> Baselines:
-    """Tune the static pair and the load table on training seeds."""
-    score = scorer(config, kv_block_size, TUNING_SEEDS)
-    spec = build_loop(config, kv_block_size, horizon_s=1.0).node.spec
-    static = tune_static(score, spec, share=config.tune_share, limits=STATIC_LIMITS)
-    peak_rps = 2.0 * parse_workload(config.workload).mean_rate_rps
-    rates = [peak_rps * share / 8 for share in range(1, 8)]
-    return Baselines(static, tune_load_table(score, spec, share=config.tune_share, start=static, rates_rps=rates))

@@ -1,69 +1,226 @@
-"""Train DQNs with RLlib under Ray Tune, one trial per KV block size."""
+"""Train DQNs with RLlib under Ray Tune, one trial per KV block size, and export them as policy folders."""
 
+import logging
 import math
 import os
 import pickle
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
+from ray import tune
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.tune.registry import register_env
 
-from fuel_ray.build import build_env
-from fuel_ray.config import SweepConfig, from_dict, PRESETS, to_dict
+from fuel_ray.build import build_codec, build_env, build_node
+from fuel_ray.config import PRESETS, SweepConfig, from_dict, to_dict
+from fuel_ray.env import ServingEnv
+from fuel_ray.errors import FuelRayError
+from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
+from fuel_ray.policies.rl_module import DuelingDqnModule
 
-MODULE_STATE = Path("learner_group/learner/rl_module/default_policy/module_state.pkl")
+_ENV_NAME = "fuel_ray_serving"
+_MODULE_STATE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
+CHECKPOINTS_KEPT = 6
 
 
-def make_env(settings: Mapping[str, Any]) -> Any:
-    """RLlib's environment creator."""
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One finished trial."""
+
+    block_sizes: tuple[int, ...]
+    checkpoints: tuple[Path, ...]  # oldest first
+    curve: tuple[dict[str, Any], ...]  # a row per training result
+
+
+class EpisodeMetrics(RLlibCallback):
+    """Logs joules per request, SLO attainment and the mean clock of training episodes."""
+
+    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
+        """RLlib's hook."""
+        infos = [info for info in episode.get_infos() if "energy_j" in info]
+        arrivals = sum(info["arrivals"] for info in infos)
+        if arrivals:
+            figures = {
+                "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
+                "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
+                "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
+            }
+            metrics_logger.log_dict(figures, key="fuel", window=50)
+
+
+class Progress(tune.Callback):
+    """Prints a line per training result: steps, reward, energy, time left."""
+
+    def __init__(self, config: SweepConfig, *, trials: int) -> None:
+        self._steps, self._trials = config.steps, trials
+        self._per_result = config.steps / config.train.iterations
+        self._done: dict[str, int] = {}
+        self._trained = 0.0  # steps since this object was made, which a resumed run did not begin with
+        self._began_s = time.monotonic()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+        """Tune's hook."""
+        row = curve_row(result)
+        steps = row["env_steps"]
+        self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
+        self._done[trial.trial_id] = steps
+        left = self._trials * self._steps - sum(self._done.values())
+        left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
+        sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
+        print(
+            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps  reward {_number(row['reward'], 2):>7}"
+            f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
+            f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
+            flush=True,
+        )
+
+
+def start_ray() -> None:
+    """Start a local Ray, or join the cluster that RAY_ADDRESS names."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": 200 * 2**20}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+
+
+def trial_block_sizes(config: SweepConfig) -> list[list[int]]:
+    """The block sizes of each trial: one each, or all in one for a conditional policy."""
+    return [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
+
+
+def train(config: SweepConfig, run_dir: Path) -> list[Trained]:
+    """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
+
+    Raises:
+        FuelRayError: a trial failed; the message has its error.
+    """
+    start_ray()
+    register_env(_ENV_NAME, _make_env)
+    sizes = trial_block_sizes(config)
+    space = dqn_config(config, tune.grid_search(sizes))
+    progress = Progress(config, trials=len(sizes))
+    folder = run_dir / "tune"
+    if tune.Tuner.can_restore(str(folder)):
+        tuner = tune.Tuner.restore(
+            str(folder), FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
+        )
+        tuner._local_tuner._run_config.callbacks = [progress]
+    else:
+        tuner = tune.Tuner(
+            FastDqn,
+            param_space=space,
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(run_dir.resolve()),
+                stop={"num_env_steps_sampled_lifetime": config.steps},
+                checkpoint_config=tune.CheckpointConfig(
+                    num_to_keep=CHECKPOINTS_KEPT, checkpoint_frequency=1, checkpoint_at_end=True
+                ),
+                callbacks=[progress],
+                verbose=0,
+            ),
+        )
+    results = tuner.fit()
+    for error in results.errors:
+        raise FuelRayError(f"training failed: {str(error).strip().splitlines()[-1]}")
+    return [_trained(result) for result in results]
+
+
+def dqn_config(config: SweepConfig, block_sizes: Any) -> FastDqnConfig:
+    """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
+    settings = config.train
+    grid = build_codec(config, build_node(config, config.block_sizes[0], horizon_s=1.0).spec).grid
+    round_steps = settings.num_envs * settings.fragment_steps
+    rounds = math.ceil(config.steps / settings.iterations / round_steps)
+    module = RLModuleSpec(
+        module_class=DuelingDqnModule,
+        model_config={
+            "limits": len(grid.batch_limits),
+            "clocks": len(grid.gpu_clocks_mhz),
+            "hidden": settings.hidden,
+            "head": settings.head,
+            "epsilon": [
+                [0, 1.0],
+                [int(config.steps * settings.epsilon_share), settings.epsilon_final],
+            ],
+        },
+    )
+    dqn = FastDqnConfig().fast(updates_per_round=settings.updates_per_round, total_steps=config.steps)
+    dqn.environment(_ENV_NAME, env_config={"config": to_dict(config), "block_sizes": block_sizes})
+    dqn.env_runners(
+        num_env_runners=0,
+        num_envs_per_env_runner=settings.num_envs,
+        rollout_fragment_length=settings.fragment_steps,
+    )
+    dqn.learners(num_learners=0)
+    dqn.training(
+        lr=settings.lr,
+        gamma=settings.gamma,
+        n_step=settings.n_step,
+        train_batch_size_per_learner=settings.batch_size,
+        target_network_update_freq=settings.target_update_updates,
+        num_steps_sampled_before_learning_starts=settings.learning_starts,
+        replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": settings.buffer_size},
+    )
+    dqn.rl_module(rl_module_spec=module)
+    dqn.callbacks(EpisodeMetrics)
+    dqn.reporting(
+        min_sample_timesteps_per_iteration=rounds * round_steps,
+        min_time_s_per_iteration=0,
+        metrics_num_episodes_for_smoothing=50,
+    )
+    dqn.debugging(seed=config.seed, log_level="ERROR")
+    return dqn
+
+
+def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the learning curve shows of a training result; None where no episode ended yet."""
+    runners = result.get("env_runners", {})
+    fuel = runners.get("fuel", {})
+    return {
+        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
+        "reward": _known(runners.get("episode_return_mean")),
+        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
+        "slo_attainment": _known(fuel.get("slo_attainment")),
+    }
+
+
+def checkpoint_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The Q network's weights in an RLlib checkpoint, by the names of ``network.q_values``."""
+    with (checkpoint / _MODULE_STATE).open("rb") as file:
+        state = pickle.load(file)
+    return {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
+
+
+def _make_env(settings: Mapping[str, Any]) -> ServingEnv:
     config = from_dict(settings["config"], base=PRESETS["default"], source="env_config")
     return build_env(config, settings["block_sizes"])
 
 
-def dqn_config(config: SweepConfig, block_sizes: Any) -> Any:
-    """RLlib's settings for one trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
-    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-
-    from fuel_ray.policies.dqn import FastDqnConfig
-    from fuel_ray.policies.rl_module import DuelingDqnModule
-
-    train = config.train
-    env = build_env(config, [config.block_sizes[0]])
-    grid = env.codec.grid
-    round_steps = train.num_envs * train.fragment_steps
-    rounds = math.ceil(config.steps / train.iterations / round_steps)
-    explored = int(config.steps * train.epsilon_share)
-    return (
-        FastDqnConfig()
-        .fast(updates_per_round=train.updates_per_round, total_steps=config.steps)
-        .environment(make_env_name(), env_config={"config": to_dict(config), "block_sizes": block_sizes})
-        .env_runners(
-            num_env_runners=0,
-            num_envs_per_env_runner=train.num_envs,
-            rollout_fragment_length=train.fragment_steps,
-        )
-        .learners(num_learners=0)
-        .training(
-            lr=train.lr,
-            gamma=train.gamma,
-            n_step=train.n_step,
-            double_q=True,
-            dueling=True,
-            train_batch_size_per_learner=train.batch_size,
-            target_network_update_freq=train.target_update_updates,
-            num_steps_sampled_before_learning_starts=train.learning_starts,
-            replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": train.buffer_size},
-        )
-        .rl_module(rl_module_spec=RLModuleSpec(module_class=DuelingDqnModule, model_config={
-            "limits": len(grid.batch_limits), "clocks": len(grid.gpu_clocks_mhz), "hidden": train.hidden, "head": train.head,
-            "epsilon": [[0, 1.0], [explored, train.epsilon_final]], "double_q": True}))
-        .reporting(min_sample_timesteps_per_iteration=rounds * round_steps, min_time_s_per_iteration=0, metrics_num_episodes_for_smoothing=50)
-        .debugging(seed=config.seed, log_level="ERROR")
-    )
+def _trained(result: Any) -> Trained:
+    sizes = tuple(result.config["env_config"]["block_sizes"])
+    checkpoints = sorted(Path(c.path) for c, _ in result.best_checkpoints)
+    rows = [_flat_curve_row(row) for row in result.metrics_dataframe.to_dict("records")]
+    return Trained(sizes, tuple(checkpoints), tuple(rows))
 
 
-def make_env_name() -> str:
-    from ray.tune.registry import register_env
-    register_env("fuel_ray_serving", make_env)
-    return "fuel_ray_serving"
+def _flat_curve_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``curve_row`` of a row of Tune's table, whose nested keys are joined by slashes."""
+    runners = {"episode_return_mean": row.get("env_runners/episode_return_mean")}
+    fuel = {name: row.get(f"env_runners/fuel/{name}") for name in ("energy_j_per_request", "slo_attainment")}
+    return curve_row({**row, "env_runners": {**runners, "fuel": fuel}})
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

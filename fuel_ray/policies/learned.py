@@ -1,6 +1,7 @@
 """A policy as a folder: weights, codec and manifest. Acting needs neither Ray nor torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,10 @@ class LearnedPolicy:
     """Takes the action of highest Q in every window."""
 
     def __init__(
-        self, arrays: dict[str, np.ndarray], codec: Codec, manifest: Manifest, spec: NodeSpec
+        self, arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec, *, head: Head
     ) -> None:
-        self.manifest = manifest
         self._arrays = arrays
+        self._head = head
         self._codec = codec
         self._encoder = Encoder(codec, spec)
 
@@ -53,11 +54,11 @@ class LearnedPolicy:
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """Knobs for the next window."""
-        q = q_values(self._arrays, self._encoder.encode(window), head=self.manifest.head)
+        q = q_values(self._arrays, self._encoder.encode(window), head=self._head)
         return self._codec.grid.decode(int(q.argmax()))
 
 
-def save_policy(folder: Path, arrays: dict[str, np.ndarray], codec: Codec, manifest: Manifest) -> None:
+def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, manifest: Manifest) -> None:
     """Write a policy folder: ``weights.safetensors``, ``codec.json``, ``manifest.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / "weights.safetensors")
@@ -90,4 +91,4 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
             f"{folder} was trained for {manifest.model} on {manifest.gpu_name}, "
             f"{spec.name} is {spec.model} on {spec.gpu_name}"
         )
-    return LearnedPolicy(arrays, codec, manifest, spec)
+    return LearnedPolicy(arrays, codec, spec, head=manifest.head)

@@ -1,0 +1,51 @@
+"""fuel-ray VERB: the command line."""
+
+import importlib
+import sys
+
+from fuel_ray.config import parse_flags
+from fuel_ray.errors import ConfigError, FuelRayError
+
+# verb: (module, class of its settings, what it does)
+VERBS = {
+    "sweep": ("sweep", "SweepConfig", "train and compare one policy per KV block size"),
+    "validate": ("validate", "ValidateConfig", "compare the simulator with recorded traces"),
+    "calibrate": ("calibrate", "CalibrateConfig", "fit a calibration pack from a profile of your server"),
+    "report": ("report", "ReportConfig", "write a run's report again"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; 0 if it worked, 2 if the user asked for something wrong, 130 if interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_usage())
+            return 0
+        if argv[0] not in VERBS:
+            raise ConfigError(f"{argv[0]} is no verb; there are {', '.join(VERBS)}")
+        return _run(argv[0], argv[1:])
+    except FuelRayError as error:
+        print(f"fuel-ray: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fuel-ray: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    name, settings, _ = VERBS[verb]
+    module = importlib.import_module(f"fuel_ray.commands.{name}")
+    prog = f"fuel-ray {verb}"
+    config = (
+        module.parse(argv, prog=prog)
+        if hasattr(module, "parse")
+        else parse_flags(getattr(module, settings), argv, prog=prog)
+    )
+    code: int = module.run(config)
+    return code
+
+
+def _usage() -> str:
+    lines = [f"  {verb:<10} {what}" for verb, (_, _, what) in VERBS.items()]
+    return "\n".join(["usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)", "", *lines])

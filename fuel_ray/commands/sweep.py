@@ -1,0 +1,167 @@
+"""The main job: train a policy per KV block size, compare it with the baselines, write policies and a report."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from fuel_ray import __version__
+from fuel_ray.build import build_codec, build_node
+from fuel_ray.commands.evaluate import (
+    HELD_OUT_SEED,
+    TUNING_SEEDS,
+    Evaluation,
+    Tuned,
+    evaluate_block_size,
+    select_policy,
+    tune_baselines,
+)
+from fuel_ray.commands.report import summary_table, write_report
+from fuel_ray.commands.train import Trained, checkpoint_arrays, start_ray, train
+from fuel_ray.config import SweepConfig, load_config, parse_sweep, to_dict, validate
+from fuel_ray.errors import ConfigError
+from fuel_ray.policies.learned import Manifest, save_policy
+from fuel_ray.record import git_commit, make_folder, read_json, versions, write_csv, write_json, write_lines
+from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.workload import parse_workload
+
+Result = TypeVar("Result")
+
+
+def parse(argv: list[str], *, prog: str) -> SweepConfig:
+    """Settings from flags; with --resume, those of the run, which flags may repeat but not change.
+
+    Raises:
+        ConfigError: a flag is wrong, or differs from the run that is to be resumed.
+    """
+    config = parse_sweep(argv, prog=prog)
+    if config.resume is None:
+        return config
+    recorded = load_config(config.resume / "run.json", base=SweepConfig())
+    asked = parse_sweep(argv, prog=prog, default=recorded)
+    for field in fields(SweepConfig):
+        if field.name in ("out", "resume", "config"):
+            continue
+        old, new = getattr(recorded, field.name), getattr(asked, field.name)
+        if old != new:
+            raise ConfigError(f"--resume {config.resume}: that run has {field.name} = {old}, not {new}")
+    return replace(recorded, resume=config.resume)
+
+
+def run(config: SweepConfig) -> int:
+    """Run or resume a sweep; prints a table and the path of the report."""
+    began_s = time.monotonic()
+    load_pack(config.pack), parse_workload(config.workload)  # complain before anything is written
+    run_dir = config.resume or _new_run(config)
+    facts = read_json(run_dir / "run.json")
+    print(f"sweep  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
+    start_ray()
+    trained = train(config, run_dir)
+    curve = [{"block_size": _label(t.block_sizes), **row} for t in trained for row in t.curve]
+    write_csv(run_dir / "learning.csv", curve)
+
+    tuned = _tune(config, run_dir)
+    _export(config, run_dir, trained)
+    evaluations = _in_parallel(
+        "evaluate",
+        evaluate_block_size,
+        [(config, s, tuned[s], run_dir / "policies" / _folder(config, s)) for s in config.block_sizes],
+    )
+    write_csv(run_dir / "summary.csv", [row for e in evaluations for row in e.rows])
+    write_lines(run_dir / "steps.jsonl", (line for e in evaluations for line in e.lines))
+    facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
+    facts["tuned"] = {str(size): baselines.to_dict() for size, baselines in tuned.items()}
+    write_json(run_dir / "run.json", facts)
+    report = write_report(run_dir)
+    print(f"\n{summary_table(run_dir)}\n\nreport    {report}\npolicies  {run_dir / 'policies'}")
+    return 0
+
+
+def _new_run(config: SweepConfig) -> Path:
+    """Make the run's folder and write what is known of it beforehand."""
+    began = datetime.now().astimezone()
+    run_dir = config.out / f"sweep-{began:%Y%m%d-%H%M%S}"
+    make_folder(run_dir)
+    pack = load_pack(config.pack)
+    facts = {
+        "config": {**to_dict(config), "backend": "sim", "slo_attainment_target": config.slo_share},
+        "command": " ".join(["fuel-ray", "sweep", *sys.argv[1:]]),
+        "started": began.isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "seeds": {
+            "training": f"drawn from seed {config.seed}",
+            "tuning": list(TUNING_SEEDS),
+            "held_out": [HELD_OUT_SEED + i for i in range(config.seeds)],
+        },
+        "pack": {
+            "name": pack.name,
+            "sha256": pack.sha256,
+            "notes": f"Measured: {pack.measured}. Transferred: {pack.transferred}.",
+        },
+    }
+    write_json(run_dir / "run.json", facts)
+    return run_dir
+
+
+def _tune(config: SweepConfig, run_dir: Path) -> dict[int, Tuned]:
+    """Tuned baselines of every block size, from an earlier call if there was one."""
+    path = run_dir / "baselines.json"
+    if path.exists():
+        return {int(size): Tuned.from_dict(raw) for size, raw in read_json(path).items()}
+    tuned = _in_parallel("tune baselines", tune_baselines, [(config, size) for size in config.block_sizes])
+    found = dict(zip(config.block_sizes, tuned, strict=True))
+    write_json(path, {str(size): baselines.to_dict() for size, baselines in found.items()})
+    return found
+
+
+def _export(config: SweepConfig, run_dir: Path, trained: Sequence[Trained]) -> None:
+    """Write the best of the last checkpoints of every trial as a policy folder."""
+    candidates = [[checkpoint_arrays(path) for path in trial.checkpoints] for trial in trained]
+    jobs = [(config, t.block_sizes, arrays) for t, arrays in zip(trained, candidates, strict=True)]
+    pack = load_pack(config.pack)
+    for trial, arrays, best in zip(
+        trained, candidates, _in_parallel("choose checkpoint", select_policy, jobs), strict=True
+    ):
+        spec = build_node(config, trial.block_sizes[0], horizon_s=1.0).spec
+        manifest = Manifest(
+            kv_block_sizes=trial.block_sizes,
+            model=pack.model,
+            gpu_name=pack.gpu_name,
+            engine=pack.engine,
+            pack=pack.name,
+            pack_sha256=pack.sha256,
+            reward=config.reward,
+            workload=config.workload,
+            workload_digest=parse_workload(config.workload).digest(),
+            head=config.train.head,
+            fuel_ray_version=__version__,
+        )
+        folder = run_dir / "policies" / _folder(config, trial.block_sizes[0])
+        save_policy(folder, arrays[best], build_codec(config, spec), manifest)
+
+
+def _folder(config: SweepConfig, kv_block_size: int) -> str:
+    return "conditional" if config.conditional else f"block_{kv_block_size}"
+
+
+def _label(block_sizes: Sequence[int]) -> str:
+    return "/".join(map(str, block_sizes))
+
+
+def _in_parallel(what: str, function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """Call a function once per job, one core each; results in the order of the jobs."""
+    remote = ray.remote(function)
+    pending = [remote.remote(*job) for job in jobs]
+    references = list(pending)
+    began_s = time.monotonic()
+    while pending:
+        _, pending = ray.wait(pending)
+        done = len(references) - len(pending)
+        print(f"{what}  {done}/{len(references)}  {time.monotonic() - began_s:.0f} s", flush=True)
+    return ray.get(references)

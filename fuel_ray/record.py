@@ -1,0 +1,131 @@
+"""What a run leaves on disk: run.json, summary.csv, learning.csv, steps.jsonl. Files appear whole or not at all."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fuel_ray.control import StepRecord
+from fuel_ray.errors import ConfigError
+from fuel_ray.metrics import EpisodeSummary
+
+_PACKAGES = ("fuel_ray", "ray", "torch", "numpy", "numba", "pandas", "gymnasium")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: a reader or a kill never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON at once."""
+    write_text(path, json.dumps(data, indent=2))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON that fuel_ray wrote.
+
+    Raises:
+        ConfigError: the file is not there or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that can be written to.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make folder {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"folder {path} is not writable")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys; None becomes an empty field."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make the numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that fuel_ray was imported from, with "+changes" if it differs; None outside one."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git("rev-parse", "HEAD", cwd=folder)
+        return commit + ("+changes" if _git("status", "--porcelain", "-uno", cwd=folder) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def summary_fields(summary: EpisodeSummary) -> dict[str, Any]:
+    """The columns of summary.csv that say what happened."""
+    fields = asdict(summary)
+    for name in ("ttft", "tpot", "e2e"):
+        for figure, value in fields.pop(name).items():
+            fields[f"{name}_{figure}"] = value
+    return fields
+
+
+def step_line(record: StepRecord, *, time_s: float, labels: Mapping[str, Any]) -> str:
+    """One control window as a line of steps.jsonl."""
+    window = record.metrics
+    return json.dumps(
+        {
+            **labels,
+            "step": record.step,
+            "time_s": round(time_s, 3),
+            "chosen": asdict(record.chosen),
+            "applied": asdict(record.applied),
+            "reward": round(record.reward, 5),
+            "arrivals": window.arrivals,
+            "completed": window.completed,
+            "running": window.running,
+            "waiting": window.waiting,
+            "kv_usage": round(window.kv_usage, 4),
+            "power_w": round(window.energy_j / window.duration_s, 2),
+            "oldest_wait_s": round(window.oldest_wait_s, 3),
+        }
+    )
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines at once."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    os.replace(partial, path)
+
+
+def _git(*words: str, cwd: Path) -> str:
+    done = subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
