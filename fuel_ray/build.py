@@ -106,11 +106,9 @@ def build_loop(
 
 
 def build_env(config: SweepConfig, block_sizes: Sequence[int]) -> ServingEnv:
-    """A training environment over servers of these block sizes, each episode at a random point of the workload."""
+    """A training environment over these block sizes; episodes begin at a random point of the workload."""
     steps = config.train.episode_steps
-    loops = [
-        build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes
-    ]
+    loops = [build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes]
     return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps)
 
 

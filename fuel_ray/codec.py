@@ -43,7 +43,7 @@ def _inference_of_slo(w: WindowMetrics, c: Context) -> float:
 
 
 FEATURES: dict[str, Feature] = {
-    # The ten of seed.md 4.1, in its order and with its scales
+    # The ten of the seed preset, in its order and with its scales
     "gpu_power": Feature(1000.0, lambda w, c: w.energy_j / w.duration_s),
     "gpu_util": Feature(1.0, lambda w, c: w.gpu_util),
     "gpu_mem_util": Feature(1.0, lambda w, c: w.gpu_mem_util),
@@ -56,7 +56,7 @@ FEATURES: dict[str, Feature] = {
     "kv_usage": Feature(1.0, lambda w, c: w.kv_usage),
     "request_throughput": Feature(20.0, lambda w, c: w.completed / w.duration_s),
     "token_throughput": Feature(2000.0, lambda w, c: w.output_tokens / w.duration_s),
-    # Optional ones (seed.md 7.3 and 7.4)
+    # Optional ones
     "prefix_cache_hit_rate": Feature(1.0, lambda w, c: w.prefix_hit_rate),
     "slo_attainment": Feature(1.0, lambda w, c: window_attainment(w, c.slo)),
     "kv_used_share": Feature(1.0, lambda w, c: w.kv_usage),

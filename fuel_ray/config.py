@@ -63,7 +63,7 @@ class SweepConfig:
     """Train one DQN per KV block size, compare it with the baselines, write policies and a report."""
 
     preset: Preset = "default"
-    """default: what we recommend. seed: seed.md to the letter (187 actions, 10 features, its reward, SLO 10 s mean e2e)."""
+    """default: what we recommend. seed: 187 actions, 10 features, GreenDLS reward, mean e2e within 10 s."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     steps: int = 120_000
@@ -92,14 +92,14 @@ class SweepConfig:
     """Share that baselines and checkpoints are tuned to on training seeds; some slips on held-out ones."""
     reward: Reward = "energy"
     """Reward that the DQN learns from."""
-    miss_price_j: float = 150.0
+    miss_price_j: float = 200.0
     """Joules charged per missed limit by the energy reward."""
     features: tuple[str, ...] = DEFAULT_FEATURES
     """Entries of the observation, by name."""
     normalisation: Literal["fixed", "running"] = "fixed"
     """Scales of the feature table, or running mean and spread."""
     grid: GridName = "node"
-    """Action grid: derived from the node, seed.md's 187 or GreenDLS's 198 actions."""
+    """Action grid: derived from the node, the seed preset's 187 or GreenDLS's 198 actions."""
     grid_clock_step_mhz: int = 75
     """Distance of the clocks of the node grid in MHz."""
     grid_lowest_clock_share: float = 0.5
@@ -128,7 +128,7 @@ class SweepConfig:
 
 SEED_PRESET = SweepConfig(
     preset="seed",
-    steps=50_000,  # seed.md section 6: 500 episodes of 100 steps
+    steps=50_000,  # 500 episodes of 100 steps
     slo_ttft_s=None,
     slo_tpot_s=None,
     slo_e2e_s=10.0,
@@ -204,27 +204,36 @@ def validate(config: SweepConfig) -> None:
             raise ConfigError(f"--block-sizes {size}: not a power of two from 1 to 256")
     if not config.block_sizes or len(set(config.block_sizes)) < len(config.block_sizes):
         raise ConfigError("--block-sizes: give at least one, each once")
-    for name in ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0 s, or None for no limit")
-    if config.slo == Slo(share=config.slo_share):
-        raise ConfigError("--slo-ttft-s, --slo-tpot-s, --slo-e2e-s: at least one limit is needed")
-    for name in ("slo_share", "tune_share"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most 1")
     for name in ("steps", "seeds", "kv_tokens", "grid_clock_step_mhz"):
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if config.reward.startswith("greendls") and config.slo_e2e_s is None:
-        raise ConfigError(f"--reward {config.reward} needs --slo-e2e-s (seed.md: 10)")
+            raise ConfigError(f"{_flag(name)} {value}: must be at least 1")
     unknown = [name for name in config.features if name not in FEATURES]
     if unknown or not config.features:
         raise ConfigError(f"--features {' '.join(unknown)}: unknown; allowed are {', '.join(FEATURES)}")
     if config.train.fragment_steps < config.train.n_step:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
+    _validate_slo(config)
+
+
+def _validate_slo(config: SweepConfig) -> None:
+    limits = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s")
+    for name in limits:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{_flag(name)} {value}: must be above 0 s, or None for no limit")
+    if all(getattr(config, name) is None for name in limits):
+        raise ConfigError(f"{', '.join(map(_flag, limits))}: at least one limit is needed")
+    for name in ("slo_share", "tune_share"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            raise ConfigError(f"{_flag(name)} {value}: must be above 0 and at most 1")
+    if config.reward.startswith("greendls") and config.slo_e2e_s is None:
+        raise ConfigError(f"--reward {config.reward} needs --slo-e2e-s (GreenDLS: 10)")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -308,7 +317,7 @@ def _value_of(argv: list[str], flag: str) -> str | None:
 
 
 def _one_line(text: str) -> str:
-    """tyro's boxed complaint as one line, without its pointer to --help."""
+    """Tyro's boxed complaint as one line, without its pointer to --help."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(line.strip(" │╭╮╰╯─┆┄") for line in plain.splitlines())
     words = re.sub(r"\s+", " ", words).strip()

@@ -19,7 +19,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """Overrides a policy that lets requests wait too long: maximum performance until the queue is young again."""
+    """Overrides a policy that lets requests wait too long, by maximum performance."""
 
     max_wait_s: float | None = None  # None: never override
 

@@ -16,11 +16,13 @@ ENV_ID = "Serving-v0"  # in the namespace of the entry point: fuel_ray/Serving-v
 class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
     """Observe a serving node, choose (batch limit, GPU clock) for the next window.
 
-    Observations are the codec's features, actions the indices of its grid. Serving never terminates; an episode is
-    truncated after ``steps`` windows. Given several loops (servers of several block sizes), each episode takes one.
+    Observations are the codec's features, actions the indices of its grid. Serving never terminates; an
+    episode is
+    truncated after ``steps`` windows. Given several loops (servers of several block sizes), each episode
+    takes one.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and type)
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and type)
 
     def __init__(self, loops: Sequence[ControlLoop], codec: Codec, *, steps: int) -> None:
         self.codec = codec

@@ -1,11 +1,10 @@
 """From windows and request records to the figures of the summary: one definition of each."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from fuel_ray.types import RequestRecord, Slo, WindowMetrics
+from fuel_ray.types import RequestRecords, Slo, WindowMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +62,10 @@ class EpisodeTotals:
             self.clock_switches += 1
         self._clock_mhz = window.knobs.gpu_clock_mhz
 
-    def summary(self, records: Sequence[RequestRecord], slo: Slo) -> EpisodeSummary:
+    def summary(self, records: RequestRecords, slo: Slo) -> EpisodeSummary:
         """Figures of the episode; requests that arrived and are not in ``records`` missed the SLO."""
-        ttft = latency(r.ttft_s for r in records)
-        tpot = latency(r.tpot_s for r in records)
-        e2e = latency(r.e2e_s for r in records)
-        kept = sum(map(slo.is_kept_by, records))
+        ttft, tpot, e2e = map(latency, (records.ttft_s, records.tpot_s, records.e2e_s))
+        kept = int(records.keeps(slo).sum())
         attainment = kept / self.arrivals if self.arrivals else 1.0
         if slo.share is not None:
             met = attainment >= slo.share
@@ -92,9 +89,9 @@ class EpisodeTotals:
         )
 
 
-def latency(values_s: Iterable[float | None]) -> Latency:
-    """Mean, median and 99th percentile (linear interpolation) of the known values."""
-    known = np.array([value for value in values_s if value is not None])
+def latency(values_s: np.ndarray) -> Latency:
+    """Mean, median and 99th percentile (linear interpolation) of the values that are known."""
+    known = values_s[np.isfinite(values_s)]
     if not len(known):
         return Latency(None, None, None)
     p50_s, p99_s = np.percentile(known, (50, 99)).tolist()
@@ -104,7 +101,8 @@ def latency(values_s: Iterable[float | None]) -> Latency:
 def window_attainment(window: WindowMetrics, slo: Slo) -> float:
     """Smallest share of a window's TTFT, TPOT and e2e samples within its limit; 1.0 without samples.
 
-    A stalled window, in which nothing finished and somebody waits beyond the TTFT or e2e limit, has attainment 0.
+    A stalled window, in which nothing finished and somebody waits beyond the TTFT or e2e limit, has
+    attainment 0.
     """
     wait_limit_s = slo.ttft_s if slo.ttft_s is not None else slo.e2e_s
     if wait_limit_s is not None and not window.completed and window.oldest_wait_s > wait_limit_s:

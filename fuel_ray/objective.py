@@ -17,8 +17,8 @@ class Objective(Protocol):
 def greendls_reward(delay_ms: float, energy_mj: float, slo_target_ms: float, k: float = GREENDLS_K) -> float:
     """GreenDLS: k delay / energy within the SLO, SLO - delay (ms) beyond it.
 
-    By Little's law delay / energy per request is requests in the system / power, so this pays for slowness until the
-    SLO. It is kept to the letter for comparison.
+    By Little's law delay / energy per request is requests in the system / power, so this pays for slowness
+    until the SLO. It is kept to the letter for comparison.
     """
     if delay_ms <= slo_target_ms:
         return k * delay_ms / energy_mj
@@ -59,8 +59,8 @@ def normalized_greendls_kv_reward(
 class GreenDls:
     """The GreenDLS rewards on a window: mean e2e of what finished against GPU energy per finished request.
 
-    A window in which nothing finished scores 0 if nobody waits. If somebody does it is stalled, and scores as if the
-    latency were the SLO plus the oldest wait.
+    A window in which nothing finished scores 0 if nobody waits. If somebody does it is stalled, and scores
+    as if the latency were the SLO plus the oldest wait.
     """
 
     slo_e2e_s: float
@@ -91,9 +91,10 @@ class Energy:
 
     reward = (token_price_j * output tokens - energy - miss_price_j * misses) / (scale_w * duration)
 
-    Summed over an episode that serves all its arrivals the first term is a constant, so this ranks policies by energy
-    plus miss_price_j per miss; it only takes the load's variance out of the reward. Under overload, where more speed
-    serves more, it is Dinkelbach's form of "least joules per token" at the price of the reference
+    Summed over an episode that serves all its arrivals the first term is a constant, so this ranks policies
+    by energy
+    plus miss_price_j per miss; it only takes the load's variance out of the reward. Under overload, where
+    more speed serves more, it is Dinkelbach's form of "least joules per token" at the price of the reference
     (W. Dinkelbach, Management Science 13, 1967).
     """
 
@@ -110,7 +111,7 @@ class Energy:
         return max(score, self.lowest)
 
     def misses(self, window: WindowMetrics) -> float:
-        """Limits missed by requests in this window; those who wait in a stalled window count by the oldest wait."""
+        """Limits missed in this window; in a stalled one, waiting requests count by the oldest wait."""
         slo = self.slo
         missed = 0.0
         if slo.ttft_s is not None:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: run.json, summary.csv, learning.csv, steps.jsonl. Files appear whole or not at all."""
+"""What a run leaves on disk: run.json, summary.csv, learning.csv, steps.jsonl. Files appear whole or not."""
 
 import csv
 import json
@@ -78,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that fuel_ray was imported from, with "+changes" if it differs; None outside one."""
+    """Commit of the checkout that fuel_ray runs from, with "+changes" if it differs; None outside one."""
     folder = Path(__file__).parent
     try:
         commit = _git("rev-parse", "HEAD", cwd=folder)

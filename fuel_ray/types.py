@@ -1,6 +1,5 @@
 """The nouns of fuel_ray: knobs, nodes, requests, windows, policies. The unit is in every name."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,17 +42,6 @@ class Slo:
     e2e_s: float | None = None
     share: float | None = 0.95  # of the requests that must keep all limits; None: the means must keep them
 
-    def is_kept_by(self, record: "RequestRecord") -> bool:
-        """Whether a request finished within every limit."""
-        if record.finished_s is None:
-            return False
-        pairs = (
-            (record.ttft_s, self.ttft_s),
-            (record.tpot_s, self.tpot_s),
-            (record.e2e_s, self.e2e_s),
-        )
-        return all(value is None or limit is None or value <= limit for value, limit in pairs)
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -93,43 +81,55 @@ class Requests:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """What happened to one request; times in seconds since the workload began, None where not reached."""
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestRecords:
+    """What happened to n requests, as columns; times in s since the workload began, nan where not reached."""
 
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int  # tokens asked for
-    admitted_s: float | None = None
-    first_token_s: float | None = None
-    finished_s: float | None = None
-    preemptions: int = 0
+    arrival_s: np.ndarray  # (n,) float64
+    admitted_s: np.ndarray  # (n,) float64
+    first_token_s: np.ndarray  # (n,) float64
+    finished_s: np.ndarray  # (n,) float64
+    prompt_tokens: np.ndarray  # (n,) int64
+    output_tokens: np.ndarray  # (n,) int64, asked for
+    preemptions: np.ndarray  # (n,) int64
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
 
     @property
-    def ttft_s(self) -> float | None:
+    def ttft_s(self) -> np.ndarray:
         """Time to first token."""
-        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+        return self.first_token_s - self.arrival_s
 
     @property
-    def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None for one-token outputs."""
-        if self.finished_s is None or self.first_token_s is None or self.output_tokens < 2:
-            return None
-        return (self.finished_s - self.first_token_s) / (self.output_tokens - 1)
+    def tpot_s(self) -> np.ndarray:
+        """Mean time per output token after the first; nan for one-token outputs."""
+        gaps = np.where(self.output_tokens > 1, self.output_tokens - 1, np.nan)
+        return (self.finished_s - self.first_token_s) / gaps
 
     @property
-    def e2e_s(self) -> float | None:
+    def e2e_s(self) -> np.ndarray:
         """Time from arrival to the last token."""
-        return None if self.finished_s is None else self.finished_s - self.arrival_s
+        return self.finished_s - self.arrival_s
+
+    def keeps(self, slo: Slo) -> np.ndarray:
+        """Whether each request finished within every limit: (n,) bool."""
+        kept = np.isfinite(self.finished_s)
+        pairs = ((self.ttft_s, slo.ttft_s), (self.tpot_s, slo.tpot_s), (self.e2e_s, slo.e2e_s))
+        for values_s, limit_s in pairs:
+            if limit_s is not None:
+                kept &= ~(values_s > limit_s)  # a one-token output has no TPOT and keeps its limit
+        return kept
 
 
 @dataclass(frozen=True, slots=True)
 class WindowMetrics:
     """One control window, measured. Carries samples rather than percentiles, because samples pool.
 
-    ``ttfts_s`` belong to the requests whose first token came in this window; ``tpots_s`` and ``e2es_s`` to those
-    that finished in it (one-token outputs have no TPOT). Counts and gauges without a comment are per window and
-    at its end.
+    ``ttfts_s`` belong to the requests whose first token came in this window; ``tpots_s`` and ``e2es_s`` to
+    those
+    that finished in it (one-token outputs have no TPOT). Counts and gauges without a comment are per window
+    and at its end.
     """
 
     duration_s: float
@@ -162,7 +162,7 @@ class Node(Protocol):
     def spec(self) -> NodeSpec: ...
 
     def reset(self, *, seed: int) -> None:
-        """Start afresh. A simulated node draws its workload from ``seed``; a live one only drops old samples."""
+        """Start afresh; a simulated node draws its workload from ``seed``, a live one drops old samples."""
         ...
 
     def apply(self, knobs: Knobs) -> Knobs:
@@ -181,8 +181,8 @@ class Node(Protocol):
         """
         ...
 
-    def take_records(self) -> Sequence[RequestRecord]:
-        """Records of all requests since the last call that have finished or were given up, in order of finish."""
+    def take_records(self) -> RequestRecords:
+        """Records of what has finished or was given up since the last call, in order of finish."""
         ...
 
     def close(self) -> None:

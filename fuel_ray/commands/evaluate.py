@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.build import build_codec, build_loop
+from fuel_ray.build import build_codec, build_loop, build_node
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.policies.baselines import LoadTable, Score, Scorer, Static, tune_load_table, tune_static
 from fuel_ray.policies.learned import LearnedPolicy, load_policy
 from fuel_ray.record import step_line, summary_fields
-from fuel_ray.types import Knobs, NodeSpec, Policy, RequestRecord
+from fuel_ray.types import Knobs, NodeSpec, Policy, RequestRecords
 from fuel_ray.workload import parse_workload
 
 EPISODE_S = 1200  # one period of the default workload
 DRAIN_S = 120  # windows after the last arrival in which requests may finish
-TUNING_SEEDS = tuple(range(1_000, 1_004))
+TUNING_SEEDS = tuple(range(1_000, 1_008))
 HELD_OUT_SEED = 2_000_000_000  # first of the held-out seeds; no training or tuning seed is one of them
 STATIC_LIMITS = (24, 32, 40, 48, 64)
 TABLE_ROWS = 8
@@ -54,12 +54,12 @@ class Evaluation:
     lines: list[str]  # of steps.jsonl, for the first seed
 
 
-def tune_baselines(config: SweepConfig, kv_block_size: int) -> Tuned:
-    """Tune the static pair and the load table for the training workload on the tuning seeds."""
-    score = _scorer(config, kv_block_size, TUNING_SEEDS)
-    spec = build_loop(config, kv_block_size, horizon_s=1.0).node.spec
+def tune_baselines(config: SweepConfig, kv_block_size: int, workload: str) -> Tuned:
+    """Tune the static pair and the load table for a workload on the tuning seeds."""
+    score = _scorer(config, kv_block_size, workload)
+    spec = build_node(config, kv_block_size, horizon_s=1.0).spec
     static = tune_static(score, spec, share=config.tune_share, limits=STATIC_LIMITS)
-    peak_rps = 2.0 * parse_workload(config.workload).mean_rate_rps
+    peak_rps = 2.0 * parse_workload(workload).mean_rate_rps
     rates = [peak_rps * row / TABLE_ROWS for row in range(1, TABLE_ROWS)]
     table = tune_load_table(score, spec, share=config.tune_share, start=static, rates_rps=rates)
     return Tuned(static, table)
@@ -76,9 +76,9 @@ def select_policy(
     for arrays in candidates:
         scores = []
         for size in block_sizes:
-            spec = build_loop(config, size, horizon_s=1.0).node.spec
+            spec = build_node(config, size, horizon_s=1.0).spec
             policy = LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
-            scores.append(_scorer(config, size, TUNING_SEEDS)(policy))
+            scores.append(_scorer(config, size, config.workload)(policy))
         attainment = min(score.slo_attainment for score in scores)
         energy_j = sum(score.energy_j_per_request for score in scores)
         kept = attainment >= config.tune_share
@@ -87,13 +87,13 @@ def select_policy(
 
 
 def evaluate_block_size(
-    config: SweepConfig, kv_block_size: int, tuned: Tuned, policy_folder: Path
+    config: SweepConfig, kv_block_size: int, tuned: Mapping[str, Tuned], policy_folder: Path
 ) -> Evaluation:
-    """Evaluate the baselines and the learned policy on all held-out seeds of all workloads."""
+    """Evaluate the learned policy and the baselines ``tuned`` for each workload on all held-out seeds."""
     evaluation = Evaluation([], [])
-    for workload in dict.fromkeys(filter(None, (config.workload, config.control_workload))):
+    for workload in tuned:
         loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
-        for name, policy in _policies(loop.node.spec, tuned, policy_folder).items():
+        for name, policy in _policies(loop.node.spec, tuned[workload], policy_folder).items():
             for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds):
                 labels = {
                     "block_size": kv_block_size,
@@ -113,7 +113,7 @@ def run_episode(
     seed: int,
     seconds: int = EPISODE_S,
     observe: Callable[[StepRecord], None] | None = None,
-) -> tuple[EpisodeTotals, Sequence[RequestRecord]]:
+) -> tuple[EpisodeTotals, RequestRecords]:
     """Let a policy serve ``seconds`` of arrivals and then drain the queue; totals and request records."""
     totals = EpisodeTotals()
     policy.reset()
@@ -154,17 +154,17 @@ def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Po
     }
 
 
-def _scorer(config: SweepConfig, kv_block_size: int, seeds: Sequence[int]) -> Scorer:
-    """Scores a policy on the training workload, pooled over seeds."""
-    loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S))
+def _scorer(config: SweepConfig, kv_block_size: int, workload: str) -> Scorer:
+    """Scores a policy on a workload, pooled over the tuning seeds."""
+    loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
 
     def score(policy: Policy) -> Score:
         energy_j = requests = kept = 0.0
-        for seed in seeds:
+        for seed in TUNING_SEEDS:
             totals, records = run_episode(loop, policy, seed=seed)
             energy_j += totals.energy_j
             requests += totals.arrivals
-            kept += sum(map(config.slo.is_kept_by, records))
+            kept += int(records.keeps(config.slo).sum())
         return Score(energy_j / requests, kept / requests)
 
     return score

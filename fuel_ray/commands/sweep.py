@@ -1,4 +1,4 @@
-"""The main job: train a policy per KV block size, compare it with the baselines, write policies and a report."""
+"""The main job: train a policy per KV block size, compare it with baselines, write policies and a report."""
 
 import sys
 import time
@@ -15,7 +15,6 @@ from fuel_ray.build import build_codec, build_node
 from fuel_ray.commands.evaluate import (
     HELD_OUT_SEED,
     TUNING_SEEDS,
-    Evaluation,
     Tuned,
     evaluate_block_size,
     select_policy,
@@ -23,7 +22,7 @@ from fuel_ray.commands.evaluate import (
 )
 from fuel_ray.commands.report import summary_table, write_report
 from fuel_ray.commands.train import Trained, checkpoint_arrays, start_ray, train
-from fuel_ray.config import SweepConfig, load_config, parse_sweep, to_dict, validate
+from fuel_ray.config import SweepConfig, load_config, parse_sweep, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.learned import Manifest, save_policy
 from fuel_ray.record import git_commit, make_folder, read_json, versions, write_csv, write_json, write_lines
@@ -75,7 +74,7 @@ def run(config: SweepConfig) -> int:
     write_csv(run_dir / "summary.csv", [row for e in evaluations for row in e.rows])
     write_lines(run_dir / "steps.jsonl", (line for e in evaluations for line in e.lines))
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
-    facts["tuned"] = {str(size): baselines.to_dict() for size, baselines in tuned.items()}
+    facts["tuned"] = {str(size): by_load[config.workload].to_dict() for size, by_load in tuned.items()}
     write_json(run_dir / "run.json", facts)
     report = write_report(run_dir)
     print(f"\n{summary_table(run_dir)}\n\nreport    {report}\npolicies  {run_dir / 'policies'}")
@@ -109,15 +108,21 @@ def _new_run(config: SweepConfig) -> Path:
     return run_dir
 
 
-def _tune(config: SweepConfig, run_dir: Path) -> dict[int, Tuned]:
-    """Tuned baselines of every block size, from an earlier call if there was one."""
+def _tune(config: SweepConfig, run_dir: Path) -> dict[int, dict[str, Tuned]]:
+    """Baselines by block size and workload, from an earlier call if there was one."""
     path = run_dir / "baselines.json"
-    if path.exists():
-        return {int(size): Tuned.from_dict(raw) for size, raw in read_json(path).items()}
-    tuned = _in_parallel("tune baselines", tune_baselines, [(config, size) for size in config.block_sizes])
-    found = dict(zip(config.block_sizes, tuned, strict=True))
-    write_json(path, {str(size): baselines.to_dict() for size, baselines in found.items()})
-    return found
+    if not path.exists():
+        workloads = list(dict.fromkeys(filter(None, (config.workload, config.control_workload))))
+        jobs = [(config, size, workload) for size in config.block_sizes for workload in workloads]
+        found = _in_parallel("tune baselines", tune_baselines, jobs)
+        raw: dict[str, dict[str, Any]] = {str(size): {} for size in config.block_sizes}
+        for (_, size, workload), tuned in zip(jobs, found, strict=True):
+            raw[str(size)][workload] = tuned.to_dict()
+        write_json(path, raw)
+    return {
+        int(size): {workload: Tuned.from_dict(tuned) for workload, tuned in by_load.items()}
+        for size, by_load in read_json(path).items()
+    }
 
 
 def _export(config: SweepConfig, run_dir: Path, trained: Sequence[Trained]) -> None:
@@ -164,4 +169,5 @@ def _in_parallel(what: str, function: Callable[..., Result], jobs: Sequence[tupl
         _, pending = ray.wait(pending)
         done = len(references) - len(pending)
         print(f"{what}  {done}/{len(references)}  {time.monotonic() - began_s:.0f} s", flush=True)
-    return ray.get(references)
+    results: list[Result] = ray.get(references)
+    return results

@@ -5,8 +5,8 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ class Progress(tune.Callback):
         left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
         sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
         print(
-            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps  reward {_number(row['reward'], 2):>7}"
+            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps"
+            f"  reward {_number(row['reward'], 2):>7}"
             f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
             f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
             flush=True,

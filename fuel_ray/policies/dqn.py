@@ -1,8 +1,9 @@
 """RLlib's DQN with a vectorised replay buffer and update loop.
 
-RLlib's own buffer and learner spend some 30 ms of Python per update of 128 transitions, this loop about 2. Sampling,
-module, optimiser, checkpoints, callbacks and Tune are RLlib's. It needs one local learner, which is also what is
-fastest on a small machine.
+RLlib's own buffer and learner spend some 30 ms of Python per update of 128 transitions, this loop about 2.
+Sampling,
+module, optimiser, checkpoints, callbacks and Tune are RLlib's. It needs one local learner, which is also
+what is fastest on a small machine.
 """
 
 from typing import Any
@@ -112,7 +113,11 @@ class FastDqn(DQN):
             self._updates += 1
             if self._updates % c.target_network_update_freq == 0:
                 module._target_q.load_state_dict(module.q.state_dict())
-        return {"loss": float(loss), "td_error_mean": float(np.abs(errors).mean()), "learning_rate": group["lr"]}
+        return {
+            "loss": float(loss),
+            "td_error_mean": float(np.abs(errors).mean()),
+            "learning_rate": group["lr"],
+        }
 
 
 def _loss(module: Any, batch: Batch) -> tuple[np.ndarray, torch.Tensor]:

@@ -40,9 +40,7 @@ class Manifest:
 class LearnedPolicy:
     """Takes the action of highest Q in every window."""
 
-    def __init__(
-        self, arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec, *, head: Head
-    ) -> None:
+    def __init__(self, arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec, *, head: Head) -> None:
         self._arrays = arrays
         self._head = head
         self._codec = codec
@@ -84,7 +82,8 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
         raise PolicyError(f"{folder}: format {manifest.format}; this version reads {FORMAT}")
     if spec.kv_block_size not in manifest.kv_block_sizes:
         raise PolicyError(
-            f"{folder} was trained for KV block size {manifest.kv_block_sizes}, {spec.name} has {spec.kv_block_size}"
+            f"{folder} was trained for KV block size {manifest.kv_block_sizes}, "
+            f"{spec.name} has {spec.kv_block_size}"
         )
     if spec.gpu_name != manifest.gpu_name or spec.model != manifest.model:
         raise PolicyError(

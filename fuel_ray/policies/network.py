@@ -12,8 +12,8 @@ def q_values(arrays: Mapping[str, np.ndarray], observation: np.ndarray, *, head:
     """Q of every action: (features,) -> (actions,).
 
     Args:
-        arrays: weights by name: ``trunk.{0,2,..}.{weight,bias}``, ``value.*`` and ``advantage.*`` or, for an additive
-            head, ``limit_advantage.*`` and ``clock_advantage.*``.
+        arrays: weights by name: ``trunk.{0,2,..}.{weight,bias}``, ``value.*`` and ``advantage.*`` or, for an
+        additive     head, ``limit_advantage.*`` and ``clock_advantage.*``.
         observation: (features,) float32.
         head: as the network was trained.
     """
@@ -25,10 +25,12 @@ def q_values(arrays: Mapping[str, np.ndarray], observation: np.ndarray, *, head:
         layer += 2  # an activation stands between two linear layers
 
     def linear(name: str) -> np.ndarray:
-        return arrays[f"{name}.weight"] @ hidden + arrays[f"{name}.bias"]
+        product: np.ndarray = arrays[f"{name}.weight"] @ hidden
+        return product + arrays[f"{name}.bias"]
 
     if head == "joint":
         advantage = linear("advantage")
     else:
         advantage = (linear("limit_advantage")[:, None] + linear("clock_advantage")[None, :]).ravel()
-    return linear("value") + advantage - advantage.mean()
+    q: np.ndarray = linear("value") + advantage - advantage.mean()
+    return q

@@ -1,4 +1,4 @@
-"""Prioritised n-step replay in numpy: a batch costs microseconds, where a buffer of Python episodes costs milliseconds."""
+"""Prioritised n-step replay in numpy: a batch takes microseconds, one from Python episodes milliseconds."""
 
 from dataclasses import dataclass
 

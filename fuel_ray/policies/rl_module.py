@@ -17,8 +17,8 @@ from fuel_ray.policies.network import Head
 class DuelingQNet(nn.Module):
     """State value plus advantages; an additive head learns one per limit and one per clock, and sums them.
 
-    Duelling: Wang et al., ICML 2016. Additive advantages share what is learned of a clock across limits (Tavakoli et
-    al., AAAI 2018, call the idea action branching).
+    Duelling: Wang et al., ICML 2016. Additive advantages share what is learned of a clock across limits
+    (Tavakoli et al., AAAI 2018, call the idea action branching).
     """
 
     def __init__(
@@ -64,9 +64,7 @@ class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAP
             hidden=tuple(settings["hidden"]),
             head=settings["head"],
         )
-        self.epsilon_schedule = Scheduler(
-            fixed_value_or_schedule=settings["epsilon"], framework="torch"
-        )
+        self.epsilon_schedule = Scheduler(fixed_value_or_schedule=settings["epsilon"], framework="torch")
 
     def get_non_inference_attributes(self) -> list[str]:
         """What an actor's copy goes without."""

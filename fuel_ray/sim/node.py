@@ -1,21 +1,20 @@
 """A GPU server in virtual time, behind the Node protocol."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.perf_model import Pack
 from fuel_ray.sim.scheduler import Engine, State, advance, new_state
-from fuel_ray.types import Knobs, NodeSpec, RequestRecord, Requests, WindowMetrics
+from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetrics
 from fuel_ray.workload import Workload
 
 
 class SimulatedNode:
     """A calibrated twin of one vLLM server: same seed and knobs, same bytes.
 
-    Each ``reset`` draws ``horizon_s`` seconds of requests from the workload; after them nobody arrives any more.
+    Each ``reset`` draws ``horizon_s`` seconds of requests from the workload; after them nobody arrives any
+    more.
     """
 
     def __init__(
@@ -115,12 +114,21 @@ class SimulatedNode:
         advance(s, self._engine, self._pack.perf, until_s, self._knobs.batch_limit, self._knobs.gpu_clock_mhz)
         return self._window(s, duration_s, before)
 
-    def take_records(self) -> Sequence[RequestRecord]:
+    def take_records(self) -> RequestRecords:
         """Records of the requests that finished since the last call, in order of finish."""
         s = self._running()
-        finished = s.finished[self._reported : s.count[rules.FINISHED]].tolist()
+        finished = s.finished[self._reported : s.count[rules.FINISHED]]
         self._reported += len(finished)
-        return [_record(s, r) for r in finished]
+        arrival_s, admitted_s, first_token_s, finished_s = s.time_s[finished].T
+        return RequestRecords(
+            arrival_s=arrival_s,
+            admitted_s=admitted_s,
+            first_token_s=first_token_s,
+            finished_s=finished_s,
+            prompt_tokens=s.request[finished, rules.PROMPT],
+            output_tokens=s.request[finished, rules.OUTPUT],
+            preemptions=s.request[finished, rules.PREEMPTED_TIMES],
+        )
 
     def close(self) -> None:
         """Forget the requests."""
@@ -161,16 +169,3 @@ class SimulatedNode:
             knobs=self._knobs,
             gpu_clock_mhz=clock[rules.CLOCK_S] / busy_s if busy_s > 0 else None,
         )
-
-
-def _record(s: State, r: int) -> RequestRecord:
-    arrival_s, admitted_s, first_token_s, finished_s = s.time_s[r].tolist()
-    return RequestRecord(
-        arrival_s=arrival_s,
-        prompt_tokens=int(s.request[r, rules.PROMPT]),
-        output_tokens=int(s.request[r, rules.OUTPUT]),
-        admitted_s=admitted_s,
-        first_token_s=first_token_s,
-        finished_s=finished_s,
-        preemptions=int(s.request[r, rules.PREEMPTED_TIMES]),
-    )

@@ -16,7 +16,8 @@ class PerfModel(NamedTuple):
     """Constants of one (GPU, model) pair; times in s, energies in J, powers in W, clocks in MHz.
 
     With n scheduled requests, ctx their context tokens and p prefill tokens, at the highest clock:
-    a decode step takes ``decode_s + decode_seq_s n + decode_ctx_s ctx``; a step that also prefills and still fits a
+    a decode step takes ``decode_s + decode_seq_s n + decode_ctx_s ctx``; a step that also prefills and still
+    fits a
     CUDA graph adds ``mixed_s + mixed_token_s p``; a larger one takes the larger of ``eager_floor_s`` and
     ``eager_token_s p + decode_seq_s n + decode_ctx_s ctx``.
     """
@@ -41,7 +42,8 @@ class PerfModel(NamedTuple):
     eager_w: float  # energy of a larger step: eager_w T + eager_token_j p
     eager_token_j: float
     # Clock axis, with x = clock / max_clock_mhz and n at most shape_max_seqs.
-    # Share of a decode step's time that scales with 1 / x: c / (c + f), c = clock_s + clock_seq_s n, f likewise.
+    # Share of a decode step's time that scales with 1 / x: c / (c + f), c = clock_s + clock_seq_s n, f
+    # likewise.
     clock_s: float
     clock_seq_s: float
     fixed_s: float
@@ -75,8 +77,8 @@ def step_cost(
         seqs: requests in the step.
         context: tokens in the KV cache of these requests after the step.
         prefill: prompt tokens computed in the step.
-        clock_mhz: the pinned SM clock. The power cap stretches a step whose power would pass it at constant energy,
-            which is what the H100 of ``h100-qwen3-8b`` was seen to do.
+        clock_mhz: the pinned SM clock. The power cap stretches a step whose power would pass it at constant
+        energy,     which is what the H100 of ``h100-qwen3-8b`` was seen to do.
     """
     x = clock_mhz / m.max_clock_mhz
     decode = m.decode_seq_s * seqs + m.decode_ctx_s * context
@@ -107,7 +109,7 @@ def step_cost(
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A calibration pack: a performance model with the server it was fitted on and where each constant comes from."""
+    """A calibration pack: a performance model, the server it was fitted on, and where it comes from."""
 
     name: str
     gpu_name: str
@@ -162,7 +164,9 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
         raise ValueError(f"perf: unknown {sorted(unknown)}, missing {sorted(missing)}")
     supported = tuple(range(clocks["min"], clocks["max"] + 1, clocks["step"]))
     if not supported or supported[-1] != clocks["max"]:
-        raise ValueError(f"gpu_clocks_mhz: {clocks['max']} is not a whole number of steps above {clocks['min']}")
+        raise ValueError(
+            f"gpu_clocks_mhz: {clocks['max']} is not a whole number of steps above {clocks['min']}"
+        )
     return Pack(
         name=raw["name"],
         gpu_name=raw["gpu_name"],

@@ -1,9 +1,13 @@
 """vLLM V1's scheduler and KV block pool in virtual time, one engine step at a time, compiled by numba.
 
-The rules (vllm/v1/core/sched/scheduler.py and block_pool.py, read at 0.20): running requests are scheduled first and
-in order of admission, the newest is preempted when blocks run out; then waiting requests are admitted in order of
-arrival, preempted ones first, while the batch limit, the token budget and the pool allow, and only in a step without
-preemption. Scheduling is asynchronous: a step is composed when the one before it starts, so an arrival during step k
+The rules (vllm/v1/core/sched/scheduler.py and block_pool.py, read at 0.20): running requests are scheduled
+first and
+in order of admission, the newest is preempted when blocks run out; then waiting requests are admitted in
+order of
+arrival, preempted ones first, while the batch limit, the token budget and the pool allow, and only in a step
+without
+preemption. Scheduling is asynchronous: a step is composed when the one before it starts, so an arrival
+during step k
 joins step k + 2. Freed blocks keep their content until they are reused, least recently freed first.
 
 ``advance.py_func`` is the same code in plain Python: the oracle of the tests.
@@ -21,10 +25,11 @@ from fuel_ray.types import Requests
 PROMPT, OUTPUT, PREFIX_ID, PREFIX, COMPUTED, EMITTED, SLOT, PREEMPTED_TIMES = range(8)
 # Columns of State.time_s: when a request arrived, was admitted, gave its first token, finished
 ARRIVAL, ADMISSION, FIRST_TOKEN, FINISH = range(4)
-# Rows of State.run (int64): the running requests in order of admission, the next step that needs a closer look at
-# each (0: every step), and step number - computed tokens of those that decode until then
+# Rows of State.run (int64): the running requests in order of admission, the next step that needs a closer
+# look at each (0: every step), and step number - computed tokens of those that decode until then
 REQUEST, DUE, ORIGIN = range(3)
-# Columns of State.slot (int64): two stacks, blocks that the slot holds and blocks that a preempted request held
+# Columns of State.slot (int64): two stacks, blocks that the slot holds and blocks that a preempted request
+# held
 PREEMPTED_REQUEST, FREE_SLOT, HELD, KEPT = range(4)
 # Columns of State.block (int64)
 PREVIOUS, FOLLOWING, REFERENCES, CONTENT = range(4)
@@ -74,7 +79,7 @@ class State(NamedTuple):
     sample: np.ndarray  # (3, n) s: TTFTs in order of first token, TPOTs and e2es in order of finish
     finished: np.ndarray  # (n,) requests in order of finish
     clock: np.ndarray  # (8,) float64
-    count: np.ndarray  # (19,) int64
+    count: np.ndarray  # type: ignore[assignment]  # (19,) int64; hides tuple.count
 
 
 def new_state(requests: Requests, engine: Engine) -> State:
@@ -172,10 +177,8 @@ def _oldest_wait(s: State) -> float:
     if s.count[ADMITTED] < s.count[ARRIVED]:
         oldest = s.time_s[s.count[ADMITTED], ARRIVAL]
     for k in range(s.count[RUNNING] + s.count[PREEMPTED]):
-        if k < s.count[RUNNING]:
-            r = s.run[REQUEST, k]
-        else:
-            r = s.slot[k - s.count[RUNNING], PREEMPTED_REQUEST]
+        past = k - s.count[RUNNING]
+        r = s.run[REQUEST, k] if past < 0 else s.slot[past, PREEMPTED_REQUEST]
         if s.time_s[r, FIRST_TOKEN] < 0:
             oldest = min(oldest, s.time_s[r, ARRIVAL])
     return s.clock[NOW] - oldest
@@ -275,7 +278,7 @@ def _settle(s: State, k: int) -> None:
 
 @_inlined
 def _add_to_step(s: State, e: Engine, buffer: int, k: int, tokens: int) -> None:
-    """Account for ``tokens`` of the k-th running request, whose blocks are allocated, in the step being composed."""
+    """Account for ``tokens`` of the k-th running request, whose blocks are allocated, in the next step."""
     r = s.run[REQUEST, k]
     before = s.request[r, COMPUTED]
     computed = before + tokens
@@ -311,7 +314,7 @@ def _emit(s: State, e: Engine, buffer: int, k: int) -> None:
 
 @_inlined
 def _make_room(s: State, e: Engine, k: int, tokens: int) -> bool:
-    """Allocate blocks for the next tokens of the k-th running request, preempting the newest ones if need be."""
+    """Allocate blocks for the next tokens of the k-th running request, preempting the newest if need be."""
     r = s.run[REQUEST, k]
     slot = s.request[r, SLOT]
     needed = -(-(s.request[r, COMPUTED] + tokens) // e.block_size) - s.slot[slot, HELD]
@@ -401,7 +404,7 @@ def _leave_running(s: State, k: int) -> None:
 
 @_inlined
 def _content_key(s: State, e: Engine, r: int, j: int) -> int:
-    """Names the tokens in block j of request r; equal for requests that share a prefix as far as that block."""
+    """Names the tokens in block j of request r; equal for requests that share them as a prefix."""
     if s.request[r, PREFIX_ID] >= 0 and (j + 1) * e.block_size <= s.request[r, PREFIX]:
         return -1 - (s.request[r, PREFIX_ID] * _CONTENT_BLOCKS + j)
     return r * _CONTENT_BLOCKS + j
@@ -423,7 +426,7 @@ def _publish_block(s: State, e: Engine, r: int, j: int) -> None:
 
 @_compiled
 def _cached_blocks(s: State, e: Engine, r: int, most: int) -> tuple[int, int]:
-    """Write the leading blocks of r that are still cached into its table; their number, and how many are free."""
+    """Write the blocks of r that are still cached into its table; their number, and how many are free."""
     evictable = 0
     if not e.prefix_caching:
         return 0, 0
