@@ -97,12 +97,13 @@ def build_loop(
     horizon_s: float,
     workload: str | None = None,
     random_start: bool = False,
+    interval_s: float = 1.0,
 ) -> ControlLoop:
     """A node under control."""
     node = build_node(
         config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start
     )
-    return ControlLoop(node, build_objective(config), guard=Guard(config.guard_wait_s))
+    return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=Guard(config.guard_wait_s))
 
 
 def build_env(config: SweepConfig, block_sizes: Sequence[int]) -> ServingEnv:

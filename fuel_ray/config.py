@@ -54,7 +54,7 @@ class TrainConfig:
     """Share of the training over which random actions fall from all to epsilon_final."""
     target_update_updates: int = 200
     """Updates between copies of the network into the target network."""
-    iterations: int = 25
+    iterations: int = 16
     """Training results, each with a checkpoint."""
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import ray
 
 from fuel_ray import __version__
@@ -17,11 +18,11 @@ from fuel_ray.commands.evaluate import (
     TUNING_SEEDS,
     Tuned,
     evaluate_block_size,
-    select_policy,
+    score_weights,
     tune_baselines,
 )
 from fuel_ray.commands.report import summary_table, write_report
-from fuel_ray.commands.train import Trained, checkpoint_arrays, start_ray, train
+from fuel_ray.commands.train import Trained, start_ray, train
 from fuel_ray.config import SweepConfig, load_config, parse_sweep, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.learned import Manifest, save_policy
@@ -61,11 +62,8 @@ def run(config: SweepConfig) -> int:
     print(f"sweep  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
     start_ray()
     trained = train(config, run_dir)
-    curve = [{"block_size": _label(t.block_sizes), **row} for t in trained for row in t.curve]
-    write_csv(run_dir / "learning.csv", curve)
-
     tuned = _tune(config, run_dir)
-    _export(config, run_dir, trained)
+    _choose(config, run_dir, trained)
     evaluations = _in_parallel(
         "evaluate",
         evaluate_block_size,
@@ -125,38 +123,55 @@ def _tune(config: SweepConfig, run_dir: Path) -> dict[int, dict[str, Tuned]]:
     }
 
 
-def _export(config: SweepConfig, run_dir: Path, trained: Sequence[Trained]) -> None:
-    """Write the best of the last checkpoints of every trial as a policy folder."""
-    candidates = [[checkpoint_arrays(path) for path in trial.checkpoints] for trial in trained]
-    jobs = [(config, t.block_sizes, arrays) for t, arrays in zip(trained, candidates, strict=True)]
+def _choose(config: SweepConfig, run_dir: Path, trained: Sequence[Trained]) -> None:
+    """Score every checkpoint on the tuning seeds; write the scores and the best ones' policy folders."""
+    jobs = [(config, t.block_sizes, result.arrays) for t in trained for result in t.results]
+    scores = iter(_in_parallel("score checkpoints", score_weights, jobs))
+    curve = []
+    for trial in trained:
+        ranked = []
+        for result, score in zip(trial.results, scores, strict=False):
+            curve.append(
+                {
+                    "block_size": "/".join(map(str, trial.block_sizes)),
+                    "env_steps": result.env_steps,
+                    "reward": result.reward,
+                    "energy_j_per_request": score.energy_j_per_request,
+                    "slo_attainment": score.slo_attainment,
+                }
+            )
+            missed = score.slo_attainment < config.tune_share
+            ranked.append((missed, -score.slo_attainment if missed else score.energy_j_per_request))
+        best = trial.results[ranked.index(min(ranked))]
+        _save(config, run_dir, trial.block_sizes, best.arrays)
+    write_csv(run_dir / "learning.csv", curve)
+
+
+def _save(
+    config: SweepConfig, run_dir: Path, block_sizes: tuple[int, ...], arrays: dict[str, np.ndarray]
+) -> None:
+    """Write a policy folder."""
     pack = load_pack(config.pack)
-    for trial, arrays, best in zip(
-        trained, candidates, _in_parallel("choose checkpoint", select_policy, jobs), strict=True
-    ):
-        spec = build_node(config, trial.block_sizes[0], horizon_s=1.0).spec
-        manifest = Manifest(
-            kv_block_sizes=trial.block_sizes,
-            model=pack.model,
-            gpu_name=pack.gpu_name,
-            engine=pack.engine,
-            pack=pack.name,
-            pack_sha256=pack.sha256,
-            reward=config.reward,
-            workload=config.workload,
-            workload_digest=parse_workload(config.workload).digest(),
-            head=config.train.head,
-            fuel_ray_version=__version__,
-        )
-        folder = run_dir / "policies" / _folder(config, trial.block_sizes[0])
-        save_policy(folder, arrays[best], build_codec(config, spec), manifest)
+    spec = build_node(config, block_sizes[0], horizon_s=1.0).spec
+    manifest = Manifest(
+        kv_block_sizes=block_sizes,
+        model=pack.model,
+        gpu_name=pack.gpu_name,
+        engine=pack.engine,
+        pack=pack.name,
+        pack_sha256=pack.sha256,
+        reward=config.reward,
+        workload=config.workload,
+        workload_digest=parse_workload(config.workload).digest(),
+        head=config.train.head,
+        fuel_ray_version=__version__,
+    )
+    folder = run_dir / "policies" / _folder(config, block_sizes[0])
+    save_policy(folder, arrays, build_codec(config, spec), manifest)
 
 
 def _folder(config: SweepConfig, kv_block_size: int) -> str:
     return "conditional" if config.conditional else f"block_{kv_block_size}"
-
-
-def _label(block_sizes: Sequence[int]) -> str:
-    return "/".join(map(str, block_sizes))
 
 
 def _in_parallel(what: str, function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
@@ -168,6 +183,7 @@ def _in_parallel(what: str, function: Callable[..., Result], jobs: Sequence[tupl
     while pending:
         _, pending = ray.wait(pending)
         done = len(references) - len(pending)
-        print(f"{what}  {done}/{len(references)}  {time.monotonic() - began_s:.0f} s", flush=True)
+        if not pending or done % max(1, len(references) // 8) == 0:
+            print(f"{what}  {done}/{len(references)}  {time.monotonic() - began_s:.0f} s", flush=True)
     results: list[Result] = ray.get(references)
     return results

@@ -26,7 +26,6 @@ from fuel_ray.policies.rl_module import DuelingDqnModule
 
 _ENV_NAME = "fuel_ray_serving"
 _MODULE_STATE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
-CHECKPOINTS_KEPT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,16 @@ class Trained:
     """One finished trial."""
 
     block_sizes: tuple[int, ...]
-    checkpoints: tuple[Path, ...]  # oldest first
-    curve: tuple[dict[str, Any], ...]  # a row per training result
+    results: tuple["Checkpointed", ...]  # oldest first
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """A training result and the weights that it left."""
+
+    env_steps: int
+    reward: float | None  # mean return of the training episodes, with their random actions
+    arrays: dict[str, np.ndarray]  # the Q network, by the names of ``network.q_values``
 
 
 class EpisodeMetrics(RLlibCallback):
@@ -87,6 +94,8 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables; Progress prints what matters
+    logging.getLogger("ray").setLevel(logging.ERROR)
     local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": 200 * 2**20}
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
 
@@ -121,9 +130,7 @@ def train(config: SweepConfig, run_dir: Path) -> list[Trained]:
                 name="tune",
                 storage_path=str(run_dir.resolve()),
                 stop={"num_env_steps_sampled_lifetime": config.steps},
-                checkpoint_config=tune.CheckpointConfig(
-                    num_to_keep=CHECKPOINTS_KEPT, checkpoint_frequency=1, checkpoint_at_end=True
-                ),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
                 callbacks=[progress],
                 verbose=0,
             ),
@@ -193,30 +200,24 @@ def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def checkpoint_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The Q network's weights in an RLlib checkpoint, by the names of ``network.q_values``."""
-    with (checkpoint / _MODULE_STATE).open("rb") as file:
-        state = pickle.load(file)
-    return {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
-
-
 def _make_env(settings: Mapping[str, Any]) -> ServingEnv:
     config = from_dict(settings["config"], base=PRESETS["default"], source="env_config")
     return build_env(config, settings["block_sizes"])
 
 
 def _trained(result: Any) -> Trained:
+    found = [
+        Checkpointed(row["env_steps"], row["reward"], _arrays(Path(checkpoint.path)))
+        for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
+    ]
     sizes = tuple(result.config["env_config"]["block_sizes"])
-    checkpoints = sorted(Path(c.path) for c, _ in result.best_checkpoints)
-    rows = [_flat_curve_row(row) for row in result.metrics_dataframe.to_dict("records")]
-    return Trained(sizes, tuple(checkpoints), tuple(rows))
+    return Trained(sizes, tuple(sorted(found, key=lambda c: c.env_steps)))
 
 
-def _flat_curve_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """``curve_row`` of a row of Tune's table, whose nested keys are joined by slashes."""
-    runners = {"episode_return_mean": row.get("env_runners/episode_return_mean")}
-    fuel = {name: row.get(f"env_runners/fuel/{name}") for name in ("energy_j_per_request", "slo_attainment")}
-    return curve_row({**row, "env_runners": {**runners, "fuel": fuel}})
+def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    with (checkpoint / _MODULE_STATE).open("rb") as file:
+        state = pickle.load(file)
+    return {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
 
 
 def _known(value: Any) -> float | None:

@@ -107,7 +107,7 @@ def tune_load_table(
         return result.energy_j_per_request + price_j * (1.0 - result.slo_attainment)
 
     for sweep in range(sweeps):
-        stride = max(1, len(clocks) // (16 << sweep))
+        stride = max(1, len(clocks) // (8 << sweep))
         current = evaluate(knobs)
         for i in range(len(knobs)):
             for direction in (-1, 1):
