@@ -55,28 +55,41 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
 
 def run(config: SweepConfig) -> int:
     """Run or resume a sweep; prints a table and the path of the report."""
-    began_s = time.monotonic()
-    load_pack(config.pack), parse_workload(config.workload)  # complain before anything is written
+    load_pack(config.pack)  # a wrong pack or workload is said before anything is written
+    for workload in _workloads(config):
+        parse_workload(workload)
     run_dir = config.resume or _new_run(config)
-    facts = read_json(run_dir / "run.json")
     print(f"sweep  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
+    try:
+        _stages(config, run_dir)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to go on: fuel-ray sweep --resume {run_dir}", flush=True)
+        raise
+    report = write_report(run_dir)
+    print(f"\n{summary_table(run_dir)}\n\nreport    {report}\npolicies  {run_dir / 'policies'}")
+    return 0
+
+
+def _stages(config: SweepConfig, run_dir: Path) -> None:
+    """Train, tune the baselines, choose checkpoints, evaluate; each leaves its files."""
+    began_s = time.monotonic()
+    facts = read_json(run_dir / "run.json")
     start_ray()
     trained = train(config, run_dir)
     tuned = _tune(config, run_dir)
     _choose(config, run_dir, trained)
-    evaluations = _in_parallel(
-        "evaluate",
-        evaluate_block_size,
-        [(config, s, tuned[s], run_dir / "policies" / _folder(config, s)) for s in config.block_sizes],
-    )
+    policies = run_dir / "policies"
+    jobs = [(config, size, tuned[size], policies / _folder(config, size)) for size in config.block_sizes]
+    evaluations = _in_parallel("evaluate", evaluate_block_size, jobs)
     write_csv(run_dir / "summary.csv", [row for e in evaluations for row in e.rows])
     write_lines(run_dir / "steps.jsonl", (line for e in evaluations for line in e.lines))
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
     facts["tuned"] = {str(size): by_load[config.workload].to_dict() for size, by_load in tuned.items()}
     write_json(run_dir / "run.json", facts)
-    report = write_report(run_dir)
-    print(f"\n{summary_table(run_dir)}\n\nreport    {report}\npolicies  {run_dir / 'policies'}")
-    return 0
+
+
+def _workloads(config: SweepConfig) -> list[str]:
+    return list(dict.fromkeys(filter(None, (config.workload, config.control_workload))))
 
 
 def _new_run(config: SweepConfig) -> Path:
@@ -110,8 +123,7 @@ def _tune(config: SweepConfig, run_dir: Path) -> dict[int, dict[str, Tuned]]:
     """Baselines by block size and workload, from an earlier call if there was one."""
     path = run_dir / "baselines.json"
     if not path.exists():
-        workloads = list(dict.fromkeys(filter(None, (config.workload, config.control_workload))))
-        jobs = [(config, size, workload) for size in config.block_sizes for workload in workloads]
+        jobs = [(config, size, load) for size in config.block_sizes for load in _workloads(config)]
         found = _in_parallel("tune baselines", tune_baselines, jobs)
         raw: dict[str, dict[str, Any]] = {str(size): {} for size in config.block_sizes}
         for (_, size, workload), tuned in zip(jobs, found, strict=True):

@@ -94,8 +94,9 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # so that a kill costs a result or two
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables; Progress prints what matters
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": 200 * 2**20}
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
 
@@ -110,6 +111,7 @@ def train(config: SweepConfig, run_dir: Path) -> list[Trained]:
 
     Raises:
         FuelRayError: a trial failed; the message has its error.
+        KeyboardInterrupt: the user stopped it; what there is can be resumed.
     """
     start_ray()
     register_env(_ENV_NAME, _make_env)
@@ -138,7 +140,10 @@ def train(config: SweepConfig, run_dir: Path) -> list[Trained]:
     results = tuner.fit()
     for error in results.errors:
         raise FuelRayError(f"training failed: {str(error).strip().splitlines()[-1]}")
-    return [_trained(result) for result in results]
+    trained = [_trained(result) for result in results]
+    if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
+        raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far
+    return trained
 
 
 def dqn_config(config: SweepConfig, block_sizes: Any) -> FastDqnConfig:
