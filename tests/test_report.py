@@ -175,6 +175,7 @@ def _run_info(shape):
             "preset": "default",
             "pack": shape.pack,
             "workload": "diurnal",
+            "control_workload": "steady",
             "slo_ttft_s": 1.0,
             "slo_tpot_s": 0.05,
             "slo_e2e_s": None,

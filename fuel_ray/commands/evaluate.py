@@ -10,7 +10,7 @@ import numpy as np
 from fuel_ray.build import build_codec, build_loop, build_node
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
-from fuel_ray.metrics import EpisodeTotals
+from fuel_ray.metrics import EpisodeTotals, latency
 from fuel_ray.policies.baselines import LoadTable, Score, Scorer, Static, tune_load_table, tune_static
 from fuel_ray.policies.learned import LearnedPolicy, load_policy
 from fuel_ray.record import step_line, summary_fields
@@ -154,7 +154,18 @@ def _scorer(config: SweepConfig, kv_block_size: int, workload: str, *, interval_
             totals, records = run_episode(loop, policy, seed=seed)
             energy_j += totals.energy_j
             requests += totals.arrivals
-            kept += int(records.keeps(config.slo).sum())
+            kept += _kept(records, config)
         return Score(energy_j / requests, kept / requests)
 
     return score
+
+
+def _kept(records: RequestRecords, config: SweepConfig) -> float:
+    """Requests that kept the SLO; of a promise on means, as many as put ``tune_share`` just where it is kept."""
+    slo = config.slo
+    if slo.share is not None:
+        return float(records.keeps(slo).sum())
+    pairs = ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s))
+    means = [(latency(values).mean_s, limit) for values, limit in pairs if limit]
+    ratios = [limit / mean_s for mean_s, limit in means if mean_s]
+    return len(records) * min(1.0, config.tune_share * min(ratios, default=1.0))

@@ -1,13 +1,15 @@
 """``fuel-ray report``: a run folder as one self-contained page, and as a table for the terminal."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import tyro
 
 from fuel_ray.commands import report_figures as figures
 from fuel_ray.commands import report_tables as tables
 from fuel_ray.commands import report_text as text
 from fuel_ray.commands.report_data import (
-    CONTROL,
     LEARNED,
     REFERENCES,
     Run,
@@ -47,8 +49,9 @@ _TERMS = {
 }
 
 _LEARNING = (
-    "Reward should rise and energy per request fall until both are flat; a curve that still moves at its end "
-    "asks for more steps. Thin: each training iteration. Bold: mean of five."
+    "Reward (with the random actions of training) should rise and energy per request (of the greedy policy, on "
+    "the tuning seeds) fall until both are flat; a curve that still moves at its end asks for more steps. "
+    "Thin: each checkpoint. Bold: mean of five."
 )
 _SCATTER = (
     "Left is less energy, up is more requests within the SLO. A policy is better than another only if it "
@@ -87,7 +90,7 @@ def summary_table(run_dir: Path) -> str:
     for workload in run.workloads:
         lines += [f"workload {workload}", *tables.plain_results(run, workload=workload)]
         lines += [text.misses(run, workload=workload)]
-        lines += [text.control(run, workload=workload), ""] if workload == CONTROL else [""]
+        lines += [text.control(run, workload=workload), ""] if workload == run.control else [""]
     sentences = (text.headline(run), text.sample(run), text.block_sizes(run), text.origin(run))
     return "\n".join([*lines, *sentences])
 
@@ -95,16 +98,16 @@ def summary_table(run_dir: Path) -> str:
 def _sections(run: Run) -> Iterator[str]:
     main, *others = run.workloads
     yield from _answer(run)
-    for workload in [main, *(name for name in others if name != CONTROL)]:
+    for workload in [main, *(name for name in others if name != run.control)]:
         yield heading(f"Results on the {workload} workload")
         yield from _results(run, workload)
     yield heading("Do the block sizes differ?")
     yield paragraph(text.block_sizes(run))
     yield from _figures(run)
-    if CONTROL in others:
-        yield heading(f"Negative control: the {CONTROL} workload")
-        yield paragraph(text.control(run, workload=CONTROL))
-        yield from _results(run, CONTROL)
+    if run.control is not None:
+        yield heading(f"Negative control: the {run.control} workload")
+        yield paragraph(text.control(run, workload=run.control))
+        yield from _results(run, run.control)
     yield heading("How this run was made")
     yield from _provenance(run)
 
@@ -196,3 +199,18 @@ def _provenance(run: Run) -> Iterator[str]:
     yield folded("Configuration", tables.key_values(run.config))
     yield folded("Package versions", tables.key_values(info.get("versions") or {}))
     yield folded("Workload digests", tables.requests(run))
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write the report of a finished run again."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+
+
+def run(config: ReportConfig) -> int:
+    """Write the report and print its table."""
+    report = write_report(config.run_dir)
+    print(f"{summary_table(config.run_dir)}\n\nreport    {report}")
+    return 0

@@ -16,7 +16,6 @@ from fuel_ray.stats import Interval, bootstrap_mean, paired_ratio
 
 LEARNED = "dqn"
 REFERENCES = ("max_performance", "tuned_static", "load_table")
-CONTROL = "steady"
 ENERGY = "energy_j_per_request"
 _COLUMNS = (
     *("block_size", "policy", "workload", "seed", "workload_digest", "slo_attainment", ENERGY),
@@ -53,7 +52,14 @@ class Run:
         """Workloads, the one that was trained for first."""
         present = list(self.summary["workload"].unique())
         main = self.setting("workload")
-        return sorted(present, key=lambda name: (name != main, name == CONTROL))
+        return sorted(present, key=lambda name: (name != main, name == self.control))
+
+    @property
+    def control(self) -> str | None:
+        """The negative control's workload; None if it is the main one or was not run."""
+        name = self.setting("control_workload")
+        ran = name in set(self.summary["workload"]) and name != self.setting("workload")
+        return str(name) if ran else None
 
     @property
     def attainment_target(self) -> float | None:

@@ -41,12 +41,12 @@ class Checkpointed:
     """A training result and the weights that it left."""
 
     env_steps: int
-    reward: float | None  # mean return of the training episodes, with their random actions
+    reward: float | None  # mean per window of the training episodes, with their random actions
     arrays: dict[str, np.ndarray]  # the Q network, by the names of ``network.q_values``
 
 
 class EpisodeMetrics(RLlibCallback):
-    """Logs joules per request, SLO attainment and the mean clock of training episodes."""
+    """Logs reward per window, joules per request, SLO attainment and mean clock of training episodes."""
 
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
         """RLlib's hook."""
@@ -54,6 +54,7 @@ class EpisodeMetrics(RLlibCallback):
         arrivals = sum(info["arrivals"] for info in infos)
         if arrivals:
             figures = {
+                "reward": episode.get_return() / len(infos),
                 "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
                 "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
                 "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
@@ -199,7 +200,7 @@ def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
     fuel = runners.get("fuel", {})
     return {
         "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
-        "reward": _known(runners.get("episode_return_mean")),
+        "reward": _known(fuel.get("reward")),
         "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
         "slo_attainment": _known(fuel.get("slo_attainment")),
     }

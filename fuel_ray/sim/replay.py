@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from fuel_ray.types import Requests
 FIGURES = ("energy", "mean_power") + tuple(
     f"{latency}_{statistic}" for latency in ("ttft", "tpot", "e2e") for statistic in ("mean", "p50", "p99")
 )
+
+_DRAIN_STEP_S = 10.0  # how often the replay looks whether all requests have finished
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,17 +50,37 @@ def predicted_figures(run: RecordedRun, pack: Pack) -> dict[str, float]:
     )
     state = new_state(run.requests, engine)
     energy_j = 0.0
-    for until_s, limit in _limits(run):
+    for until_s, limit in _periods(run):
         advance(state, engine, pack.perf, until_s, limit, pack.gpu_clocks_mhz[-1])
-        energy_j += float(state.clock[rules.ENERGY])
-    _drain(state, engine, pack)
-    time_s = state.time_s
-    arrival_s = time_s[:, rules.ARRIVAL]
-    return _figures(
-        run, energy_j, time_s[:, rules.FIRST_TOKEN] - arrival_s, time_s[:, rules.FINISH] - arrival_s
-    )
+        if until_s <= run.duration_s:
+            energy_j += float(state.clock[rules.ENERGY])
+        elif state.count[rules.FINISHED] == len(run.requests):
+            break
+    latency_s = state.time_s - state.time_s[:, [rules.ARRIVAL]]
+    return _figures(run, energy_j, latency_s[:, rules.FIRST_TOKEN], latency_s[:, rules.FINISH])
 
 
 def relative_errors(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
     """Fractions by which the prediction is too high."""
     return {name: predicted[name] / measured[name] - 1.0 for name in FIGURES}
+
+
+def _periods(run: RecordedRun) -> Iterator[tuple[float, int]]:
+    """End of each period under one limit, and the limit; after the run's duration, for as long as it takes."""
+    starts_s = [start_s for start_s, _ in run.limit_schedule[1:] if start_s < run.duration_s]
+    limit = run.limit_schedule[0][1]
+    for (_, limit), until_s in zip(run.limit_schedule, [*starts_s, run.duration_s], strict=False):
+        yield until_s, limit
+    for more in count(1):
+        yield run.duration_s + more * _DRAIN_STEP_S, limit
+
+
+def _figures(run: RecordedRun, energy_j: float, ttft_s: np.ndarray, e2e_s: np.ndarray) -> dict[str, float]:
+    outputs = run.requests.output_tokens
+    several = outputs > 1
+    tpot_s = (e2e_s - ttft_s)[several] / (outputs[several] - 1)
+    figures = {"energy": energy_j, "mean_power": energy_j / run.duration_s}
+    for name, values_s in (("ttft", ttft_s), ("tpot", tpot_s), ("e2e", e2e_s)):
+        p50_s, p99_s = np.percentile(values_s, (50, 99)).tolist()
+        figures |= {f"{name}_mean": float(values_s.mean()), f"{name}_p50": p50_s, f"{name}_p99": p99_s}
+    return figures
