@@ -10,16 +10,13 @@ from fuel_ray.codec import Codec, Encoder
 from fuel_ray.control import ControlLoop
 from fuel_ray.metrics import window_attainment
 
-ENV_ID = "Serving-v0"  # in the namespace of the entry point: fuel_ray/Serving-v0
-
 
 class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
     """Observe a serving node, choose (batch limit, GPU clock) for the next window.
 
     Observations are the codec's features, actions the indices of its grid. Serving never terminates; an
-    episode is
-    truncated after ``steps`` windows. Given several loops (servers of several block sizes), each episode
-    takes one.
+    episode is truncated after ``steps`` windows. Given several loops (servers of several block sizes), each
+    episode takes one.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and type)
@@ -61,9 +58,3 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         """Release the nodes."""
         for loop, _ in self._loops:
             loop.node.close()
-
-
-def register_envs() -> None:
-    """Make the environment known to Gymnasium, which calls this through an entry point."""
-    if f"fuel_ray/{ENV_ID}" not in gymnasium.registry:
-        gymnasium.register(id=ENV_ID, entry_point="fuel_ray.build:serving_env")

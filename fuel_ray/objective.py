@@ -59,8 +59,8 @@ def normalized_greendls_kv_reward(
 class GreenDls:
     """The GreenDLS rewards on a window: mean e2e of what finished against GPU energy per finished request.
 
-    A window in which nothing finished scores 0 if nobody waits. If somebody does it is stalled, and scores
-    as if the latency were the SLO plus the oldest wait.
+    A window in which nothing finished scores 0 if nobody waits. If somebody does it is stalled, and scores as
+    if the latency were the SLO plus the oldest wait.
     """
 
     slo_e2e_s: float
@@ -92,10 +92,9 @@ class Energy:
     reward = (token_price_j * output tokens - energy - miss_price_j * misses) / (scale_w * duration)
 
     Summed over an episode that serves all its arrivals the first term is a constant, so this ranks policies
-    by energy
-    plus miss_price_j per miss; it only takes the load's variance out of the reward. Under overload, where
-    more speed serves more, it is Dinkelbach's form of "least joules per token" at the price of the reference
-    (W. Dinkelbach, Management Science 13, 1967).
+    by energy plus miss_price_j per miss; it only takes the load's variance out of the reward. Under overload,
+    where more speed serves more, it is Dinkelbach's form of "least joules per token" at the price of the
+    reference (W. Dinkelbach, Management Science 13, 1967).
     """
 
     slo: Slo

@@ -127,9 +127,8 @@ class WindowMetrics:
     """One control window, measured. Carries samples rather than percentiles, because samples pool.
 
     ``ttfts_s`` belong to the requests whose first token came in this window; ``tpots_s`` and ``e2es_s`` to
-    those
-    that finished in it (one-token outputs have no TPOT). Counts and gauges without a comment are per window
-    and at its end.
+    those that finished in it (one-token outputs have no TPOT). Counts and gauges without a comment are per
+    window and at its end.
     """
 
     duration_s: float

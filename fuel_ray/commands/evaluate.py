@@ -161,7 +161,7 @@ def _scorer(config: SweepConfig, kv_block_size: int, workload: str, *, interval_
 
 
 def _kept(records: RequestRecords, config: SweepConfig) -> float:
-    """Requests that kept the SLO; of a promise on means, as many as put ``tune_share`` just where it is kept."""
+    """Requests that kept the SLO; for a promise on means, a number whose share passes if it is kept."""
     slo = config.slo
     if slo.share is not None:
         return float(records.keeps(slo).sum())

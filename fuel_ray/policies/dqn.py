@@ -1,9 +1,9 @@
 """RLlib's DQN with a vectorised replay buffer and update loop.
 
-RLlib's own buffer and learner spend some 30 ms of Python per update of 128 transitions, this loop about 2.
-Sampling,
-module, optimiser, checkpoints, callbacks and Tune are RLlib's. It needs one local learner, which is also
-what is fastest on a small machine.
+RLlib's own buffer and learner took 30 ms per update of 128 transitions, this loop 4 ms per update of 256
+(both with the sampling that goes with it; ray 2.60, one shared core, 300 and 640 updates). Sampling, module,
+optimiser, checkpoints, callbacks and Tune are RLlib's. It needs one local learner, which is also what is
+fastest on a small machine.
 """
 
 from typing import Any

@@ -1,16 +1,13 @@
 """vLLM V1's scheduler and KV block pool in virtual time, one engine step at a time, compiled by numba.
 
-The rules (vllm/v1/core/sched/scheduler.py and block_pool.py, read at 0.20): running requests are scheduled
-first and
-in order of admission, the newest is preempted when blocks run out; then waiting requests are admitted in
-order of
-arrival, preempted ones first, while the batch limit, the token budget and the pool allow, and only in a step
-without
-preemption. Scheduling is asynchronous: a step is composed when the one before it starts, so an arrival
-during step k
-joins step k + 2. Freed blocks keep their content until they are reused, least recently freed first.
+The rules are those of vllm/v1/core/sched/scheduler.py and vllm/v1/core/block_pool.py. Running requests are
+scheduled first and in order of admission, the newest is preempted when blocks run out; then waiting requests
+are admitted in order of arrival, preempted ones first, while the batch limit, the token budget and the pool
+allow, and only in a step without preemption. Scheduling is asynchronous: a step is composed when the one
+before it starts, so an arrival during step k joins step k + 2. Freed blocks keep their content until they are
+reused, least recently freed first.
 
-``advance.py_func`` is the same code in plain Python: the oracle of the tests.
+With NUMBA_DISABLE_JIT=1 the same code runs in plain Python: the oracle of the tests.
 """
 
 from typing import NamedTuple
