@@ -152,8 +152,7 @@ def _choose(config: SweepConfig, run_dir: Path, trained: Sequence[Trained]) -> N
                     "slo_attainment": score.slo_attainment,
                 }
             )
-            missed = score.slo_attainment < config.tune_share
-            ranked.append((missed, -score.slo_attainment if missed else score.energy_j_per_request))
+            ranked.append(score.rank(config.tune_share))
         best = trial.results[ranked.index(min(ranked))]
         _save(config, run_dir, trial.block_sizes, best.arrays)
     write_csv(run_dir / "learning.csv", curve)

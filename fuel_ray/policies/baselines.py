@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from fuel_ray.codec import EWMA_S
 from fuel_ray.types import Knobs, NodeSpec, Policy, WindowMetrics
@@ -51,6 +52,11 @@ class Score:
     energy_j_per_request: float
     slo_attainment: float
 
+    def rank(self, share: float) -> tuple[bool, float]:
+        """Lower is better: least energy of those that keep the SLO for ``share``, or else most attainment."""
+        missed = self.slo_attainment < share
+        return missed, -self.slo_attainment if missed else self.energy_j_per_request
+
 
 Scorer = Callable[[Policy], Score]
 
@@ -58,30 +64,21 @@ Scorer = Callable[[Policy], Score]
 def tune_static(score: Scorer, spec: NodeSpec, *, share: float, limits: Sequence[int]) -> Knobs:
     """The pair of least energy that keeps the SLO for ``share`` of the requests.
 
-    Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid
-    around the best pair. Without any pair that keeps the SLO, the one of highest attainment.
+    Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid around
+    the best pair. Without any pair that keeps the SLO, the one of highest attainment.
     """
-    tried: dict[Knobs, Score] = {}
-
-    def rank(knobs: Knobs) -> tuple[bool, float]:
-        if knobs not in tried:
-            tried[knobs] = score(Static(knobs))
-        result = tried[knobs]
-        missed = result.slo_attainment < share
-        return missed, -result.slo_attainment if missed else result.energy_j_per_request
-
+    search = _Search[Knobs](lambda knobs: score(Static(knobs)), share)
     clocks = spec.gpu_clocks_mhz
     stride = max(1, len(clocks) // 16)
-    for limit in sorted(set(limits) | {spec.batch_limits[-1]}, reverse=True):
+    for limit in sorted({*limits, spec.batch_limits[-1]}, reverse=True):
         for clock_mhz in clocks[::-1][::stride]:
-            rank(Knobs(limit, clock_mhz))
-            if tried[Knobs(limit, clock_mhz)].slo_attainment < share - 0.05:
+            if search.score(Knobs(limit, clock_mhz)).slo_attainment < share - 0.05:
                 break
-    best = min(tried, key=rank)
+    best = search.best()
     middle = clocks.index(best.gpu_clock_mhz)
     for clock_mhz in clocks[max(0, middle - stride + 1) : middle + stride]:
-        rank(replace(best, gpu_clock_mhz=clock_mhz))
-    return min(tried, key=rank)
+        search.score(replace(best, gpu_clock_mhz=clock_mhz))
+    return search.best()
 
 
 def tune_load_table(
@@ -89,38 +86,52 @@ def tune_load_table(
 ) -> LoadTable:
     """A load table by coordinate descent from a static pair, on energy plus a price per miss.
 
-    The price starts at what a percent of attainment costs along the static clock, and follows the attainment
-    reached: up when it is below ``share``, down when it is above.
+    The price starts at three times the energy of a request, and follows the attainment reached: up when it is
+    below ``share``, down when it is above. Each sweep moves every row's clock in finer steps than the last.
     """
-    clocks = spec.gpu_clocks_mhz
-    knobs = [start] * (len(rates_rps) + 1)
-    price_j = 3.0 * score(Static(start)).energy_j_per_request
-    best: tuple[tuple[bool, float], list[Knobs]] | None = None
+    search = _Search[tuple[Knobs, ...]](lambda rows: score(LoadTable(rates_rps, rows)), share)
+    rows = (start,) * (len(rates_rps) + 1)
+    price_j = 3.0 * search.score(rows).energy_j_per_request
 
-    def evaluate(candidate: list[Knobs]) -> float:
-        nonlocal best
-        result = score(LoadTable(rates_rps, candidate))
-        missed = result.slo_attainment < share
-        rank = (missed, -result.slo_attainment if missed else result.energy_j_per_request)
-        if best is None or rank < best[0]:
-            best = (rank, list(candidate))
+    def cost_j(candidate: tuple[Knobs, ...]) -> float:
+        result = search.score(candidate)
         return result.energy_j_per_request + price_j * (1.0 - result.slo_attainment)
 
     for sweep in range(sweeps):
-        stride = max(1, len(clocks) // (8 << sweep))
-        current = evaluate(knobs)
-        for i in range(len(knobs)):
-            for direction in (-1, 1):
-                while True:
-                    at = clocks.index(knobs[i].gpu_clock_mhz) + direction * stride
-                    if not 0 <= at < len(clocks):
-                        break
-                    candidate = [*knobs[:i], replace(knobs[i], gpu_clock_mhz=clocks[at]), *knobs[i + 1 :]]
-                    value = evaluate(candidate)
-                    if value >= current:
-                        break
-                    knobs, current = candidate, value
-        attained = score(LoadTable(rates_rps, knobs)).slo_attainment
-        price_j *= 2.0 if attained < share else 0.7
-    assert best is not None
-    return LoadTable(rates_rps, best[1])
+        stride = max(1, len(spec.gpu_clocks_mhz) // (8 << sweep))
+        for row in range(len(rows)):
+            for step in (-stride, stride):
+                moved = _moved(rows, row, step, spec)
+                while moved is not None and cost_j(moved) < cost_j(rows):
+                    rows = moved
+                    moved = _moved(rows, row, step, spec)
+        price_j *= 2.0 if search.score(rows).slo_attainment < share else 0.7
+    return LoadTable(rates_rps, search.best())
+
+
+def _moved(rows: tuple[Knobs, ...], row: int, step: int, spec: NodeSpec) -> tuple[Knobs, ...] | None:
+    """The table with one row's clock ``step`` places further; None beyond the supported clocks."""
+    at = spec.gpu_clocks_mhz.index(rows[row].gpu_clock_mhz) + step
+    if not 0 <= at < len(spec.gpu_clocks_mhz):
+        return None
+    return (*rows[:row], replace(rows[row], gpu_clock_mhz=spec.gpu_clocks_mhz[at]), *rows[row + 1 :])
+
+
+Candidate = TypeVar("Candidate")
+
+
+class _Search(Generic[Candidate]):
+    """Scores every candidate once and knows the best so far."""
+
+    def __init__(self, score: Callable[[Candidate], Score], share: float) -> None:
+        self._score, self._share = score, share
+        self._tried: dict[Candidate, Score] = {}
+
+    def score(self, candidate: Candidate) -> Score:
+        if candidate not in self._tried:
+            self._tried[candidate] = self._score(candidate)
+        return self._tried[candidate]
+
+    def best(self) -> Candidate:
+        """The one of least energy that keeps the SLO, or else the one of highest attainment."""
+        return min(self._tried, key=lambda candidate: self._tried[candidate].rank(self._share))
