@@ -66,7 +66,7 @@ class SweepConfig:
     """default: what we recommend. seed: 187 actions, 10 features, GreenDLS reward, mean e2e within 10 s."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
-    steps: int = 120_000
+    steps: int = 150_000
     """Control windows (1 s each) to train each policy on."""
     seeds: int = 10
     """Held-out workload seeds of the evaluation."""

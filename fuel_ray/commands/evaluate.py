@@ -19,7 +19,7 @@ from fuel_ray.workload import parse_workload
 
 EPISODE_S = 1200  # one period of the default workload
 DRAIN_S = 120  # windows after the last arrival in which requests may finish
-TUNING_SEEDS = tuple(range(1_000, 1_004))
+TUNING_SEEDS = tuple(range(1_000, 1_008))
 HELD_OUT_SEED = 2_000_000_000  # first of the held-out seeds; no training or tuning seed is one of them
 STATIC_LIMITS = (24, 32, 40, 48, 64)
 TABLE_ROWS = 8

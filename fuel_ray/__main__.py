@@ -1,0 +1,7 @@
+"""``python -m fuel_ray VERB``."""
+
+import sys
+
+from fuel_ray.cli import main
+
+sys.exit(main())

@@ -1,0 +1,94 @@
+"""Imports point down only, and every foreign library has its home."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
+LAYERS = [
+    ("types", "errors"),
+    (
+        *("metrics", "objective", "codec", "stats", "workload", "sim"),
+        *("policies.baselines", "policies.network", "policies.replay"),
+    ),
+    ("control",),
+    ("env", "record", "policies.learned", "policies.rl_module", "policies.dqn", "live", "cluster"),
+    ("config", "build"),
+    ("commands",),
+    ("cli", "__main__"),
+]
+HOMES = {
+    "ray": ("commands.train", "commands.sweep", "policies.rl_module", "policies.dqn", "cluster"),
+    "torch": ("policies.rl_module", "policies.dqn"),
+    "gymnasium": ("", "env"),
+    "numba": ("sim",),
+    "safetensors": ("policies.learned",),
+    "matplotlib": ("commands.report_figures",),
+    "pandas": ("commands",),
+    "pynvml": ("live.nvml",),
+    "aiohttp": ("live",),
+    "psutil": ("live.cpu",),
+    "vllm": ("vllm_plugin",),
+}
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT / "fuel_ray").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _within(module: str, homes: tuple[str, ...]) -> bool:
+    return any(module == home or (home and module.startswith(home + ".")) for home in homes)
+
+
+def _layer(module: str) -> int | None:
+    return next((level for level, names in enumerate(LAYERS) if _within(module, names)), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=_module)
+def test_imports_point_down_only(path):
+    own = _layer(_module(path))
+    for name in _imports(path):
+        imported = _layer(name.removeprefix("fuel_ray.")) if name.startswith("fuel_ray.") else None
+        if own is not None and imported is not None:
+            assert imported <= own, f"{_module(path)} (layer {own}) imports {name} (layer {imported})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_module)
+def test_a_foreign_library_is_imported_only_in_its_home(path):
+    for name in _imports(path):
+        homes = HOMES.get(name.split(".")[0])
+        assert homes is None or _within(_module(path), homes), f"{_module(path)} imports {name}"
+
+
+def test_commands_import_each_other_only_as_the_sweep_does():
+    allowed = {"sweep": ("train", "evaluate", "report"), "report": ("report_",)}
+    for path in FILES:
+        module = _module(path)
+        if not module.startswith("commands.") or module.startswith("commands.report_"):
+            continue
+        own = module.removeprefix("commands.")
+        for name in _imports(path):
+            if name.startswith("fuel_ray.commands."):
+                other = name.removeprefix("fuel_ray.commands.")
+                assert other.startswith(allowed.get(own, ())), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("statement", ["import fuel_ray", "import fuel_ray.policies.learned"])
+def test_acting_needs_neither_ray_nor_torch(statement):
+    code = f"{statement}; import sys; sys.exit(bool({{'ray', 'torch', 'matplotlib'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

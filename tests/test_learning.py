@@ -1,0 +1,82 @@
+"""Learning: a known optimum is found, and a run through Tune leaves and resumes what it should."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fuel_ray.policies.dqn import _loss
+from fuel_ray.policies.replay import ReplayBuffer
+from fuel_ray.policies.rl_module import DuelingQNet
+
+
+@pytest.mark.parametrize("head", ["joint", "additive"])
+def test_a_known_optimum_is_learned(head):
+    """Three loads, each with one best (limit, clock); the reward of an action falls with its distance."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    best = {0: (0, 1), 1: (1, 3), 2: (2, 4)}
+    module = SimpleNamespace(
+        q=DuelingQNet(3, limits=3, clocks=5, hidden=(32,), head=head),
+        _target_q=DuelingQNet(3, limits=3, clocks=5, hidden=(32,), head=head),
+    )
+    replay = ReplayBuffer(5000, 3, gamma=0.5, n_step=1, rng=rng)
+    loads = rng.integers(0, 3, 3001)
+    actions = rng.integers(0, 15, 3000)
+    limits, clocks = np.divmod(actions, 5)
+    targets = np.array([best[load] for load in loads[:-1]])
+    rewards = -np.abs(limits - targets[:, 0]) - np.abs(clocks - targets[:, 1]) + rng.normal(0, 0.3, 3000)
+    replay.add(np.eye(3, dtype=np.float32)[loads], actions, rewards.astype(np.float32))
+    optimizer = torch.optim.Adam(module.q.parameters(), lr=3e-3)
+    for update in range(600):
+        replay.refresh()
+        batch = replay.sample(64)
+        errors, loss = _loss(module, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        replay.set_priorities(batch.index, errors)
+        if update % 50 == 0:
+            module._target_q.load_state_dict(module.q.state_dict())
+    chosen = module.q(torch.eye(3)).argmax(-1).tolist()
+    assert [divmod(action, 5) for action in chosen] == [best[load] for load in range(3)]
+
+
+def sweep(*flags, out):
+    command = [sys.executable, "-m", "fuel_ray", "sweep", *flags]
+    return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
+
+
+SMALL = ["--block-sizes", "16", "--seeds", "1", "--steps", "30000", "--train.iterations", "6"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_killed_sweep_goes_on_from_its_last_checkpoint(tmp_path):
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = sweep(*SMALL, "--out", str(tmp_path), out=out)
+        deadline = time.monotonic() + 240
+        while log.read_text().count("\ntrain ") < 4 and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (run_dir,) = tmp_path.glob("sweep-*")
+    with log.open("w") as out:
+        assert sweep("--resume", str(run_dir), out=out).wait(400) == 0, log.read_text()
+    first = next(line for line in log.read_text().splitlines() if line.startswith("train"))
+    assert int(first.split()[3].split("/")[0].replace(",", "")) >= 15_000  # of 5,000 per result
+    files = {path.name for path in run_dir.iterdir()}
+    assert {"run.json", "summary.csv", "learning.csv", "steps.jsonl", "report.html", "tune"} <= files
+    assert (run_dir / "policies/block_16/weights.safetensors").is_file()
+    assert list(run_dir.glob("tune/*/events.out.tfevents.*"))
+    results = next(run_dir.glob("tune/*/result.json")).read_text().splitlines()
+    fuel = json.loads(results[-1])["env_runners"]["fuel"]
+    assert {"energy_j_per_request", "slo_attainment", "mean_gpu_clock_mhz", "reward"} <= set(fuel)

@@ -1,0 +1,122 @@
+"""The named rewards at known points, and what each of them prefers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fuel_ray.build import build_objective
+from fuel_ray.config import PRESETS
+from fuel_ray.objective import (
+    Energy,
+    GreenDls,
+    greendls_kv_reward,
+    greendls_reward,
+    normalized_greendls_kv_reward,
+)
+from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.types import Knobs, Requests, Slo
+from fuel_ray.workload import parse_workload
+from tests.test_codec import WINDOW
+
+
+@pytest.mark.parametrize(
+    ("delay_ms", "kv_usage", "expected"),
+    [
+        (5_000.0, 0.3, 150 * 5_000 / 20_000 - 5 * 0.2),
+        (5_000.0, 0.7, 150 * 5_000 / 20_000),
+        (5_000.0, 0.95, 150 * 5_000 / 20_000 - 10 * 0.05),
+        (10_000.0, 0.3, 75 - 1.0),
+        (10_000.0, 0.7, 75.0),
+        (10_000.0, 0.95, 75 - 0.5),
+        (12_500.0, 0.3, -2_500.0),
+        (12_500.0, 0.7, -2_500.0),
+        (12_500.0, 0.95, -2_500.0),
+    ],
+)
+def test_the_kv_reward_below_at_and_above_the_slo(delay_ms, kv_usage, expected):
+    assert greendls_kv_reward(delay_ms, 20_000.0, kv_usage, 10_000.0) == pytest.approx(expected)
+    clipped = min(max(expected / 50, -2), 2)
+    assert normalized_greendls_kv_reward(delay_ms, 20_000.0, kv_usage, 10_000.0) == pytest.approx(clipped)
+    if kv_usage == 0.7:
+        assert greendls_reward(delay_ms, 20_000.0, 10_000.0) == pytest.approx(expected)
+
+
+def test_the_weight_k_scales_the_efficiency_term():
+    assert greendls_kv_reward(1_000, 10_000, 0.7, 10_000, k=300) == pytest.approx(30.0)
+
+
+def test_greendls_scores_a_window_by_mean_latency_and_energy_per_request():
+    reward = GreenDls(slo_e2e_s=10.0, kv=False, normalized=False).reward(WINDOW)
+    window = replace(WINDOW, completed=2)  # e2e 4 s and 6 s, 900 J
+    assert GreenDls(10.0, kv=False, normalized=False).reward(window) == pytest.approx(150 * 5000 / 450_000)
+    assert reward > 0
+
+
+@pytest.mark.parametrize(
+    "objective", [GreenDls(10.0, kv=True, normalized=False), Energy(Slo(1.0), 0.2, 200.0, 400.0)]
+)
+def test_a_stalled_window_scores_worse_the_longer_somebody_waits(objective):
+    working = replace(WINDOW, ttfts_s=(0.1,), waiting=0)
+    stalled = replace(
+        WINDOW, completed=0, output_tokens=0, ttfts_s=(), tpots_s=(), e2es_s=(), waiting=4, oldest_wait_s=0.4
+    )
+    longer = replace(stalled, oldest_wait_s=0.9)
+    assert objective.reward(longer) < objective.reward(stalled) < objective.reward(working)
+
+
+def test_an_idle_window_is_neutral_for_greendls():
+    idle = replace(WINDOW, completed=0, waiting=0, running=0, ttfts_s=(), tpots_s=(), e2es_s=())
+    assert GreenDls(10.0, kv=True, normalized=True).reward(idle) == 0.0
+
+
+def test_the_token_price_moves_rewards_by_the_tokens_alone():
+    free, priced = (Energy(Slo(1.0), price, 200.0, 400.0) for price in (0.0, 0.3))
+    for energy_j in (100.0, 900.0):
+        window = replace(WINDOW, energy_j=energy_j)
+        assert priced.reward(window) - free.reward(window) == pytest.approx(0.3 * 1800 / 400 / 2)
+
+
+def test_each_missed_limit_costs_its_price():
+    objective = Energy(Slo(1.0, 0.015, 5.0), 0.2, 200.0, 400.0)
+    assert objective.misses(WINDOW) == 3  # one TTFT of 2 s, one TPOT of 20 ms, one e2e of 6 s
+
+
+def test_the_default_reward_is_of_order_one():
+    objective = build_objective(PRESETS["default"])
+    node = SimulatedNode(load_pack("h100-qwen3-8b"), parse_workload("steady"), kv_block_size=16, horizon_s=60)
+    node.reset(seed=0)
+    rewards = [objective.reward(node.measure(1.0)) for _ in range(60)]
+    assert 0.05 < np.abs(rewards).mean() < 2
+
+
+def saturated(pack, clock_mhz, *, seconds=120):
+    """Windows of a node that always has 32 requests running."""
+    n = 4000
+    work = Requests(np.zeros(n), np.full(n, 64), np.full(n, 256), np.full(n, -1), np.zeros(n, np.int64))
+    node = SimulatedNode(pack, parse_workload("steady"), kv_block_size=16, horizon_s=1.0)
+    node.replay(work)
+    node.apply(Knobs(32, clock_mhz))
+    node.measure(30.0)
+    return node.measure(float(seconds))
+
+
+def test_energy_prefers_the_energy_optimum_of_the_a100_and_greendls_does_not():
+    pack = load_pack("a100-llama31-8b")
+    clocks = [clock for clock in pack.gpu_clocks_mhz if clock >= 705]
+    windows = {clock: saturated(pack, clock) for clock in clocks}
+    joules = {clock: w.energy_j / w.output_tokens for clock, w in windows.items()}
+    optimum = min(joules, key=joules.__getitem__)
+    assert 810 <= optimum <= 1005
+    energy = Energy(Slo(e2e_s=1e6), token_price_j=joules[optimum], miss_price_j=0.0, scale_w=150.0)
+    preferred = max(clocks, key=lambda clock: energy.reward(windows[clock]))
+    assert joules[preferred] <= 1.01 * joules[optimum]
+    served = {
+        clock: replace(w, e2es_s=(32 * w.duration_s / w.completed,) * w.completed)
+        for clock, w in windows.items()
+    }
+    greendls = GreenDls(1e6, kv=False, normalized=False)
+    slowest = max(clocks, key=lambda clock: greendls.reward(served[clock]))
+    assert slowest == min(clocks)
+    assert joules[slowest] > 1.02 * joules[optimum]

@@ -1,0 +1,182 @@
+"""Baselines, the network, replay, and policy folders."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fuel_ray.build import build_codec, build_loop, build_node
+from fuel_ray.codec import SEED_GRID, Codec
+from fuel_ray.config import PRESETS
+from fuel_ray.errors import PolicyError
+from fuel_ray.policies.baselines import LoadTable, Score, Static, tune_load_table, tune_static
+from fuel_ray.policies.learned import LearnedPolicy, Manifest, load_policy, save_policy
+from fuel_ray.policies.network import q_values
+from fuel_ray.policies.replay import ReplayBuffer
+from fuel_ray.policies.rl_module import DuelingQNet
+from fuel_ray.types import Knobs, Slo
+from tests.test_codec import SPEC, WINDOW
+
+
+def parabola(policy):
+    """Least energy at 1305 MHz; attainment is lost below 1200 MHz and below 16 requests."""
+    knobs = policy.decide(WINDOW)
+    kept = min(1.0, knobs.gpu_clock_mhz / 1200) * min(1.0, knobs.batch_limit / 16)
+    return Score(50 + ((knobs.gpu_clock_mhz - 1305) / 100) ** 2 + knobs.batch_limit / 1000, kept)
+
+
+def test_tuned_static_finds_a_known_optimum_on_the_gpus_own_grid():
+    found = tune_static(parabola, SPEC, share=0.95, limits=(8, 16, 32))
+    assert found == Knobs(16, 1305)
+
+
+def test_tuned_static_keeps_the_slo_or_comes_closest():
+    def hard(policy):
+        score = parabola(policy)
+        return Score(score.energy_j_per_request, score.slo_attainment * 0.9)
+
+    found = tune_static(hard, SPEC, share=0.95, limits=(8, 16))
+    assert hard(Static(found)).slo_attainment == pytest.approx(0.9)
+
+
+def test_a_load_table_looks_the_rate_up():
+    table = LoadTable([2.0, 8.0], [Knobs(1, 990), Knobs(2, 1200), Knobs(3, 1500)])
+    assert table.decide(WINDOW) == Knobs(2, 1200)  # 12 arrivals in 2 s
+    for _ in range(50):
+        knobs = table.decide(type(WINDOW)(**{**_fields(WINDOW), "arrivals": 40}))
+    assert knobs == Knobs(3, 1500)
+    table.reset()
+    assert table.decide(type(WINDOW)(**{**_fields(WINDOW), "arrivals": 0})) == Knobs(1, 990)
+
+
+def test_a_tuned_load_table_is_at_least_as_good_as_its_start():
+    start = Knobs(16, 1500)
+    table = tune_load_table(parabola, SPEC, share=0.95, start=start, rates_rps=[4.0, 8.0])
+    assert parabola(table).energy_j_per_request < parabola(Static(start)).energy_j_per_request
+    assert parabola(table).slo_attainment >= 0.95
+
+
+def _fields(window):
+    return {name: getattr(window, name) for name in window.__slots__}
+
+
+@pytest.mark.parametrize("head", ["joint", "additive"])
+def test_numpy_and_torch_compute_the_same_q(head):
+    torch.manual_seed(0)
+    net = DuelingQNet(10, limits=3, clocks=5, hidden=(32, 16), head=head)
+    observations = torch.rand(4, 10)
+    arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    expected = net(observations).detach().numpy()
+    for row, q in zip(observations.numpy(), expected, strict=True):
+        np.testing.assert_allclose(q_values(arrays, row, head=head), q, atol=1e-5)
+
+
+def buffer(capacity=100, **kwargs):
+    settings = {"gamma": 0.5, "n_step": 3, "rng": np.random.default_rng(0), **kwargs}
+    return ReplayBuffer(capacity, 1, **settings)
+
+
+def test_returns_are_summed_over_n_steps_and_bootstrapped_sooner_at_the_end():
+    replay = buffer()
+    replay.add(np.arange(6.0)[:, None], np.arange(5), np.array([1.0, 2.0, 4.0, 8.0, 16.0], np.float32))
+    replay.refresh()
+    batch = replay.sample(2000)
+    rows = {int(a): (r, d, o[0]) for a, r, d, o in zip(
+        batch.actions, batch.returns, batch.discounts, batch.next_observations, strict=True)}  # fmt: skip
+    assert rows[0] == (1 + 1 + 1, 0.125, 3.0)
+    assert rows[3] == (8 + 8, 0.25, 5.0)
+    assert rows[4] == (16, 0.5, 5.0)
+
+
+def test_the_ring_forgets_the_oldest():
+    replay = buffer(capacity=4)
+    replay.add(np.zeros((7, 1)), np.arange(6), np.zeros(6, np.float32))
+    replay.refresh()
+    assert len(replay) == 4
+    assert set(replay.sample(500).actions.tolist()) == {2, 3, 4, 5}
+
+
+def test_transitions_are_drawn_in_proportion_to_their_priority():
+    replay = buffer(alpha=1.0)
+    replay.add(np.zeros((3, 1)), np.arange(2), np.zeros(2, np.float32))
+    replay.set_priorities(np.array([0, 1]), np.array([3.0, 1.0]))
+    replay.refresh()
+    batch = replay.sample(20_000)
+    drawn = Counter(batch.actions.tolist())
+    assert drawn[0] / drawn[1] == pytest.approx(3.0, rel=0.1)
+    assert batch.weights[batch.actions == 0].max() < batch.weights[batch.actions == 1].min()
+
+
+def manifest(**changes):
+    spec = build_node(PRESETS["default"], 16, horizon_s=1.0).spec
+    facts = {
+        "kv_block_sizes": (16,), "model": spec.model, "gpu_name": spec.gpu_name, "engine": "e", "pack": "p",
+        "pack_sha256": "0", "reward": "energy", "workload": "w", "workload_digest": "d", "head": "additive",
+        "fuel_ray_version": "0",
+    }  # fmt: skip
+    return Manifest(**{**facts, **changes})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    loop = build_loop(PRESETS["default"], 16, horizon_s=60.0)
+    codec = build_codec(PRESETS["default"], loop.node.spec)
+    grid = codec.grid
+    net = DuelingQNet(
+        13, limits=len(grid.batch_limits), clocks=len(grid.gpu_clocks_mhz), hidden=(32, 32), head="additive"
+    )
+    rng = np.random.default_rng(0)
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    arrays = {n: rng.normal(0, 1, s).astype(np.float32) for n, s in shapes.items()}
+    save_policy(tmp_path / "policy", arrays, codec, manifest())
+    return tmp_path / "policy", arrays, codec, loop
+
+
+def test_a_loaded_policy_decides_as_the_saved_one(saved):
+    folder, arrays, codec, loop = saved
+    original = LearnedPolicy(arrays, codec, loop.node.spec, head="additive")
+    loaded = load_policy(folder, loop.node.spec)
+    rng = np.random.default_rng(1)
+    seen = []
+    for _ in range(100):
+        load = {"running": int(rng.integers(50)), "waiting": int(rng.integers(50)), "kv_usage": rng.random()}
+        seen.append(replace(WINDOW, energy_j=rng.uniform(100, 1400), **load))
+    chosen = [[policy.decide(window) for window in seen] for policy in (original, loaded)]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen[0])) > 3
+
+
+def test_a_policy_for_another_block_size_is_refused(saved):
+    other = build_node(PRESETS["default"], 32, horizon_s=1.0).spec
+    with pytest.raises(PolicyError, match="block size"):
+        load_policy(saved[0], other)
+
+
+def test_a_policy_for_another_model_is_refused(saved):
+    folder, arrays, codec, loop = saved
+    save_policy(folder, arrays, codec, manifest(model="other"))
+    with pytest.raises(PolicyError, match="other"):
+        load_policy(folder, loop.node.spec)
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "codec.json", "weights.safetensors"])
+def test_a_damaged_folder_is_refused(saved, damage):
+    folder, _, _, loop = saved
+    (folder / damage).write_text("{}")
+    with pytest.raises(PolicyError, match="policy"):
+        load_policy(folder, loop.node.spec)
+
+
+def test_the_codec_on_disk_is_json(saved):
+    raw = json.loads((saved[0] / "codec.json").read_text())
+    assert Codec.from_dict(raw).grid == saved[2].grid
+
+
+def test_actions_of_the_seed_grid_can_be_taken_by_a_joint_head():
+    net = DuelingQNet(10, limits=11, clocks=17, hidden=(8,), head="joint")
+    arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    codec = Codec(("running",) * 1, SEED_GRID, Slo(e2e_s=10.0))
+    assert q_values(arrays, np.zeros(10, np.float32), head="joint").shape == (len(codec.grid),)
