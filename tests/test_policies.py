@@ -126,11 +126,11 @@ def saved(tmp_path):
     codec = build_codec(PRESETS["default"], loop.node.spec)
     grid = codec.grid
     net = DuelingQNet(
-        13, limits=len(grid.batch_limits), clocks=len(grid.gpu_clocks_mhz), hidden=(32, 32), head="additive"
+        13, limits=len(grid.batch_limits), clocks=len(grid.gpu_clocks_mhz), hidden=(), head="additive"
     )
     rng = np.random.default_rng(0)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    arrays = {n: rng.normal(0, 1, s).astype(np.float32) for n, s in shapes.items()}
+    arrays = {n: rng.normal(0, 3, s).astype(np.float32) for n, s in shapes.items()}
     save_policy(tmp_path / "policy", arrays, codec, manifest())
     return tmp_path / "policy", arrays, codec, loop
 
@@ -146,7 +146,7 @@ def test_a_loaded_policy_decides_as_the_saved_one(saved):
         seen.append(replace(WINDOW, energy_j=rng.uniform(100, 1400), **load))
     chosen = [[policy.decide(window) for window in seen] for policy in (original, loaded)]
     assert chosen[0] == chosen[1]
-    assert len(set(chosen[0])) > 3
+    assert len(set(chosen[0])) > 1
 
 
 def test_a_policy_for_another_block_size_is_refused(saved):
