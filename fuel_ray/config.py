@@ -166,7 +166,7 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
                 config_class,
                 args=argv,
                 prog=prog,
-                default=default if default is not None else tyro.MISSING,
+                default=default if default is not None else tyro.MISSING_NONPROP,
                 description=config_class.__doc__,
                 config=(tyro.conf.AvoidSubcommands,),
             )

@@ -64,8 +64,8 @@ Scorer = Callable[[Policy], Score]
 def tune_static(score: Scorer, spec: NodeSpec, *, share: float, limits: Sequence[int]) -> Knobs:
     """The pair of least energy that keeps the SLO for ``share`` of the requests.
 
-    Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid around
-    the best pair. Without any pair that keeps the SLO, the one of highest attainment.
+    Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid
+    around the best pair. Without any pair that keeps the SLO, the one of highest attainment.
     """
     search = _Search[Knobs](lambda knobs: score(Static(knobs)), share)
     clocks = spec.gpu_clocks_mhz

@@ -1,6 +1,7 @@
 """How long one engine step takes and what power it draws, from a calibration pack."""
 
 import json
+import math
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
@@ -11,15 +12,21 @@ from numba import njit
 
 from fuel_ray.errors import ConfigError
 
+_GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+
 
 class PerfModel(NamedTuple):
     """Constants of one (GPU, model) pair; times in s, energies in J, powers in W, clocks in MHz.
 
-    With n scheduled requests, ctx their context tokens and p prefill tokens, at the highest clock:
-    a decode step takes ``decode_s + decode_seq_s n + decode_ctx_s ctx``; a step that also prefills and still
-    fits a
-    CUDA graph adds ``mixed_s + mixed_token_s p``; a larger one takes the larger of ``eager_floor_s`` and
-    ``eager_token_s p + decode_seq_s n + decode_ctx_s ctx``.
+    A step has n sequences with ctx tokens in their KV caches and p prompt tokens to compute. Two resources
+    share the work. At the highest clock the GPU takes D = ``decode_s + decode_seq_s n + decode_ctx_s ctx``
+    for a decode step. With prefill it takes the larger of ``D + mixed_token_s p``, bound by reading the
+    weights, and ``prefill_token_s p + decode_seq_s n + decode_ctx_s ctx``, bound by arithmetic; each pair
+    of a prompt token and one before it adds ``prefill_attention_s``. The host composes and launches the
+    step in a time of its own that does not depend on the GPU's clock; the scheduler overlaps the two.
+
+    The energy is ``graph_w D + graph_j + graph_seq_j n + prefill_token_j p``, plus ``graph_w`` times the
+    time of prefill attention.
     """
 
     max_clock_mhz: float
@@ -27,31 +34,32 @@ class PerfModel(NamedTuple):
     power_cap_w: float
     frontend_in_s: float  # from the client to the engine
     frontend_out_s: float  # from the engine to the client
-    graph_max_tokens: float  # largest step that replays a CUDA graph
+    graph_max_tokens: float  # largest step that replays CUDA graphs
+    launch_graph_s: float  # a decode step: one CUDA graph
+    launch_pieces_s: float  # a step with prefill: a graph per piece between attention layers
+    launch_eager_s: float  # a larger step: kernel by kernel
+    launch_spread: float  # share of the latter two that is exponentially distributed: the host's other work
+    stall_w: float  # power while the GPU waits for the host's launches
     decode_s: float
     decode_seq_s: float
     decode_ctx_s: float
-    mixed_s: float
     mixed_token_s: float
-    eager_floor_s: float
-    eager_token_s: float
-    graph_w: float  # energy of a graph step: (graph_w + graph_seq_w n) T + graph_j + graph_seq_j n
-    graph_seq_w: float
+    prefill_token_s: float
+    prefill_attention_s: float
+    graph_w: float
     graph_j: float
     graph_seq_j: float
-    eager_w: float  # energy of a larger step: eager_w T + eager_token_j p
-    eager_token_j: float
+    prefill_token_j: float
     # Clock axis, with x = clock / max_clock_mhz and n at most shape_max_seqs.
-    # Share of a decode step's time that scales with 1 / x: c / (c + f), c = clock_s + clock_seq_s n, f
-    # likewise.
+    # Share of a decode step's time that scales with 1 / x: c / (c + f) with c = clock_s + clock_seq_s n.
     clock_s: float
     clock_seq_s: float
     fixed_s: float
     fixed_seq_s: float
-    eager_clock_share: float
-    # Power relates to its value at x = 1 as
-    # static_w + (slope_w + slope_seq_w n) x + max(0, x - knee) (knee_w + knee_seq_w n) does.
-    static_w: float
+    prefill_clock_share: float  # the same of a step bound by arithmetic
+    prefill_clock: float  # x at which such steps were measured: the power cap lets them run no faster
+    # Power above idle relates to its value at x = 1 (prefill_clock) as
+    # (slope_w + slope_seq_w n) x + max(0, x - knee) (knee_w + knee_seq_w n) does.
     slope_w: float
     slope_seq_w: float
     knee: float
@@ -66,11 +74,25 @@ class PerfModel(NamedTuple):
     busy_cpu_w: float
 
 
+@njit(inline="always")
+def launch_cost(m: PerfModel, seqs: float, prefill: float, step: int) -> float:
+    """Seconds the host takes to compose and launch a step; the clock of the GPU does not matter.
+
+    The number of the step decides how much the host's other work delays it: multiples of the golden ratio are
+    spread evenly over 0..1, and minus their logarithm exponentially.
+    """
+    if prefill == 0:
+        return m.launch_graph_s
+    mean = m.launch_pieces_s if seqs + prefill <= m.graph_max_tokens else m.launch_eager_s
+    delay = -math.log(1.0 - step * _GOLDEN_RATIO % 1.0)
+    return mean * (1.0 - m.launch_spread + m.launch_spread * delay)
+
+
 @njit(cache=True, _nrt=False)
 def step_cost(
-    m: PerfModel, seqs: float, context: float, prefill: float, clock_mhz: float
+    m: PerfModel, seqs: float, context: float, prefill: float, clock_mhz: float, attention: float = 0.0
 ) -> tuple[float, float, float]:
-    """Duration (s), power (W) and effective clock (MHz) of a step.
+    """GPU time (s), power (W) and effective clock (MHz) of a step.
 
     Args:
         m: the constants.
@@ -78,29 +100,34 @@ def step_cost(
         context: tokens in the KV cache of these requests after the step.
         prefill: prompt tokens computed in the step.
         clock_mhz: the pinned SM clock. The power cap stretches a step whose power would pass it at constant
-        energy,     which is what the H100 of ``h100-qwen3-8b`` was seen to do.
+            energy, which is what the H100 of ``h100-qwen3-8b`` was seen to do.
+        attention: sum over these prompt tokens of the tokens before them.
     """
-    x = clock_mhz / m.max_clock_mhz
+    x, measured_x = clock_mhz / m.max_clock_mhz, 1.0
     decode = m.decode_seq_s * seqs + m.decode_ctx_s * context
     shape_seqs = min(seqs, m.shape_max_seqs)
-    if seqs + prefill > m.graph_max_tokens and prefill > 0:
-        duration = max(m.eager_floor_s, m.eager_token_s * prefill + decode)
-        energy = m.eager_w * duration + m.eager_token_j * prefill
-        share = m.eager_clock_share
-        shape_seqs = m.shape_max_seqs
-    else:
-        duration = m.decode_s + decode
-        if prefill > 0:
-            duration += m.mixed_s + m.mixed_token_s * prefill
-        energy = (m.graph_w + m.graph_seq_w * seqs) * duration + m.graph_j + m.graph_seq_j * seqs
-        scaled = m.clock_s + m.clock_seq_s * shape_seqs
-        share = scaled / (scaled + m.fixed_s + m.fixed_seq_s * shape_seqs)
+    duration = m.decode_s + decode
+    energy = m.graph_w * duration + m.graph_j + m.graph_seq_j * seqs
+    scaled = m.clock_s + m.clock_seq_s * shape_seqs
+    share = scaled / (scaled + m.fixed_s + m.fixed_seq_s * shape_seqs)
+    if prefill > 0:
+        arithmetic = m.prefill_token_s * prefill + decode
+        duration += m.mixed_token_s * prefill
+        if arithmetic > duration:
+            duration = arithmetic
+            share = m.prefill_clock_share
+            shape_seqs = m.shape_max_seqs
+            measured_x = m.prefill_clock
+            x = min(x, measured_x)
+        duration += m.prefill_attention_s * attention
+        energy += m.prefill_token_j * prefill + m.graph_w * m.prefill_attention_s * attention
     slope = m.slope_w + m.slope_seq_w * shape_seqs
     knee = m.knee_w + m.knee_seq_w * shape_seqs
-    highest = m.static_w + slope + (1.0 - m.knee) * knee
-    shape = (m.static_w + slope * x + max(0.0, x - m.knee) * knee) / highest
-    power = max(m.idle_w, energy / duration * shape)
-    duration *= 1.0 - share + share / x
+    shape = slope * x + max(0.0, x - m.knee) * knee
+    measured_shape = slope * measured_x + max(0.0, measured_x - m.knee) * knee
+    power = m.idle_w + (energy / duration - m.idle_w) * shape / measured_shape
+    duration *= 1.0 - share + share * measured_x / x
+    clock_mhz = x * m.max_clock_mhz
     if power > m.power_cap_w:
         stretch = power / m.power_cap_w
         return duration * stretch, m.power_cap_w, clock_mhz / stretch

@@ -7,12 +7,17 @@ from itertools import count
 import numpy as np
 
 from fuel_ray.sim import scheduler as rules
-from fuel_ray.sim.perf_model import Pack
+from fuel_ray.sim.perf_model import Pack, PerfModel
 from fuel_ray.sim.scheduler import Engine, advance, new_state
 from fuel_ray.types import Requests
 
-FIGURES = ("energy", "mean_power") + tuple(
-    f"{latency}_{statistic}" for latency in ("ttft", "tpot", "e2e") for statistic in ("mean", "p50", "p99")
+FIGURES = (
+    *("energy", "mean_power"),
+    *(
+        f"{latency}_{statistic}"
+        for latency in ("ttft", "tpot", "e2e")
+        for statistic in ("mean", "p50", "p99")
+    ),
 )
 
 _DRAIN_STEP_S = 10.0  # how often the replay looks whether all requests have finished
@@ -20,12 +25,12 @@ _DRAIN_STEP_S = 10.0  # how often the replay looks whether all requests have fin
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordedRun:
-    """One run of a real server: what was sent and what was measured. Latencies are in the order of ``requests``."""
+    """One run of a real server: what was sent and what was measured."""
 
     requests: Requests  # arrival_s counts from the first arrival
     duration_s: float
     energy_j: float  # in duration_s
-    ttft_s: np.ndarray
+    ttft_s: np.ndarray  # in the order of requests, like the next
     e2e_s: np.ndarray
     kv_block_size: int  # tokens
     num_kv_blocks: int
@@ -41,6 +46,16 @@ def measured_figures(run: RecordedRun) -> dict[str, float]:
 
 def predicted_figures(run: RecordedRun, pack: Pack) -> dict[str, float]:
     """The same figures when the run's requests arrive at a simulated server at the pack's highest clock."""
+    return _figures(run, *predicted_latencies(run, pack.perf))
+
+
+def predicted_latencies(
+    run: RecordedRun, perf: PerfModel, *, first_step: int = 0
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Energy (J) in the run's duration, and TTFT and e2e (s) of each request, which may finish later.
+
+    Another number of the first engine step is another draw of the host's delays.
+    """
     engine = Engine(
         block_size=run.kv_block_size,
         num_blocks=run.num_kv_blocks - 1,
@@ -49,15 +64,16 @@ def predicted_figures(run: RecordedRun, pack: Pack) -> dict[str, float]:
         prefix_caching=True,
     )
     state = new_state(run.requests, engine)
+    state.count[rules.STEP] = first_step
     energy_j = 0.0
     for until_s, limit in _periods(run):
-        advance(state, engine, pack.perf, until_s, limit, pack.gpu_clocks_mhz[-1])
+        advance(state, engine, perf, until_s, limit, int(perf.max_clock_mhz))
         if until_s <= run.duration_s:
             energy_j += float(state.clock[rules.ENERGY])
         elif state.count[rules.FINISHED] == len(run.requests):
             break
     latency_s = state.time_s - state.time_s[:, [rules.ARRIVAL]]
-    return _figures(run, energy_j, latency_s[:, rules.FIRST_TOKEN], latency_s[:, rules.FINISH])
+    return energy_j, latency_s[:, rules.FIRST_TOKEN], latency_s[:, rules.FINISH]
 
 
 def relative_errors(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
@@ -66,7 +82,7 @@ def relative_errors(predicted: Mapping[str, float], measured: Mapping[str, float
 
 
 def _periods(run: RecordedRun) -> Iterator[tuple[float, int]]:
-    """End of each period under one limit, and the limit; after the run's duration, for as long as it takes."""
+    """End of each period under one limit, and the limit; after the run's duration, without end."""
     starts_s = [start_s for start_s, _ in run.limit_schedule[1:] if start_s < run.duration_s]
     limit = run.limit_schedule[0][1]
     for (_, limit), until_s in zip(run.limit_schedule, [*starts_s, run.duration_s], strict=False):

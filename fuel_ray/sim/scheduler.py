@@ -3,9 +3,14 @@
 The rules are those of vllm/v1/core/sched/scheduler.py and vllm/v1/core/block_pool.py. Running requests are
 scheduled first and in order of admission, the newest is preempted when blocks run out; then waiting requests
 are admitted in order of arrival, preempted ones first, while the batch limit, the token budget and the pool
-allow, and only in a step without preemption. Scheduling is asynchronous: a step is composed when the one
-before it starts, so an arrival during step k joins step k + 2. Freed blocks keep their content until they are
-reused, least recently freed first.
+allow, and only in a step without preemption. Freed blocks keep their content until they are reused, least
+recently freed first.
+
+Scheduling is asynchronous (EngineCore.step_with_batch_queue, queue of 2). Once the output of step k is
+processed, the host composes and launches step k + 2 while the GPU works on k + 1, and only then does it
+look at the output of k + 1. So an arrival during step k joins step k + 2 at the earliest, and a step that
+is slow to launch, because it has no CUDA graph, holds back the tokens of the step before it and leaves the
+GPU idle.
 
 With NUMBA_DISABLE_JIT=1 the same code runs in plain Python: the oracle of the tests.
 """
@@ -15,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fuel_ray.sim.perf_model import PerfModel, step_cost
+from fuel_ray.sim.perf_model import PerfModel, launch_cost, step_cost
 from fuel_ray.types import Requests
 
 # Columns of State.request (int64)
@@ -31,11 +36,11 @@ PREEMPTED_REQUEST, FREE_SLOT, HELD, KEPT = range(4)
 # Columns of State.block (int64)
 PREVIOUS, FOLLOWING, REFERENCES, CONTENT = range(4)
 # Columns of State.step, per buffer: what is known of a composed step
-SEQS, CONTEXT, PREFILL, TOKENS_OUT, EVENTS = range(5)
+SEQS, CONTEXT, PREFILL, ATTENTION, TOKENS_OUT, EVENTS = range(6)
 # Rows of State.sample
 TTFT, TPOT, E2E = range(3)
 # Entries of State.clock
-NOW, STEP_END, STEP_POWER, STEP_CLOCK, ENERGY, BUSY_S, CLOCK_S, OLDEST_WAIT = range(8)
+NOW, STEP_END, STEP_POWER, STEP_CLOCK, ENERGY, BUSY_S, CLOCK_S, OLDEST_WAIT, GPU_FREE, LAUNCHED = range(10)
 # Entries of State.count: where the engine stands ...
 ARRIVED, ADMITTED, RUNNING, PREEMPTED, FREE_BLOCKS, FREE_SLOTS, ON_GPU, READY, BUFFER, STEP = range(10)
 TTFTS, TPOTS, FINISHED = range(10, 13)
@@ -44,6 +49,7 @@ ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS
 
 FIRST_EVENT, LAST_EVENT = 1, 2  # bits of an event: request * 4 + bits
 NEVER = -1.0
+_TAIL_S = 2e-4  # a step ends no earlier than this after its launch: the last kernels, the copy of the tokens
 NO_CONTENT = -(2**62)
 _CONTENT_BLOCKS = 2**20  # blocks per request or prefix in a content key
 # Nothing below allocates, and reference counts of the state's arrays would cost more than the work itself.
@@ -72,10 +78,10 @@ class State(NamedTuple):
     block: np.ndarray  # (b + 1, 4) with the free list, least recently freed first; entry b is its head
     prefix_block: np.ndarray  # (prefixes, blocks of the longest prefix) or -1
     event: np.ndarray  # (2, s) first and last tokens of a composed step
-    step: np.ndarray  # (2, 5)
+    step: np.ndarray  # (2, 6)
     sample: np.ndarray  # (3, n) s: TTFTs in order of first token, TPOTs and e2es in order of finish
     finished: np.ndarray  # (n,) requests in order of finish
-    clock: np.ndarray  # (8,) float64
+    clock: np.ndarray  # (10,) float64
     count: np.ndarray  # type: ignore[assignment]  # (19,) int64; hides tuple.count
 
 
@@ -109,10 +115,10 @@ def new_state(requests: Requests, engine: Engine) -> State:
         block=block,
         prefix_block=np.full((max(prefixes, 1), max(prefix_blocks, 1)), -1),
         event=np.zeros((2, slots), np.int64),
-        step=np.zeros((2, 5), np.int64),
+        step=np.zeros((2, 6), np.int64),
         sample=np.zeros((3, n)),
         finished=np.zeros(n, np.int64),
-        clock=np.zeros(8),
+        clock=np.zeros(10),
         count=count,
     )
 
@@ -122,6 +128,7 @@ def advance(s: State, e: Engine, m: PerfModel, until_s: float, batch_limit: int,
     """Let the engine run to ``until_s`` under the knobs; what is counted per window starts anew."""
     s.clock[ENERGY] = s.clock[BUSY_S] = s.clock[CLOCK_S] = 0.0
     s.count[ARRIVALS:] = 0
+    stall_w = m.idle_w + (m.stall_w - m.idle_w) * clock_mhz / m.max_clock_mhz
     while True:
         if s.count[ON_GPU] == 1:
             end = min(s.clock[STEP_END], until_s)
@@ -134,28 +141,62 @@ def advance(s: State, e: Engine, m: PerfModel, until_s: float, batch_limit: int,
                 break
             _complete_step(s, m)
         if s.count[READY] == 0:
+            s.clock[GPU_FREE] = s.clock[NOW]
             _compose_step(s, e, m, batch_limit)
-        if s.count[READY] == 0:
-            idle_until = until_s
-            if s.count[ARRIVED] < len(s.request):
-                idle_until = min(until_s, s.time_s[s.count[ARRIVED], ARRIVAL] + m.frontend_in_s)
-            s.clock[ENERGY] += (idle_until - s.clock[NOW]) * m.idle_w
-            s.clock[NOW] = idle_until
-            if idle_until >= until_s:
+            if s.count[READY] == 1:
+                s.clock[LAUNCHED] = s.clock[NOW] + _launch_s(s, m)
+        if s.count[READY] == 0 or s.clock[LAUNCHED] > s.clock[NOW]:
+            wake_s, power_w = s.clock[LAUNCHED], stall_w
+            if s.count[READY] == 0:
+                wake_s, power_w = until_s, m.idle_w
+                if s.count[ARRIVED] < len(s.request):
+                    wake_s = s.time_s[s.count[ARRIVED], ARRIVAL] + m.frontend_in_s
+            end = min(wake_s, until_s)
+            s.clock[ENERGY] += (end - s.clock[NOW]) * power_w
+            s.clock[NOW] = end
+            if end >= until_s:
                 break
-            continue
-        buffer = s.count[BUFFER]
-        duration, power, effective_clock = step_cost(
-            m, s.step[buffer, SEQS], s.step[buffer, CONTEXT], s.step[buffer, PREFILL], clock_mhz
-        )
-        s.clock[STEP_END] = s.clock[NOW] + duration
-        s.clock[STEP_POWER] = power
-        s.clock[STEP_CLOCK] = effective_clock
-        s.count[ON_GPU] = 1
-        s.count[BUFFER] = 1 - buffer
-        _compose_step(s, e, m, batch_limit)
+        if s.count[READY] == 1:
+            _start_step(s, m, clock_mhz, stall_w)
+            _compose_step(s, e, m, batch_limit)
+            _overlap_launch(s, m, stall_w)
     _see_arrivals(s, m)
     s.clock[OLDEST_WAIT] = _oldest_wait(s)
+
+
+@_inlined
+def _start_step(s: State, m: PerfModel, clock_mhz: int, stall_w: float) -> None:
+    """Let the GPU work on the composed step as soon as the one before it is done and kernels arrive."""
+    buffer = s.count[BUFFER]
+    work_s, power_w, effective_clock = step_cost(
+        m,
+        s.step[buffer, SEQS],
+        s.step[buffer, CONTEXT],
+        s.step[buffer, PREFILL],
+        clock_mhz,
+        s.step[buffer, ATTENTION],
+    )
+    end = max(s.clock[GPU_FREE] + work_s, s.clock[LAUNCHED] + _TAIL_S)
+    s.clock[GPU_FREE] = s.clock[STEP_END] = end
+    s.clock[STEP_POWER] = (power_w - stall_w) * work_s  # becomes a power when the step's end is known
+    s.clock[STEP_CLOCK] = effective_clock
+    s.count[ON_GPU] = 1
+    s.count[BUFFER] = 1 - buffer
+
+
+@_inlined
+def _overlap_launch(s: State, m: PerfModel, stall_w: float) -> None:
+    """Launch the step just composed; the output of the one on the GPU is looked at afterwards."""
+    if s.count[READY] == 1:
+        s.clock[LAUNCHED] = s.clock[NOW] + _launch_s(s, m)
+        s.clock[STEP_END] = max(s.clock[STEP_END], s.clock[LAUNCHED])
+    s.clock[STEP_POWER] = stall_w + s.clock[STEP_POWER] / (s.clock[STEP_END] - s.clock[NOW])
+
+
+@_inlined
+def _launch_s(s: State, m: PerfModel) -> float:
+    buffer = s.count[BUFFER]
+    return launch_cost(m, s.step[buffer, SEQS], s.step[buffer, PREFILL], s.count[STEP])
 
 
 @_inlined
@@ -284,6 +325,7 @@ def _add_to_step(s: State, e: Engine, buffer: int, k: int, tokens: int) -> None:
     s.step[buffer, CONTEXT] += computed
     if tokens > 1 or before < s.request[r, PROMPT]:
         s.step[buffer, PREFILL] += tokens
+        s.step[buffer, ATTENTION] += tokens * (computed - tokens // 2)
         s.count[PROMPT_TOKENS] += tokens
     for j in range(before // e.block_size, computed // e.block_size):
         _publish_block(s, e, r, j)

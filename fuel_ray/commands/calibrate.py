@@ -1,0 +1,224 @@
+"""fuel-ray calibrate: fit a calibration pack to a profile of your own server.
+
+A profile is one or more files of JSON lines. Used are rows with these phases, all others are skipped:
+
+    {"phase": "decode", "b": 8, "ctx_mid": 353.0, "itl": 0.0071, "power_w": 451.6, "sm_mhz": 1980}
+    {"phase": "prefill", "n_in": 2048, "c": 1, "ttft_p50": 0.057, "sm_mhz": 1980}
+    {"phase": "prefill_sustained", "n_in": 2048, "ttft_p50": 0.2, "energy_j": 2891, "prompt_tok": 163840}
+    {"phase": "idle", "power_w": 133}
+
+A row may name the pinned clock as ``clock_mhz``. Decode rows otherwise have it from ``sm_mhz``, the mean
+clock, where less than 5 % below the highest counts as the highest; prefill rows without it are taken to be at
+the highest clock, because the power cap lowers their mean.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.sim.calibrate import (
+    DecodePoint,
+    LeftOut,
+    PrefillPoint,
+    Profile,
+    fit,
+    leave_one_out,
+    without_outliers,
+)
+from fuel_ray.sim.perf_model import Pack, PerfModel, load_pack
+
+_CLOCK_STEP_MHZ = 15  # NVIDIA's data centre GPUs since Volta
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Fit a calibration pack to a profile of your own server and print leave-one-out errors."""
+
+    profile: tuple[str, ...]
+    """Profile files: JSON lines with decode, prefill and idle rows."""
+    name: str
+    """Name of the pack."""
+    gpu: str
+    """GPU as NVML names it."""
+    out: str
+    """Pack file to write; must end in .json."""
+    model: str = "unknown"
+    """Model that was served."""
+    engine: str = "vLLM"
+    """Engine and version that served it."""
+    power_cap_w: float | None = None
+    """Power limit of the GPU in W; by default the highest power of the profile."""
+    clocks_mhz: tuple[int, int, int] | None = None
+    """Supported SM clocks: lowest, highest, step; by default from the lowest profiled one, or a quarter of
+    the highest, in steps of 15."""
+    kv_tokens: int | None = None
+    """Size of the KV pool in tokens; by default the base pack's."""
+    base: str = "h100-qwen3-8b"
+    """Pack that gives what the profile does not tell: front end, limits, CPU."""
+    clock_shape_from: str = "a100-llama31-8b"
+    """Pack that gives the clock axis if only one clock was profiled."""
+
+
+def run(config: CalibrateConfig) -> int:
+    """Write the pack and print its leave-one-out errors.
+
+    Raises:
+        ConfigError: a profile, a pack or a value is wrong.
+    """
+    if not config.out.endswith(".json"):
+        raise ConfigError(f"--out {config.out} must end in .json")
+    base, shape = load_pack(config.base), load_pack(config.clock_shape_from)
+    profile = read_profile(config.profile)
+    if config.power_cap_w is not None and not config.power_cap_w > 0:
+        raise ConfigError(f"--power-cap-w {config.power_cap_w}; it must be above 0")
+    cap_w = config.power_cap_w or max(point.power_w for point in profile.decode)
+    start = base.perf._replace(power_cap_w=cap_w)
+    profile, dropped = without_outliers(profile, base=start, shape=shape.perf)
+    for point in dropped:
+        print(f"dropped, more than 30 % off any fit: {point}")
+    perf = fit(profile, base=start, shape=shape.perf)
+    raw = _pack(config, profile, perf, base=base, shape=shape)
+    errors = leave_one_out(profile, base=start, shape=shape.perf)
+    try:
+        Path(config.out).write_text(json.dumps(raw, indent=2) + "\n")
+        load_pack(config.out)
+    except OSError as error:
+        raise ConfigError(f"--out {config.out}: {error.strerror}") from error
+    print(_table(errors))
+    print(f"wrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
+    return 0
+
+
+def read_profile(paths: Sequence[str]) -> Profile:
+    """The rows of all files that tell something.
+
+    Raises:
+        ConfigError: a file is missing or malformed, or there is no decode row.
+    """
+    rows = [pair for path in paths for pair in _rows(path)]
+    decode = tuple(_point(row, where) for row, where in rows if row.get("phase") == "decode")
+    if not decode:
+        raise ConfigError(f"profile {', '.join(paths)}: no row with phase decode")
+    highest_mhz = max(point.clock_mhz for point in decode)
+    decode = tuple(
+        replace(p, clock_mhz=highest_mhz) if p.clock_mhz > 0.95 * highest_mhz else p for p in decode
+    )
+    prefill = tuple(
+        _prefill_point(row, where, highest_mhz)
+        for row, where in rows
+        if row.get("phase") in ("prefill", "prefill_sustained")
+    )
+    idle = [_idle_w(row, where) for row, where in rows if row.get("phase") == "idle"]
+    return Profile(decode, prefill, min(idle) if idle else None)
+
+
+def _rows(path: str) -> list[tuple[dict[str, Any], str]]:
+    if not Path(path).is_file():
+        raise ConfigError(f"profile {path}: no such file")
+    rows = []
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"profile {path} line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"profile {path} line {number}: must be an object")
+        rows.append((row, f"profile {path} line {number}"))
+    return rows
+
+
+def _point(row: dict[str, Any], where: str) -> DecodePoint:
+    return DecodePoint(
+        seqs=int(_number(row, "b", where)),
+        context_tokens=_number(row, "ctx_mid", where),
+        step_s=_number(row, "itl", where),
+        power_w=_number(row, "power_w", where),
+        clock_mhz=_snapped(_number(row, "clock_mhz" if "clock_mhz" in row else "sm_mhz", where)),
+    )
+
+
+def _prefill_point(row: dict[str, Any], where: str, highest_mhz: float) -> PrefillPoint:
+    sustained = row["phase"] == "prefill_sustained"
+    energy_j = None
+    if sustained and "energy_j" in row:
+        energy_j = _number(row, "energy_j", where) / _number(row, "prompt_tok", where)
+    return PrefillPoint(
+        prompt_tokens=int(_number(row, "n_in", where)),
+        clients=int(_number(row, "c", where)) if "c" in row else (4 if sustained else 1),
+        ttft_s=_number(row, "ttft_p50", where),
+        clock_mhz=_snapped(_number(row, "clock_mhz", where)) if "clock_mhz" in row else highest_mhz,
+        energy_per_token_j=energy_j,
+    )
+
+
+def _idle_w(row: dict[str, Any], where: str) -> float:
+    names = [name for name in ("power_w", "power_inst_mean_w", "power_mean_w") if name in row]
+    return _number(row, names[0] if names else "power_w", where)
+
+
+def _number(row: dict[str, Any], key: str, where: str) -> float:
+    value = row.get(key)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        raise ConfigError(f"{where}: {key} is {value}; it must be a number above 0")
+    return float(value)
+
+
+def _snapped(clock_mhz: float) -> float:
+    """The step next to a mean clock, so that rows pinned to the same clock belong together."""
+    return float(round(clock_mhz / _CLOCK_STEP_MHZ) * _CLOCK_STEP_MHZ)
+
+
+def _pack(
+    config: CalibrateConfig, profile: Profile, perf: PerfModel, *, base: Pack, shape: Pack
+) -> dict[str, Any]:
+    lowest_mhz, highest_mhz, step_mhz = config.clocks_mhz or _clocks(profile)
+    if not (0 < lowest_mhz <= highest_mhz and step_mhz > 0 and (highest_mhz - lowest_mhz) % step_mhz == 0):
+        raise ConfigError(
+            f"--clocks-mhz {config.clocks_mhz}: lowest, highest and a step that leads from one to it"
+        )
+    transferred = [] if len(profile.clocks_mhz) > 1 else [f"clock axis of time from {shape.name}"]
+    transferred += [] if len(profile.clocks_mhz) > 3 else [f"clock axis of power from {shape.name}"]
+    transferred += [] if profile.prefill else [f"prefill from {base.name}"]
+    transferred += [f"front end, CPU and what else the profile does not tell from {base.name}"]
+    return {
+        "name": config.name,
+        "gpu_name": config.gpu,
+        "model": config.model,
+        "engine": config.engine,
+        "gpu_clocks_mhz": {"min": lowest_mhz, "max": highest_mhz, "step": step_mhz},
+        "max_num_seqs": base.max_num_seqs,
+        "max_num_batched_tokens": base.max_num_batched_tokens,
+        "max_model_len": base.max_model_len,
+        "kv_tokens": config.kv_tokens or base.kv_tokens,
+        "perf": {name: float(f"{value:.5g}") for name, value in perf._asdict().items()},
+        "measured": f"{len(profile.decode)} decode and {len(profile.prefill)} prefill rows",
+        "transferred": "; ".join(transferred),
+        "sources": ["fuel-ray calibrate"],
+    }
+
+
+def _clocks(profile: Profile) -> tuple[int, int, int]:
+    lowest, highest = int(profile.clocks_mhz[0]), int(profile.clocks_mhz[-1])
+    if lowest == highest:
+        lowest = highest - round(0.75 * highest / _CLOCK_STEP_MHZ) * _CLOCK_STEP_MHZ
+    return lowest, highest, _CLOCK_STEP_MHZ
+
+
+def _table(errors: Sequence[LeftOut]) -> str:
+    lines = [f"{'left out':>20} {'time':>7} {'power':>7} {'energy':>7}   mean absolute errors, decode steps"]
+    lines += [f"{e.label:>20} {e.time:>7.1%} {e.power:>7.1%} {e.energy:>7.1%}" for e in errors]
+    time, power, energy = np.mean([(e.time, e.power, e.energy) for e in errors], axis=0)
+    return "\n".join([*lines, f"{'mean':>20} {time:>7.1%} {power:>7.1%} {energy:>7.1%}"])
