@@ -46,13 +46,11 @@ def main() -> None:
         keys = ("rate_rps", "windows_per_s", "x_realtime")
         print(json.dumps([dict(zip(keys, (row[0], row[1], row[1]), strict=True)) for row in rows]))
         return
-    print(
-        f"{'req/s':>6} {'windows/s':>10} {'x real time':>12} {'us/window':>10}   min .. max of {flags.repeats}"
-    )
+    columns = f"{'req/s':>6} {'windows/s':>10} {'x real time':>12} {'us/window':>10}"
+    print(f"{columns}   min .. max of {flags.repeats}")
     for rate_rps, median, low, high in rows:
-        print(
-            f"{rate_rps:>6} {median:>10,.0f} {median:>12,.0f} {1e6 / median:>10.1f}   {low:,.0f} .. {high:,.0f}"
-        )
+        figures = f"{rate_rps:>6} {median:>10,.0f} {median:>12,.0f} {1e6 / median:>10.1f}"
+        print(f"{figures}   {low:,.0f} .. {high:,.0f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_help_explains_every_flag_of_the_contract(capsys):
     flags = "preset block-sizes steps seeds pack workload slo-ttft-s reward out resume config conditional"
     for flag in flags.split():
         assert f"--{flag}" in text
+
+
+def test_validate_prints_predicted_beside_measured(capsys):
+    trace = Path(__file__).parent / "data/h100_trace_16_open5.json"
+    assert main(["validate", str(trace), "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert set(result) == {"trace", "predicted", "measured", "errors"}
+    assert abs(result["errors"]["energy"]) < 0.05
+    assert main(["validate", str(trace)]) == 0
+    assert "tpot_p50" in capsys.readouterr().out
 
 
 def test_flags_are_applied_on_top_of_file_and_preset(tmp_path):
