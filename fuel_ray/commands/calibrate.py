@@ -55,7 +55,7 @@ class CalibrateConfig:
     power_cap_w: float | None = None
     """Power limit of the GPU in W; by default the highest power of the profile."""
     clocks_mhz: tuple[int, int, int] | None = None
-    """Supported SM clocks: lowest, highest, step; by default from the lowest profiled one, or a quarter of
+    """Supported SM clocks: lowest, highest, step; by default from the lowest profiled one, or half of
     the highest, in steps of 15."""
     kv_tokens: int | None = None
     """Size of the KV pool in tokens; by default the base pack's."""
@@ -213,7 +213,7 @@ def _pack(
 def _clocks(profile: Profile) -> tuple[int, int, int]:
     lowest, highest = int(profile.clocks_mhz[0]), int(profile.clocks_mhz[-1])
     if lowest == highest:
-        lowest = highest - round(0.75 * highest / _CLOCK_STEP_MHZ) * _CLOCK_STEP_MHZ
+        lowest = highest - round(0.5 * highest / _CLOCK_STEP_MHZ) * _CLOCK_STEP_MHZ
     return lowest, highest, _CLOCK_STEP_MHZ
 
 

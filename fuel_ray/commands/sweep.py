@@ -42,6 +42,8 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
     config = parse_sweep(argv, prog=prog)
     if config.resume is None:
         return config
+    if not (config.resume / "run.json").is_file():
+        raise ConfigError(f"--resume {config.resume}: not the folder of a run, there is no run.json in it")
     recorded = load_config(config.resume / "run.json", base=SweepConfig())
     asked = parse_sweep(argv, prog=prog, default=recorded)
     for field in fields(SweepConfig):
