@@ -49,8 +49,8 @@ _TERMS = {
 }
 
 _LEARNING = (
-    "Reward (with the random actions of training) should rise and energy per request (of the greedy policy, "
-    "on the tuning seeds) fall until both are flat; a curve that still moves at its end asks for more steps. "
+    "Left, the reward with the random actions of training; it should rise until it is flat. Right, the "
+    "greedy policy of each checkpoint on the tuning seeds; early ones can be cheap because they miss the SLO. "
     "Thin: each checkpoint. Bold: mean of five."
 )
 _SCATTER = (
