@@ -144,7 +144,7 @@ def _energies(name: str, seqs: int) -> dict[int, float]:
 def test_the_a100s_energy_optimum_is_near_900_mhz() -> None:
     energies = _energies("a100-llama31-8b", 32)
     assert 810 <= min(energies, key=energies.__getitem__) <= 1005
-    assert energies[900] / energies[1410] == pytest.approx(0.613, abs=0.07)  # FACTS section 2
+    assert energies[900] / energies[1410] == pytest.approx(0.613, abs=0.07)  # of the published table
 
 
 def test_the_a100s_power_has_a_knee_near_1120_mhz() -> None:

@@ -48,9 +48,9 @@ def test_a_known_optimum_is_learned(head):
     assert [divmod(action, 5) for action in chosen] == [best[load] for load in range(3)]
 
 
-def sweep(*flags, out):
+def sweep(*flags, out, cwd):
     command = [sys.executable, "-m", "fuel_ray", "sweep", *flags]
-    return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, cwd=cwd)
 
 
 SMALL = ["--block-sizes", "16", "--seeds", "1", "--steps", "30000", "--train.iterations", "6"]
@@ -61,16 +61,18 @@ SMALL = ["--block-sizes", "16", "--seeds", "1", "--steps", "30000", "--train.ite
 def test_a_killed_sweep_goes_on_from_its_last_checkpoint(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as out:
-        process = sweep(*SMALL, "--out", str(tmp_path), out=out)
+        process = sweep(*SMALL, "--out", "results", out=out, cwd=tmp_path)
         deadline = time.monotonic() + 240
         while log.read_text().count("\ntrain ") < 4 and time.monotonic() < deadline:
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (run_dir,) = tmp_path.glob("sweep-*")
+    (run_dir,) = tmp_path.glob("results/sweep-*")
     with log.open("w") as out:
-        assert sweep("--resume", str(run_dir), out=out).wait(400) == 0, log.read_text()
+        assert sweep("--resume", f"results/{run_dir.name}", out=out, cwd=tmp_path).wait(400) == 0, (
+            log.read_text()
+        )
     first = next(line for line in log.read_text().splitlines() if line.startswith("train"))
     assert int(first.split()[3].split("/")[0].replace(",", "")) >= 15_000  # of 5,000 per result
     files = {path.name for path in run_dir.iterdir()}

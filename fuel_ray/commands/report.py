@@ -50,7 +50,7 @@ _TERMS = {
 
 _LEARNING = (
     "Left, the reward with the random actions of training; it should rise until it is flat. Right, the "
-    "greedy policy of each checkpoint on the tuning seeds; early ones can be cheap because they miss the SLO. "
+    "greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing the SLO. "
     "Thin: each checkpoint. Bold: mean of five."
 )
 _SCATTER = (

@@ -16,7 +16,7 @@ from fuel_ray.commands.report_data import (
 )
 from fuel_ray.stats import Interval
 
-SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ; FACTS.md: within 1 % on a real H100
+SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
 
 _LABELS = {
     "max_performance": "maximum performance",

@@ -119,7 +119,7 @@ def train(config: SweepConfig, run_dir: Path) -> list[Trained]:
     sizes = trial_block_sizes(config)
     space = dqn_config(config, tune.grid_search(sizes))
     progress = Progress(config, trials=len(sizes))
-    folder = run_dir / "tune"
+    folder = run_dir.resolve() / "tune"
     if tune.Tuner.can_restore(str(folder)):
         tuner = tune.Tuner.restore(
             str(folder), FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
@@ -131,7 +131,7 @@ def train(config: SweepConfig, run_dir: Path) -> list[Trained]:
             param_space=space,
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(run_dir.resolve()),
+                storage_path=str(folder.parent),
                 stop={"num_env_steps_sampled_lifetime": config.steps},
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
                 callbacks=[progress],
