@@ -1,9 +1,13 @@
 """From settings to objects: the one place that chooses what a node is made of."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
-from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, RunningScale, node_grid
+import numpy as np
+
+from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
 from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.control import ControlLoop, Guard
 from fuel_ray.env import ServingEnv
@@ -15,6 +19,7 @@ from fuel_ray.workload import parse_workload
 
 # Mean output and prompt length for which the energy reward's reference is computed
 _REFERENCE_SEQS, _REFERENCE_CONTEXT = 16, 16 * 700
+_SCALE_EPISODES = 20
 
 
 def build_node(
@@ -86,8 +91,28 @@ def build_codec(config: SweepConfig, spec: NodeSpec) -> Codec:
         features=features,
         grid=build_grid(config, spec),
         slo=config.slo,
-        running_scale=RunningScale() if config.normalisation == "running" else None,
+        running_scale=_random_scale(config, spec.kv_block_size)
+        if config.normalisation == "running"
+        else None,
     )
+
+
+@lru_cache(maxsize=64)
+def _random_scale(config: SweepConfig, kv_block_size: int) -> RunningScale:
+    """Mean and spread of the features while random actions are taken, the same in every process."""
+    size = config.block_sizes[0] if config.conditional else kv_block_size
+    plain = replace(config, normalisation="fixed")
+    rng = np.random.default_rng(config.seed)
+    loop = build_loop(plain, size, horizon_s=float(config.train.episode_steps + 1), random_start=True)
+    codec = replace(build_codec(plain, loop.node.spec), running_scale=RunningScale())
+    encoder = Encoder(codec, loop.node.spec, learn_scale=True)
+    for _ in range(_SCALE_EPISODES):
+        encoder.reset()
+        encoder.encode(loop.reset(seed=int(rng.integers(2**31))))
+        for _ in range(config.train.episode_steps):
+            encoder.encode(loop.step(codec.grid.decode(int(rng.integers(len(codec.grid))))).metrics)
+    assert codec.running_scale is not None
+    return codec.running_scale
 
 
 def build_loop(

@@ -97,7 +97,7 @@ class SweepConfig:
     features: tuple[str, ...] = DEFAULT_FEATURES
     """Entries of the observation, by name."""
     normalisation: Literal["fixed", "running"] = "fixed"
-    """Scales of the feature table, or running mean and spread."""
+    """Scales of the feature table, or mean and spread under random actions, stored with the policy."""
     grid: GridName = "node"
     """Action grid: derived from the node, the seed preset's 187 or GreenDLS's 198 actions."""
     grid_clock_step_mhz: int = 75
@@ -147,6 +147,18 @@ SEED_PRESET = SweepConfig(
         epsilon_final=0.1,
     ),
 )
+# Lowest and highest value of each number, or of each in a tuple
+_COUNT, _SHARE = (1, 10**9), (0.0, 1.0)
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "seeds", "kv_tokens", "grid_clock_step_mhz", "grid_batch_limits"), _COUNT),
+    **dict.fromkeys(("seed", "miss_price_j", "guard_wait_s"), (0, 2**31 - 1)),
+    **dict.fromkeys(("grid_lowest_clock_share", "train.gamma", "train.epsilon_final"), _SHARE),
+    **dict.fromkeys(("train.lr", "train.epsilon_share"), (1e-9, 1.0)),
+    **dict.fromkeys(
+        (f"train.{f.name}" for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])),
+        _COUNT,
+    ),
+}
 PRESETS: dict[str, SweepConfig] = {"default": SweepConfig(), "seed": SEED_PRESET}
 
 T = TypeVar("T")
@@ -204,13 +216,15 @@ def validate(config: SweepConfig) -> None:
             raise ConfigError(f"--block-sizes {size}: not a power of two from 1 to 256")
     if not config.block_sizes or len(set(config.block_sizes)) < len(config.block_sizes):
         raise ConfigError("--block-sizes: give at least one, each once")
-    for name in ("steps", "seeds", "kv_tokens", "grid_clock_step_mhz"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{_flag(name)} {value}: must be at least 1")
+    for name, (low, high) in _RANGES.items():
+        of_train = name.startswith("train.")
+        values = getattr(config.train if of_train else config, name.removeprefix("train."))
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{_flag(name)} {value}: must be from {low:g} to {high:g}")
     unknown = [name for name in config.features if name not in FEATURES]
-    if unknown or not config.features:
-        raise ConfigError(f"--features {' '.join(unknown)}: unknown; allowed are {', '.join(FEATURES)}")
+    if unknown or not config.features or len(set(config.features)) < len(config.features):
+        raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(FEATURES)}")
     if config.train.fragment_steps < config.train.n_step:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
     _validate_slo(config)

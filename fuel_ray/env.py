@@ -23,7 +23,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     def __init__(self, loops: Sequence[ControlLoop], codec: Codec, *, steps: int) -> None:
         self.codec = codec
-        self._loops = [(loop, Encoder(codec, loop.node.spec, learn_scale=True)) for loop in loops]
+        self._loops = [(loop, Encoder(codec, loop.node.spec)) for loop in loops]
         self._loop, self._encoder = self._loops[0]
         self._steps = steps
         self._step = 0

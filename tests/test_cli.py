@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fuel_ray.cli import main
+from fuel_ray.cli import VERBS, main
+from fuel_ray.commands import sweep
 from fuel_ray.config import PRESETS, SweepConfig, from_dict, load_config, parse_sweep, to_dict
 from fuel_ray.errors import ConfigError
 
@@ -32,9 +35,52 @@ WRONG = [
     ["sweep", "--config", "nowhere.json"],
     ["sweep", "--resume", "nowhere"],
     ["sweep", "--features", "mood"],
+    ["sweep", "--features", "running", "running"],
+    ["sweep", "stray"],
+    ["sweep", "--steps"],
+    ["sweep", "--block-sizes"],
+    ["sweep", "--block-sizes", "-8"],
+    ["sweep", "--block-sizes", "16.5"],
+    ["sweep", "--slo-e2e-s", "-1"],
+    ["sweep", "--slo-tpot-s", "nan"],
+    ["sweep", "--slo-share", "0"],
+    ["sweep", "--tune-share", "2"],
+    ["sweep", "--seeds", "0"],
+    ["sweep", "--seed", "-1"],
+    ["sweep", "--kv-tokens", "0"],
+    ["sweep", "--miss-price-j", "-1"],
+    ["sweep", "--miss-price-j", "nan"],
+    ["sweep", "--grid", "huge"],
+    ["sweep", "--grid-batch-limits", "0"],
+    ["sweep", "--grid-clock-step-mhz", "0"],
+    ["sweep", "--grid-lowest-clock-share", "1.5"],
+    ["sweep", "--guard-wait-s", "-1"],
+    ["sweep", "--control-workload", "storm"],
+    ["sweep", "--train.episode-steps", "0"],
+    ["sweep", "--train.num-envs", "0"],
+    ["sweep", "--train.batch-size", "0"],
+    ["sweep", "--train.iterations", "0"],
+    ["sweep", "--train.hidden", "128", "0"],
+    ["sweep", "--train.lr", "0"],
+    ["sweep", "--train.gamma", "1.1"],
+    ["sweep", "--train.epsilon-final", "-0.1"],
+    ["sweep", "--train.epsilon-share", "0"],
+    ["sweep", "--train.n-step", "0"],
+    ["sweep", "--train.n-step", "17"],
+    ["sweep", "--train.head", "deep"],
     ["report", "nowhere"],
     ["validate", "nowhere.json"],
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_sweep(monkeypatch):
+    """A wrong setting that is accepted fails here rather than in a sweep."""
+
+    def stages(config, run_dir):
+        raise AssertionError("a sweep was started")
+
+    monkeypatch.setattr("fuel_ray.commands.sweep._stages", stages)
 
 
 @pytest.mark.parametrize("argv", WRONG, ids=" ".join)
@@ -47,10 +93,61 @@ def test_what_is_wrong_is_said_in_one_line(argv, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"{}", b'{"gpu_clocks_mhz": 3}',
+        b"\xff\x00",
+    ],
+)  # fmt: skip
+def test_a_malformed_pack_is_named(content, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pack.json").write_bytes(content)
+    assert main(["sweep", "--pack", "pack.json"]) == 2
+    assert "pack.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pack.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\x00", b'{"train": 3}', b'{"steps": 0}'])
+@pytest.mark.parametrize("flag", ["--config", "--resume"])
+def test_malformed_settings_are_named(flag, content, capsys, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    assert main(["sweep", flag, str(path if flag == "--config" else tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_an_empty_workload_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "--workload", ""]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_out_folder_that_cannot_be_made_is_named(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["sweep", "--out", str(tmp_path / "file" / "results")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--block-sizes", "8"], ["--preset", "seed"], ["--train.lr", "0.1"], ["--slo-ttft-s", "2"]],
+    ids=" ".join,
+)
+def test_a_run_is_not_resumed_with_other_settings(flags, capsys, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(SweepConfig())}))
+    assert main(["sweep", "--resume", str(tmp_path), *flags]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_resumed_run_has_the_recorded_settings(preset, tmp_path):
+    recorded = dataclasses.replace(PRESETS[preset], steps=123)
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(recorded)}))
+    for flags in ([], ["--steps", "123"]):
+        config = sweep.parse(["--resume", str(tmp_path), *flags], prog="x")
+        assert config == dataclasses.replace(recorded, resume=tmp_path)
 
 
 def test_a_run_of_another_config_is_not_resumed(capsys, tmp_path):
@@ -64,9 +161,48 @@ def test_help_explains_every_flag_of_the_contract(capsys):
         main(["sweep", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    flags = "preset block-sizes steps seeds pack workload slo-ttft-s reward out resume config conditional"
-    for flag in flags.split():
+    flags = "preset block-sizes steps seeds pack workload slo-ttft-s slo-tpot-s slo-e2e-s reward"
+    for flag in f"{flags} out resume config conditional".split():
         assert f"--{flag}" in text
+    for default in (SweepConfig().steps, SweepConfig().kv_tokens, "8 16 32 64", SweepConfig().pack):
+        assert f"default: {default})" in text
+    assert "in s" in text and "tokens" in text and "MHz" in text
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_the_verbs_are_listed(argv, capsys):
+    assert main(argv) == 0
+    assert "sweep" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_an_interruption_is_said_and_exits_with_130(capsys, monkeypatch):
+    def run(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fuel_ray.commands.sweep.run", run)
+    assert main(["sweep"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_experiment_is_the_verb(tmp_path):
+    script = Path(__file__).parent.parent / "experiments/sweep_block_size.py"
+    done = subprocess.run(
+        [sys.executable, script, "--block-sizes", "7"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "--block-sizes 7" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_validate_prints_predicted_beside_measured(capsys):

@@ -142,6 +142,29 @@ def test_a_codec_survives_json(scale):
     assert Codec.from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
 
 
+def test_a_stored_running_scale_is_used_as_it_was_learned():
+    learner = Codec(("running", "waiting"), SEED_GRID, Slo(1.0), RunningScale())
+    learning = Encoder(learner, SPEC, learn_scale=True)
+    for running in (10, 20, 30):
+        learning.encode(replace(WINDOW, running=running))
+    stored = Codec.from_dict(json.loads(json.dumps(learner.to_dict())))
+    acting = Encoder(stored, SPEC)
+    seen = acting.encode(replace(WINDOW, running=30))
+    assert seen[0] == pytest.approx(1.0, abs=1e-3)  # mean 20, standard deviation 10
+    assert seen[1] == 0.0
+    acting.encode(replace(WINDOW, running=0))
+    assert stored.running_scale == learner.running_scale  # acting does not learn
+
+
+@pytest.mark.parametrize("grid", [SEED_GRID, GREENDLS_GRID], ids=len)
+def test_the_index_is_the_limits_times_the_clocks_as_the_seed_has_it(grid):
+    for index in range(len(grid)):
+        limit, clock = index // len(grid.gpu_clocks_mhz), index % len(grid.gpu_clocks_mhz)
+        knobs = Knobs(grid.batch_limits[limit], grid.gpu_clocks_mhz[clock])
+        assert grid.decode(index) == knobs and grid.encode(knobs) == index
+    assert grid.batch_limits == (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36)
+
+
 def test_observations_are_within_the_codecs_bounds():
     codec = Codec(tuple(FEATURES), SEED_GRID, Slo(1.0, 0.05))
     seen = Encoder(codec, SPEC).encode(replace(WINDOW, energy_j=1e6, oldest_wait_s=1e3))

@@ -1,5 +1,7 @@
 """The control loop and the environment around it."""
 
+from dataclasses import replace
+
 import gymnasium
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from gymnasium.utils.env_checker import check_env
 import fuel_ray  # noqa: F401  (registers the environment)
 from fuel_ray.build import build_env, build_loop
 from fuel_ray.config import PRESETS
-from fuel_ray.control import ControlLoop, Guard
+from fuel_ray.control import ControlLoop, Guard, run_policy
+from fuel_ray.errors import NodeError
 from fuel_ray.objective import Energy
 from fuel_ray.types import Knobs, Slo
 from tests.test_codec import SPEC, WINDOW
@@ -63,8 +66,66 @@ def test_the_guard_overrides_when_a_request_waited_too_long(wait_s, expected):
     assert record.chosen == Knobs(8, 990)
 
 
+def test_steps_are_numbered_from_the_reset_on():
+    loop = ControlLoop(ScriptedNode(), OBJECTIVE)
+    for seed in (0, 1):
+        loop.reset(seed=seed)
+        assert [loop.step(Knobs(8, 990)).step for _ in range(3)] == [1, 2, 3]
+
+
+def test_the_guard_forgets_the_last_episode():
+    node = ScriptedNode(oldest_wait_s=9.0)
+    loop = ControlLoop(node, OBJECTIVE, guard=Guard(max_wait_s=0.5))
+    loop.reset(seed=0)
+    node.oldest_wait_s = 0.0
+    loop.reset(seed=1)
+    loop.step(Knobs(8, 990))
+    assert node.calls[-2] == ("apply", Knobs(8, 990))
+
+
+def test_a_policy_sees_each_window_and_its_choice_rules_the_next():
+    class Counting:
+        def __init__(self):
+            self.seen = []
+
+        def reset(self):
+            self.seen.clear()
+
+        def decide(self, window):
+            self.seen.append(window)
+            return Knobs(len(self.seen), 990)
+
+    policy = Counting()
+    loop = build_loop(PRESETS["default"], 16, horizon_s=30.0)
+    records = run_policy(loop, policy, seed=0, steps=5)
+    assert [record.chosen.batch_limit for record in records] == [1, 2, 3, 4, 5]
+    assert [record.metrics for record in records[:-1]] == policy.seen[1:]
+    assert policy.seen[0].knobs == loop.node.spec.max_performance
+
+
+def test_an_error_of_the_node_is_not_hidden():
+    class Dead(ScriptedNode):
+        def measure(self, duration_s):
+            raise NodeError("gone")
+
+    with pytest.raises(NodeError, match="gone"):
+        ControlLoop(Dead(), OBJECTIVE).reset(seed=0)
+
+
 def test_gymnasium_accepts_the_environment():
     check_env(gymnasium.make("fuel_ray/Serving-v0").unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize(("preset", "actions"), [("default", 42), ("seed", 187)])
+def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions):
+    env = gymnasium.make("fuel_ray/Serving-v0", kv_block_size=32, preset=preset)
+    assert env.action_space.n == actions
+    env.reset(seed=0)
+    observation, reward, terminated, truncated, info = env.step(3)
+    assert env.observation_space.contains(observation) and np.isfinite(reward)
+    assert not terminated and not truncated
+    assert {"energy_j", "arrivals", "slo_attainment", "gpu_clock_mhz"} <= set(info)
+    env.close()
 
 
 def test_serving_never_terminates_and_is_truncated_at_the_horizon():
@@ -82,6 +143,19 @@ def test_the_same_seed_gives_the_same_trajectory():
         return [first] + [env.step(np.int64(7))[0] for _ in range(30)]
 
     np.testing.assert_array_equal(trajectory(), trajectory())
+
+
+def test_other_seeds_give_other_requests():
+    env = build_env(PRESETS["default"], [16])
+    first = [env.reset(seed=seed) and env.step(0)[4]["energy_j"] for seed in range(5)]
+    assert len(set(first)) == 5
+
+
+def test_a_conditional_policy_sees_every_block_size():
+    config = replace(PRESETS["default"], conditional=True)
+    env = build_env(config, [8, 16, 64])
+    seen = {round(float(env.reset(seed=seed)[0][-1]) * 64) for seed in range(30)}
+    assert seen == {8, 16, 64}
 
 
 def test_the_vectorised_form_steps_many_nodes():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fuel_ray.policies.dqn import _loss
-from fuel_ray.policies.replay import ReplayBuffer
+from fuel_ray.policies.replay import Batch, ReplayBuffer
 from fuel_ray.policies.rl_module import DuelingQNet
 
 
@@ -46,6 +46,24 @@ def test_a_known_optimum_is_learned(head):
             module._target_q.load_state_dict(module.q.state_dict())
     chosen = module.q(torch.eye(3)).argmax(-1).tolist()
     assert [divmod(action, 5) for action in chosen] == [best[load] for load in range(3)]
+
+
+def test_the_target_is_the_target_networks_value_of_the_online_networks_best_action():
+    table = torch.tensor([[1.0, 5.0], [4.0, 3.0]]), torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    module = SimpleNamespace(q=lambda seen: seen @ table[0], _target_q=lambda seen: seen @ table[1])
+    batch = Batch(
+        observations=np.eye(2, dtype=np.float32),
+        actions=np.array([0, 1]),
+        returns=np.array([2.0, 3.0], np.float32),
+        discounts=np.array([0.5, 0.25], np.float32),
+        next_observations=np.eye(2, dtype=np.float32)[::-1].copy(),
+        weights=np.array([1.0, 0.5], np.float32),
+        index=np.arange(2),
+    )
+    errors, loss = _loss(module, batch)
+    # online best of state 1 is action 0, worth 30 to the target; of state 0 action 1, worth 20
+    assert errors.tolist() == [1.0 - (2 + 0.5 * 30), 3.0 - (3 + 0.25 * 20)]
+    assert loss.item() == pytest.approx((1.0 * (16 - 0.5) + 0.5 * (5 - 0.5)) / 2)  # Huber: |error| - 1/2
 
 
 def sweep(*flags, out, cwd):

@@ -66,6 +66,52 @@ def test_a_stalled_window_scores_worse_the_longer_somebody_waits(objective):
     assert objective.reward(longer) < objective.reward(stalled) < objective.reward(working)
 
 
+@pytest.mark.parametrize(
+    ("kv", "normalized", "expected"),
+    [
+        (False, False, 150 * 5 / 450),
+        (False, True, 150 * 5 / 450 / 50),
+        (True, False, 150 * 5 / 450 - 5 * 0.075),  # KV usage is 0.425
+        (True, True, (150 * 5 / 450 - 5 * 0.075) / 50),
+    ],
+)
+def test_greendls_on_a_window_in_each_form(kv, normalized, expected):
+    window = replace(WINDOW, completed=2)
+    assert GreenDls(10.0, kv=kv, normalized=normalized).reward(window) == pytest.approx(expected)
+
+
+def test_greendls_beyond_the_slo_is_the_delay_in_ms_and_clipped_if_normalised():
+    window = replace(WINDOW, completed=2)  # mean e2e 5 s
+    assert GreenDls(4.0, kv=True, normalized=False).reward(window) == pytest.approx(-1000.0)
+    assert GreenDls(4.0, kv=True, normalized=True).reward(window) == -2.0
+    assert GreenDls(4.0, kv=False, normalized=True).reward(window) == -2.0
+
+
+def test_energy_is_what_was_saved_less_the_price_of_misses_over_typical_energy():
+    objective = Energy(Slo(1.0), token_price_j=1.0, miss_price_j=200.0, scale_w=400.0)
+    # 1800 tokens at 1 J, 900 J used, one TTFT of 2 s missed; 400 W for 2 s
+    assert objective.reward(WINDOW) == pytest.approx((1800 - 900 - 200) / 800)
+
+
+def test_energy_never_scores_below_its_floor():
+    crowded = replace(WINDOW, completed=0, e2es_s=(), waiting=10_000, oldest_wait_s=60.0)
+    assert Energy(Slo(1.0), 1.0, 200.0, 400.0).reward(crowded) == -4.0
+
+
+def test_an_overloaded_node_scores_worse_than_a_busy_one():
+    means = {}
+    for rate_rps in (5, 60):
+        workload = parse_workload(f"steady:rate_rps={rate_rps}")
+        node = SimulatedNode(load_pack("h100-qwen3-8b"), workload, kv_block_size=16, horizon_s=60)
+        node.reset(seed=0)
+        windows = [node.measure(1.0) for _ in range(60)]
+        for preset in ("default", "seed"):
+            objective = build_objective(PRESETS[preset])
+            means[preset, rate_rps] = np.mean([objective.reward(window) for window in windows[20:]])
+    assert means["default", 60] < means["default", 5] - 1
+    assert means["seed", 60] < means["seed", 5] - 0.5
+
+
 def test_an_idle_window_is_neutral_for_greendls():
     idle = replace(WINDOW, completed=0, waiting=0, running=0, ttfts_s=(), tpots_s=(), e2es_s=())
     assert GreenDls(10.0, kv=True, normalized=True).reward(idle) == 0.0
@@ -120,3 +166,31 @@ def test_energy_prefers_the_energy_optimum_of_the_a100_and_greendls_does_not():
     slowest = max(clocks, key=lambda clock: greendls.reward(served[clock]))
     assert slowest == min(clocks)
     assert joules[slowest] > 1.02 * joules[optimum]
+
+
+def test_the_default_energy_reward_is_near_the_energy_optimum_of_the_saturated_a100():
+    pack = load_pack("a100-llama31-8b")
+    windows = {clock: saturated(pack, clock) for clock in pack.gpu_clocks_mhz}
+    joules = {clock: w.energy_j / w.output_tokens for clock, w in windows.items()}
+    built = build_objective(replace(PRESETS["default"], pack="a100-llama31-8b"))
+    objective = replace(built, miss_price_j=0.0)
+    preferred = max(windows, key=lambda clock: objective.reward(windows[clock]))
+    assert joules[preferred] < 1.01 * min(joules.values())
+    assert joules[max(joules)] > 1.4 * min(joules.values())  # of the highest clock
+
+
+def test_when_all_arrivals_are_served_the_energy_reward_ranks_clocks_by_energy():
+    pack, n = load_pack("a100-llama31-8b"), 200
+    work = Requests(np.arange(n) / 4, np.full(n, 64), np.full(n, 256), np.full(n, -1), np.zeros(n, np.int64))
+    built = build_objective(replace(PRESETS["default"], pack="a100-llama31-8b"))
+    objective = replace(built, miss_price_j=0.0)
+    energy_j, reward = {}, {}
+    for clock in pack.gpu_clocks_mhz[::4]:
+        node = SimulatedNode(pack, parse_workload("steady"), kv_block_size=16, horizon_s=1.0)
+        node.replay(work)
+        node.apply(Knobs(32, clock))
+        windows = [node.measure(1.0) for _ in range(80)]
+        assert sum(window.completed for window in windows) == n
+        energy_j[clock] = sum(window.energy_j for window in windows)
+        reward[clock] = sum(objective.reward(window) for window in windows)
+    assert sorted(energy_j, key=energy_j.__getitem__) == sorted(reward, key=reward.__getitem__, reverse=True)

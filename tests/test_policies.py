@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fuel_ray.build import build_codec, build_loop, build_node
-from fuel_ray.codec import SEED_GRID, Codec
+from fuel_ray.codec import SEED_GRID, ActionGrid, Codec, Encoder
+from fuel_ray.commands import sweep
 from fuel_ray.config import PRESETS
+from fuel_ray.control import run_policy
 from fuel_ray.errors import PolicyError
 from fuel_ray.policies.baselines import LoadTable, Score, Static, tune_load_table, tune_static
 from fuel_ray.policies.learned import LearnedPolicy, Manifest, load_policy, save_policy
@@ -40,6 +42,36 @@ def test_tuned_static_keeps_the_slo_or_comes_closest():
 
     found = tune_static(hard, SPEC, share=0.95, limits=(8, 16))
     assert hard(Static(found)).slo_attainment == pytest.approx(0.9)
+
+
+def test_tuned_static_stops_at_the_slo_where_less_energy_would_break_it():
+    def cheaper_when_slow(policy):
+        clock_mhz = policy.decide(WINDOW).gpu_clock_mhz
+        return Score(clock_mhz / 10, min(1.0, clock_mhz / 1200))
+
+    assert tune_static(cheaper_when_slow, SPEC, share=0.95, limits=(16,)).gpu_clock_mhz == 1140
+
+
+def test_scores_rank_by_energy_within_the_slo_and_by_attainment_without():
+    good, dear, cheap, hopeless = Score(50, 0.96), Score(60, 0.99), Score(40, 0.94), Score(30, 0.5)
+    assert sorted([hopeless, cheap, dear, good], key=lambda score: score.rank(0.95)) == [
+        good, dear, cheap, hopeless,
+    ]  # fmt: skip
+
+
+def test_a_load_table_decides_by_rates_up_to_and_including_its_own():
+    table = LoadTable([2.0, 8.0], [Knobs(1, 990), Knobs(2, 1200), Knobs(3, 1500)])
+    for arrivals, limit in ((0, 1), (4, 1), (5, 2), (16, 2), (17, 3), (1000, 3)):
+        table.reset()
+        assert table.decide(replace(WINDOW, arrivals=arrivals)).batch_limit == limit  # in 2 s
+
+
+def test_a_load_table_averages_over_ten_seconds():
+    table = LoadTable([5.0], [Knobs(1, 990), Knobs(2, 1200)])
+    table.decide(replace(WINDOW, arrivals=0, duration_s=1.0))
+    busy = replace(WINDOW, arrivals=10, duration_s=1.0)
+    limits = [table.decide(busy).batch_limit for _ in range(10)]
+    assert limits.index(2) == 6  # 10 (1 - exp(-t / 10)) passes 5 after 6.9 s
 
 
 def test_a_load_table_looks_the_rate_up():
@@ -74,6 +106,26 @@ def test_numpy_and_torch_compute_the_same_q(head):
         np.testing.assert_allclose(q_values(arrays, row, head=head), q, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["joint", "additive"])
+def test_the_advantages_add_nothing_on_average(head):
+    net = DuelingQNet(4, limits=3, clocks=5, hidden=(8,), head=head)
+    arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    observation = np.ones(4, np.float32)
+    hidden = np.maximum(arrays["trunk.0.weight"] @ observation + arrays["trunk.0.bias"], 0)
+    value = arrays["value.weight"] @ hidden + arrays["value.bias"]
+    assert q_values(arrays, observation, head=head).mean() == pytest.approx(value[0], abs=1e-5)
+
+
+def test_an_additive_head_numbers_actions_as_the_grid_does():
+    arrays = {
+        "value.weight": np.zeros((1, 1)), "value.bias": np.zeros(1),
+        "limit_advantage.weight": np.zeros((2, 1)), "limit_advantage.bias": np.array([0.0, 100.0]),
+        "clock_advantage.weight": np.zeros((3, 1)), "clock_advantage.bias": np.array([0.0, 1.0, 2.0]),
+    }  # fmt: skip
+    q = q_values(arrays, np.zeros(1), head="additive")
+    assert q.tolist() == pytest.approx([-51, -50, -49, 49, 50, 51])
+
+
 def buffer(capacity=100, **kwargs):
     settings = {"gamma": 0.5, "n_step": 3, "rng": np.random.default_rng(0), **kwargs}
     return ReplayBuffer(capacity, 1, **settings)
@@ -89,6 +141,32 @@ def test_returns_are_summed_over_n_steps_and_bootstrapped_sooner_at_the_end():
     assert rows[0] == (1 + 1 + 1, 0.125, 3.0)
     assert rows[3] == (8 + 8, 0.25, 5.0)
     assert rows[4] == (16, 0.5, 5.0)
+
+
+def test_a_single_step_return_is_the_reward():
+    replay = buffer(n_step=1)
+    replay.add(np.arange(4.0)[:, None], np.arange(3), np.array([1.0, 2.0, 4.0], np.float32))
+    replay.refresh()
+    batch = replay.sample(200)
+    assert (batch.returns == 2.0**batch.actions).all() and (batch.discounts == 0.5).all()
+    assert (batch.next_observations[:, 0] == batch.observations[:, 0] + 1).all()
+
+
+def test_new_transitions_have_the_highest_priority():
+    replay = buffer(alpha=1.0)
+    replay.add(np.zeros((2, 1)), np.array([0]), np.zeros(1, np.float32))
+    replay.set_priorities(np.array([0]), np.array([8.0]))
+    replay.add(np.zeros((2, 1)), np.array([1]), np.zeros(1, np.float32))
+    replay.refresh()
+    assert 0.45 < replay.sample(4000).actions.mean() < 0.55
+
+
+def test_an_error_of_zero_is_still_drawn_now_and_then():
+    replay = buffer(alpha=1.0)
+    replay.add(np.zeros((3, 1)), np.arange(2), np.zeros(2, np.float32))
+    replay.set_priorities(np.array([0, 1]), np.array([0.0, 0.1]))
+    replay.refresh()
+    assert 0 < (replay.sample(20_000).actions == 0).mean() < 0.05
 
 
 def test_the_ring_forgets_the_oldest():
@@ -149,6 +227,19 @@ def test_a_loaded_policy_decides_as_the_saved_one(saved):
     assert len(set(chosen[0])) > 1
 
 
+def test_a_policy_forgets_the_past_on_reset():
+    codec = Codec(("arrival_rate_ewma",), ActionGrid((8, 16), (990,)), Slo(1.0))
+    arrays = {
+        "value.weight": np.zeros((1, 1)), "value.bias": np.zeros(1),
+        "advantage.weight": np.array([[0.0], [1.0]]), "advantage.bias": np.array([0.0, -0.5]),
+    }  # fmt: skip
+    policy = LearnedPolicy(arrays, codec, SPEC, head="joint")
+    busy, quiet = replace(WINDOW, arrivals=40), replace(WINDOW, arrivals=0)  # in 2 s, of a scale of 20/s
+    assert [policy.decide(window).batch_limit for window in (busy, quiet)] == [16, 16]
+    policy.reset()
+    assert policy.decide(quiet).batch_limit == 8
+
+
 def test_a_policy_for_another_block_size_is_refused(saved):
     other = build_node(PRESETS["default"], 32, horizon_s=1.0).spec
     with pytest.raises(PolicyError, match="block size"):
@@ -168,6 +259,65 @@ def test_a_damaged_folder_is_refused(saved, damage):
     (folder / damage).write_text("{}")
     with pytest.raises(PolicyError, match="policy"):
         load_policy(folder, loop.node.spec)
+
+
+def _write(folder, name, change):
+    raw = json.loads((folder / name).read_text())
+    change(raw)
+    (folder / name).write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("codec.json", lambda raw: raw["features"].__setitem__(0, "mood")),
+        ("codec.json", lambda raw: raw["features"].pop()),  # the weights see one more
+        ("codec.json", lambda raw: raw["grid"]["gpu_clocks_mhz"].pop()),  # the weights have more actions
+        ("manifest.json", lambda raw: raw.update(head="joint")),
+        ("manifest.json", lambda raw: raw.update(head="deep")),
+        ("manifest.json", lambda raw: raw.update(format=2)),
+        ("manifest.json", lambda raw: raw.update(kv_block_sizes=None)),
+        ("manifest.json", lambda raw: raw.pop("model")),
+    ],
+)
+def test_a_folder_whose_parts_do_not_fit_each_other_is_refused(saved, name, change):
+    folder, _, _, loop = saved
+    _write(folder, name, change)
+    with pytest.raises(PolicyError, match="policy"):
+        load_policy(folder, loop.node.spec)
+
+
+def test_weights_that_are_not_numbers_are_refused(saved):
+    folder, arrays, codec, loop = saved
+    save_policy(folder, {name: array * np.nan for name, array in arrays.items()}, codec, manifest())
+    with pytest.raises(PolicyError, match="policy"):
+        load_policy(folder, loop.node.spec)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(PolicyError, match="nowhere"):
+        load_policy(tmp_path / "nowhere", SPEC)
+
+
+def test_a_loaded_policy_controls_a_node_as_the_saved_one(saved):
+    folder, arrays, codec, loop = saved
+    policies = (
+        LearnedPolicy(arrays, codec, loop.node.spec, head="additive"),
+        load_policy(folder, loop.node.spec),
+    )
+    runs = [run_policy(loop, policy, seed=5, steps=50) for policy in policies]
+    assert runs[0] == runs[1]
+
+
+def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
+    config = replace(PRESETS["default"], normalisation="running")
+    loop = build_loop(config, 16, horizon_s=30.0)
+    net = DuelingQNet(13, limits=3, clocks=14, hidden=(), head="additive")
+    arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    sweep._save(config, tmp_path, (16,), arrays)
+    codec = Codec.from_dict(json.loads((tmp_path / "policies/block_16/codec.json").read_text()))
+    seen = Encoder(codec, loop.node.spec).encode(loop.reset(seed=0))
+    assert codec.running_scale.count > 1 and seen.any()
 
 
 def test_the_codec_on_disk_is_json(saved):

@@ -91,7 +91,8 @@ def _stages(config: SweepConfig, run_dir: Path) -> None:
 
 
 def _workloads(config: SweepConfig) -> list[str]:
-    return list(dict.fromkeys(filter(None, (config.workload, config.control_workload))))
+    loads = (config.workload, config.control_workload)
+    return list(dict.fromkeys(load for load in loads if load is not None))
 
 
 def _new_run(config: SweepConfig) -> Path:

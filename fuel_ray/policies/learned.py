@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fuel_ray.codec import Codec, Encoder
-from fuel_ray.errors import PolicyError
+from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.policies.network import Head, q_values
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 
@@ -68,7 +68,7 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
     """The policy in a folder, ready to control a node.
 
     Raises:
-        PolicyError: the folder is malformed, or was made for another block size or other clocks.
+        PolicyError: the folder is malformed, or was made for another block size, model or GPU.
     """
     try:
         raw = json.loads((folder / "manifest.json").read_text())
@@ -76,7 +76,10 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
         manifest = Manifest(**raw)
         codec = Codec.from_dict(json.loads((folder / "codec.json").read_text()))
         arrays = load_file(folder / "weights.safetensors")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        q = q_values(arrays, np.zeros(len(codec.features), np.float32), head=manifest.head)
+        if manifest.head not in get_args(Head) or len(q) != len(codec.grid) or not np.isfinite(q).all():
+            raise ValueError(f"weights for {len(q)} actions, some not finite or not {len(codec.grid)}")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, ConfigError) as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
     if manifest.format != FORMAT:
         raise PolicyError(f"{folder}: format {manifest.format}; this version reads {FORMAT}")

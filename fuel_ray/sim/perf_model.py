@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,19 +168,19 @@ def load_pack(name_or_path: str) -> Pack:
         ConfigError: there is no such pack, or the file is malformed.
     """
     if name_or_path.endswith(".json"):
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise ConfigError(f"pack {name_or_path}: no such file")
-        text = path.read_text()
+        path: Traversable = Path(name_or_path)
     elif name_or_path in pack_names():
-        text = (resources.files("fuel_ray.sim") / "packs" / f"{name_or_path}.json").read_text()
+        path = resources.files("fuel_ray.sim") / "packs" / f"{name_or_path}.json"
     else:
         raise ConfigError(
             f"pack {name_or_path!r} is unknown; shipped are {', '.join(pack_names())}, or give a .json file"
         )
+    if not path.is_file():
+        raise ConfigError(f"pack {name_or_path}: no such file")
     try:
+        text = path.read_text(encoding="utf-8")
         return _parse_pack(json.loads(text), digest=sha256(text.encode()).hexdigest())
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"pack {name_or_path}: malformed: {error}") from error
 
 
