@@ -11,6 +11,11 @@ VERBS = {
     "sweep": ("sweep", "SweepConfig", "train and compare one policy per KV block size"),
     "validate": ("validate", "ValidateConfig", "compare the simulator with recorded traces"),
     "calibrate": ("calibrate", "CalibrateConfig", "fit a calibration pack from a profile of your server"),
+    "benchmark": (
+        "benchmark",
+        "BenchmarkConfig",
+        "send a load to a vLLM server and record power and KV cache",
+    ),
     "report": ("report", "ReportConfig", "write a run's report again"),
 }
 

@@ -13,5 +13,21 @@ class NodeError(FuelRayError):
     """A node could not be set or measured."""
 
 
+class GpuError(NodeError):
+    """A GPU or its driver is missing, lost or refused; the message names the GPU and what to do."""
+
+
+class PrivilegeError(GpuError):
+    """Setting clocks needs a privilege that this process lacks; the message names the command that has it."""
+
+
+class TelemetryError(NodeError):
+    """A reading is missing or wrong; the message names the metric, the device or the URL."""
+
+
+class UnsupportedError(NodeError):
+    """This vLLM and its backend cannot serve what was asked, such as a block size; the message says why."""
+
+
 class PolicyError(FuelRayError):
     """A policy folder is malformed or does not fit the node it is loaded for."""

@@ -1,0 +1,1 @@
+"""Everything that touches a real server or a real GPU."""

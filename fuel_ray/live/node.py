@@ -1,0 +1,233 @@
+"""A real vLLM server on real GPUs, behind the Node protocol."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fuel_ray.errors import NodeError, TelemetryError
+from fuel_ray.live.completion import Attempt
+from fuel_ray.live.cpu import CpuMeter, CpuReading
+from fuel_ray.live.kv_monitor import MetricsClient
+from fuel_ray.live.loadgen import LoadGenerator, request_records
+from fuel_ray.live.nvml import GpuReading, Gpus
+from fuel_ray.live.sampler import Sample, Sampler, held_mean, window_energy_j
+from fuel_ray.live.vllm_metrics import MetricsDelta, MetricsSnapshot, difference
+from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
+
+GPU_INTERVAL_S = 0.05
+
+
+class Limiter(Protocol):
+    """Sets the batch limit inside the server."""
+
+    def set(self, limit: int) -> int:
+        """Ask for a limit; what was asked for after clamping to the server's capacity."""
+        ...
+
+    def close(self) -> None:
+        """Give the limit back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What is read at the edge between two windows."""
+
+    at_s: float
+    server: MetricsSnapshot
+    energy_j: float | None
+    cpu: CpuReading
+
+
+class GpuNode:
+    """One vLLM server, its GPUs and, if there is one, the load that is sent to it.
+
+    Without a load generator the latency samples of a window are empty: a server's histograms have no samples.
+    The node takes over what it is given and closes it.
+    """
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        gpus: Gpus,
+        client: MetricsClient,
+        *,
+        limiter: Limiter | None = None,
+        start_load: Callable[[int], LoadGenerator] | None = None,
+        cpu: CpuMeter | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Take over a running server.
+
+        Args:
+            spec: with one clock if the clock is not controlled (observe-only).
+            gpus: those that the server runs on.
+            client: of the server's /metrics.
+            limiter: of the server's batch limit.
+            start_load: makes the load of an episode from its seed; None if the requests come from elsewhere.
+            cpu: of this machine.
+            clock: monotonic seconds.
+            sleep: waits.
+        """
+        self._spec, self._gpus, self._client = spec, gpus, client
+        self._limiter, self._start_load, self._cpu = limiter, start_load, cpu or CpuMeter()
+        self._clock, self._sleep = clock, sleep
+        self._knobs = spec.max_performance
+        self._readings: Sampler[GpuReading] = Sampler(gpus.read, GPU_INTERVAL_S, name="GPU", clock=clock)
+        self._load: LoadGenerator | None = None
+        self._first_tokens: set[int] = set()  # requests whose TTFT was reported
+        self._ended: list[Attempt] = []  # not yet taken as records
+        self._mark: _Mark | None = None
+        self._sent = 0
+
+    @property
+    def spec(self) -> NodeSpec:
+        """The server as it was started."""
+        return self._spec
+
+    def reset(self, *, seed: int) -> None:
+        """Begin a new load, if this node sends one, and forget old samples."""
+        self._stop_load()
+        self._first_tokens, self._ended, self._sent = set(), [], 0
+        self._readings.start()
+        self._mark = self._read_mark()
+        if self._start_load is not None:
+            self._load = self._start_load(seed)
+            self._load.start()
+
+    def apply(self, knobs: Knobs) -> Knobs:
+        """Pin the nearest supported clock and set the limit; an observe-only node keeps what it has.
+
+        Raises:
+            NodeError: the GPU or the server refused.
+        """
+        clock_mhz = self._spec.gpu_clocks_mhz[-1]
+        if len(self._spec.gpu_clocks_mhz) > 1:
+            clock_mhz = self._gpus.pin(knobs.gpu_clock_mhz)
+        lowest, highest = self._spec.batch_limits
+        limit = min(max(knobs.batch_limit, lowest), highest)
+        if self._limiter is not None:
+            limit = self._limiter.set(limit)
+        self._knobs = Knobs(limit, clock_mhz)
+        return self._knobs
+
+    def measure(self, duration_s: float) -> WindowMetrics:
+        """Wait ``duration_s`` from the end of the last window and say what happened since then.
+
+        Raises:
+            NodeError: a GPU, the server or the load generator gave no reading.
+        """
+        if self._mark is None:
+            raise NodeError(f"{self._spec.name} was not reset")
+        begin = self._mark
+        if self._clock() - begin.at_s > 2 * duration_s:
+            begin = self._read_mark()  # the caller paused: a window does not reach back over the pause
+        self._sleep(max(0.0, begin.at_s + duration_s - self._clock()))
+        end = self._read_mark()
+        self._mark = end
+        return self._window(begin, end)
+
+    def take_records(self) -> RequestRecords:
+        """Records of the requests that ended since the last call, in order of their end."""
+        self._progress()
+        ended, self._ended = self._ended, []
+        return request_records(ended)
+
+    def close(self) -> None:
+        """Stop the load and give clocks and limit back; safe to call twice."""
+        self._mark = None
+        self._stop_load()
+        self._readings.stop()
+        if self._limiter is not None:
+            self._limiter.close()
+        self._client.close()
+        self._gpus.close()
+
+    def _stop_load(self) -> None:
+        load, self._load = self._load, None
+        if load is not None:
+            load.stop()
+
+    def _read_mark(self) -> _Mark:
+        server = self._client.scrape()
+        return _Mark(self._clock(), server, self._gpus.energy_j(), self._cpu.read())
+
+    def _progress(self) -> tuple[list[Attempt], tuple[Attempt, ...], float, int]:
+        """Requests that ended since the last look, those in flight, the load's time, how many were sent."""
+        if self._load is None:
+            return [], (), 0.0, 0
+        progress = self._load.take()
+        self._ended += progress.ended
+        new, self._sent = progress.sent - self._sent, progress.sent
+        return list(progress.ended), progress.in_flight, progress.now_s, new
+
+    def _window(self, begin: _Mark, end: _Mark) -> WindowMetrics:
+        delta = difference(begin.server, end.server, end.at_s - begin.at_s)
+        if delta.restarted:
+            raise TelemetryError(f"{self._spec.name}: the server restarted within the window")
+        readings = self._readings.since(begin.at_s)
+        ended, in_flight, now_s, sent = self._progress()
+        finished = [attempt for attempt in ended if attempt.finished_s is not None]
+        records = request_records(finished)
+        tpots_s = records.tpot_s
+        waits = [now_s - a.arrival_s for a in in_flight if a.first_token_s is None]
+        computed = delta.prompt_tokens - (delta.prompt_tokens_cached or 0)
+        return WindowMetrics(
+            duration_s=delta.seconds,
+            energy_j=self._energy_j(begin, end, readings),
+            cpu_energy_j=end.cpu.energy_j - begin.cpu.energy_j,
+            gpu_util=_mean(readings, "gpu_util", begin, end),
+            gpu_mem_util=_mean(readings, "mem_util", begin, end),
+            cpu_util=end.cpu.util,
+            arrivals=sent if self._load is not None else _arrivals(begin, end, delta),
+            completed=len(finished) if self._load is not None else delta.requests_succeeded,
+            prompt_tokens=computed,
+            output_tokens=delta.generation_tokens,
+            running=end.server.running,
+            waiting=end.server.waiting,
+            preemptions=delta.preemptions or 0,
+            kv_usage=end.server.kv_usage,
+            prefix_hit_rate=delta.prefix_hit_rate,
+            oldest_wait_s=max(waits, default=0.0),
+            ttfts_s=self._new_ttfts_s((*ended, *in_flight)),
+            tpots_s=tuple(tpots_s[np.isfinite(tpots_s)].tolist()),
+            e2es_s=tuple(records.e2e_s.tolist()),
+            knobs=self._knobs,
+            gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
+        )
+
+    def _energy_j(self, begin: _Mark, end: _Mark, readings: tuple[Sample[GpuReading], ...]) -> float:
+        counter_j = None
+        if begin.energy_j is not None and end.energy_j is not None:
+            counter_j = (begin.energy_j, end.energy_j)
+        power_w = [_figure(reading, reading.value.power_w) for reading in readings]
+        return window_energy_j(power_w, begin_s=begin.at_s, end_s=end.at_s, counter_j=counter_j)
+
+    def _new_ttfts_s(self, attempts: tuple[Attempt, ...]) -> tuple[float, ...]:
+        """TTFTs of the requests whose first token has come since the last look."""
+        found = []
+        for attempt in attempts:
+            if attempt.first_token_s is not None and attempt.index not in self._first_tokens:
+                self._first_tokens.add(attempt.index)
+                found.append(attempt.first_token_s - attempt.arrival_s)
+        return tuple(found)
+
+
+def _figure(sample: Sample[GpuReading], value: float) -> Sample[float]:
+    """The same sample of one of its figures."""
+    return Sample(sample.due_s, sample.at_s, value)
+
+
+def _mean(readings: tuple[Sample[GpuReading], ...], figure: str, begin: _Mark, end: _Mark) -> float | None:
+    values = [_figure(reading, getattr(reading.value, figure)) for reading in readings]
+    return held_mean(values, begin_s=begin.at_s, end_s=end.at_s)
+
+
+def _arrivals(begin: _Mark, end: _Mark, delta: MetricsDelta) -> int:
+    """Requests that came to a server whose load is not ours: what finished and what its queues grew by."""
+    there = end.server.running + end.server.waiting - begin.server.running - begin.server.waiting
+    return max(0, delta.requests_succeeded + there)

@@ -1,0 +1,299 @@
+"""One node's GPUs through NVML: clocks that are pinned and given back, and readings in our units.
+
+Reads cost 2-10 us on an H100, the energy counter 3 ms (p99 16 ms), so it has a method of its own.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import or_
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Self, TypeVar
+
+import pynvml
+
+from fuel_ray.errors import ConfigError, GpuError, PrivilegeError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Handle = Any  # a ctypes pointer to NVML's opaque device
+
+CAP_SYS_ADMIN = 21  # linux/capability.h; the kernel driver asks for it in the first user namespace
+ADVICE = {
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver here (a container needs `--gpus all`)",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded; `sudo modprobe nvidia` loads it",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "NVML and the loaded driver differ in version; reboot",
+    pynvml.NVML_ERROR_NO_PERMISSION: "run as root (a container: `--cap-add SYS_ADMIN`, for CAP_SYS_ADMIN) "
+    "or by hand `sudo nvidia-smi -lgc MHZ,MHZ`, given back by `sudo nvidia-smi -rgc`",
+    pynvml.NVML_ERROR_GPU_IS_LOST: "the GPU is lost; `dmesg | grep Xid` says why, a reboot brings it back",
+    pynvml.NVML_ERROR_RESET_REQUIRED: "the GPU needs a reset: `sudo nvidia-smi --gpu-reset`",
+    pynvml.NVML_ERROR_NOT_SUPPORTED: "this GPU or its driver does not support it",
+    pynvml.NVML_ERROR_UNINITIALIZED: "NVML is closed",
+}
+THROTTLE_REASONS = {
+    getattr(pynvml, f"nvmlClocksEventReason{name}"): name
+    for name in (
+        *("GpuIdle", "ApplicationsClocksSetting", "SwPowerCap", "HwSlowdown", "SyncBoost"),
+        *("SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown", "DisplayClockSetting"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReading:
+    """What is cheap to read, over all GPUs of the node."""
+
+    power_w: float  # summed; NVML's own average (1 s since Ampere, but instantaneous on GA100)
+    gpu_util: float  # mean share of time in which a kernel ran, 0..1
+    mem_util: float  # mean busy share of the memory controllers, 0..1
+    memory_share: float  # used part of all GPU memory, 0..1
+    sm_clock_mhz: float  # mean
+    throttle_reasons: tuple[str, ...]  # of any GPU
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Let NVML's errors leave as ours.
+
+    Raises:
+        PrivilegeError: the process may not do this.
+        GpuError: any other NVML error.
+    """
+    try:
+        yield
+    except pynvml.NVMLError as error:
+        kind = PrivilegeError if error.value == pynvml.NVML_ERROR_NO_PERMISSION else GpuError
+        raise kind(f"cannot {doing}: {ADVICE.get(error.value, str(error))}") from error
+
+
+class Gpus:
+    """One node's GPUs, by UUID or by NVML index (PCI order, whatever CUDA_VISIBLE_DEVICES says); default all.
+
+    Power, energy and memory are summed; utilisations and clocks are means. ``supported_clocks_mhz`` ascend,
+    are supported by every GPU, and are empty where NVML lists none.
+
+    Raises:
+        GpuError: no driver, or no such GPU; the message lists those that there are.
+        ConfigError: a GPU is named twice.
+    """
+
+    def __init__(self, which: Sequence[str | int] = ()):
+        with translated("start NVML"):
+            pynvml.nvmlInit()
+        self._open = True
+        self._locked: set[str] = set()
+        try:
+            self._handles = _select(which)
+            self.uuids = tuple(self._handles)
+            self.name = " + ".join(dict.fromkeys(self._each("read the name", pynvml.nvmlDeviceGetName)))
+            lists = self._each("list the supported clocks", _supported(_clocks_mhz))
+            self.supported_clocks_mhz = tuple(sorted(set.intersection(*(set(mhz or ()) for mhz in lists))))
+            with translated("read the driver version"):
+                self.driver_version: str = pynvml.nvmlSystemGetDriverVersion()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give pinned clocks back and end NVML; safe to call twice.
+
+        Raises:
+            GpuError: a GPU did not take its clocks back; NVML is ended all the same.
+        """
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._reset(tuple(self._locked))
+        finally:
+            with translated("end NVML"):
+                pynvml.nvmlShutdown()
+
+    def can_set_clocks(self, *, try_reset: bool = False, proc: Path = Path("/proc/self")) -> bool:
+        """Whether clocks may be pinned.
+
+        NVML has no question for this, so by default nothing is written: it takes clocks listed by NVML, and
+        CAP_SYS_ADMIN in the first user namespace, which is what the kernel driver checks. A hypervisor can
+        still refuse. ``try_reset`` asks the driver by a reset, which drops a lock somebody else has set.
+        """
+        if not self.supported_clocks_mhz:
+            return False
+        if not try_reset or self._locked:
+            return bool(self._locked) or _holds_sys_admin(proc)
+        try:
+            self.reset()
+        except GpuError as error:
+            logger.info("clocks cannot be set: %s", error)
+            return False
+        return True
+
+    def pin(self, clock_mhz: float) -> int:
+        """Pin the SM clocks at the supported clock nearest to ``clock_mhz``, and return that clock.
+
+        Where one GPU refuses, the others get their clocks back.
+
+        Raises:
+            PrivilegeError: the process may not set clocks.
+            GpuError: clocks are not supported, or a GPU is lost.
+        """
+        snapped_mhz = self._snapped(clock_mhz)
+        self._lock(snapped_mhz, snapped_mhz)
+        return snapped_mhz
+
+    def cap(self, clock_mhz: float) -> int:
+        """As ``pin``, but lower clocks stay the driver's choice."""
+        snapped_mhz = self._snapped(clock_mhz)
+        self._lock(self.supported_clocks_mhz[0], snapped_mhz)
+        return snapped_mhz
+
+    def reset(self) -> None:
+        """Give all clocks back to the driver, whoever locked them, on every GPU even if one fails.
+
+        Raises:
+            GpuError: the first failure.
+        """
+        self._reset(self.uuids)
+
+    def read(self) -> GpuReading:
+        """Everything cheap at once."""
+        rates = self._each("read the utilisation", pynvml.nvmlDeviceGetUtilizationRates)
+        memories = self._each("read the memory", pynvml.nvmlDeviceGetMemoryInfo)
+        masks = self._each("read the throttle reasons", pynvml.nvmlDeviceGetCurrentClocksEventReasons)
+        sm_clock = partial(pynvml.nvmlDeviceGetClockInfo, type=pynvml.NVML_CLOCK_SM)
+        return GpuReading(
+            power_w=self.power_w(),
+            gpu_util=fmean(rate.gpu for rate in rates) / 100,
+            mem_util=fmean(rate.memory for rate in rates) / 100,
+            memory_share=sum(memory.used for memory in memories) / sum(memory.total for memory in memories),
+            sm_clock_mhz=fmean(self._each("read the SM clock", sm_clock)),
+            throttle_reasons=tuple(
+                name for bit, name in THROTTLE_REASONS.items() if bit & reduce(or_, masks)
+            ),
+        )
+
+    def power_w(self) -> float:
+        """Average power, as in ``GpuReading``."""
+        return sum(self._each("read the power", pynvml.nvmlDeviceGetPowerUsage)) / 1000
+
+    def instant_power_w(self) -> float | None:
+        """Power at the last 100 ms tick; None where the driver has no such reading."""
+        return _sum_or_none(self._each("read the instant power", _supported(_instant_power_mw)))
+
+    def energy_j(self) -> float | None:
+        """Energy since the driver was loaded, None where there is no counter (before Volta). Costs 3 ms."""
+        counter = _supported(pynvml.nvmlDeviceGetTotalEnergyConsumption)
+        return _sum_or_none(self._each("read the energy counter", counter))
+
+    def _each(self, doing: str, call: Callable[[Handle], T]) -> list[T]:
+        values = []
+        for uuid, handle in self._handles.items():
+            with translated(f"{doing} of GPU {uuid}"):
+                values.append(call(handle))
+        return values
+
+    def _snapped(self, clock_mhz: float) -> int:
+        if not self.supported_clocks_mhz:
+            raise GpuError(f"cannot lock {clock_mhz} MHz: no clock is supported by all of {self.uuids}")
+        return min(self.supported_clocks_mhz, key=lambda supported_mhz: abs(supported_mhz - clock_mhz))
+
+    def _lock(self, low_mhz: int, high_mhz: int) -> None:
+        held = frozenset(self._locked)
+        try:
+            for uuid, handle in self._handles.items():
+                self._locked.add(uuid)  # before the call, so that an interrupt in it is made good by close()
+                with translated(f"lock the clock at {low_mhz}-{high_mhz} MHz on GPU {uuid}"):
+                    pynvml.nvmlDeviceSetGpuLockedClocks(handle, low_mhz, high_mhz)
+        except GpuError:
+            with suppress(GpuError):  # the refusal is what to raise; close() tries this once more
+                self._reset(tuple(self._locked))
+            self._locked -= {uuid} - held
+            raise
+        logger.info("locked %s at %d-%d MHz", self.uuids, low_mhz, high_mhz)
+
+    def _reset(self, uuids: Sequence[str]) -> None:
+        failures = []
+        for uuid in uuids:
+            try:
+                with translated(f"reset the clocks of GPU {uuid}"):
+                    pynvml.nvmlDeviceResetGpuLockedClocks(self._handles[uuid])
+                self._locked.discard(uuid)
+            except GpuError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+def _select(which: Sequence[str | int]) -> dict[str, Handle]:
+    with translated("list the GPUs"):
+        handles = [_handle(key) for key in which or range(pynvml.nvmlDeviceGetCount())]
+        selected = {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+    if not selected:
+        raise GpuError("the NVIDIA driver shows no GPU")
+    if len(selected) < len(handles):
+        raise ConfigError(f"GPUs {list(which)} name one GPU twice; each may be named once")
+    return selected
+
+
+def _handle(key: str | int) -> Handle:
+    try:
+        if str(key).isdecimal():
+            return pynvml.nvmlDeviceGetHandleByIndex(int(key))
+        return pynvml.nvmlDeviceGetHandleByUUID(str(key))
+    except (pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument) as error:
+        there = ", ".join(f"{i} = {_uuid(i)}" for i in range(pynvml.nvmlDeviceGetCount())) or "none"
+        raise GpuError(f"there is no GPU {key}; there are: {there}") from error
+
+
+def _uuid(index: int) -> str:
+    try:
+        return pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))
+    except pynvml.NVMLError as error:
+        return f"({error})"
+
+
+def _supported(call: Callable[[Handle], T]) -> Callable[[Handle], T | None]:
+    """``call``, with None where the GPU or an older driver does not have it."""
+
+    def asked(handle: Handle) -> T | None:
+        try:
+            return call(handle)
+        except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
+            return None
+
+    return asked
+
+
+def _sum_or_none(values_milli: list[int | None]) -> float | None:
+    return None if None in values_milli else sum(filter(None, values_milli)) / 1000
+
+
+def _clocks_mhz(handle: Handle) -> list[int]:
+    """SM clocks at the highest memory clock, the one that a loaded GPU runs at."""
+    memory_clock_mhz = max(pynvml.nvmlDeviceGetSupportedMemoryClocks(handle), default=0)
+    return pynvml.nvmlDeviceGetSupportedGraphicsClocks(handle, memory_clock_mhz) if memory_clock_mhz else []
+
+
+def _instant_power_mw(handle: Handle) -> int:
+    field = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])[0]
+    if field.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(field.nvmlReturn)
+    return field.value.uiVal
+
+
+def _holds_sys_admin(proc: Path) -> bool:
+    try:
+        status, uid_map = (proc / "status").read_text(), (proc / "uid_map").read_text()
+    except OSError:
+        return False
+    capabilities = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), "0")
+    return bool(int(capabilities, 16) >> CAP_SYS_ADMIN & 1) and uid_map.split() == ["0", "0", "4294967295"]

@@ -1,0 +1,101 @@
+"""Prompts to send: token ids of exact length, or the conversations of ShareGPT."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.types import Requests
+
+_CHARACTERS_PER_TOKEN = 4  # of English text with today's tokenizers, roughly
+_FEWEST_TOKENS, _MOST_PROMPT_TOKENS, _MOST_TOKENS = 4, 1024, 2048  # as `vllm bench serve` samples ShareGPT
+
+
+class TokenPrompts:
+    """Random token ids for each of ``requests``; equal prefix ids share their first tokens.
+
+    Ids are below ``vocab_size``. Prompt ``i`` depends on the seed and ``i``, not on the order of reading.
+    """
+
+    def __init__(self, requests: Requests, *, vocab_size: int, rng: np.random.Generator) -> None:
+        self._requests = requests
+        self._vocab_size = vocab_size
+        self._seed = int(rng.integers(2**62))
+        self._prefixes: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> list[int]:
+        request = self._requests[index]
+        prefix = self._prefix(request.prefix_id, request.prefix_tokens)
+        own = self._ids(request.prompt_tokens - len(prefix), (0, index))
+        return prefix.tolist() + own.tolist()
+
+    def _prefix(self, prefix_id: int | None, tokens: int) -> np.ndarray:
+        if prefix_id is None:
+            return np.empty(0, np.int64)
+        if prefix_id not in self._prefixes:
+            longest = int(self._requests.prefix_tokens[self._requests.prefix_id == prefix_id].max())
+            self._prefixes[prefix_id] = self._ids(longest, (1, prefix_id))
+        return self._prefixes[prefix_id][:tokens]
+
+    def _ids(self, count: int, stream: tuple[int, int]) -> np.ndarray:
+        return np.random.default_rng((self._seed, *stream)).integers(self._vocab_size, size=count)
+
+
+def estimated_tokens(text: str) -> int:
+    """Tokens of a text without a tokenizer: a quarter of its characters."""
+    return math.ceil(len(text) / _CHARACTERS_PER_TOKEN)
+
+
+def load_sharegpt(
+    path: Path,
+    n: int,
+    rng: np.random.Generator,
+    *,
+    count_tokens: Callable[[str], int] = estimated_tokens,
+) -> tuple[list[str], np.ndarray]:
+    """First questions of ``n`` random conversations, and the lengths (n,) of the recorded answers in tokens.
+
+    Conversations are kept as `vllm bench serve` keeps them: at least 4 tokens each way, at most 1024 in the
+    prompt and 2048 in all. Those of a short file are repeated.
+
+    Raises:
+        ConfigError: not a ShareGPT file, or no conversation of fitting length.
+    """
+    pairs = [pair for pair in map(_first_turns, _conversations(path)) if pair is not None]
+    sized = [(question, count_tokens(question), count_tokens(answer)) for question, answer in pairs]
+    fitting = [(question, output) for question, prompt, output in sized if _fits(prompt, output)]
+    if not fitting:
+        raise ConfigError(f"{path}: no ShareGPT conversation of fitting length among {len(pairs)}")
+    chosen = rng.choice(len(fitting), size=n, replace=n > len(fitting))
+    return [fitting[i][0] for i in chosen], np.array([fitting[i][1] for i in chosen], np.int64)
+
+
+def _fits(prompt: int, output: int) -> bool:
+    enough = min(prompt, output) >= _FEWEST_TOKENS
+    return enough and prompt <= _MOST_PROMPT_TOKENS and prompt + output <= _MOST_TOKENS
+
+
+def _conversations(path: Path) -> list[object]:
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(items, list):
+        raise ConfigError(f"{path}: not a list of ShareGPT conversations")
+    return items
+
+
+def _first_turns(item: object) -> tuple[str, str] | None:
+    turns = item.get("conversations") if isinstance(item, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2:
+        return None
+    question, answer = (turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2])
+    return (question, answer) if isinstance(question, str) and isinstance(answer, str) else None

@@ -1,0 +1,221 @@
+"""Readings at a steady rate, and what a window of them says.
+
+Sensors step: an H100's power and energy change every 100 ms and its utilisation every 200 ms, so a faster
+sampler sees each value several times. Means are therefore weighted by the time that a value was held.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
+
+from fuel_ray.errors import ConfigError, NodeError, TelemetryError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+JOIN_S = 2.0  # stop() leaves a read that hangs longer behind; its thread is a daemon
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Generic[T]):
+    """One good reading; times are the sampler's clock's."""
+
+    due_s: float  # the deadline
+    at_s: float  # when the read began
+    value: T
+
+
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    at_s: float
+    error: Exception
+
+
+class Sampler(Generic[T]):
+    """Calls ``read`` every ``interval_s`` in a thread of its own and keeps the last ``capacity`` samples.
+
+    Deadlines are absolute. Those missed by a slow read are skipped and counted, never made up for in a bunch.
+    A read that raises NodeError leaves a missing sample; any other exception is a bug and ends the thread.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], T],
+        interval_s: float,
+        *,
+        name: str = "sampler",
+        clock: Callable[[], float] = time.monotonic,
+        capacity: int = 20_000,
+    ):
+        if not (math.isfinite(interval_s) and interval_s > 0):
+            raise ConfigError(f"the interval of {name} is {interval_s} s; it must be above 0")
+        self.name, self.interval_s = name, interval_s
+        self.skipped = 0  # deadlines
+        self.failed = 0  # reads
+        self._read, self._clock = read, clock
+        self._ring: deque[Sample[T] | _Missing] = deque(maxlen=capacity)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._bug: Exception | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin, with a first sample at once; a sampler that runs goes on."""
+        if self._thread is not None:
+            return
+        self._stop, self._bug = threading.Event(), None
+        self._thread = threading.Thread(target=self._run, args=(self._stop,), name=self.name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and keep the samples; safe to call twice."""
+        thread, self._thread = self._thread, None
+        self._stop.set()
+        if thread is None:
+            return
+        thread.join(JOIN_S)
+        if thread.is_alive():
+            logger.warning("a read of %s hangs; its thread is left behind", self.name)
+
+    def sample(self, due_s: float | None = None) -> None:
+        """Read once into the ring, in the caller's thread."""
+        at_s = self._clock()
+        entry: Sample[T] | _Missing
+        try:
+            entry = Sample(at_s if due_s is None else due_s, at_s, self._read())
+        except NodeError as error:
+            entry = _Missing(at_s, error)
+            self.failed += 1
+        with self._lock:
+            self._ring.append(entry)
+
+    def since(self, begin_s: float) -> tuple[Sample[T], ...]:
+        """Good samples read at or after ``begin_s``, oldest first; at least one.
+
+        Raises:
+            TelemetryError: there is none; the message says what failed.
+        """
+        entries = [entry for entry in self._entries() if entry.at_s >= begin_s]
+        good = tuple(entry for entry in entries if isinstance(entry, Sample))
+        if not good:
+            raise self._nothing(entries) from next(
+                (e.error for e in entries if isinstance(e, _Missing)), None
+            )
+        return good
+
+    def latest(self) -> Sample[T]:
+        """The newest sample.
+
+        Raises:
+            TelemetryError: the newest read failed, or there has been none.
+        """
+        newest = self._entries()[-1:]
+        if newest and isinstance(newest[0], Sample):
+            return newest[0]
+        raise self._nothing(newest)
+
+    def _entries(self) -> list[Sample[T] | _Missing]:
+        if self._bug is not None:
+            raise TelemetryError(f"{self.name} ended: {self._bug!r}") from self._bug
+        with self._lock:
+            return list(self._ring)
+
+    def _nothing(self, entries: Sequence[Sample[T] | _Missing]) -> TelemetryError:
+        errors = [entry.error for entry in entries if isinstance(entry, _Missing)]
+        if not errors:
+            return TelemetryError(f"{self.name} has no reading: it ran too short a time, or its read hangs")
+        problem = TelemetryError(f"{self.name} has no reading, {len(errors)} failed: {errors[-1]}")
+        problem.__cause__ = errors[-1]
+        return problem
+
+    def _run(self, stop: threading.Event) -> None:
+        due_s = self._clock()
+        try:
+            while not stop.wait(max(0.0, due_s - self._clock())):
+                self.sample(due_s)
+                due_s, skipped = next_deadline(due_s, now_s=self._clock(), interval_s=self.interval_s)
+                self.skipped += skipped
+        except Exception as error:  # a bug in read: kept for since() and latest()
+            logger.exception("%s ended", self.name)
+            self._bug = error
+
+
+def next_deadline(due_s: float, *, now_s: float, interval_s: float) -> tuple[float, int]:
+    """The next deadline on the grid of ``due_s`` that is still to come, and how many were missed."""
+    missed = max(0, math.floor((now_s - due_s) / interval_s))
+    return due_s + (missed + 1) * interval_s, missed
+
+
+def changes(samples: Sequence[Sample[T]]) -> tuple[Sample[T], ...]:
+    """The first sighting of each new value: a stepping sensor's own readings, each once."""
+    return tuple(s for i, s in enumerate(samples) if i == 0 or s.value != samples[i - 1].value)
+
+
+def held_s(
+    samples: Sequence[Sample[float]], *, begin_s: float, end_s: float, gap_s: float
+) -> Iterator[float]:
+    """How long each value was held within the window, in s.
+
+    A value holds until the next sample, and the first one also back to the window's begin, but never for more
+    than ``gap_s``, so that a gap in the samples is left out rather than filled.
+    """
+    for index, sample in enumerate(samples):
+        until_s = samples[index + 1].at_s if index + 1 < len(samples) else end_s
+        from_s = begin_s if index == 0 else sample.at_s
+        low_s = max(begin_s, from_s, sample.at_s - gap_s)
+        yield max(0.0, min(end_s, until_s, sample.at_s + gap_s) - low_s)
+
+
+def held_mean(
+    samples: Sequence[Sample[float]], *, begin_s: float, end_s: float, gap_s: float = 0.5
+) -> float | None:
+    """Mean over the window, weighted by the time each value was held; None if the samples miss the window."""
+    weights_s = tuple(held_s(samples, begin_s=begin_s, end_s=end_s, gap_s=gap_s))
+    if not sum(weights_s):
+        return None
+    return sum(s.value * weight_s for s, weight_s in zip(samples, weights_s, strict=True)) / sum(weights_s)
+
+
+def window_energy_j(
+    power_w: Sequence[Sample[float]],
+    *,
+    begin_s: float,
+    end_s: float,
+    counter_j: tuple[float, float] | None = None,
+    gap_s: float = 0.5,
+    least_share: float = 0.9,
+) -> float:
+    """Energy of the window: the counter's difference where there is one, else the integrated power.
+
+    The counter itself steps every 100 ms, so a window is off by up to 100 ms of power at either end; the sum
+    of windows that share the readings between them is not. Power that covers ``least_share`` of the window
+    is scaled up to all of it.
+
+    Raises:
+        TelemetryError: the counter ran backwards, or power is missing for more of the window.
+    """
+    if counter_j is not None:
+        if counter_j[1] < counter_j[0]:
+            raise TelemetryError(
+                f"the energy counter fell from {counter_j[0]} to {counter_j[1]} J: driver reloaded"
+            )
+        return counter_j[1] - counter_j[0]
+    duration_s = end_s - begin_s
+    covered_s = sum(held_s(power_w, begin_s=begin_s, end_s=end_s, gap_s=gap_s))
+    mean_w = held_mean(power_w, begin_s=begin_s, end_s=end_s, gap_s=gap_s)
+    if mean_w is None or covered_s < least_share * duration_s:
+        raise TelemetryError(f"power is known for {covered_s:.2f} s of the window's {duration_s:.2f} s")
+    return mean_w * duration_s

@@ -1,0 +1,300 @@
+"""What a vLLM server says of itself on /metrics: snapshots, and differences between them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from fuel_ray.errors import TelemetryError
+
+Sample = tuple[Mapping[str, str], float]  # labels, value
+Series = dict[str, list[Sample]]  # by sample name
+
+_RUNNING, _WAITING = ("vllm:num_requests_running",), ("vllm:num_requests_waiting",)
+_KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")  # today's name first, in all of these
+_PROMPT, _CACHED = ("vllm:prompt_tokens_total",), ("vllm:prompt_tokens_cached_total",)
+_GENERATION, _SUCCEEDED = ("vllm:generation_tokens_total",), ("vllm:request_success_total",)
+_PREEMPTIONS = ("vllm:num_preemptions_total",)
+_QUERIES = ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total")
+_HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total")
+_CONFIG, _STARTED = ("vllm:cache_config_info",), ("process_start_time_seconds",)
+_TTFT = ("vllm:time_to_first_token_seconds",)
+_ITL = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
+_E2E = ("vllm:e2e_request_latency_seconds",)
+
+SCALARS = (
+    *(*_RUNNING, *_WAITING, *_KV_USAGE, *_PROMPT, *_CACHED, *_GENERATION, *_SUCCEEDED, *_PREEMPTIONS),
+    *(*_QUERIES, *_HITS, *_CONFIG, *_STARTED),
+)  # a page of these alone can be parsed; it lacks the histograms
+_WANTED = (*SCALARS, *_TTFT, *_ITL, *_E2E)
+_LINES = (*_WANTED, *(f"# TYPE {name}" for name in _WANTED))  # skipping the others is 10 times as fast
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts below each bound; of a whole server life, or of a window after ``difference``."""
+
+    upper_bounds_s: tuple[float, ...]  # ascending, the last is inf
+    cumulative_counts: tuple[int, ...]  # as many
+    sum_s: float
+    count: int
+
+    @property
+    def mean_s(self) -> float | None:
+        return self.sum_s / self.count if self.count else None
+
+    def minus(self, before: "Histogram") -> "Histogram | None":
+        """The samples since ``before``; None if the bounds changed."""
+        if self.upper_bounds_s != before.upper_bounds_s:
+            return None
+        counts = tuple(map(int.__sub__, self.cumulative_counts, before.cumulative_counts))
+        return Histogram(self.upper_bounds_s, counts, self.sum_s - before.sum_s, self.count - before.count)
+
+    def percentile_s(self, share: float) -> float | None:
+        """Linear within its bucket; None without samples or where it lies above the last finite bound."""
+        rank = share * self.count
+        below_s, below = 0.0, 0
+        for bound_s, counted in zip(self.upper_bounds_s, self.cumulative_counts, strict=True):
+            if counted >= rank and counted > below:
+                found_s = below_s + (bound_s - below_s) * (rank - below) / (counted - below)
+                return found_s if math.isfinite(found_s) else None
+            below_s, below = bound_s, counted
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV cache of all engines."""
+
+    block_size: int  # tokens
+    num_gpu_blocks: int
+
+    def used_blocks(self, kv_usage: float) -> int:
+        """Blocks in use; vLLM's usage is a share of ``usable_blocks``."""
+        return round(kv_usage * self.usable_blocks)
+
+    @property
+    def usable_blocks(self) -> int:
+        """All but the null block, which vLLM V1 never hands out (block_pool.py, get_usage)."""
+        return max(1, self.num_gpu_blocks - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSnapshot:
+    """One page, summed over engines; None where the page does not say. Tokens and requests since start."""
+
+    running: int
+    waiting: int
+    kv_usage: float  # share of the KV blocks in use, 0..1
+    prompt_tokens: int
+    generation_tokens: int
+    requests_succeeded: int
+    prompt_tokens_cached: int | None
+    preemptions: int | None
+    prefix_queries: int | None  # tokens
+    prefix_hits: int | None  # tokens
+    ttft: Histogram | None
+    itl: Histogram | None
+    e2e: Histogram | None
+    cache_config: CacheConfig | None
+    started_s: float | None  # Unix time at which the server process started
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsDelta:
+    """What happened between two snapshots; None where one of them does not say."""
+
+    seconds: float
+    restarted: bool  # the server restarted in between: everything here counts from that restart
+    prompt_tokens: int
+    generation_tokens: int
+    requests_succeeded: int
+    prompt_tokens_cached: int | None
+    preemptions: int | None
+    prefix_queries: int | None
+    prefix_hits: int | None
+    ttft: Histogram | None
+    itl: Histogram | None
+    e2e: Histogram | None
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.requests_succeeded / self.seconds
+
+    @property
+    def generation_tokens_per_s(self) -> float:
+        return self.generation_tokens / self.seconds
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.seconds
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Share of the queried prompt tokens that were in the cache; None without queries."""
+        if self.prefix_hits is None or not self.prefix_queries:
+            return None
+        return self.prefix_hits / self.prefix_queries
+
+
+def parse_metrics(text: str) -> MetricsSnapshot:
+    """Read a /metrics page of any vLLM from 0.6 on, complete or filtered.
+
+    Raises:
+        TelemetryError: not a vLLM's page, cut off, or a metric is missing or has an impossible value.
+    """
+    series = _read(text)
+    return MetricsSnapshot(
+        running=_total(series, _RUNNING),
+        waiting=_total(series, _WAITING),
+        kv_usage=_kv_usage(series),
+        prompt_tokens=_total(series, _PROMPT),
+        generation_tokens=_total(series, _GENERATION),
+        requests_succeeded=_total(series, _SUCCEEDED),
+        prompt_tokens_cached=_total_or_none(series, _CACHED),
+        preemptions=_total_or_none(series, _PREEMPTIONS),
+        prefix_queries=_total_or_none(series, _QUERIES),
+        prefix_hits=_total_or_none(series, _HITS),
+        ttft=_histogram(series, _TTFT),
+        itl=_histogram(series, _ITL),
+        e2e=_histogram(series, _E2E),
+        cache_config=_cache_config(series),
+        started_s=max((value for _, value in _find(series, _STARTED)), default=None),
+    )
+
+
+_COUNTERS = ("prompt_tokens", "generation_tokens", "requests_succeeded", "preemptions", "prefix_queries")
+
+
+def difference(before: MetricsSnapshot, after: MetricsSnapshot, seconds: float) -> MetricsDelta:
+    """What happened in the ``seconds`` between two snapshots of one server.
+
+    Raises:
+        TelemetryError: ``seconds`` is not positive.
+    """
+    if not seconds > 0:
+        raise TelemetryError(f"no rates over {seconds} s between two scrapes of /metrics")
+    restarted = _restarted(before, after)
+    start = _just_started(after) if restarted else before
+    return MetricsDelta(
+        seconds=seconds,
+        restarted=restarted,
+        prompt_tokens=after.prompt_tokens - start.prompt_tokens,
+        generation_tokens=after.generation_tokens - start.generation_tokens,
+        requests_succeeded=after.requests_succeeded - start.requests_succeeded,
+        prompt_tokens_cached=_minus(after.prompt_tokens_cached, start.prompt_tokens_cached),
+        preemptions=_minus(after.preemptions, start.preemptions),
+        prefix_queries=_minus(after.prefix_queries, start.prefix_queries),
+        prefix_hits=_minus(after.prefix_hits, start.prefix_hits),
+        ttft=_since(after.ttft, start.ttft),
+        itl=_since(after.itl, start.itl),
+        e2e=_since(after.e2e, start.e2e),
+    )
+
+
+def _just_started(after: MetricsSnapshot) -> MetricsSnapshot:
+    ttft, itl, e2e = (h and h.minus(h) for h in (after.ttft, after.itl, after.e2e))
+    zeros = dict.fromkeys((*_COUNTERS, "prompt_tokens_cached", "prefix_hits"), 0)
+    return replace(after, ttft=ttft, itl=itl, e2e=e2e, **zeros)  # type: ignore[arg-type]
+
+
+def _restarted(before: MetricsSnapshot, after: MetricsSnapshot) -> bool:
+    if before.started_s is not None and after.started_s is not None and before.started_s != after.started_s:
+        return True
+    changes = (_minus(getattr(after, name), getattr(before, name)) for name in _COUNTERS)
+    return any(change is not None and change < 0 for change in changes)
+
+
+def _minus(after: int | None, before: int | None) -> int | None:
+    return None if after is None or before is None else after - before
+
+
+def _since(after: Histogram | None, before: Histogram | None) -> Histogram | None:
+    return None if after is None or before is None else after.minus(before)
+
+
+def _read(text: str) -> Series:
+    """The samples we want; a metric that is declared without samples has an empty list."""
+    lines = [line for line in text.splitlines(keepends=True) if line.startswith(_LINES)]
+    if not any("vllm:" in line for line in lines):
+        raise TelemetryError(f"the page has no metric of vLLM; it begins {text[:60]!r}")
+    if not text.endswith("\n"):
+        raise TelemetryError(f"the /metrics page is cut off after {text[-60:]!r}")
+    series: Series = {}
+    try:
+        for family in text_string_to_metric_families("".join(lines)):
+            series.setdefault(family.name, [])
+            for sample in family.samples:
+                series.setdefault(sample.name, []).append((sample.labels, sample.value))
+    except ValueError as error:
+        raise TelemetryError(f"the /metrics page is malformed: {error}") from error
+    return series
+
+
+def _find(series: Series, names: Sequence[str]) -> list[Sample]:
+    """Samples under the first name that the page has, its values checked; empty if it has none."""
+    name = next((name for name in names if name in series), names[0])
+    samples = series.get(name, [])
+    for _, value in samples:
+        if not (math.isfinite(value) and value >= 0):
+            raise TelemetryError(f"{name} is {value}")
+    return samples
+
+
+def _total_or_none(series: Series, names: Sequence[str]) -> int | None:
+    declared = any(name in series or name.removesuffix("_total") in series for name in names)
+    return round(sum(value for _, value in _find(series, names))) if declared else None
+
+
+def _total(series: Series, names: Sequence[str]) -> int:
+    if (total := _total_or_none(series, names)) is None:
+        raise TelemetryError(_missing(names))
+    return total
+
+
+def _missing(names: Sequence[str]) -> str:
+    return f"no {' nor '.join(names)} on the /metrics page; this vLLM may have renamed it"
+
+
+def _kv_usage(series: Series) -> float:
+    """Mean over engines, weighted by their blocks where all are known."""
+    if not (samples := _find(series, _KV_USAGE)):
+        raise TelemetryError(_missing(_KV_USAGE))
+    if (most := max(value for _, value in samples)) > 1.0 + 1e-6:
+        raise TelemetryError(f"{_KV_USAGE[0]} is {most}; expected a share, 0..1")
+    blocks = {labels.get("engine"): _label(labels, "num_gpu_blocks") for labels, _ in _find(series, _CONFIG)}
+    weights = [blocks.get(labels.get("engine")) for labels, _ in samples]
+    weights = [1] * len(samples) if not all(weights) else weights
+    weighted = sum((weight or 0) * value for weight, (_, value) in zip(weights, samples, strict=True))
+    return min(1.0, weighted / sum(weight or 0 for weight in weights))
+
+
+def _label(labels: Mapping[str, str], name: str) -> int | None:
+    return int(labels[name]) if labels.get(name, "").isdecimal() else None
+
+
+def _cache_config(series: Series) -> CacheConfig | None:
+    engines = [labels for labels, _ in _find(series, _CONFIG)]
+    sizes = {_label(labels, "block_size") for labels in engines}
+    blocks = [count for labels in engines if (count := _label(labels, "num_gpu_blocks"))]
+    size = sizes.pop() if len(sizes) == 1 else None
+    if not size or len(blocks) < len(engines):
+        return None
+    return CacheConfig(block_size=size, num_gpu_blocks=sum(blocks))
+
+
+def _histogram(series: Series, names: Sequence[str]) -> Histogram | None:
+    name = next((name for name in names if f"{name}_bucket" in series), names[0])
+    counts: dict[float, int] = {}
+    for labels, value in _find(series, (f"{name}_bucket",)):
+        bound_s = float(labels.get("le", "nan"))
+        counts[bound_s] = counts.get(bound_s, 0) + round(value)
+    if not counts:
+        return None
+    bounds_s = tuple(sorted(counts))
+    cumulative = tuple(counts[bound_s] for bound_s in bounds_s)
+    sums = _find(series, (f"{name}_sum",))
+    if not sums or not math.isinf(bounds_s[-1]) or list(cumulative) != sorted(cumulative):
+        raise TelemetryError(f"{name} is incomplete or not cumulative on the /metrics page")
+    return Histogram(bounds_s, cumulative, sum(value for _, value in sums), cumulative[-1])

@@ -1,0 +1,167 @@
+"""GpuNode on a fake NVML and a real HTTP server that counts as vLLM does."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from fuel_ray.errors import NodeError, TelemetryError
+from fuel_ray.live.kv_monitor import MetricsClient
+from fuel_ray.live.loadgen import LoadGenerator
+from fuel_ray.live.node import GpuNode
+from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.prompts import TokenPrompts
+from fuel_ray.types import Knobs, NodeSpec, Requests
+from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.stub_vllm import Stub, serving
+
+CLOCKS = (990, 1500, 1980)
+
+
+@dataclass
+class CountingStub(Stub):
+    """Its counters follow the completions that it serves."""
+
+    prompts: int = 0
+    tokens: int = 0
+    served: int = 0
+
+    async def metrics(self, request):
+        counters = {
+            "vllm:prompt_tokens_total": self.prompts,
+            "vllm:prompt_tokens_cached_total": 0,
+            "vllm:generation_tokens_total": self.tokens,
+            "vllm:num_requests_running": self.in_flight,
+            "vllm:num_requests_waiting": 0,
+        }
+        for name, value in counters.items():
+            pattern = rf"^({re.escape(name)}(?:{{[^}}]*}})?) \S+$"
+            self.page = re.sub(pattern, rf"\g<1> {value}", self.page, flags=re.MULTILINE)
+        return await super().metrics(request)
+
+    async def _stream(self, request, body):
+        response = await super()._stream(request, body)
+        self.prompts += len(body["prompt"])
+        self.tokens += body["max_tokens"]
+        return response
+
+
+class ListLimiter:
+    def __init__(self):
+        self.asked, self.closed = [], False
+
+    def set(self, limit):
+        self.asked.append(limit)
+        return limit
+
+    def close(self):
+        self.closed = True
+
+
+def requests(n, *, every_s=0.02):
+    return Requests(
+        np.arange(n) * every_s, np.full(n, 12), np.full(n, 6), np.full(n, -1), np.zeros(n, np.int64)
+    )
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeGpu(uuid="GPU-0", clocks_mhz=CLOCKS[::-1])
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(fake))
+    return fake
+
+
+@pytest.fixture
+def stub():
+    with serving(CountingStub()) as served:
+        yield served
+
+
+def live_node(stub, *, clocks=CLOCKS, limiter=None, n=20):
+    spec = NodeSpec("live", "H100", ("GPU-0",), "tiny", 16, 300, (1, 32), clocks)
+
+    def start_load(seed):
+        work = requests(n)
+        prompts = TokenPrompts(work, vocab_size=100, rng=np.random.default_rng(seed))
+        return LoadGenerator(stub.url, work, prompts=prompts, model="tiny")
+
+    return GpuNode(spec, Gpus(["GPU-0"]), MetricsClient(stub.url), limiter=limiter, start_load=start_load)
+
+
+@pytest.fixture
+def node(stub, gpu):
+    made = live_node(stub, limiter=ListLimiter())
+    made.reset(seed=0)
+    yield made
+    made.close()
+
+
+def test_windows_and_records_tell_of_the_same_requests(node, stub):
+    windows = [node.measure(0.2) for _ in range(6)]
+    records = node.take_records()
+    assert len(records) == 20 == sum(window.completed for window in windows)
+    assert sum(window.arrivals for window in windows) == 20
+    assert sum(window.output_tokens for window in windows) == stub.tokens == 120
+    for name, column in (("ttfts_s", records.ttft_s), ("tpots_s", records.tpot_s), ("e2es_s", records.e2e_s)):
+        pooled = sorted(value for window in windows for value in getattr(window, name))
+        assert pooled == pytest.approx(sorted(column.tolist()))
+    assert len(node.take_records()) == 0
+
+
+def test_a_window_lasts_as_long_as_asked_and_begins_where_the_last_ended(node):
+    durations = [node.measure(0.1).duration_s for _ in range(5)]
+    assert sum(durations) == pytest.approx(0.5, abs=0.1)
+
+
+def test_knobs_reach_the_gpu_and_the_limiter_and_are_given_back(node, gpu):
+    assert node.apply(Knobs(500, 1400)) == Knobs(32, 1500)
+    assert gpu.locked_mhz == (1500, 1500)
+    node.close()
+    assert gpu.locked_mhz is None
+    node.close()
+
+
+def test_an_observe_only_node_never_touches_the_clock(stub, gpu):
+    node = live_node(stub, clocks=(1980,))
+    node.reset(seed=0)
+    assert node.apply(Knobs(8, 990)) == Knobs(8, 1980)
+    assert gpu.locked_mhz is None
+    assert node.measure(0.1).knobs == Knobs(8, 1980)
+    node.close()
+
+
+def test_window_energy_is_the_counters(node, gpu):
+    node.measure(0.1)
+    gpu.energy_mj += 7_000
+    assert node.measure(0.1).energy_j == pytest.approx(7.0)
+
+
+def test_without_a_counter_energy_is_integrated_power(stub, gpu):
+    gpu.energy_mj = None
+    node = live_node(stub)
+    node.reset(seed=0)
+    window = node.measure(0.3)
+    assert window.energy_j == pytest.approx(400 * window.duration_s, rel=0.05)
+    node.close()
+
+
+def test_a_server_that_dies_is_an_error_and_not_a_window_of_zeros(node, stub):
+    node.measure(0.1)
+    stub.stop()
+    with pytest.raises(TelemetryError):
+        node.measure(0.1)
+
+
+def test_a_lost_gpu_is_an_error(node, gpu):
+    node.measure(0.1)
+    gpu.lost = True
+    with pytest.raises(NodeError):
+        node.measure(0.1)
+
+
+def test_a_node_that_was_not_reset_cannot_be_measured(stub, gpu):
+    node = live_node(stub)
+    with pytest.raises(NodeError, match="reset"):
+        node.measure(0.1)
+    node.close()
