@@ -124,6 +124,20 @@ def test_an_empty_workload_is_refused_before_anything_is_written(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("tokens", ["10", "2000"])
+def test_a_pool_too_small_for_the_workload_is_said_before_anything_is_written(tokens, capsys, tmp_path):
+    assert main(["sweep", "--kv-tokens", tokens, "--out", str(tmp_path / "results")]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_resumed_with_another_pack(capsys, tmp_path):
+    facts = {"config": to_dict(SweepConfig()), "pack": {"sha256": "0"}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert main(["sweep", "--resume", str(tmp_path)]) == 2
+    assert "pack" in capsys.readouterr().err
+
+
 def test_an_out_folder_that_cannot_be_made_is_named(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["sweep", "--out", str(tmp_path / "file" / "results")]) == 2

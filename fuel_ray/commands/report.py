@@ -39,7 +39,7 @@ _POLICIES = {
     LEARNED: "the DQN that this run trained, one per KV block size",
 }
 _TERMS = {
-    "J/request": "GPU energy divided by finished requests; lower is better",
+    "J/request": "GPU energy divided by requests that arrived; lower is better",
     "SLO attainment": "share of requests that kept the latency promise (SLO); meeting the target is enough",
     "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",

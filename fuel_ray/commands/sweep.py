@@ -14,6 +14,7 @@ import ray
 from fuel_ray import __version__
 from fuel_ray.build import build_codec, build_node
 from fuel_ray.commands.evaluate import (
+    EPISODE_S,
     HELD_OUT_SEED,
     TUNING_SEEDS,
     Tuned,
@@ -57,10 +58,12 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
 
 def run(config: SweepConfig) -> int:
     """Run or resume a sweep; prints a table and the path of the report."""
-    load_pack(config.pack)  # a wrong pack or workload is said before anything is written
-    for workload in _workloads(config):
-        parse_workload(workload)
+    for size in config.block_sizes:  # what cannot be simulated is said before anything is written
+        for workload in _workloads(config):
+            build_node(config, size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=HELD_OUT_SEED)
     run_dir = config.resume or _new_run(config)
+    if read_json(run_dir / "run.json")["pack"]["sha256"] != load_pack(config.pack).sha256:
+        raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
     print(f"sweep  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
     try:
         _stages(config, run_dir)

@@ -1,0 +1,178 @@
+"""Our side of the run-time batch limit: the control file that ``vllm_plugin`` reads at every step."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from fuel_ray import vllm_plugin
+from fuel_ray.errors import NodeError
+from fuel_ray.vllm_plugin import Report, clamped
+
+POLL_S = 0.002  # a decode step of a small model takes more
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LimiterStatus:
+    """What the scheduler said at its last step; an idle server makes no steps."""
+
+    step: int
+    running: int
+    waiting: int
+    wanted_limit: int | None  # None: the server's own limit
+    batch_limit: int  # in force at that step
+    capacity: int  # the highest limit
+    age_s: float  # since that step
+
+    @property
+    def is_clamped(self) -> bool:
+        """Whether the wanted limit lies outside 1..capacity."""
+        return self.wanted_limit is not None and self.wanted_limit != self.in_force
+
+    @property
+    def in_force(self) -> int:
+        """The wanted limit as the scheduler clamps it; the limit of its last step if there is none wanted."""
+        return self.batch_limit if self.wanted_limit is None else clamped(self.wanted_limit, self.capacity)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there was no request; the next one is admitted only after the wanted limit was read."""
+        return self.running == 0 and self.waiting == 0
+
+
+class BatchLimiter:
+    """Sets the batch limit of a running vLLM server through a control file that it creates and removes.
+
+    Start the server with FUEL_RAY_LIMIT_FILE naming the file. With data parallelism each engine applies the
+    limit, and the status is that of the engine that stepped last.
+
+    Raises:
+        NodeError: the file cannot be made.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self.path = Path(path)
+        self._clock, self._sleep = clock, sleep
+        try:
+            vllm_plugin.create_file(str(self.path))
+        except OSError as error:
+            raise NodeError(f"control file {self.path} cannot be made: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def set(self, limit: int) -> int:
+        """Ask for a limit and return it clamped to 1..capacity; before a scheduler attached, to at least 1.
+
+        Raises:
+            NodeError: the control file is gone.
+        """
+        report = self._read()[1]
+        used = clamped(limit, report.capacity) if report.monotonic_ns else max(1, limit)
+        if used != limit:
+            logger.warning(
+                "batch limit %d is outside 1..%d; %d is used", limit, report.capacity or limit, used
+            )
+        self._write(limit)
+        return used
+
+    def clear(self) -> None:
+        """Give the server its own limit back.
+
+        Raises:
+            NodeError: the control file is gone.
+        """
+        self._write(None)
+
+    def status(self) -> LimiterStatus:
+        """What the scheduler published at its last step.
+
+        Raises:
+            NodeError: the control file is gone or corrupt, or no scheduler has attached to it.
+        """
+        wanted, report = self._read()
+        if not report.monotonic_ns:
+            raise NodeError(
+                f"no vLLM scheduler has attached to {self.path}: start vLLM with "
+                f"{vllm_plugin.LIMIT_FILE_VARIABLE}={self.path}, with fuel_ray installed in its environment "
+                "and not shut out by VLLM_PLUGINS; one that was already up attaches at its next step"
+            )
+        return LimiterStatus(
+            step=report.step,
+            running=report.running,
+            waiting=report.waiting,
+            wanted_limit=wanted,
+            batch_limit=report.batch_limit,
+            capacity=report.capacity,
+            age_s=self._clock() - report.monotonic_ns / 1e9,
+        )
+
+    def wait_applied(self, limit: int, timeout_s: float) -> LimiterStatus:
+        """Return once the scheduler admits no more than ``limit`` (clamped); more may still run.
+
+        Raises:
+            NodeError: it did not within ``timeout_s``.
+        """
+        return self._wait("applied", _applied, limit, timeout_s)
+
+    def wait_reached(self, limit: int, timeout_s: float) -> LimiterStatus:
+        """Return once the limit is applied and no more requests than it (clamped) run.
+
+        Raises:
+            NodeError: the running requests did not drain within ``timeout_s``.
+        """
+        return self._wait("reached", _reached, limit, timeout_s)
+
+    def close(self) -> None:
+        """Give the server its own limit back and remove the file; safe to call twice."""
+        with contextlib.suppress(NodeError):
+            self.clear()
+        self.path.unlink(missing_ok=True)
+
+    def _wait(
+        self, what: str, holds: Callable[[LimiterStatus, int], bool], limit: int, timeout_s: float
+    ) -> LimiterStatus:
+        deadline_s = self._clock() + timeout_s
+        while not holds(status := self.status(), limit):
+            if self._clock() >= deadline_s:
+                raise NodeError(f"batch limit {limit} not {what} after {timeout_s} s: {status}")
+            self._sleep(POLL_S)
+        return status
+
+    def _read(self) -> tuple[int | None, Report]:
+        try:
+            content = vllm_plugin.read_file(str(self.path))
+        except OSError as error:
+            raise NodeError(f"control file {self.path} cannot be read: {error}") from error
+        if content is None:
+            raise NodeError(f"control file {self.path} is corrupt")
+        return content
+
+    def _write(self, wanted: int | None) -> None:
+        try:
+            vllm_plugin.write_limit(str(self.path), wanted)
+        except OSError as error:
+            raise NodeError(f"control file {self.path} cannot be written: {error}") from error
+
+
+def _applied(status: LimiterStatus, limit: int) -> bool:
+    expected = clamped(limit, status.capacity)
+    return status.batch_limit == expected or (status.is_idle and status.in_force == expected)
+
+
+def _reached(status: LimiterStatus, limit: int) -> bool:
+    return _applied(status, limit) and status.running <= clamped(limit, status.capacity)

@@ -1,0 +1,69 @@
+"""A process and everything it started, found by an environment variable that they inherit."""
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+POLL_S = 0.05
+KILL_S = 5.0  # a killed process frees GBs of memory first
+
+_PROC = Path("/proc")
+
+logger = logging.getLogger(__name__)
+
+
+class MarkedProcesses:
+    """The processes whose environment has ``mark``, orphans and those in other sessions included.
+
+    Those once seen are followed until they are gone: the kernel drops a process's environment before it has
+    closed its files, a GPU's among them.
+    """
+
+    def __init__(self, mark: str):
+        self._mark = mark.encode()  # NAME=value
+        self._started: dict[int, str] = {}  # kernel's start time by pid, against reused pids
+
+    def pids(self) -> tuple[int, ...]:
+        """Those that are not gone yet."""
+        for folder in _PROC.glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                if self._mark in (folder / "environ").read_bytes().split(b"\0"):
+                    self._started[int(folder.name)] = _state(int(folder.name))[1]
+        self._started = {pid: start for pid, start in self._started.items() if _lives(pid, start)}
+        return tuple(sorted(self._started))
+
+    def end(self, *, grace_s: float) -> None:
+        """Return when all are gone; what is left after ``grace_s`` is killed."""
+        kill_s = time.monotonic() + grace_s
+        while pids := self.pids():
+            if time.monotonic() >= kill_s + KILL_S:
+                logger.error("processes %s do not end", pids)
+                return
+            if time.monotonic() >= kill_s:
+                _kill(pids)
+            time.sleep(POLL_S)
+
+
+def _kill(pids: tuple[int, ...]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """State letter and start time, fields 3 and 22 of proc(5)'s stat."""
+    fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]
+
+
+def _lives(pid: int, start: str) -> bool:
+    """Whether it is still that process, with a thread that is more than a zombie."""
+    try:
+        state, started = _state(pid)
+        threads = len(os.listdir(_PROC / str(pid) / "task"))
+    except OSError:
+        return False
+    return started == start and (state not in "ZX" or threads > 1)

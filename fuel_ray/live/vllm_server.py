@@ -1,0 +1,278 @@
+"""A ``vllm serve`` process: started with a block size, watched, and ended with all of its children."""
+
+import http.client
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
+from fuel_ray.live.processes import MarkedProcesses
+from fuel_ray.vllm_plugin import LIMIT_FILE_VARIABLE
+
+BLOCK_SIZE_VARIABLE = "VLLM_CACHE_BLOCK_SIZE"
+DRAIN_FLAGS = ("--shutdown-timeout", "10")  # vLLM's default, 0 s, leaves requests unanswered on SIGTERM
+POLL_S = 0.1
+
+_OWNER_VARIABLE = "FUEL_RAY_SERVER"
+_OUR_FLAGS = ("--block-size", "--host", "--port")
+_LOG_TAIL_BYTES = 2**18
+_PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\]\s*)?")  # vLLM's own
+_ERROR = re.compile(r"^([\w.]*(Error|Exception|Exit|Interrupt)\b.*|.*\berror: .*)", re.IGNORECASE)
+_REFUSED = (  # the words of vLLM 0.20 to 0.33 for a block size that no backend takes
+    r"No common block size for .*",
+    r"share no supported KV cache block size.*",
+    r"No valid attention backend found .*\[block_size not supported\].*",
+    r"Unsupported block size.*",
+    r"argument --block-size: invalid .*",
+    r"block[_ ]size \d+ is not supported.*",
+)
+_FALLBACK = re.compile(r"--block-size \d+ precluded higher-priority backend.*")
+_COMPILER = re.compile(r"CompilationError|InductorError|LoweringException|tl\.dot")  # vllm issue 41339
+
+logger = logging.getLogger(__name__)
+
+
+class VllmServer:
+    """A vLLM server on 127.0.0.1 for the length of a ``with`` block.
+
+    Args:
+        model: folder or name.
+        log_path: what the server prints is appended here and kept.
+        kv_block_size: tokens; by default what the variable VLLM_CACHE_BLOCK_SIZE says, else vLLM's choice.
+        port: a free one by default.
+        executable: the ``vllm`` command, or several words such as ("python", "-m", "vllm....main").
+        flags: more flags of ``vllm serve``; --disable-prefix-caching is passed under today's name.
+        env: variables on top of this process's own.
+        limit_file: the control file of a BatchLimiter.
+        start_timeout_s: how long it may take until it answers.
+        stop_timeout_s: how long it may take to end by itself; its requests are given 10 s of it.
+
+    Raises:
+        ConfigError: a block size or a flag is wrong.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        log_path: Path,
+        kv_block_size: int | None = None,
+        port: int | None = None,
+        executable: str | Sequence[str] = "vllm",
+        flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        limit_file: Path | None = None,
+        start_timeout_s: float = 600.0,
+        stop_timeout_s: float = 20.0,
+    ):
+        self._env = os.environ | dict(env or {})
+        self.kv_block_size = _block_size(kv_block_size, self._env.pop(BLOCK_SIZE_VARIABLE, None))
+        self.port = port if port is not None else free_port()
+        self.log_path = Path(log_path)
+        words = (executable,) if isinstance(executable, str) else tuple(executable)
+        self._serve = (*words, "serve", model)
+        self._flags = (*self._own_flags(), *_todays_flags(flags))
+        mark = uuid.uuid4().hex
+        self._env |= {_OWNER_VARIABLE: mark, "SPT_NOENV": "1"}
+        self._family = MarkedProcesses(f"{_OWNER_VARIABLE}={mark}")
+        if limit_file is not None:
+            self._env[LIMIT_FILE_VARIABLE] = str(limit_file)
+        self._start_timeout_s, self._stop_timeout_s = start_timeout_s, stop_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and return once it is healthy; does nothing if it was started.
+
+        Raises:
+            UnsupportedError: this vLLM and its backend cannot serve with this block size.
+            NodeError: it did not start; the message has its own last error.
+        """
+        if self._process is not None:
+            return
+        _check_free(self.port)
+        try:
+            if not self._became_healthy((*self._serve, *DRAIN_FLAGS, *self._flags)):
+                self._became_healthy((*self._serve, *self._flags))
+        except BaseException:  # Ctrl-C too: nothing may stay behind
+            self.stop()
+            raise
+
+    def check(self) -> None:
+        """Return if the process lives.
+
+        Raises:
+            NodeError: it ended, or was not started; the message has its own last error.
+        """
+        if self._process is None:
+            raise NodeError(f"no vLLM server was started on port {self.port}")
+        code = self._process.poll()
+        if code is not None:
+            raise NodeError(f"{self._ended(code)}: {last_error(self._log())} (log: {self.log_path})")
+
+    def pids(self) -> tuple[int, ...]:
+        """The live processes of this server, its own first; empty if it is not started."""
+        if self._process is None:
+            return ()
+        own = self._process.pid
+        return tuple(sorted(self._family.pids(), key=lambda pid: pid != own))
+
+    def stop(self) -> None:
+        """End the server and all its children: SIGTERM, after a deadline SIGKILL; safe to call twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        self._family.pids()  # seen now, its children are followed when they are orphans
+        try:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(self._stop_timeout_s)
+        except subprocess.TimeoutExpired:
+            logger.warning("vLLM did not end within %g s of SIGTERM; it is killed", self._stop_timeout_s)
+            process.kill()
+        finally:
+            self._family.end(grace_s=1.0 if process.poll() is not None else 0.0)
+            process.wait(10.0)
+
+    def _own_flags(self) -> tuple[str, ...]:
+        block = () if self.kv_block_size is None else ("--block-size", str(self.kv_block_size))
+        return ("--host", "127.0.0.1", "--port", str(self.port), *block)
+
+    def _became_healthy(self, command: Sequence[str]) -> bool:
+        """Whether it did; False if this vLLM does not know the flags of DRAIN_FLAGS."""
+        self._process = self._popen(command)
+        deadline_s = time.monotonic() + self._start_timeout_s
+        while not _is_healthy(self.url):
+            code = self._process.poll()
+            if code is not None:
+                if f"unrecognized arguments: {DRAIN_FLAGS[0]}" in self._log():
+                    return False
+                raise self._failure(code)
+            if time.monotonic() >= deadline_s:
+                raise NodeError(
+                    f"vLLM did not answer on {self.url}/health within {self._start_timeout_s:g} s; "
+                    f"its last line: {_last_line(self._log())} (log: {self.log_path})"
+                )
+            time.sleep(POLL_S)
+        self.check()  # the answer was not another server's
+        return True
+
+    def _popen(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        # It stays in our session and process group, so that Ray ends it with the actor that owns it. stop()
+        # finds its children, orphans too, by a variable that they inherit; SPT_NOENV keeps setproctitle,
+        # which vLLM uses, from overwriting what /proc shows of it.
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.log_path.open("ab") as log:
+                self._log_start = log.tell()
+                return subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._env
+                )
+        except OSError as error:
+            raise NodeError(f"{command[0]} cannot be started: {error}") from error
+
+    def _failure(self, code: int) -> NodeError:
+        log = self._log()
+        reason = refused_block_size(log)
+        if reason is not None:
+            return UnsupportedError(f"block size {self.kv_block_size}: {reason} (log: {self.log_path})")
+        return NodeError(f"{self._ended(code)} while starting: {last_error(log)} (log: {self.log_path})")
+
+    def _ended(self, code: int) -> str:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"vLLM on port {self.port} {how}"
+
+    def _log(self) -> str:
+        """The end of what this run has printed."""
+        with self.log_path.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace")
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def last_error(log: str) -> str:
+    """The last line of a vLLM log that names a cause; its last line if none does."""
+    lines = [_PREFIX.sub("", line).strip() for line in log.splitlines()]
+    errors = [line for line in lines if _ERROR.match(line) and "See root cause above" not in line]
+    return errors[-1] if errors else _last_line(log)
+
+
+def refused_block_size(log: str) -> str | None:
+    """Why no backend takes the block size, in vLLM's words; None if that is not why it ended."""
+    for pattern in _REFUSED:
+        found = re.search(pattern, log)
+        if found:
+            return found.group().strip("\"' ")
+    fallback = _FALLBACK.search(log)
+    if fallback and _COMPILER.search(log):
+        return f"{fallback.group()} (and that one does not compile: {last_error(log)})"
+    return None
+
+
+def _last_line(log: str) -> str:
+    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
+
+
+def _block_size(asked: int | None, variable: str | None) -> int | None:
+    if asked is None and variable is None:
+        return None
+    try:
+        size = int(variable or "") if asked is None else asked
+    except ValueError:
+        raise ConfigError(f"{BLOCK_SIZE_VARIABLE} is {variable!r}; a number of tokens") from None
+    if size < 1:
+        raise ConfigError(f"the KV block size is {size}; at least 1 token")
+    return size
+
+
+def _todays_flags(flags: Sequence[str]) -> tuple[str, ...]:
+    for flag in flags:
+        if flag.split("=")[0] in _OUR_FLAGS:
+            raise ConfigError(f"{flag} is set by fuel_ray; give it as an argument of VllmServer")
+    renamed = {"--disable-prefix-caching": "--no-enable-prefix-caching"}
+    return tuple(renamed.get(flag, flag) for flag in flags)
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise NodeError(f"port {port} cannot be used: {error}") from error
+
+
+def _is_healthy(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+    try:
+        with direct.open(f"{url}/health", timeout=2.0) as answer:
+            return bool(answer.status == 200)
+    except (OSError, http.client.HTTPException):  # refused, reset, timed out, 503; not HTTP
+        return False

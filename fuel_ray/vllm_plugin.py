@@ -1,0 +1,188 @@
+"""The run-time batch limit inside vLLM (0.20 to 0.33), and the 64 bytes it shares with ``live.limiter``.
+
+vLLM loads ``register`` in its API server, engine core and workers; it does nothing unless the environment
+variable FUEL_RAY_LIMIT_FILE names a control file. Imports only the standard library until vLLM is there.
+"""
+
+import logging
+import os
+import struct
+import time
+from collections.abc import Callable, Sized
+from functools import wraps
+from typing import Any, NamedTuple, Protocol
+
+LIMIT_FILE_VARIABLE = "FUEL_RAY_LIMIT_FILE"
+
+# Read and written with pread and pwrite rather than mapped: when someone truncates a mapped file, the next
+# access ends the process with SIGBUS. Opened at each step, so that a file that comes late or anew is found.
+_COMMAND = struct.Struct("<qq")  # magic, wanted limit; written by live.limiter
+_REPORT = struct.Struct("<6q")  # Report; written by the scheduler
+_MAGIC = int.from_bytes(b"fuelray1", "little")
+_NO_LIMIT = 2**63 - 1
+
+logger = logging.getLogger(__name__)
+
+
+class Report(NamedTuple):
+    """What the scheduler published at its last step; the order is that of the bytes."""
+
+    step: int  # schedule() calls so far
+    running: int  # after that step's admissions
+    waiting: int
+    batch_limit: int  # in force
+    capacity: int  # --max-num-seqs: the highest limit
+    monotonic_ns: int  # when; 0 if nothing was published yet
+
+
+class Scheduler(Protocol):
+    """What is used of vLLM's scheduler; since 0.31 it has ``max_num_active_reqs`` as well."""
+
+    running: Sized
+    max_num_running_reqs: int
+
+    def get_request_counts(self) -> tuple[int, int]: ...
+
+
+def create_file(path: str) -> None:
+    """Put a control file without a limit and without a report at ``path``, replacing what is there."""
+    temporary = f"{path}.{os.getpid()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(fd, _COMMAND.pack(_MAGIC, _NO_LIMIT) + bytes(_REPORT.size))
+    finally:
+        os.close(fd)
+    os.replace(temporary, path)
+
+
+def write_limit(path: str, wanted: int | None) -> None:
+    """Ask the scheduler for a limit, None for its own; it acts at its next step."""
+    number = _NO_LIMIT if wanted is None else min(max(wanted, -_NO_LIMIT), _NO_LIMIT - 1)
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, _COMMAND.pack(_MAGIC, number), 0)
+    finally:
+        os.close(fd)
+
+
+def read_file(path: str) -> tuple[int | None, Report] | None:
+    """The wanted limit and the last report; None if these are not our 64 bytes."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in its place must not stop the scheduler
+    try:
+        data = os.pread(fd, _COMMAND.size + _REPORT.size, 0)
+    finally:
+        os.close(fd)
+    if len(data) < _COMMAND.size + _REPORT.size:
+        return None
+    magic, wanted = _COMMAND.unpack_from(data)
+    if magic != _MAGIC:
+        return None
+    return None if wanted == _NO_LIMIT else wanted, Report(*_REPORT.unpack_from(data, _COMMAND.size))
+
+
+def clamped(wanted: int, capacity: int) -> int:
+    """The limit that a scheduler of this capacity puts in force for a wanted one."""
+    return max(1, min(wanted, capacity))
+
+
+class SchedulerLimit:
+    """The batch limit of one scheduler: ``apply`` before each step, ``publish`` after it."""
+
+    def __init__(self, path: str, scheduler: Scheduler):
+        self._path = path
+        self._capacity = scheduler.max_num_running_reqs
+        self._own = getattr(scheduler, "max_num_active_reqs", self._capacity)
+        self._batch_limit, self._step = self._own, 0
+        self._said: set[int | str] = set()
+
+    def apply(self, scheduler: Scheduler) -> None:
+        """Put the wanted limit in force: nothing above it is admitted, nothing running is preempted."""
+        wanted = self._wanted()
+        self._batch_limit = self._own if wanted is None else clamped(wanted, self._capacity)
+        if wanted is not None and wanted != self._batch_limit:
+            self._say_once(
+                wanted, f"batch limit {wanted} is not in 1..{self._capacity}; {self._batch_limit} is used"
+            )
+        if hasattr(scheduler, "max_num_active_reqs"):
+            scheduler.max_num_active_reqs = self._batch_limit
+        else:  # schedule() asserts len(running) <= max_num_running_reqs; less would kill the engine
+            scheduler.max_num_running_reqs = max(self._batch_limit, len(scheduler.running))
+
+    def publish(self, scheduler: Scheduler) -> None:
+        """Write the report of the step just made."""
+        running, waiting = scheduler.get_request_counts()
+        report = Report(self._step, running, waiting, self._batch_limit, self._capacity, time.monotonic_ns())
+        self._step += 1
+        try:
+            self._write(report)
+        except OSError as error:
+            self._say_once(str(error), f"no report of the batch limit: {error}")
+
+    def _wanted(self) -> int | None:
+        try:
+            content = read_file(self._path)
+        except OSError as error:
+            self._say_once(str(error), f"no batch limit: {error}")
+            return None
+        if content is None:
+            self._say_once("corrupt", f"no batch limit: {self._path} is not a control file of fuel_ray")
+            return None
+        return content[0]
+
+    def _write(self, report: Report) -> None:
+        fd = os.open(self._path, os.O_RDWR)
+        try:
+            if os.pread(fd, 8, 0) == _MAGIC.to_bytes(8, "little"):  # never write into another's file
+                os.pwrite(fd, _REPORT.pack(*report), _COMMAND.size)
+        finally:
+            os.close(fd)
+
+    def _say_once(self, key: int | str, text: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            logger.warning("fuel_ray: %s", text)
+
+
+def register() -> None:
+    """Wrap vLLM's scheduler, sync or async; does nothing without FUEL_RAY_LIMIT_FILE or the second time."""
+    path = os.environ.get(LIMIT_FILE_VARIABLE)
+    if not path:
+        return
+    try:
+        from vllm.v1.core.sched.scheduler import (  # type: ignore[import-not-found]  # noqa: PLC0415
+            Scheduler as VllmScheduler,
+        )
+    except ImportError as error:
+        logger.warning("fuel_ray: no batch limit in this vLLM: %s", error)
+        return
+    if not hasattr(VllmScheduler, "fuel_ray_limit"):
+        VllmScheduler.fuel_ray_limit = None
+        VllmScheduler.__init__ = _limited_init(VllmScheduler.__init__, path)
+        VllmScheduler.schedule = _limited_schedule(VllmScheduler.schedule)
+
+
+def _limited_init(init: Callable[..., None], path: str) -> Callable[..., None]:
+    @wraps(init)
+    def limited(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        missing = {"running", "max_num_running_reqs", "get_request_counts"} - set(dir(self))
+        if missing:
+            logger.warning("fuel_ray: no batch limit, this vLLM's scheduler lacks %s", sorted(missing))
+        else:
+            self.fuel_ray_limit = SchedulerLimit(path, self)
+            self.fuel_ray_limit.publish(self)
+
+    return limited
+
+
+def _limited_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(schedule)
+    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fuel_ray_limit is None:
+            return schedule(self, *args, **kwargs)
+        self.fuel_ray_limit.apply(self)
+        output = schedule(self, *args, **kwargs)
+        self.fuel_ray_limit.publish(self)
+        return output
+
+    return limited
