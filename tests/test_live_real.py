@@ -1,0 +1,99 @@
+"""The control loop on a real vLLM (CPU build) with a fake GPU; FUEL_RAY_VLLM is its bin folder."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fuel_ray.cli import main
+from fuel_ray.control import ControlLoop
+from fuel_ray.live.kv_monitor import KVCacheMonitor, MetricsClient
+from fuel_ray.live.limiter import BatchLimiter
+from fuel_ray.live.loadgen import LoadGenerator
+from fuel_ray.live.node import GpuNode
+from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.prompts import TokenPrompts
+from fuel_ray.live.vllm_server import VllmServer
+from fuel_ray.objective import Energy
+from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
+from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture and the marks)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("server")
+    limit_file = folder / "limit"
+    with VllmServer(
+        str(model),
+        log_path=folder / "vllm.log",
+        kv_block_size=32,
+        executable=f"{BIN}/vllm",
+        flags=FLAGS,
+        env={"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        limit_file=limit_file,
+        start_timeout_s=300.0,
+    ) as started:
+        yield started, limit_file
+
+
+@pytest.fixture
+def node(server, monkeypatch):
+    started, limit_file = server
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
+    spec = NodeSpec("cpu", "fake", ("GPU-0",), "tiny", 32, 100, (1, 32), (1980,))
+    n = 400
+    work = Requests(
+        np.arange(n) * 0.04, np.full(n, 32), np.full(n, 32), np.full(n, -1), np.zeros(n, np.int64)
+    )
+
+    def start_load(seed):
+        prompts = TokenPrompts(work, vocab_size=500, rng=np.random.default_rng(seed))
+        return LoadGenerator(started.url, work, prompts=prompts, model="tiny")
+
+    made = GpuNode(
+        spec,
+        Gpus(["GPU-0"]),
+        MetricsClient(started.url),
+        limiter=BatchLimiter(limit_file),
+        start_load=start_load,
+    )
+    yield made
+    made.close()
+
+
+def test_the_control_loop_drives_a_real_server(node):
+    loop = ControlLoop(node, Energy(Slo(1.0), 0.2, 200.0, 400.0))
+    loop.reset(seed=0)
+    running = {}
+    for limit in (32, 4, 16):
+        windows = [loop.step(Knobs(limit, 1980)).metrics for _ in range(5)]
+        running[limit] = [window.running for window in windows[2:]]  # lowering it drains first
+        assert all(window.knobs == Knobs(limit, 1980) for window in windows)
+        assert sum(window.output_tokens for window in windows) > 0
+        assert all(window.duration_s == pytest.approx(1.0, abs=0.3) for window in windows)
+    assert max(running[4]) <= 4 < max(running[16]) <= 16
+    records = node.take_records()
+    assert len(records) > 20 and np.isfinite(records.finished_s).all()
+
+
+def test_the_monitor_and_the_benchmark_work_on_a_real_server(server, tmp_path, monkeypatch):
+    started, _ = server
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    with KVCacheMonitor(started.url, interval=0.2) as monitor:
+        code = main(
+            [
+                *("benchmark", "--model", "tiny", "--port", str(started.port), "--num-prompts", "40"),
+                *("--request-rate", "10", "--random-input-len", "32", "--random-output-len", "16"),
+                *("--vocab-size", "500", "--monitor-cpu", "--enable-kv-trace", "--save-result"),
+                *("--result-dir", str(tmp_path)),
+            ]
+        )
+        state = monitor.get_current_state()
+    assert code == 0 and 0 <= state["kv_cache_usage"] <= 1
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["completed"] == 40 and result["total_output_tokens"] == 640
+    kv = result["kv_cache_monitoring_stats"]
+    assert kv["detailed_stats"]["static_config"]["block_size"] == 32
+    assert max(kv["trace"]["requests_running"]) > 0 and kv["samples_collected"] >= 6
