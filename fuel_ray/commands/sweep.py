@@ -62,7 +62,8 @@ def run(config: SweepConfig) -> int:
         for workload in _workloads(config):
             build_node(config, size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=HELD_OUT_SEED)
     run_dir = config.resume or _new_run(config)
-    if read_json(run_dir / "run.json")["pack"]["sha256"] != load_pack(config.pack).sha256:
+    began_with = read_json(run_dir / "run.json").get("pack", {}).get("sha256")
+    if began_with != load_pack(config.pack).sha256:
         raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
     print(f"sweep  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
     try:
@@ -106,7 +107,7 @@ def _new_run(config: SweepConfig) -> Path:
     pack = load_pack(config.pack)
     facts = {
         "config": {**to_dict(config), "backend": "sim", "slo_attainment_target": config.slo_share},
-        "command": " ".join(["fuel-ray", "sweep", *sys.argv[1:]]),
+        "command": " ".join(["fuel-ray", "sweep", *(flag for flag in sys.argv[1:] if flag != "sweep")]),
         "started": began.isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),
