@@ -198,6 +198,25 @@ class Codec:
         )
 
 
+class ArrivalRate:
+    """Exponentially weighted moving average of the arrival rate, time constant ``EWMA_S``."""
+
+    def __init__(self) -> None:
+        self._rate_rps: float | None = None
+
+    def reset(self) -> None:
+        """Forget the past."""
+        self._rate_rps = None
+
+    def update(self, window: WindowMetrics) -> float:
+        """The rate in req/s after one more window; the first window's own rate at the start."""
+        rate_rps = window.arrivals / window.duration_s
+        if self._rate_rps is not None:
+            rate_rps = self._rate_rps + (rate_rps - self._rate_rps) * -math.expm1(-window.duration_s / EWMA_S)
+        self._rate_rps = rate_rps
+        return rate_rps
+
+
 class Encoder:
     """A codec at work on one node: remembers the arrival rate of the last seconds."""
 
@@ -206,19 +225,15 @@ class Encoder:
         self._spec = spec
         self._learn_scale = learn_scale
         self._features = [FEATURES[name] for name in codec.features]
-        self._rate_rps: float | None = None
+        self._arrival_rate = ArrivalRate()
 
     def reset(self) -> None:
         """Forget the past."""
-        self._rate_rps = None
+        self._arrival_rate.reset()
 
     def encode(self, window: WindowMetrics) -> np.ndarray:
         """The observation after a window: (features,) float32 within the codec's bounds."""
-        rate_rps = window.arrivals / window.duration_s
-        if self._rate_rps is not None:
-            rate_rps = self._rate_rps + (rate_rps - self._rate_rps) * -math.expm1(-window.duration_s / EWMA_S)
-        self._rate_rps = rate_rps
-        context = Context(self._spec, self._codec.slo, rate_rps)
+        context = Context(self._spec, self._codec.slo, self._arrival_rate.update(window))
         values = []
         for feature in self._features:
             value = (feature.value(window, context) or 0.0) / feature.scale

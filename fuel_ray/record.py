@@ -5,11 +5,12 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fuel_ray.control import StepRecord
 from fuel_ray.errors import ConfigError
@@ -18,16 +19,19 @@ from fuel_ray.metrics import EpisodeSummary
 _PACKAGES = ("fuel_ray", "ray", "torch", "numpy", "numba", "pandas", "gymnasium")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once: a reader or a kill never sees half of it."""
+@contextmanager
+def _whole(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of ``path`` when the block ends: nobody ever sees half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with partial.open("w", newline="") as file:
+        yield file
     os.replace(partial, path)
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON at once."""
-    write_text(path, json.dumps(data, indent=2))
+    with _whole(path) as file:
+        file.write(json.dumps(data, indent=2))
 
 
 def read_json(path: Path) -> Any:
@@ -58,12 +62,10 @@ def make_folder(path: Path) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys; None becomes an empty field."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
+    with _whole(path) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def versions() -> dict[str, str]:
@@ -120,10 +122,8 @@ def step_line(record: StepRecord, *, time_s: float, labels: Mapping[str, Any]) -
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines at once."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+    with _whole(path) as file:
         file.writelines(f"{line}\n" for line in lines)
-    os.replace(partial, path)
 
 
 def _git(*words: str, cwd: Path) -> str:

@@ -86,6 +86,7 @@ def evaluate_block_size(
     evaluation = Evaluation([], [])
     for workload in tuned:
         loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
+        digest = parse_workload(workload).digest()
         for name, policy in _policies(loop.node.spec, tuned[workload], policy_folder).items():
             for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds):
                 labels = {
@@ -95,7 +96,8 @@ def evaluate_block_size(
                     "seed": seed,
                 }
                 lines = evaluation.lines if seed == HELD_OUT_SEED else None
-                evaluation.rows.append(_evaluate(config, loop, policy, labels, lines))
+                figures = _evaluate(config, loop, policy, labels, lines)
+                evaluation.rows.append({**labels, "workload_digest": digest, **figures})
     return evaluation
 
 
@@ -121,16 +123,14 @@ def run_episode(
 def _evaluate(
     config: SweepConfig, loop: ControlLoop, policy: Policy, labels: dict[str, Any], lines: list[str] | None
 ) -> dict[str, Any]:
-    """One row of the summary; step lines are added to ``lines`` where asked for."""
+    """What the summary says of one episode; step lines are added to ``lines`` where asked for."""
 
     def observe(record: StepRecord) -> None:
         if lines is not None:
             lines.append(step_line(record, time_s=float(record.step), labels=labels))
 
     totals, records = run_episode(loop, policy, seed=labels["seed"], observe=observe)
-    summary = totals.summary(records, config.slo)
-    digest = parse_workload(labels["workload"]).digest()
-    return {**labels, "workload_digest": digest, **summary_fields(summary)}
+    return summary_fields(totals.summary(records, config.slo))
 
 
 def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Policy]:

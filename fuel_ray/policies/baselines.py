@@ -1,12 +1,11 @@
 """The rules that a learned policy has to beat, and how they are tuned."""
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from fuel_ray.codec import EWMA_S
+from fuel_ray.codec import ArrivalRate
 from fuel_ray.types import Knobs, NodeSpec, Policy, WindowMetrics
 
 
@@ -30,19 +29,16 @@ class LoadTable:
     def __init__(self, rates_rps: Sequence[float], knobs: Sequence[Knobs]) -> None:
         """Use ``knobs[i]`` up to ``rates_rps[i]``, and the last knobs beyond the last rate."""
         self.rates_rps, self.knobs = tuple(rates_rps), tuple(knobs)
-        self._rate_rps: float | None = None
+        self._arrival_rate = ArrivalRate()
 
     def reset(self) -> None:
         """Forget the past rate."""
-        self._rate_rps = None
+        self._arrival_rate.reset()
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """The knobs for the rate seen so far."""
-        rate_rps = window.arrivals / window.duration_s
-        if self._rate_rps is not None:
-            rate_rps = self._rate_rps + (rate_rps - self._rate_rps) * -math.expm1(-window.duration_s / EWMA_S)
-        self._rate_rps = rate_rps
-        return self.knobs[min(bisect_left(self.rates_rps, rate_rps), len(self.knobs) - 1)]
+        row = bisect_left(self.rates_rps, self._arrival_rate.update(window))
+        return self.knobs[min(row, len(self.knobs) - 1)]
 
 
 @dataclass(frozen=True, slots=True)

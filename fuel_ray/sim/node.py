@@ -71,11 +71,6 @@ class SimulatedNode:
         """The simulated server."""
         return self._spec
 
-    @property
-    def time_s(self) -> float:
-        """Virtual time since the last reset."""
-        return float(self._running().clock[rules.NOW])
-
     def reset(self, *, seed: int) -> None:
         """Draw new requests and start idle at time 0 with maximum performance."""
         rng = np.random.default_rng(seed)
