@@ -37,7 +37,7 @@ def build_node(
     """
     return SimulatedNode(
         load_pack(config.pack),
-        parse_workload(workload or config.workload),
+        parse_workload(config.workload if workload is None else workload),
         kv_block_size=kv_block_size,
         horizon_s=horizon_s,
         kv_tokens=config.kv_tokens,

@@ -138,6 +138,24 @@ def test_a_run_is_not_resumed_with_another_pack(capsys, tmp_path):
     assert "pack" in capsys.readouterr().err
 
 
+def test_an_empty_control_workload_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "--control-workload", ""]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", [["fuel-ray", "sweep"], ["sweep_block_size.py"]])
+def test_a_run_records_the_command_as_it_was_given(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [*program, "--out", "sweep"])
+    monkeypatch.setattr(sweep, "_stages", lambda *_: None)
+    monkeypatch.setattr(sweep, "write_report", lambda _: None)
+    monkeypatch.setattr(sweep, "summary_table", lambda _: "")
+    assert main(["sweep", "--out", "sweep"]) == 0
+    (path,) = tmp_path.glob("sweep/*/run.json")
+    assert json.loads(path.read_text())["command"] == "fuel-ray sweep --out sweep"
+
+
 def test_an_out_folder_that_cannot_be_made_is_named(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["sweep", "--out", str(tmp_path / "file" / "results")]) == 2

@@ -107,7 +107,7 @@ def _new_run(config: SweepConfig) -> Path:
     pack = load_pack(config.pack)
     facts = {
         "config": {**to_dict(config), "backend": "sim", "slo_attainment_target": config.slo_share},
-        "command": " ".join(["fuel-ray", "sweep", *(flag for flag in sys.argv[1:] if flag != "sweep")]),
+        "command": " ".join(["fuel-ray sweep", *_flags_given()]),
         "started": began.isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -124,6 +124,11 @@ def _new_run(config: SweepConfig) -> Path:
     }
     write_json(run_dir / "run.json", facts)
     return run_dir
+
+
+def _flags_given() -> list[str]:
+    """The command line without the verb, which the script of the experiment leaves out."""
+    return sys.argv[2:] if sys.argv[1:2] == ["sweep"] else sys.argv[1:]
 
 
 def _tune(config: SweepConfig, run_dir: Path) -> dict[int, dict[str, Tuned]]:
