@@ -3,50 +3,79 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from fuel_ray.build_live import live_node, live_spec
 from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
-from fuel_ray.config import PRESETS, SweepConfig
+from fuel_ray.config import PRESETS, ServingConfig, SweepConfig
 from fuel_ray.control import ControlLoop, Guard
 from fuel_ray.env import ServingEnv
 from fuel_ray.objective import Energy, GreenDls, Objective
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.perf_model import load_pack, step_cost
-from fuel_ray.types import NodeSpec
+from fuel_ray.types import Node, NodeSpec
 from fuel_ray.workload import parse_workload
 
 # Mean output and prompt length for which the energy reward's reference is computed
 _REFERENCE_SEQS, _REFERENCE_CONTEXT = 16, 16 * 700
 _SCALE_EPISODES = 20
 
+Settings = TypeVar("Settings", bound=ServingConfig)
+
 
 def build_node(
-    config: SweepConfig,
+    config: ServingConfig,
     kv_block_size: int,
     *,
     horizon_s: float,
     workload: str | None = None,
     random_start: bool = False,
-) -> SimulatedNode:
-    """A simulated node as the settings describe it.
+) -> Node:
+    """A node as the settings describe it; a live one starts its server, which takes a minute or two.
 
     Raises:
         ConfigError: pack or workload is unknown or malformed.
+        UnsupportedError: the live server cannot have this block size.
+        NodeError: no such GPU, or the live server did not start.
     """
+    load = parse_workload(config.workload if workload is None else workload)
+    if config.node == "live":
+        return live_node(config, kv_block_size, load, horizon_s=horizon_s, random_start=random_start)
     return SimulatedNode(
         load_pack(config.pack),
-        parse_workload(config.workload if workload is None else workload),
+        load,
         kv_block_size=kv_block_size,
         horizon_s=horizon_s,
         kv_tokens=config.kv_tokens,
+        max_num_seqs=config.max_num_seqs,
+        gpu_clocks_mhz=config.gpu_clocks_mhz,
         prefix_caching=config.prefix_caching,
         random_start=random_start,
     )
 
 
-def build_objective(config: SweepConfig) -> Objective:
+def build_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
+    """What such a node is, without starting a server.
+
+    Raises:
+        NodeError: there is no such GPU.
+    """
+    if config.node == "live":
+        return live_spec(config, kv_block_size)
+    return build_node(config, kv_block_size, horizon_s=1.0).spec
+
+
+def twin_of(config: Settings) -> Settings:
+    """The same settings on the simulated node, with the clocks that the live one can be set to."""
+    if config.node == "sim":
+        return config
+    spec = build_spec(config, config.block_sizes[0])
+    return replace(config, node="sim", gpu_clocks_mhz=spec.gpu_clocks_mhz)
+
+
+def build_objective(config: ServingConfig) -> Objective:
     """The reward that the settings name."""
     if config.reward == "energy":
         perf = load_pack(config.pack).perf
@@ -101,7 +130,7 @@ def build_codec(config: SweepConfig, spec: NodeSpec) -> Codec:
 def _random_scale(config: SweepConfig, kv_block_size: int) -> RunningScale:
     """Mean and spread of the features while random actions are taken, the same in every process."""
     size = config.block_sizes[0] if config.conditional else kv_block_size
-    plain = replace(config, normalisation="fixed")
+    plain = replace(twin_of(config), normalisation="fixed")
     rng = np.random.default_rng(config.seed)
     loop = build_loop(plain, size, horizon_s=float(config.train.episode_steps + 1), random_start=True)
     codec = replace(build_codec(plain, loop.node.spec), running_scale=RunningScale())
@@ -116,7 +145,7 @@ def _random_scale(config: SweepConfig, kv_block_size: int) -> RunningScale:
 
 
 def build_loop(
-    config: SweepConfig,
+    config: ServingConfig,
     kv_block_size: int,
     *,
     horizon_s: float,

@@ -9,6 +9,7 @@ from fuel_ray.errors import ConfigError, FuelRayError
 # verb: (module, class of its settings, what it does)
 VERBS = {
     "sweep": ("sweep", "SweepConfig", "train and compare one policy per KV block size"),
+    "evaluate": ("evaluate", "EvaluateConfig", "compare policies on a simulated or a live node"),
     "validate": ("validate", "ValidateConfig", "compare the simulator with recorded traces"),
     "calibrate": ("calibrate", "CalibrateConfig", "fit a calibration pack from a profile of your server"),
     "benchmark": (
@@ -16,6 +17,7 @@ VERBS = {
         "BenchmarkConfig",
         "send a load to a vLLM server and record power and KV cache",
     ),
+    "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
     "report": ("report", "ReportConfig", "write a run's report again"),
 }
 

@@ -5,9 +5,11 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,6 +60,28 @@ def make_folder(path: Path) -> None:
         raise ConfigError(f"cannot make folder {path}: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise ConfigError(f"folder {path} is not writable")
+
+
+def new_folder(out: Path, verb: str) -> Path:
+    """A new folder below ``out`` named after the verb and the time.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    folder = out / f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    make_folder(folder)
+    return folder
+
+
+def origin(verb: str) -> dict[str, Any]:
+    """Where a run's numbers come from: command, time, versions, commit."""
+    given = sys.argv[2:] if sys.argv[1:2] == [verb] else sys.argv[1:]  # experiments/ leave the verb out
+    return {
+        "command": " ".join([f"fuel-ray {verb}", *given]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -23,7 +23,7 @@ class NodeSpec:
     gpu_uuids: tuple[str, ...]
     model: str
     kv_block_size: int  # tokens
-    num_kv_blocks: int
+    num_kv_blocks: int | None  # None before the server is up
     batch_limits: tuple[int, ...]  # lowest and highest admissible limit: (1, max_num_seqs)
     gpu_clocks_mhz: tuple[int, ...]  # supported SM clocks, ascending; one entry if observe-only
 

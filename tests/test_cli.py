@@ -10,7 +10,7 @@ import pytest
 
 from fuel_ray.cli import VERBS, main
 from fuel_ray.commands import sweep
-from fuel_ray.config import PRESETS, SweepConfig, from_dict, load_config, parse_sweep, to_dict
+from fuel_ray.config import PRESETS, SweepConfig, from_dict, load_config, parse_serving, to_dict
 from fuel_ray.errors import ConfigError
 
 WRONG = [
@@ -250,7 +250,9 @@ def test_validate_prints_predicted_beside_measured(capsys):
 def test_flags_are_applied_on_top_of_file_and_preset(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"steps": 10, "train": {"lr": 0.1}}))
-    config = parse_sweep(["--preset", "seed", "--config", str(path), "--steps", "20"], prog="x")
+    config = parse_serving(
+        SweepConfig, ["--preset", "seed", "--config", str(path), "--steps", "20"], prog="x"
+    )
     assert (config.steps, config.train.lr, config.reward) == (20, 0.1, "greendls_kv_normalized")
 
 

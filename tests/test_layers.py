@@ -17,7 +17,7 @@ LAYERS = [
     ),
     ("control",),
     ("env", "record", "policies.learned", "policies.rl_module", "policies.dqn", "live", "cluster"),
-    ("config", "build"),
+    ("config", "build", "build_live"),
     ("commands",),
     ("cli", "__main__"),
 ]

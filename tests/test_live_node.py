@@ -1,12 +1,13 @@
 """GpuNode on a fake NVML and a real HTTP server that counts as vLLM does."""
 
+import os
 import re
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from fuel_ray.errors import NodeError, TelemetryError
+from fuel_ray.errors import GpuError, NodeError, TelemetryError
 from fuel_ray.live.kv_monitor import MetricsClient
 from fuel_ray.live.loadgen import LoadGenerator
 from fuel_ray.live.node import GpuNode
@@ -57,6 +58,11 @@ class ListLimiter:
 
     def close(self):
         self.closed = True
+
+
+class StuckLimiter(ListLimiter):
+    def close(self):
+        raise NodeError("stuck")
 
 
 def requests(n, *, every_s=0.02):
@@ -120,6 +126,22 @@ def test_knobs_reach_the_gpu_and_the_limiter_and_are_given_back(node, gpu):
     node.close()
     assert gpu.locked_mhz is None
     node.close()
+
+
+def test_a_second_node_may_not_control_the_same_gpu_until_the_first_is_closed(node, stub):
+    with pytest.raises(GpuError, match=rf"GPU-0 is controlled by pid {os.getpid()} "):
+        live_node(stub)
+    live_node(stub, clocks=(1980,)).close()
+    node.close()
+    live_node(stub).close()
+
+
+def test_clocks_are_given_back_even_if_the_limit_cannot_be(stub, gpu):
+    node = live_node(stub, limiter=StuckLimiter())
+    node.apply(Knobs(8, 990))
+    with pytest.raises(NodeError, match="stuck"):
+        node.close()
+    assert gpu.locked_mhz is None
 
 
 def test_an_observe_only_node_never_touches_the_clock(stub, gpu):

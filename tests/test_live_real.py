@@ -97,3 +97,30 @@ def test_the_monitor_and_the_benchmark_work_on_a_real_server(server, tmp_path, m
     kv = result["kv_cache_monitoring_stats"]
     assert kv["detailed_stats"]["static_config"]["block_size"] == 32
     assert max(kv["trace"]["requests_running"]) > 0 and kv["samples_collected"] >= 6
+
+
+def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_sizes(
+    model,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
+    flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
+    code = main(
+        [
+            *("evaluate", "--node", "live", "--live.model", str(model), "--live.vllm", f"{BIN}/vllm"),
+            *("--live.flags=" + " ".join(flags), "--live.clock-control", "off", "--live.vocab-size", "500"),
+            *("--max-num-seqs", "32", "--kv-tokens", "65536", "--block-sizes", "8", "32"),
+            *("--workload", "steady:rate_rps=4,lengths=fixed,prompt_mean=32,output_mean=16"),
+            *("--seconds", "6", "--seeds", "2"),
+            *("--static", "max", "2", "--out", str(tmp_path)),
+        ]
+    )
+    assert code == 0
+    (folder,) = tmp_path.glob("evaluate-*")
+    run = json.loads((folder / "run.json").read_text())
+    assert list(run["unsupported"]) == ["8"] and run["origin"] == "measured" and not run["partial"]
+    rows = (folder / "summary.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2
+    assert "measured on a live node" in capsys.readouterr().out

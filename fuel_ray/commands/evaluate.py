@@ -1,19 +1,22 @@
 """Tune the baselines on training seeds, choose among checkpoints, evaluate policies on held-out seeds."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fuel_ray.build import build_codec, build_loop, build_node
-from fuel_ray.config import SweepConfig
+from fuel_ray.build import build_codec, build_loop, build_spec
+from fuel_ray.config import ServingConfig, SweepConfig, parse_serving, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
+from fuel_ray.errors import ConfigError, UnsupportedError
 from fuel_ray.metrics import EpisodeTotals, latency
 from fuel_ray.policies.baselines import LoadTable, Score, Scorer, Static, tune_load_table, tune_static
-from fuel_ray.policies.learned import LearnedPolicy, load_policy
-from fuel_ray.record import step_line, summary_fields
+from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest
+from fuel_ray.record import new_folder, origin, step_line, summary_fields, write_csv, write_json, write_lines
+from fuel_ray.stats import paired_ratio
 from fuel_ray.types import Knobs, NodeSpec, Policy, RequestRecords
 from fuel_ray.workload import parse_workload
 
@@ -23,6 +26,20 @@ TUNING_SEEDS = tuple(range(1_000, 1_008))
 HELD_OUT_SEED = 2_000_000_000  # first of the held-out seeds; no training or tuning seed is one of them
 STATIC_LIMITS = (24, 32, 40, 48, 64)
 TABLE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ServingConfig):
+    """Let policies serve the same arrivals, one after the other, on a simulated or a live node."""
+
+    policies: tuple[Path, ...] = ()
+    """Policy folders of a sweep; each is evaluated on the block sizes that it was trained for."""
+    static: tuple[str, ...] = ("max",)
+    """Static policies: max, LIMIT, or LIMIT@MHZ such as 48@1350. Savings are against the first."""
+    seeds: int = 10
+    """Episodes per policy, each with its own arrivals."""
+    seconds: int = EPISODE_S
+    """Seconds of arrivals per episode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +71,151 @@ class Evaluation:
     lines: list[str]  # of steps.jsonl, for the first seed
 
 
+def parse(argv: list[str], *, prog: str) -> EvaluateConfig:
+    """Settings from flags.
+
+    Raises:
+        ConfigError: a flag is wrong.
+    """
+    config = parse_serving(EvaluateConfig, argv, prog=prog)
+    if not config.static or config.seeds < 1 or config.seconds < 1:
+        raise ConfigError("--static needs at least one policy, --seeds and --seconds at least 1")
+    for text in config.static:
+        _static(text, build_spec(config, config.block_sizes[0]))
+    for folder in config.policies:
+        read_manifest(folder)
+    return config
+
+
+def run(config: EvaluateConfig) -> int:
+    """Evaluate, print a table and write it; what there is when it is stopped is kept and marked partial."""
+    run_dir = new_folder(config.out, "evaluate")
+    facts: dict[str, Any] = {
+        **origin("evaluate"),
+        "config": to_dict(config),
+        "origin": "measured" if config.node == "live" else "modelled",
+        "unsupported": {},
+        "partial": True,
+    }
+    config = replace(config, out=run_dir)
+    evaluation = Evaluation([], [])
+    try:
+        for size in config.block_sizes:
+            _one_block_size(config, size, evaluation, facts["unsupported"])
+        facts["partial"] = False
+    finally:
+        write_json(run_dir / "run.json", facts)
+        if evaluation.rows:
+            write_csv(run_dir / "summary.csv", evaluation.rows)
+            write_lines(run_dir / "steps.jsonl", evaluation.lines)
+            print(f"\n{comparison(evaluation.rows, config, partial=facts['partial'])}\n\nwrote {run_dir}")
+    return 0
+
+
+def _one_block_size(
+    config: EvaluateConfig, kv_block_size: int, evaluation: Evaluation, unsupported: dict[str, str]
+) -> None:
+    folders = [f for f in config.policies if kv_block_size in read_manifest(f).kv_block_sizes]
+
+    def policies(spec: NodeSpec) -> dict[str, Policy]:
+        static = {f"static {text}": _static(text, spec) for text in config.static}
+        return {**static, **{f"dqn {folder.name}": load_policy(folder, spec) for folder in folders}}
+
+    try:
+        evaluate_policies(
+            config,
+            kv_block_size,
+            config.workload,
+            policies,
+            seeds=config.seeds,
+            seconds=config.seconds,
+            into=evaluation,
+            say=lambda line: print(line, flush=True),
+        )
+    except UnsupportedError as error:
+        unsupported[str(kv_block_size)] = str(error)
+        print(f"unsupported  {error}", flush=True)
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], config: EvaluateConfig, *, partial: bool) -> str:
+    """A table of the policies, means over the seeds; savings are paired, with 95 % bootstrap intervals."""
+    first = f"static {config.static[0]}"
+    kind = "measured on a live node" if config.node == "live" else f"modelled, pack {config.pack}"
+    lines = [
+        f"{config.workload}, n = {config.seeds} x {config.seconds} s, {kind}{', partial' if partial else ''}",
+        f"{'block':>5}  {'policy':<20}{'J/request':>10}  {'saving (95 %)':<26}{'of SLO':>7}"
+        f"{'TTFT p50':>10}{'TPOT p50':>10}{'mean e2e':>10}",
+    ]
+    for key in dict.fromkeys((row["block_size"], row["policy"]) for row in rows):
+        own = _by_seed(rows, *key)
+        paired = {seed: row for seed, row in _by_seed(rows, key[0], first).items() if seed in own}
+        own = {seed: own[seed] for seed in paired}
+        saving = _saving(
+            [own[seed]["energy_j_per_request"] for seed in paired],
+            [row["energy_j_per_request"] for row in paired.values()],
+        )
+        mean = {name: _mean_of(own.values(), name) for name in _SHOWN}
+        lines.append(
+            f"{key[0]:>5}  {key[1]:<20}{mean['energy_j_per_request']:>10.2f}  {saving:<26}"
+            f"{mean['slo_attainment']:>7.3f}{mean['ttft_p50_s'] * 1e3:>7.0f} ms"
+            f"{mean['tpot_p50_s'] * 1e3:>7.1f} ms{mean['e2e_mean_s']:>8.2f} s"
+        )
+    return "\n".join(lines)
+
+
+_SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
+
+
+def _by_seed(
+    rows: Sequence[Mapping[str, Any]], kv_block_size: int, policy: str
+) -> dict[int, Mapping[str, Any]]:
+    """Rows of one policy that have an energy per request: an episode without requests has none."""
+    return {
+        row["seed"]: row
+        for row in rows
+        if (row["block_size"], row["policy"]) == (kv_block_size, policy)
+        and row["energy_j_per_request"] is not None
+    }
+
+
+def _saving(energy_j: Sequence[float], reference_j: Sequence[float]) -> str:
+    if not energy_j or list(energy_j) == list(reference_j):
+        return "-"
+    ratio = paired_ratio(energy_j, reference_j, rng=np.random.default_rng(0))
+    if ratio.low is None or ratio.high is None:
+        return f"{1 - ratio.mean:+.1%}"
+    return f"{1 - ratio.mean:+.1%} ({1 - ratio.high:+.1%}..{1 - ratio.low:+.1%})"
+
+
+def _mean_of(rows: Iterable[Mapping[str, Any]], name: str) -> float:
+    values = [row[name] for row in rows if row[name] is not None]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _static(text: str, spec: NodeSpec) -> Static:
+    if text == "max":
+        return Static(spec.max_performance)
+    limit, _, clock = text.partition("@")
+    try:
+        knobs = Knobs(int(limit), int(clock) if clock else spec.gpu_clocks_mhz[-1])
+    except ValueError:
+        raise ConfigError(f"--static {text!r}: max, LIMIT or LIMIT@MHZ, such as 48@1350") from None
+    lowest, highest = spec.batch_limits
+    if not lowest <= knobs.batch_limit <= highest:
+        raise ConfigError(f"--static {text}: the limit must be from {lowest} to {highest}")
+    if knobs.gpu_clock_mhz not in spec.gpu_clocks_mhz:
+        clocks = spec.gpu_clocks_mhz
+        raise ConfigError(
+            f"--static {text}: {clock} MHz is none of the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"
+        )
+    return Static(knobs)
+
+
 def tune_baselines(config: SweepConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds."""
     score = _scorer(config, kv_block_size, workload)
     score_static = _scorer(config, kv_block_size, workload, interval_s=60.0)  # nothing changes in between
-    spec = build_node(config, kv_block_size, horizon_s=1.0).spec
+    spec = build_spec(config, kv_block_size)
     static = tune_static(score_static, spec, share=config.tune_share, limits=STATIC_LIMITS)
     peak_rps = 2.0 * parse_workload(workload).mean_rate_rps
     rates = [peak_rps * row / TABLE_ROWS for row in range(1, TABLE_ROWS)]
@@ -70,7 +227,7 @@ def score_weights(config: SweepConfig, block_sizes: Sequence[int], arrays: Mappi
     """What the policy with these weights does on the tuning seeds, averaged over block sizes."""
     scores = []
     for size in block_sizes:
-        spec = build_node(config, size, horizon_s=1.0).spec
+        spec = build_spec(config, size)
         policy = LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
         scores.append(_scorer(config, size, config.workload)(policy))
     return Score(
@@ -85,32 +242,70 @@ def evaluate_block_size(
     """Evaluate the learned policy and the baselines ``tuned`` for each workload on all held-out seeds."""
     evaluation = Evaluation([], [])
     for workload in tuned:
-        loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
-        digest = parse_workload(workload).digest()
-        for name, policy in _policies(loop.node.spec, tuned[workload], policy_folder).items():
-            for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds):
-                labels = {
-                    "block_size": kv_block_size,
-                    "policy": name,
-                    "workload": workload,
-                    "seed": seed,
-                }
-                lines = evaluation.lines if seed == HELD_OUT_SEED else None
-                figures = _evaluate(config, loop, policy, labels, lines)
-                evaluation.rows.append({**labels, "workload_digest": digest, **figures})
+
+        def policies(spec: NodeSpec, baselines: Tuned = tuned[workload]) -> dict[str, Policy]:
+            return _policies(spec, baselines, policy_folder)
+
+        evaluate_policies(
+            config, kv_block_size, workload, policies, seeds=config.seeds, seconds=EPISODE_S, into=evaluation
+        )
     return evaluation
 
 
+def evaluate_policies(
+    config: ServingConfig,
+    kv_block_size: int,
+    workload: str,
+    policies: Callable[[NodeSpec], Mapping[str, Policy]],
+    *,
+    seeds: int,
+    seconds: float,
+    into: Evaluation,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Let each policy serve the same arrivals, seed after seed; rows and lines are added as they come.
+
+    Raises:
+        NodeError: a window could not be measured; what was added before stays.
+    """
+    horizon_s = float(seconds)
+    loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload)
+    digest = parse_workload(workload).digest()
+    with contextlib.closing(loop.node):
+        there = policies(loop.node.spec)
+        for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + seeds):
+            for name, policy in there.items():
+                labels = {"block_size": kv_block_size, "policy": name, "workload": workload, "seed": seed}
+                lines = into.lines if seed == HELD_OUT_SEED else None
+                figures = _evaluate(config, loop, policy, labels, lines, seconds=seconds)
+                into.rows.append({**labels, "workload_digest": digest, **figures})
+                say(_progress(into.rows[-1]))
+
+
+def _progress(row: Mapping[str, Any]) -> str:
+    energy_j = row["energy_j_per_request"]
+    return (
+        f"evaluate  block {row['block_size']:>3}  seed {row['seed'] - HELD_OUT_SEED:>2}  {row['policy']:<20}"
+        f"  {'-' if energy_j is None else format(energy_j, '.2f'):>7} J/request"
+        f"  {row['slo_attainment']:.3f} of SLO"
+    )
+
+
 def run_episode(
-    loop: ControlLoop, policy: Policy, *, seed: int, observe: Callable[[StepRecord], None] | None = None
+    loop: ControlLoop,
+    policy: Policy,
+    *,
+    seed: int,
+    seconds: float = EPISODE_S,
+    observe: Callable[[StepRecord], None] | None = None,
 ) -> tuple[EpisodeTotals, RequestRecords]:
-    """Let a policy serve ``EPISODE_S`` of arrivals and then drain the queue; totals and request records."""
+    """Let a policy serve ``seconds`` of arrivals and then drain the queue; totals and request records."""
     totals = EpisodeTotals()
     policy.reset()
     window = loop.reset(seed=seed)
     totals.add(window)
-    while totals.seconds < EPISODE_S + DRAIN_S:
-        if totals.seconds >= EPISODE_S and not window.running and not window.waiting:
+    while totals.seconds < seconds + DRAIN_S:
+        if totals.seconds >= seconds and not window.running and not window.waiting:
             break
         record = loop.step(policy.decide(window))
         window = record.metrics
@@ -121,7 +316,13 @@ def run_episode(
 
 
 def _evaluate(
-    config: SweepConfig, loop: ControlLoop, policy: Policy, labels: dict[str, Any], lines: list[str] | None
+    config: ServingConfig,
+    loop: ControlLoop,
+    policy: Policy,
+    labels: dict[str, Any],
+    lines: list[str] | None,
+    *,
+    seconds: float,
 ) -> dict[str, Any]:
     """What the summary says of one episode; step lines are added to ``lines`` where asked for."""
 
@@ -129,7 +330,7 @@ def _evaluate(
         if lines is not None:
             lines.append(step_line(record, time_s=float(record.step), labels=labels))
 
-    totals, records = run_episode(loop, policy, seed=labels["seed"], observe=observe)
+    totals, records = run_episode(loop, policy, seed=labels["seed"], seconds=seconds, observe=observe)
     return summary_fields(totals.summary(records, config.slo))
 
 

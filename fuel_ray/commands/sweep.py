@@ -1,10 +1,8 @@
 """The main job: train a policy per KV block size, compare it with baselines, write policies and a report."""
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +22,10 @@ from fuel_ray.commands.evaluate import (
 )
 from fuel_ray.commands.report import summary_table, write_report
 from fuel_ray.commands.train import Trained, start_ray, train
-from fuel_ray.config import SweepConfig, load_config, parse_sweep, to_dict
+from fuel_ray.config import SweepConfig, load_config, parse_serving, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.learned import Manifest, save_policy
-from fuel_ray.record import git_commit, make_folder, read_json, versions, write_csv, write_json, write_lines
+from fuel_ray.record import new_folder, origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.perf_model import load_pack
 from fuel_ray.workload import parse_workload
 
@@ -40,13 +38,13 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
     Raises:
         ConfigError: a flag is wrong, or differs from the run that is to be resumed.
     """
-    config = parse_sweep(argv, prog=prog)
+    config = parse_serving(SweepConfig, argv, prog=prog)
     if config.resume is None:
         return config
     if not (config.resume / "run.json").is_file():
         raise ConfigError(f"--resume {config.resume}: not the folder of a run, there is no run.json in it")
     recorded = load_config(config.resume / "run.json", base=SweepConfig())
-    asked = parse_sweep(argv, prog=prog, default=recorded)
+    asked = parse_serving(SweepConfig, argv, prog=prog, default=recorded)
     for field in fields(SweepConfig):
         if field.name in ("out", "resume", "config"):
             continue
@@ -101,16 +99,11 @@ def _workloads(config: SweepConfig) -> list[str]:
 
 def _new_run(config: SweepConfig) -> Path:
     """Make the run's folder and write what is known of it beforehand."""
-    began = datetime.now().astimezone()
-    run_dir = config.out / f"sweep-{began:%Y%m%d-%H%M%S}"
-    make_folder(run_dir)
+    run_dir = new_folder(config.out, "sweep")
     pack = load_pack(config.pack)
     facts = {
-        "config": {**to_dict(config), "backend": "sim", "slo_attainment_target": config.slo_share},
-        "command": " ".join(["fuel-ray sweep", *_flags_given()]),
-        "started": began.isoformat(timespec="seconds"),
-        "versions": versions(),
-        "git_commit": git_commit(),
+        "config": {**to_dict(config), "backend": config.node, "slo_attainment_target": config.slo_share},
+        **origin("sweep"),
         "seeds": {
             "training": f"drawn from seed {config.seed}",
             "tuning": list(TUNING_SEEDS),
@@ -124,11 +117,6 @@ def _new_run(config: SweepConfig) -> Path:
     }
     write_json(run_dir / "run.json", facts)
     return run_dir
-
-
-def _flags_given() -> list[str]:
-    """The command line without the verb, which the script of the experiment leaves out."""
-    return sys.argv[2:] if sys.argv[1:2] == ["sweep"] else sys.argv[1:]
 
 
 def _tune(config: SweepConfig, run_dir: Path) -> dict[int, dict[str, Tuned]]:

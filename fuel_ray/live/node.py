@@ -1,5 +1,7 @@
 """A real vLLM server on real GPUs, behind the Node protocol."""
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +13,17 @@ from fuel_ray.errors import NodeError, TelemetryError
 from fuel_ray.live.completion import Attempt
 from fuel_ray.live.cpu import CpuMeter, CpuReading
 from fuel_ray.live.kv_monitor import MetricsClient
+from fuel_ray.live.lease import ClockLease
 from fuel_ray.live.loadgen import LoadGenerator, request_records
 from fuel_ray.live.nvml import GpuReading, Gpus
 from fuel_ray.live.sampler import Sample, Sampler, held_mean, window_energy_j
 from fuel_ray.live.vllm_metrics import MetricsDelta, MetricsSnapshot, difference
+from fuel_ray.live.vllm_server import VllmServer
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
 
 GPU_INTERVAL_S = 0.05
+
+logger = logging.getLogger(__name__)
 
 
 class Limiter(Protocol):
@@ -58,6 +64,7 @@ class GpuNode:
         limiter: Limiter | None = None,
         start_load: Callable[[int], LoadGenerator] | None = None,
         cpu: CpuMeter | None = None,
+        server: VllmServer | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -70,11 +77,16 @@ class GpuNode:
             limiter: of the server's batch limit.
             start_load: makes the load of an episode from its seed; None if the requests come from elsewhere.
             cpu: of this machine.
+            server: the vLLM process, if it is this node's own: started anew by a reset where it has died.
             clock: monotonic seconds.
             sleep: waits.
+
+        Raises:
+            GpuError: another controller has the clocks that this node would set.
         """
         self._spec, self._gpus, self._client = spec, gpus, client
         self._limiter, self._start_load, self._cpu = limiter, start_load, cpu or CpuMeter()
+        self._server = server
         self._clock, self._sleep = clock, sleep
         self._knobs = spec.max_performance
         self._readings: Sampler[GpuReading] = Sampler(gpus.read, GPU_INTERVAL_S, name="GPU", clock=clock)
@@ -83,6 +95,7 @@ class GpuNode:
         self._ended: list[Attempt] = []  # not yet taken as records
         self._mark: _Mark | None = None
         self._sent = 0
+        self._lease = ClockLease(gpus.uuids) if len(spec.gpu_clocks_mhz) > 1 else None
 
     @property
     def spec(self) -> NodeSpec:
@@ -90,8 +103,13 @@ class GpuNode:
         return self._spec
 
     def reset(self, *, seed: int) -> None:
-        """Begin a new load, if this node sends one, and forget old samples."""
+        """Begin a new load, if this node sends one, and forget old samples.
+
+        Raises:
+            NodeError: a GPU or the server gives no reading, or the server does not start again.
+        """
         self._stop_load()
+        self._revive()
         self._first_tokens, self._ended, self._sent = set(), [], 0
         self._readings.start()
         self._mark = self._read_mark()
@@ -106,7 +124,8 @@ class GpuNode:
             NodeError: the GPU or the server refused.
         """
         clock_mhz = self._spec.gpu_clocks_mhz[-1]
-        if len(self._spec.gpu_clocks_mhz) > 1:
+        if self._lease is not None:
+            self._lease.renew()
             clock_mhz = self._gpus.pin(knobs.gpu_clock_mhz)
         lowest, highest = self._spec.batch_limits
         limit = min(max(knobs.batch_limit, lowest), highest)
@@ -140,12 +159,31 @@ class GpuNode:
     def close(self) -> None:
         """Stop the load and give clocks and limit back; safe to call twice."""
         self._mark = None
-        self._stop_load()
-        self._readings.stop()
-        if self._limiter is not None:
-            self._limiter.close()
-        self._client.close()
-        self._gpus.close()
+        with contextlib.ExitStack() as closing:  # last first, each whether or not another fails
+            if self._server is not None:
+                closing.callback(self._server.stop)
+            closing.callback(self._give_back_clocks)
+            closing.callback(self._client.close)
+            if self._limiter is not None:
+                closing.callback(self._limiter.close)
+            closing.callback(self._readings.stop)
+            closing.callback(self._stop_load)
+
+    def _give_back_clocks(self) -> None:
+        if self._lease is None:
+            self._gpus.close()
+        else:
+            self._lease.release(self._gpus.close)
+
+    def _revive(self) -> None:
+        if self._server is None:
+            return
+        try:
+            self._server.check()
+        except NodeError as error:
+            logger.warning("%s: %s; it is started again", self._spec.name, error)
+            self._server.stop()
+            self._server.start()
 
     def _stop_load(self) -> None:
         load, self._load = self._load, None

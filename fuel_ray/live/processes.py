@@ -1,11 +1,14 @@
-"""A process and everything it started, found by an environment variable that they inherit."""
+"""Processes: a family found by a variable that they inherit, one known by pid and start time, and signals."""
 
 import contextlib
 import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 POLL_S = 0.05
 KILL_S = 5.0  # a killed process frees GBs of memory first
@@ -31,8 +34,8 @@ class MarkedProcesses:
         for folder in _PROC.glob("[0-9]*"):
             with contextlib.suppress(OSError):  # gone meanwhile, or another user's
                 if self._mark in (folder / "environ").read_bytes().split(b"\0"):
-                    self._started[int(folder.name)] = _state(int(folder.name))[1]
-        self._started = {pid: start for pid, start in self._started.items() if _lives(pid, start)}
+                    self._started[int(folder.name)] = start_time(int(folder.name))
+        self._started = {pid: start for pid, start in self._started.items() if lives(pid, start)}
         return tuple(sorted(self._started))
 
     def end(self, *, grace_s: float) -> None:
@@ -47,6 +50,52 @@ class MarkedProcesses:
             time.sleep(POLL_S)
 
 
+@contextlib.contextmanager
+def orderly_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit(128 + number), so that what was opened is closed.
+
+    The first one makes the others ignored until the block ends. A signal that is ignored, as by nohup, stays
+    so. Outside the main thread, where Python has no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handled = {n: handler for n, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    try:
+        for number in handled:
+            signal.signal(number, leave)
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+
+
+def start_time(pid: int) -> str:
+    """The kernel's, in clock ticks since boot; with the pid it names a process once and for all.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return _state(pid)[1]
+
+
+def lives(pid: int, start: str) -> bool:
+    """Whether it is still the process with that start time, with a thread that is more than a zombie."""
+    try:
+        state, started = _state(pid)
+        threads = len(os.listdir(_PROC / str(pid) / "task"))
+    except OSError:
+        return False
+    return started == start and (state not in "ZX" or threads > 1)
+
+
 def _kill(pids: tuple[int, ...]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -57,13 +106,3 @@ def _state(pid: int) -> tuple[str, str]:
     """State letter and start time, fields 3 and 22 of proc(5)'s stat."""
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     return fields[0], fields[19]
-
-
-def _lives(pid: int, start: str) -> bool:
-    """Whether it is still that process, with a thread that is more than a zombie."""
-    try:
-        state, started = _state(pid)
-        threads = len(os.listdir(_PROC / str(pid) / "task"))
-    except OSError:
-        return False
-    return started == start and (state not in "ZX" or threads > 1)

@@ -1,6 +1,7 @@
 """A ``vllm serve`` process: started with a block size, watched, and ended with all of its children."""
 
 import http.client
+import json
 import logging
 import os
 import re
@@ -37,6 +38,8 @@ _REFUSED = (  # the words of vLLM 0.20 to 0.33 for a block size that no backend 
 )
 _FALLBACK = re.compile(r"--block-size \d+ precluded higher-priority backend.*")
 _COMPILER = re.compile(r"CompilationError|InductorError|LoweringException|tl\.dot")  # vllm issue 41339
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
 
 logger = logging.getLogger(__name__)
 
@@ -269,10 +272,22 @@ def _check_free(port: int) -> None:
             raise NodeError(f"port {port} cannot be used: {error}") from error
 
 
-def _is_healthy(url: str) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+def served_model(url: str) -> str:
+    """The name under which the server at ``url`` serves its model.
+
+    Raises:
+        NodeError: no answer, or not that of an OpenAI-compatible server.
+    """
     try:
-        with direct.open(f"{url}/health", timeout=2.0) as answer:
+        with _DIRECT.open(f"{url.rstrip('/')}/v1/models", timeout=10.0) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        raise NodeError(f"{url}/v1/models does not name a model: {error!r}") from error
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with _DIRECT.open(f"{url}/health", timeout=2.0) as answer:
             return bool(answer.status == 200)
     except (OSError, http.client.HTTPException):  # refused, reset, timed out, 503; not HTTP
         return False

@@ -64,16 +64,31 @@ def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, ma
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """What the policy in a folder was made for.
+
+    Raises:
+        PolicyError: there is no manifest, it is malformed or of another format.
+    """
+    try:
+        raw = json.loads((folder / "manifest.json").read_text())
+        raw["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
+        manifest = Manifest(**raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise PolicyError(f"{folder} is not a policy folder: {error}") from error
+    if manifest.format != FORMAT:
+        raise PolicyError(f"{folder}: format {manifest.format}; this version reads {FORMAT}")
+    return manifest
+
+
 def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
     """The policy in a folder, ready to control a node.
 
     Raises:
         PolicyError: the folder is malformed, or was made for another block size, model or GPU.
     """
+    manifest = read_manifest(folder)
     try:
-        raw = json.loads((folder / "manifest.json").read_text())
-        raw["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
-        manifest = Manifest(**raw)
         codec = Codec.from_dict(json.loads((folder / "codec.json").read_text()))
         arrays = load_file(folder / "weights.safetensors")
         q = q_values(arrays, np.zeros(len(codec.features), np.float32), head=manifest.head)
@@ -81,8 +96,6 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
             raise ValueError(f"weights for {len(q)} actions, some not finite or not {len(codec.grid)}")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, ConfigError) as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
-    if manifest.format != FORMAT:
-        raise PolicyError(f"{folder}: format {manifest.format}; this version reads {FORMAT}")
     if spec.kv_block_size not in manifest.kv_block_sizes:
         raise PolicyError(
             f"{folder} was trained for KV block size {manifest.kv_block_sizes}, "

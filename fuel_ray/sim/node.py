@@ -25,6 +25,8 @@ class SimulatedNode:
         kv_block_size: int,
         horizon_s: float,
         kv_tokens: int | None = None,
+        max_num_seqs: int | None = None,
+        gpu_clocks_mhz: tuple[int, ...] = (),
         prefix_caching: bool = True,
         random_start: bool = False,
     ) -> None:
@@ -36,9 +38,19 @@ class SimulatedNode:
             kv_block_size: tokens per KV block.
             horizon_s: seconds of requests per reset.
             kv_tokens: size of the KV pool in tokens; the pack's own by default.
+            max_num_seqs: capacity of the server; the pack's own by default.
+            gpu_clocks_mhz: clocks that may be chosen; all of the pack's by default.
             prefix_caching: whether full blocks are found again.
             random_start: begin each reset at a random point of the workload's period (for training).
+
+        Raises:
+            ConfigError: the pack does not support one of the clocks.
         """
+        capacity = max_num_seqs or pack.max_num_seqs
+        clocks = tuple(sorted(set(gpu_clocks_mhz))) or pack.gpu_clocks_mhz
+        if not set(clocks) <= set(pack.gpu_clocks_mhz):
+            low, high = pack.gpu_clocks_mhz[0], pack.gpu_clocks_mhz[-1]
+            raise ConfigError(f"pack {pack.name} has clocks of {low}..{high} MHz, not all of {clocks}")
         num_kv_blocks = (kv_tokens or pack.kv_tokens) // kv_block_size
         self._pack = pack
         self._workload = workload
@@ -47,7 +59,7 @@ class SimulatedNode:
         self._engine = Engine(
             block_size=kv_block_size,
             num_blocks=num_kv_blocks - 1,
-            max_num_seqs=pack.max_num_seqs,
+            max_num_seqs=capacity,
             max_num_batched_tokens=pack.max_num_batched_tokens,
             prefix_caching=prefix_caching,
         )
@@ -58,10 +70,10 @@ class SimulatedNode:
             model=pack.model,
             kv_block_size=kv_block_size,
             num_kv_blocks=num_kv_blocks,
-            batch_limits=(1, pack.max_num_seqs),
-            gpu_clocks_mhz=pack.gpu_clocks_mhz,
+            batch_limits=(1, capacity),
+            gpu_clocks_mhz=clocks,
         )
-        self._clocks = frozenset(pack.gpu_clocks_mhz)
+        self._clocks = frozenset(clocks)
         self._knobs = self._spec.max_performance
         self._state: State | None = None
         self._reported = 0

@@ -1,44 +1,11 @@
-"""The rules that a learned policy has to beat, and how they are tuned."""
+"""How the static pair and the load table are tuned on training seeds."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from fuel_ray.codec import ArrivalRate
-from fuel_ray.types import Knobs, NodeSpec, Policy, WindowMetrics
-
-
-@dataclass(frozen=True, slots=True)
-class Static:
-    """The same knobs in every window."""
-
-    knobs: Knobs
-
-    def reset(self) -> None:
-        """Nothing to forget."""
-
-    def decide(self, window: WindowMetrics) -> Knobs:
-        """The knobs."""
-        return self.knobs
-
-
-class LoadTable:
-    """Knobs by the moving average of the arrival rate over the last ten seconds."""
-
-    def __init__(self, rates_rps: Sequence[float], knobs: Sequence[Knobs]) -> None:
-        """Use ``knobs[i]`` up to ``rates_rps[i]``, and the last knobs beyond the last rate."""
-        self.rates_rps, self.knobs = tuple(rates_rps), tuple(knobs)
-        self._arrival_rate = ArrivalRate()
-
-    def reset(self) -> None:
-        """Forget the past rate."""
-        self._arrival_rate.reset()
-
-    def decide(self, window: WindowMetrics) -> Knobs:
-        """The knobs for the rate seen so far."""
-        row = bisect_left(self.rates_rps, self._arrival_rate.update(window))
-        return self.knobs[min(row, len(self.knobs) - 1)]
+from fuel_ray.policies.baselines.static import LoadTable, Static
+from fuel_ray.types import Knobs, NodeSpec, Policy
 
 
 @dataclass(frozen=True, slots=True)

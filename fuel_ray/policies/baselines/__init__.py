@@ -1,0 +1,36 @@
+"""The rules that a learned policy has to beat, and how they are tuned: pure, one published rule per file."""
+
+from fuel_ray.policies.baselines.agft import AgftLinUcb
+from fuel_ray.policies.baselines.clipper import Clipper
+from fuel_ray.policies.baselines.eais import Eais
+from fuel_ray.policies.baselines.feedback import Feedback
+from fuel_ray.policies.baselines.greendls import GreenDlsNet
+from fuel_ray.policies.baselines.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
+from fuel_ray.policies.baselines.oracle import find_load_table, find_schedule
+from fuel_ray.policies.baselines.static import ClockSchedule, LoadTable, Static
+from fuel_ray.policies.baselines.tuning import Score, Scorer, tune_load_table, tune_static
+from fuel_ray.policies.baselines.voltana import Dwell, VoltanaLlm
+
+__all__ = [
+    "AgftLinUcb",
+    "BatchModel",
+    "Clipper",
+    "ClockSchedule",
+    "Dwell",
+    "Eais",
+    "Feedback",
+    "GreenDlsNet",
+    "LoadTable",
+    "Score",
+    "Scorer",
+    "Static",
+    "StepModel",
+    "VoltanaLlm",
+    "find_load_table",
+    "find_schedule",
+    "fit_batches",
+    "fit_steps",
+    "token_limits",
+    "tune_load_table",
+    "tune_static",
+]

@@ -1,0 +1,124 @@
+"""AGFT-style clock control: a contextual bandit that learns while it serves."""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+
+from fuel_ray.metrics import window_attainment
+from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
+
+FEATURES = 8  # AGFT's seven and a constant
+_RIDGE = 1.0
+
+
+class AgftLinUcb:
+    """LinUCB (Li et al., WWW 2010) over clocks with AGFT's features (FACTS.md, section 4).
+
+    Features: has-queue, prefill tokens/s, decode tokens/s, packing, concurrency, KV usage, prefix hit rate,
+    scaled to about 0..1, and 1. AGFT decides every 0.8 s; this one decides per window. Reward, exploration
+    and the rule of pruning are ours: minus the energy per output token by its average so far, minus
+    ``miss_price`` times the share of samples that missed the SLO; a clock is dropped after ``prune_after``
+    tries if its mean reward is more than ``prune_gap`` below the best one's. The highest clock is never
+    dropped and is taken while requests wait longer than the TTFT limit.
+    """
+
+    def __init__(
+        self,
+        spec: NodeSpec,
+        slo: Slo,
+        *,
+        batch_limit: int,
+        clocks_mhz: Sequence[int],
+        alpha: float = 0.3,
+        miss_price: float = 10.0,
+        prune_after: int = 20,
+        prune_gap: float = 0.5,
+    ) -> None:
+        """``clocks_mhz`` are the arms; ``alpha`` weighs exploration."""
+        self._spec, self._slo, self._batch_limit = spec, slo, batch_limit
+        self._clocks_mhz = tuple(sorted({*clocks_mhz, spec.gpu_clocks_mhz[-1]}))
+        self._alpha, self._miss_price = alpha, miss_price
+        self._prune_after, self._prune_gap = prune_after, prune_gap
+        arms = len(self._clocks_mhz)
+        self._inverse = np.tile(np.eye(FEATURES) / _RIDGE, (arms, 1, 1))
+        self._moment = np.zeros((arms, FEATURES))
+        self._tries, self._reward_sum = np.zeros(arms), np.zeros(arms)
+        self._energy_j, self._tokens = 0.0, 0.0
+        self._kept: tuple[np.ndarray | float, ...] = copy.deepcopy(self._memory())
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def reset(self) -> None:
+        """Back to what was known when ``keep`` was last called: nothing, if it never was."""
+        (self._inverse, self._moment, self._tries, self._reward_sum, self._energy_j, self._tokens) = (
+            copy.deepcopy(self._kept)  # type: ignore[assignment]
+        )
+        self._last = None
+
+    def keep(self) -> None:
+        """Let ``reset`` come back to what is known by now, such as after an episode of training."""
+        self._kept = copy.deepcopy(self._memory())
+
+    @property
+    def arms_mhz(self) -> tuple[int, ...]:
+        """The clocks that were not dropped."""
+        return tuple(np.array(self._clocks_mhz)[self._alive()].tolist())
+
+    def decide(self, window: WindowMetrics) -> Knobs:
+        """Learn from the window and take the clock of highest upper confidence bound."""
+        if self._last is not None:
+            self._learn(*self._last, self._reward(window))
+        x = self._features(window)
+        spread = np.sqrt(np.einsum("i,aij,j->a", x, self._inverse, x))
+        mean = np.einsum("aij,aj,i->a", self._inverse, self._moment, x)
+        arm = int(np.where(self._alive(), mean + self._alpha * spread, -np.inf).argmax())
+        wait_limit_s = self._slo.ttft_s or self._slo.e2e_s
+        if wait_limit_s is not None and window.oldest_wait_s > wait_limit_s:
+            arm = len(self._clocks_mhz) - 1
+        self._last = (arm, x)
+        return Knobs(self._batch_limit, self._clocks_mhz[arm])
+
+    def _memory(self) -> tuple[np.ndarray | float, ...]:
+        learned = (self._inverse, self._moment, self._tries, self._reward_sum)
+        return (*learned, self._energy_j, self._tokens)
+
+    def _learn(self, arm: int, x: np.ndarray, reward: float) -> None:
+        """Sherman and Morrison's update of one arm's inverse."""
+        gain = self._inverse[arm] @ x
+        self._inverse[arm] -= np.outer(gain, gain) / (1.0 + x @ gain)
+        self._moment[arm] += reward * x
+        self._tries[arm] += 1
+        self._reward_sum[arm] += reward
+
+    def _alive(self) -> np.ndarray:
+        mean = self._reward_sum / np.maximum(self._tries, 1)
+        tried = self._tries >= self._prune_after
+        best = mean[tried].max(initial=-np.inf)
+        alive: np.ndarray = ~(tried & (mean < best - self._prune_gap))
+        alive[-1] = True
+        return alive
+
+    def _reward(self, window: WindowMetrics) -> float:
+        self._energy_j += window.energy_j
+        self._tokens += window.output_tokens
+        if not self._tokens:
+            return 0.0
+        reference_j = self._energy_j / self._tokens
+        cost = window.energy_j / max(window.output_tokens, 1) / reference_j
+        return -min(cost, 3.0) - self._miss_price * (1.0 - window_attainment(window, self._slo))
+
+    def _features(self, window: WindowMetrics) -> np.ndarray:
+        seconds, capacity = window.duration_s, self._spec.batch_limits[-1]
+        scheduled = window.prompt_tokens + window.output_tokens
+        return np.array(
+            [
+                float(window.waiting > 0),
+                window.prompt_tokens / seconds / 10_000,
+                window.output_tokens / seconds / 5_000,
+                window.output_tokens / scheduled if scheduled else 0.0,
+                window.running / capacity,
+                window.kv_usage,
+                window.prefix_hit_rate or 0.0,
+                1.0,
+            ]
+        )

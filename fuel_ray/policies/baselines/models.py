@@ -1,0 +1,123 @@
+"""Latency and energy as the peers fit them, here from a pack's performance model instead of a profile.
+
+VoltanaLLM and EAIS fit straight lines to profiled runs; here the same lines are fitted by least squares to
+steps of the calibrated performance model, which has no outliers for a robust fit to leave out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuel_ray.sim.perf_model import PerfModel, step_cost
+from fuel_ray.types import Slo
+
+_PROMPTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens
+_CONTEXTS = (128, 384, 768, 1536)  # tokens per request
+
+
+@dataclass(frozen=True, slots=True)
+class StepModel:
+    """A clock's inter-token latency and prefill time, each linear in its load (VoltanaLLM)."""
+
+    gpu_clock_mhz: int
+    itl_request_s: float  # per running request
+    itl_token_s: float  # per token in the KV cache
+    itl_fixed_s: float
+    prefill_token_s: float  # per prompt token
+    prefill_fixed_s: float
+
+    def itl_s(self, requests: float, tokens: float) -> float:
+        """Time of a decode step."""
+        return self.itl_request_s * requests + self.itl_token_s * tokens + self.itl_fixed_s
+
+    def prefill_s(self, tokens: float) -> float:
+        """Time of a step that computes this many prompt tokens."""
+        return self.prefill_token_s * tokens + self.prefill_fixed_s
+
+
+@dataclass(frozen=True, slots=True)
+class BatchModel:
+    """A clock's time and energy for a whole batch of b requests, each linear in b (EAIS)."""
+
+    gpu_clock_mhz: int
+    request_s: float
+    fixed_s: float
+    request_j: float
+    fixed_j: float
+
+    def latency_s(self, batch: int) -> float:
+        """From the start of the batch to its last token."""
+        return self.request_s * batch + self.fixed_s
+
+    def energy_j_per_request(self, batch: int) -> float:
+        """Energy of the batch by requests in it."""
+        return self.request_j + self.fixed_j / batch
+
+
+def fit_steps(perf: PerfModel, clocks_mhz: Sequence[int], *, max_num_seqs: int) -> tuple[StepModel, ...]:
+    """Step models at these clocks, in their order, for up to ``max_num_seqs`` running requests."""
+    return tuple(_fit_step(perf, clock_mhz, max_num_seqs) for clock_mhz in clocks_mhz)
+
+
+def fit_batches(
+    perf: PerfModel,
+    clocks_mhz: Sequence[int],
+    *,
+    max_batch: int,
+    prompt_tokens: float = 512.0,
+    output_tokens: float = 220.0,
+) -> tuple[BatchModel, ...]:
+    """Batch models at these clocks for requests of these mean lengths; the default workload's by default."""
+    batches = np.unique(np.geomspace(1, max_batch, 12).round())
+    models = []
+    for clock_mhz in clocks_mhz:
+        costs = [_batch_cost(perf, b, clock_mhz, prompt_tokens, output_tokens) for b in batches.tolist()]
+        (request_s, request_j), (fixed_s, fixed_j) = _least_squares(
+            batches[:, None], np.array(costs)
+        ).tolist()
+        models.append(BatchModel(clock_mhz, request_s, fixed_s, request_j, fixed_j))
+    return tuple(models)
+
+
+def token_limits(slo: Slo, *, output_tokens: float = 220.0) -> tuple[float, float]:
+    """TTFT and TPOT limits in s; an e2e limit gives a tenth to the first token, the rest to the others.
+
+    A limit that the SLO does not set, and an e2e limit does not imply, is infinite.
+    """
+    ttft_s, tpot_s = float("inf"), float("inf")
+    if slo.e2e_s is not None:
+        ttft_s, tpot_s = 0.1 * slo.e2e_s, 0.9 * slo.e2e_s / output_tokens
+    return slo.ttft_s or ttft_s, slo.tpot_s or tpot_s
+
+
+def _fit_step(perf: PerfModel, clock_mhz: int, max_num_seqs: int) -> StepModel:
+    requests = np.unique(np.geomspace(1, max_num_seqs, 10).round())
+    loads = np.array([(n, n * context) for n in requests for context in _CONTEXTS])
+    itls_s = [max(step_cost(perf, n, tokens, 0, clock_mhz)[0], perf.launch_graph_s) for n, tokens in loads]
+    request_s, token_s, itl_fixed_s = _least_squares(loads, np.array(itls_s)).tolist()
+    prefills_s = [_prefill_cost(perf, p, clock_mhz)[0] for p in _PROMPTS]
+    prefill_s, prefill_fixed_s = _least_squares(np.array(_PROMPTS)[:, None], np.array(prefills_s)).tolist()
+    return StepModel(clock_mhz, request_s, token_s, itl_fixed_s, prefill_s, prefill_fixed_s)
+
+
+def _prefill_cost(perf: PerfModel, tokens: float, clock_mhz: int) -> tuple[float, float]:
+    """Time in s and energy in J of a prefill by itself, launch included."""
+    work_s, power_w, _ = step_cost(perf, 1, tokens, tokens, clock_mhz, tokens**2 / 2)
+    launch_s = perf.launch_pieces_s if tokens < perf.graph_max_tokens else perf.launch_eager_s
+    return max(work_s, launch_s), work_s * power_w + max(launch_s - work_s, 0.0) * perf.stall_w
+
+
+def _batch_cost(
+    perf: PerfModel, batch: float, clock_mhz: int, prompt_tokens: float, output_tokens: float
+) -> tuple[float, float]:
+    """Time in s and energy in J of a static batch: its prefills, then its decode steps."""
+    prefill_s, prefill_j = _prefill_cost(perf, prompt_tokens, clock_mhz)
+    context = batch * (prompt_tokens + output_tokens / 2)
+    step_s, power_w, _ = step_cost(perf, batch, context, 0, clock_mhz)
+    return batch * prefill_s + output_tokens * step_s, batch * prefill_j + output_tokens * step_s * power_w
+
+
+def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Slopes and, last, the intercept of y = slopes x + intercept: (columns of x + 1,) or (.., targets)."""
+    return np.asarray(np.linalg.lstsq(np.column_stack((x, np.ones(len(x)))), y, rcond=None)[0])

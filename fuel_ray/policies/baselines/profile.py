@@ -1,0 +1,156 @@
+"""Knobs per cell of time, from runs at fixed clocks: what the oracle and the load table start from.
+
+Energy and misses of a window depend on its own clock far more than on those before it. So runs at each fixed
+clock say what every cell (a segment of time, or all windows at similar load) would cost at every clock, and
+for a price per unit of badness the cheapest clock per cell is a look-up. The price is then bisected on runs
+of what was chosen, so that the result keeps the SLO as run and not as predicted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuel_ray.codec import ArrivalRate
+from fuel_ray.policies.baselines.static import Static
+from fuel_ray.types import Knobs, Policy, RequestRecords, Slo, WindowMetrics
+
+_BISECTIONS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """One episode, per window that was measured: arrays of equal length (windows,)."""
+
+    energy_j: np.ndarray
+    badness: np.ndarray  # of the requests that arrived in the window; ``badness`` of its requests, summed
+    rate_rps: np.ndarray  # moving average of the arrival rate before the window; the policies' input
+    arrivals: int
+
+    @property
+    def mean_badness(self) -> float:
+        """Per request; the SLO is kept when it is at most ``allowed_badness``."""
+        return float(self.badness.sum()) / max(self.arrivals, 1)
+
+
+Runner = Callable[[Policy], Sequence[Trace]]  # one trace per seed, in the same order each time
+
+
+def badness(records: RequestRecords, slo: Slo) -> np.ndarray:
+    """Per request 1 if it broke a limit, else 0; where means are promised, its largest latency / limit."""
+    if slo.share is not None:
+        return (~records.keeps(slo)).astype(float)
+    pairs = ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s))
+    shares = [np.nan_to_num(values_s) / limit_s for values_s, limit_s in pairs if limit_s is not None]
+    return np.asarray(np.max(shares, axis=0))
+
+
+def allowed_badness(slo: Slo, share: float) -> float:
+    """Mean badness at which ``share`` of the requests keep the SLO, or the means are at ``share`` of it."""
+    return share if slo.share is None else 1.0 - share
+
+
+def trace(windows: Sequence[WindowMetrics], records: RequestRecords, slo: Slo) -> Trace:
+    """A trace of an episode's windows and its requests; one without a record is as bad as can be."""
+    ends_s = np.cumsum([window.duration_s for window in windows])
+    bad = np.zeros(len(windows))
+    at = np.minimum(np.searchsorted(ends_s, records.arrival_s, side="right"), len(windows) - 1)
+    np.add.at(bad, at, badness(records, slo))
+    arrivals = sum(window.arrivals for window in windows)
+    bad[-1] += (arrivals - len(records)) * (1.0 if slo.share is not None else 10.0)
+    average = ArrivalRate()
+    rates = [average.update(window) for window in windows]
+    return Trace(
+        np.array([window.energy_j for window in windows]), bad, np.array([0.0, *rates[:-1]]), arrivals
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """What each cell costs at each clock, summed over seeds: (clocks, cells)."""
+
+    clocks_mhz: tuple[int, ...]
+    energy_j: np.ndarray
+    badness: np.ndarray
+
+    def cheapest(self, price_j: float) -> tuple[int, ...]:
+        """Per cell the clock of least energy plus ``price_j`` per unit of badness; (cells,)."""
+        best = (self.energy_j + price_j * self.badness).argmin(axis=0)
+        return tuple(self.clocks_mhz[k] for k in best)
+
+
+def profile(
+    run: Runner, clocks_mhz: Sequence[int], *, batch_limit: int
+) -> tuple[tuple[int, ...], list[Sequence[Trace]]]:
+    """Traces of runs at each fixed clock."""
+    return tuple(clocks_mhz), [run(Static(Knobs(batch_limit, clock_mhz))) for clock_mhz in clocks_mhz]
+
+
+def grid_of(
+    clocks_mhz: Sequence[int], traces: Sequence[Sequence[Trace]], cell_of: Callable[[Trace], np.ndarray]
+) -> Grid:
+    """Sum the windows of each cell; ``cell_of`` gives each window's cell, 0 .. cells - 1."""
+    cells = 1 + max(int(cell_of(t).max()) for per_seed in traces for t in per_seed)
+    energy_j, bad = np.zeros((2, len(clocks_mhz), cells))
+    for k, per_seed in enumerate(traces):
+        for t in per_seed:
+            np.add.at(energy_j[k], cell_of(t), t.energy_j)
+            np.add.at(bad[k], cell_of(t), t.badness)
+    return Grid(tuple(clocks_mhz), energy_j, bad)
+
+
+class Attempts:
+    """Runs candidates (a clock per cell) once each and knows the best so far."""
+
+    def __init__(self, run: Runner, make: Callable[[tuple[int, ...]], Policy], *, allowed: float) -> None:
+        self._run, self._make, self._allowed = run, make, allowed
+        self._tried: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    def cost(self, clocks_mhz: tuple[int, ...]) -> tuple[float, float]:
+        """Energy in J and mean badness of a candidate over all seeds."""
+        if clocks_mhz not in self._tried:
+            traces = self._run(self._make(clocks_mhz))
+            arrivals = sum(t.arrivals for t in traces)
+            bad = sum(float(t.badness.sum()) for t in traces) / max(arrivals, 1)
+            self._tried[clocks_mhz] = sum(float(t.energy_j.sum()) for t in traces), bad
+        return self._tried[clocks_mhz]
+
+    def rank(self, clocks_mhz: tuple[int, ...]) -> tuple[bool, float]:
+        """Lower is better: least energy of those within the allowed badness, or else least badness."""
+        energy_j, bad = self.cost(clocks_mhz)
+        return bad > self._allowed, bad if bad > self._allowed else energy_j
+
+    def bisect_price(self, grid: Grid) -> None:
+        """Try the cheapest clocks at prices between which the allowed badness lies."""
+        scale_j = float(grid.energy_j.min(axis=0).sum()) / max(float(grid.badness.max(axis=0).sum()), 1.0)
+        low, high = scale_j * 1e-4, scale_j * 1e6
+        for _ in range(_BISECTIONS):
+            price_j = (low * high) ** 0.5
+            _, bad = self.cost(grid.cheapest(price_j))
+            low, high = (price_j, high) if bad > self._allowed else (low, price_j)
+        for clock_mhz in grid.clocks_mhz:
+            self.cost((clock_mhz,) * grid.energy_j.shape[1])
+
+    def descend(self, supported_mhz: Sequence[int], *, stride: int, budget: int) -> None:
+        """Move one cell's clock at a time by ``stride`` places, as long as that ranks better."""
+        best, spent = self.best(), len(self._tried)
+        for cell in range(len(best)):
+            for step in (-stride, stride):
+                if len(self._tried) - spent >= budget:
+                    return
+                moved = _moved(best, cell, step, supported_mhz)
+                if moved is not None and self.rank(moved) < self.rank(best):
+                    best = moved
+
+    def best(self) -> tuple[int, ...]:
+        """The candidate of lowest rank."""
+        return min(self._tried, key=self.rank)
+
+
+def _moved(
+    clocks_mhz: tuple[int, ...], cell: int, step: int, supported_mhz: Sequence[int]
+) -> tuple[int, ...] | None:
+    at = list(supported_mhz).index(clocks_mhz[cell]) + step
+    if not 0 <= at < len(supported_mhz):
+        return None
+    return (*clocks_mhz[:cell], supported_mhz[at], *clocks_mhz[cell + 1 :])

@@ -1,0 +1,483 @@
+"""Published baselines: each rule on hand-made windows, and each at work on the simulated node."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fuel_ray.build import build_loop
+from fuel_ray.config import PRESETS
+from fuel_ray.control import run_policy
+from fuel_ray.policies.baselines import (
+    AgftLinUcb,
+    BatchModel,
+    Clipper,
+    ClockSchedule,
+    Dwell,
+    Eais,
+    Feedback,
+    GreenDlsNet,
+    Static,
+    StepModel,
+    VoltanaLlm,
+    find_load_table,
+    find_schedule,
+    fit_batches,
+    fit_steps,
+    token_limits,
+)
+from fuel_ray.policies.baselines.greendls import SHAPES
+from fuel_ray.policies.baselines.profile import Trace, allowed_badness, badness, trace
+from fuel_ray.sim.perf_model import load_pack, step_cost
+from fuel_ray.types import Knobs, RequestRecords, Slo
+from tests.test_codec import SPEC, WINDOW
+
+SLO = Slo(ttft_s=1.0, tpot_s=0.05)
+E2E = Slo(e2e_s=10.0, share=None)
+CLOCKS = SPEC.gpu_clocks_mhz
+QUIET = replace(
+    WINDOW, duration_s=1.0, arrivals=0, completed=0, prompt_tokens=0, output_tokens=0, running=0, waiting=0,
+    kv_usage=0.0, oldest_wait_s=0.0, ttfts_s=(), tpots_s=(), e2es_s=(),
+)  # fmt: skip
+PERF = load_pack("h100-qwen3-8b").perf
+
+
+def finished(*e2es_s, **changes):
+    return replace(QUIET, e2es_s=e2es_s, completed=len(e2es_s), **changes)
+
+
+# Clipper
+
+
+def test_clipper_raises_by_one_lowers_by_a_tenth_near_the_slo_and_by_three_beyond_it():
+    policy = Clipper(SPEC, E2E)
+    worst_s = [5.0, 9.0, 9.1, 10.0, 10.1, 1.0]
+    limits = [policy.decide(finished(1.0, worst)).batch_limit for worst in worst_s]
+    assert limits == [9, 10, 9, 8, 5, 6]
+
+
+def test_clipper_keeps_the_clock_highest_and_the_limit_within_the_server():
+    policy = Clipper(SPEC, E2E)
+    for _ in range(10):
+        assert policy.decide(finished(11.0)) == Knobs(policy.decide(finished(11.0)).batch_limit, CLOCKS[-1])
+    assert policy.decide(finished(11.0)).batch_limit == 1
+    for _ in range(200):
+        limit = policy.decide(QUIET).batch_limit
+    assert limit == SPEC.batch_limits[-1]
+    policy.reset()
+    assert policy.decide(QUIET).batch_limit == 9
+
+
+def test_clipper_takes_the_worst_of_all_limits_and_of_the_oldest_wait():
+    assert Clipper(SPEC, SLO).decide(replace(QUIET, ttfts_s=(0.1, 0.95))).batch_limit == 7
+    assert Clipper(SPEC, SLO).decide(replace(QUIET, ttfts_s=(0.1,), tpots_s=(0.06,))).batch_limit == 5
+    assert Clipper(SPEC, SLO).decide(replace(QUIET, oldest_wait_s=2.0)).batch_limit == 5
+
+
+def test_clipper_while_binding_raises_only_a_limit_that_holds_requests_back():
+    policy = Clipper(SPEC, E2E, only_while_binding=True)
+    windows = [QUIET, replace(QUIET, running=8), replace(QUIET, running=8), replace(QUIET, waiting=1)]
+    assert [policy.decide(window).batch_limit for window in windows] == [8, 9, 9, 10]
+
+
+# EAIS
+
+
+def eais(**changes):
+    models = (BatchModel(637, 0.4, 1.0, 2.0, 8.0), BatchModel(1597, 0.1, 0.5, 4.0, 4.0))
+    return Eais(models, **{"slo_s": 10.0, **changes})
+
+
+def test_eais_takes_the_largest_batch_that_keeps_the_slo_at_the_cheapest_clock():
+    window = replace(QUIET, arrivals=4, waiting=2, oldest_wait_s=0.5)
+    # 1.2 (0.5 + (b - 2) / 4) + 0.4 b + 1 < 9: b = 11 (8.7); 1.2 (..) + 0.1 b + 0.5 < 9: b = 21 (8.9)
+    assert eais().decide(window) == Knobs(11, 637)  # 2 + 8 / 11 J < 4 + 4 / 21 J
+
+
+def test_eais_bounds_the_batch_by_what_arrives_in_time_and_by_32():
+    few = replace(QUIET, arrivals=1)  # at most int(1 x 10 + 0) = 10; 1.2 x 10 alone is beyond the SLO
+    assert eais().decide(few).batch_limit == 5  # 1.2 x 5 + 0.4 x 5 + 1 = 9 is not below 9; fast: 1.3 b < 8.5
+    many = replace(QUIET, arrivals=40, waiting=100)
+    assert eais().decide(many) == Knobs(32, 637)
+
+
+def test_eais_goes_to_the_highest_clock_when_no_clock_keeps_the_slo():
+    assert eais().decide(replace(QUIET, arrivals=5, waiting=1, oldest_wait_s=12.0)) == Knobs(1, 1597)
+
+
+def test_batch_models_are_lines_through_the_performance_model():
+    slow, fast = fit_batches(PERF, (1305, 1980), max_batch=128)
+    step_s, _, _ = step_cost(PERF, 32, 32 * 622, 0, 1980)
+    assert fast.latency_s(32) > 220 * step_s  # decoding alone
+    assert slow.latency_s(32) > fast.latency_s(32)
+    assert slow.energy_j_per_request(32) < fast.energy_j_per_request(32)
+    assert fast.energy_j_per_request(64) < fast.energy_j_per_request(4)
+
+
+# VoltanaLLM
+
+
+STEPS = (StepModel(900, 1e-3, 1e-6, 0.02, 1e-3, 0.1), StepModel(1800, 5e-4, 5e-7, 0.01, 5e-4, 0.05))
+
+
+def voltana(**changes):
+    settings = {"ttft_s": 1.0, "tpot_s": 0.05, "batch_limit": 64, "kv_tokens": 20_000, **changes}
+    return VoltanaLlm(STEPS, **settings)
+
+
+BUSY = replace(QUIET, arrivals=2, running=10, output_tokens=500, kv_usage=0.5, knobs=Knobs(64, 1800))
+
+
+def test_voltana_takes_the_lowest_clock_that_is_predicted_to_keep_the_slo():
+    assert voltana().decide(BUSY) == Knobs(64, 900)  # 10 x 1 ms + 10,000 x 1 us + 20 ms = 40 ms
+    assert voltana().decide(replace(BUSY, running=20)) == Knobs(64, 900)  # 50 ms
+    assert voltana().decide(replace(BUSY, running=21)) == Knobs(64, 1800)
+
+
+def test_voltana_adds_a_margin_and_subtracts_an_offset():
+    more = replace(BUSY, running=21)
+    assert voltana(margin=0.1).decide(more).gpu_clock_mhz == 900
+    assert voltana(margin=0.1, offset_s=0.005).decide(more).gpu_clock_mhz == 1800
+
+
+def test_voltana_predicts_the_time_to_first_token_of_the_mean_prompt():
+    assert voltana(tpot_s=9.0).decide(replace(BUSY, prompt_tokens=1800)).gpu_clock_mhz == 900  # 1.0 s
+    assert voltana(tpot_s=9.0).decide(replace(BUSY, prompt_tokens=1802)).gpu_clock_mhz == 1800
+
+
+def test_voltana_stretches_decoding_by_the_time_that_prompts_take():
+    assert voltana().decide(replace(BUSY, prompt_tokens=190)).gpu_clock_mhz == 900  # 40 ms / 0.81
+    assert voltana().decide(replace(BUSY, prompt_tokens=210)).gpu_clock_mhz == 1800
+
+
+def test_voltana_goes_highest_when_overloaded_or_somebody_waits():
+    assert voltana().decide(replace(BUSY, kv_usage=0.96, running=0)).gpu_clock_mhz == 1800
+    assert voltana().decide(replace(BUSY, waiting=1)).gpu_clock_mhz == 1800
+    assert voltana(tpot_s=0.001).decide(BUSY).gpu_clock_mhz == 1800
+
+
+def test_voltana_keeps_its_clock_when_idle_and_takes_the_lowest_after_five_seconds():
+    policy, idle = voltana(), replace(QUIET, knobs=Knobs(64, 1800))
+    assert [policy.decide(idle).gpu_clock_mhz for _ in range(6)] == [1800] * 5 + [900]
+    policy.reset()
+    assert policy.decide(idle).gpu_clock_mhz == 1800
+
+
+def test_dwell_holds_a_clock_before_it_falls_and_lets_it_rise_at_once():
+    class Script:
+        wishes = iter([900, 900, 900, 1800, 900, 900, 900])
+
+        def reset(self):
+            pass
+
+        def decide(self, window):
+            return Knobs(64, next(self.wishes))
+
+    policy, clock_mhz, taken = Dwell(Script(), dwell_s=3.0), 1200, []
+    for _ in range(7):
+        clock_mhz = policy.decide(replace(QUIET, knobs=Knobs(64, clock_mhz))).gpu_clock_mhz
+        taken.append(clock_mhz)
+    assert taken == [1200, 1200, 900, 1800, 1800, 1800, 900]
+
+
+def test_step_models_are_lines_through_the_performance_model():
+    (model,) = fit_steps(PERF, (1305,), max_num_seqs=128)
+    for requests, tokens in ((4, 3000), (40, 25_000), (100, 70_000)):
+        step_s, _, _ = step_cost(PERF, requests, tokens, 0, 1305)
+        assert model.itl_s(requests, tokens) == pytest.approx(step_s, rel=0.05)
+    assert model.prefill_s(512) < fit_steps(PERF, (990,), max_num_seqs=128)[0].prefill_s(512)
+
+
+def test_an_end_to_end_limit_is_split_into_first_and_other_tokens():
+    assert token_limits(SLO) == (1.0, 0.05)
+    assert token_limits(E2E, output_tokens=100) == (1.0, 0.09)
+    assert token_limits(Slo(tpot_s=0.1)) == (float("inf"), 0.1)
+
+
+# Feedback
+
+
+def feedback(**changes):
+    return Feedback(SPEC, ttft_s=1.0, tpot_s=0.05, batch_limit=64, **changes)
+
+
+def test_feedback_lowers_the_clock_by_15_mhz_after_three_calm_windows():
+    policy = feedback()
+    clocks = [policy.decide(QUIET).gpu_clock_mhz for _ in range(7)]
+    assert clocks == [1980, 1980, 1965, 1965, 1965, 1950, 1950]
+
+
+def test_feedback_raises_at_once_near_a_limit_and_to_the_highest_beyond_it():
+    policy = feedback(memory_s=1.0, down_mhz=300)
+    for _ in range(6):
+        policy.decide(QUIET)
+    near, between, beyond = (replace(QUIET, tpots_s=(share * 0.05,)) for share in (0.96, 0.9, 1.01))
+    windows = (between, near, near, between, between, between, between, beyond)
+    clocks = [policy.decide(window).gpu_clock_mhz for window in windows]
+    assert clocks == [1380, 1440, 1500, 1500, 1500, 1500, 1500, 1980]
+
+
+def test_feedback_remembers_ten_seconds_and_takes_the_95th_percentile():
+    policy = feedback()
+    policy.decide(replace(QUIET, ttfts_s=(2.0,)))
+    assert len({policy.decide(QUIET).gpu_clock_mhz for _ in range(9 + 2)}) == 1
+    assert policy.decide(QUIET).gpu_clock_mhz == 1965
+    policy.reset()
+    rare = replace(QUIET, ttfts_s=(0.1,) * 99 + (2.0,))
+    assert [policy.decide(rare).gpu_clock_mhz for _ in range(3)][-1] == 1965
+
+
+def test_feedback_sees_who_waits():
+    policy = feedback(down_mhz=300)
+    for _ in range(3):
+        policy.decide(QUIET)
+    assert policy.decide(replace(QUIET, oldest_wait_s=1.5, waiting=3)).gpu_clock_mhz == 1980
+
+
+# AGFT
+
+
+def agft(**changes):
+    return AgftLinUcb(SPEC, SLO, batch_limit=64, clocks_mhz=(990, 1380, 1980), **changes)
+
+
+def test_linucb_learns_the_clock_of_least_energy():
+    policy, knobs, energies_j = agft(), Knobs(64, 1980), {990: 700.0, 1380: 400.0, 1980: 600.0}
+    taken = []
+    for _ in range(200):
+        knobs = policy.decide(replace(BUSY, energy_j=energies_j[knobs.gpu_clock_mhz], knobs=knobs))
+        taken.append(knobs.gpu_clock_mhz)
+    assert set(taken) == {990, 1380, 1980}
+    assert taken[-50:].count(1380) >= 45
+
+
+def test_linucb_updates_as_ridge_regression_does():
+    policy, rng = agft(), np.random.default_rng(0)
+    xs, rewards = rng.random((30, 8)), rng.random(30)
+    for x, reward in zip(xs, rewards, strict=True):
+        policy._learn(0, x, reward)
+    np.testing.assert_allclose(policy._inverse[0], np.linalg.inv(np.eye(8) + xs.T @ xs), atol=1e-9)
+    np.testing.assert_allclose(policy._moment[0], xs.T @ rewards)
+
+
+def test_linucb_drops_clocks_that_are_much_worse_but_never_the_highest():
+    policy = agft(prune_after=5)
+    for arm, reward in ((0, -9.0), (1, -1.0), (2, -9.0)):
+        for _ in range(5):
+            policy._learn(arm, np.ones(8), reward)
+    assert policy.arms_mhz == (1380, 1980)
+
+
+def test_linucb_takes_the_highest_clock_while_requests_wait_too_long():
+    assert agft().decide(replace(BUSY, oldest_wait_s=1.5)).gpu_clock_mhz == 1980
+
+
+def test_linucb_forgets_on_reset_what_it_was_not_told_to_keep():
+    policy = agft()
+    first = [policy.decide(BUSY) for _ in range(20)]
+    policy.reset()
+    assert [policy.decide(BUSY) for _ in range(20)] == first
+    policy.keep()
+    policy.decide(BUSY)
+    policy.reset()
+    assert policy._tries.sum() == 19
+
+
+# GreenDLS
+
+
+def test_greendls_has_four_inputs_a_relu_a_tanh_and_198_actions():
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+    slow = replace(WINDOW, e2es_s=(2.0, 4.0))
+    x = np.array([10 * 450 / 250, 10 * 0.05, 10 * 0.3, 10 * 6 / 10])  # power, wait, inference, rate
+    hidden = np.maximum(arrays["trunk.0.weight"] @ x + arrays["trunk.0.bias"], 0)
+    hidden = np.tanh(arrays["trunk.2.weight"] @ hidden + arrays["trunk.2.bias"])
+    action = int((arrays["advantage.weight"] @ hidden + arrays["advantage.bias"]).argmax())
+    limits = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36)
+    expected = Knobs(limits[action // 18], 517 + 60 * (action % 18))
+    assert GreenDlsNet(arrays, SPEC).decide(slow) == expected
+
+
+def test_greendls_refuses_weights_of_another_shape():
+    with pytest.raises(ValueError, match=r"trunk\.0\.weight"):
+        GreenDlsNet({}, SPEC)
+
+
+# Oracle
+
+
+def test_a_schedule_plays_the_clock_of_each_segment_and_then_the_last():
+    policy = ClockSchedule((990, 1200, 1500), segment_s=2.0, batch_limit=8)
+    clocks = [policy.decide(QUIET).gpu_clock_mhz for _ in range(7)]  # windows that begin at 1, 2, ..., 7 s
+    assert clocks == [990, 1200, 1200, 1500, 1500, 1500, 1500]
+    policy.reset()
+    assert policy.decide(QUIET) == Knobs(8, 990)
+
+
+BEST_MHZ = (1095, 1500, 1305, 1740)  # of each 10 s; below it every request misses its limit
+
+
+def toy(policy):
+    """An episode of 40 s with 2 requests a second, whose cost is known in closed form."""
+    policy.reset()
+    window, energies_j, bad = replace(QUIET, arrivals=2), [600.0], [0.0]
+    for second in range(1, 40):
+        window = replace(window, knobs=policy.decide(window))
+        energies_j.append(window.knobs.gpu_clock_mhz / 10)
+        bad.append(2.0 * (window.knobs.gpu_clock_mhz < BEST_MHZ[second // 10]))
+    return [Trace(np.array(energies_j), np.array(bad), np.full(40, 2.0), arrivals=80)]
+
+
+def test_the_oracle_finds_the_lowest_clock_of_each_segment():
+    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.0, stride=4, budget=60)
+    assert all(0 <= clock - best <= 30 for clock, best in zip(found.clocks_mhz, BEST_MHZ, strict=True))
+    (result,) = toy(found)
+    assert result.mean_badness == 0.0
+
+
+def test_the_oracle_spends_the_misses_that_are_allowed():
+    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.25, budget=60)
+    (result,) = toy(found)
+    assert 0.2 < result.mean_badness <= 0.25
+    assert result.energy_j.sum() < toy(Static(Knobs(64, 1500)))[0].energy_j.sum()
+
+
+def test_badness_is_a_miss_or_the_share_of_a_mean_limit():
+    records = RequestRecords(
+        arrival_s=np.array([0.0, 1.5]), admitted_s=np.array([0.0, 1.5]), first_token_s=np.array([0.5, 4.0]),
+        finished_s=np.array([2.0, 6.5]), prompt_tokens=np.array([5, 5]), output_tokens=np.array([31, 51]),
+        preemptions=np.array([0, 0]),
+    )  # fmt: skip
+    assert badness(records, SLO).tolist() == [0.0, 1.0]
+    assert badness(records, E2E).tolist() == [0.2, 0.5]
+    assert allowed_badness(SLO, 0.95) == pytest.approx(0.05)
+    assert allowed_badness(E2E, 1.0) == 1.0
+    windows = [replace(QUIET, arrivals=1), replace(QUIET, arrivals=1), replace(QUIET, arrivals=1)]
+    result = trace(windows, records, SLO)
+    assert result.badness.tolist() == [0.0, 1.0, 1.0]  # the third has no record
+    assert result.rate_rps[0] == 0.0 and result.rate_rps[1] == 1.0
+
+
+# On the simulated node
+
+
+def steady_clock(make, rate_rps, *, steps=90):
+    """Mean clock of the last 60 s under a steady load with an ample KV pool."""
+    config = replace(PRESETS["default"], kv_tokens=None)
+    loop = build_loop(config, 16, horizon_s=float(steps), workload=f"steady:rate_rps={rate_rps}")
+    records = run_policy(loop, make(loop.node.spec), seed=3, steps=steps)
+    return np.mean([record.applied.gpu_clock_mhz for record in records[-60:]]), records
+
+
+def make_voltana(spec, tpot_s=0.014):
+    models = fit_steps(PERF, spec.gpu_clocks_mhz[::4], max_num_seqs=spec.batch_limits[-1])
+    tokens = spec.num_kv_blocks * spec.kv_block_size
+    return VoltanaLlm(models, ttft_s=1.0, tpot_s=tpot_s, batch_limit=128, kv_tokens=tokens)
+
+
+def test_voltana_lowers_the_clock_at_low_load():
+    low, high = steady_clock(make_voltana, 2)[0], steady_clock(make_voltana, 14)[0]
+    assert low < 1200 and high > low + 200
+
+
+def test_dwell_makes_voltana_switch_less():
+    def switches(make):
+        clocks = [record.applied.gpu_clock_mhz for record in steady_clock(make, 8)[1]]
+        return sum(a != b for a, b in zip(clocks, clocks[1:], strict=False))
+
+    assert switches(lambda spec: Dwell(make_voltana(spec), dwell_s=5.0)) < 0.6 * switches(make_voltana)
+
+
+def test_feedback_finds_a_lower_clock_at_low_load():
+    def make(spec):
+        return Feedback(spec, ttft_s=1.0, tpot_s=0.014, batch_limit=128, down_mhz=60)
+
+    assert steady_clock(make, 2)[0] < steady_clock(make, 12)[0]
+
+
+def test_clipper_grows_to_what_the_load_needs_and_no_further_while_binding():
+    _, records = steady_clock(lambda spec: Clipper(spec, SLO, only_while_binding=True), 6, steps=200)
+    assert 8 < records[-1].applied.batch_limit < 60
+    assert steady_clock(lambda spec: Clipper(spec, SLO), 6, steps=200)[1][-1].applied.batch_limit == 128
+
+
+def test_eais_uses_a_clock_below_the_highest():
+    def make(spec):
+        models = fit_batches(PERF, spec.gpu_clocks_mhz[::8], max_batch=128)
+        return Eais(models, slo_s=10.0, max_batch=128)
+
+    assert steady_clock(make, 6)[0] < 1500
+
+
+def test_linucb_saves_energy_against_the_highest_clock():
+    def make(spec):
+        return AgftLinUcb(spec, SLO, batch_limit=128, clocks_mhz=spec.gpu_clocks_mhz[::10])
+
+    def energy_j(records):
+        return sum(record.metrics.energy_j for record in records[-60:])
+
+    ours = energy_j(steady_clock(make, 6, steps=200)[1])
+    assert ours < 0.85 * energy_j(steady_clock(lambda spec: Static(spec.max_performance), 6, steps=200)[1])
+
+
+def simulated(seeds, *, slo=SLO, workload="piecewise:rates=2@60+16@60"):
+    config = replace(PRESETS["default"], kv_tokens=None)
+    loop = build_loop(config, 16, horizon_s=120.0, workload=workload)
+
+    def run(policy):
+        traces = []
+        for seed in seeds:
+            policy.reset()
+            windows = [loop.reset(seed=seed)]
+            for _ in range(130):
+                windows.append(loop.step(policy.decide(windows[-1])).metrics)
+            traces.append(trace(windows, loop.node.take_records(), slo))
+        return traces
+
+    return run
+
+
+def test_the_oracle_beats_every_fixed_clock_where_the_load_changes():
+    run = simulated([5], slo=Slo(ttft_s=1.0, tpot_s=0.016))
+    found = find_schedule(run, CLOCKS, segment_s=20.0, batch_limit=128, allowed=0.05, stride=8, budget=10)
+    fixed = [run(Static(Knobs(128, clock)))[0] for clock in CLOCKS[::8]]
+    (result,) = run(found)
+    kept = [t.energy_j.sum() for t in fixed if t.mean_badness <= 0.05]
+    assert result.mean_badness <= 0.05
+    assert result.energy_j.sum() < min(kept)
+
+
+def test_a_found_load_table_is_no_worse_than_a_fixed_clock():
+    run = simulated([5, 6], slo=Slo(ttft_s=1.0, tpot_s=0.016))
+    table = find_load_table(run, CLOCKS, batch_limit=128, allowed=0.05, rows=4, stride=8, budget=10)
+
+    def cost(policy):
+        traces = run(policy)
+        return sum(t.energy_j.sum() for t in traces), sum(t.badness.sum() for t in traces) / sum(
+            t.arrivals for t in traces
+        )
+
+    fixed = [cost(Static(Knobs(128, clock))) for clock in CLOCKS[::-1][::8]]
+    energy_j, bad = cost(table)
+    assert bad <= 0.05
+    assert energy_j <= min(e for e, b in fixed if b <= 0.05)
+
+
+def test_every_rule_decides_in_under_a_millisecond():
+    spec = SPEC
+    policies = [
+        Clipper(spec, SLO), Feedback(spec, ttft_s=1.0, tpot_s=0.05, batch_limit=64),
+        AgftLinUcb(spec, SLO, batch_limit=64, clocks_mhz=spec.gpu_clocks_mhz[::4]),
+        Eais(fit_batches(PERF, spec.gpu_clocks_mhz[::8], max_batch=128), slo_s=10.0, max_batch=128),
+        VoltanaLlm(fit_steps(PERF, spec.gpu_clocks_mhz, max_num_seqs=128), ttft_s=1, tpot_s=0.01,
+                   batch_limit=64, kv_tokens=20_000),
+    ]  # fmt: skip
+    for policy in policies:
+        seconds = []
+        for _ in range(50):
+            began_s = time.perf_counter()
+            policy.decide(BUSY)
+            seconds.append(time.perf_counter() - began_s)
+        assert np.median(seconds) < 1e-3, type(policy).__name__
