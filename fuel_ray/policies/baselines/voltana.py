@@ -15,7 +15,7 @@ class VoltanaLlm:
     clock, after 5 s the lowest; requests waiting: highest; else the lowest clock with
     prediction <= limit (1 + margin) - offset, else the highest. It controls servers that only prefill or
     only decode; this one does both, so the predicted ITL is stretched by the share of time that the window's
-    prompt tokens take. Threshold (share of the KV blocks), margin and offset are not in FACTS.md: ours.
+    prefills take. Threshold (share of the KV blocks), margin and offset are not in FACTS.md: ours.
     """
 
     def __init__(
@@ -60,10 +60,11 @@ class VoltanaLlm:
         return next(kept, highest_mhz)
 
     def _keeps(self, model: StepModel, window: WindowMetrics) -> bool:
-        prompt = window.prompt_tokens / max(window.arrivals, 1)
-        prefilling = min(model.prefill_token_s * window.prompt_tokens / window.duration_s, 0.9)
+        prefills = max(window.arrivals, 1) if window.prompt_tokens else 0
+        prefill_s = model.prefill_s(window.prompt_tokens / max(prefills, 1))
+        prefilling = min(prefills * prefill_s / window.duration_s, 0.9)
         itl_s = model.itl_s(window.running, window.kv_usage * self._kv_tokens) / (1.0 - prefilling)
-        return itl_s <= self._tpot_s and model.prefill_s(prompt) <= self._ttft_s
+        return itl_s <= self._tpot_s and prefill_s <= self._ttft_s
 
 
 class Dwell:
