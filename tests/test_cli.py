@@ -284,3 +284,8 @@ def test_the_seed_preset_is_the_original_request():
     assert (seed.train.hidden, seed.train.lr, seed.train.gamma) == ((256, 256), 1e-4, 0.99)
     assert (seed.slo_e2e_s, seed.grid, len(seed.features)) == (10.0, "seed", 10)
     assert dataclasses.is_dataclass(seed)
+
+
+def test_a_sweep_refuses_a_live_node(capsys):
+    assert main(["sweep", "--node", "live", "--live.model", "m"]) == 2
+    assert "fuel-ray evaluate" in capsys.readouterr().err

@@ -39,6 +39,8 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
         ConfigError: a flag is wrong, or differs from the run that is to be resumed.
     """
     config = parse_serving(SweepConfig, argv, prog=prog)
+    if config.node != "sim":
+        raise ConfigError("--node live: a sweep runs on simulated nodes; `fuel-ray evaluate` has live ones")
     if config.resume is None:
         return config
     if not (config.resume / "run.json").is_file():
