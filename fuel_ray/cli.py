@@ -3,8 +3,8 @@
 import importlib
 import sys
 
-from fuel_ray.config import parse_flags
 from fuel_ray.errors import ConfigError, FuelRayError
+from fuel_ray.flags import parse_flags
 
 # verb: (module, class of its settings, what it does)
 VERBS = {

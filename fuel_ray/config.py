@@ -1,19 +1,13 @@
-"""One frozen tree of settings; presets are values of it, flags and JSON change it."""
+"""One frozen tree of settings; presets are values of it, JSON files change it. Flags are in flags.py."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import re
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import tyro
-
-from fuel_ray.codec import DEFAULT_FEATURES, FEATURES, SEED_FEATURES, GridName
+from fuel_ray.codec import DEFAULT_FEATURES, SEED_FEATURES, GridName
 from fuel_ray.errors import ConfigError
 from fuel_ray.types import Slo
 
@@ -191,147 +185,9 @@ SEED_PRESET = SweepConfig(
     ),
 )
 _ONLY_IN_RUN_JSON = ("backend", "slo_attainment_target")  # it says more than settings
-# Lowest and highest value of each number, or of each in a tuple
-_COUNT, _SHARE = (1, 10**9), (0.0, 1.0)
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        ("steps", "seeds", "kv_tokens", "grid_clock_step_mhz", "grid_batch_limits", "live_seconds"), _COUNT
-    ),
-    **dict.fromkeys(("seed", "miss_price_j", "guard_wait_s"), (0, 2**31 - 1)),
-    **dict.fromkeys(("grid_lowest_clock_share", "train.gamma", "train.epsilon_final"), _SHARE),
-    **dict.fromkeys(("max_num_seqs", "gpu_clocks_mhz", "live.vocab_size"), _COUNT),
-    **dict.fromkeys(("live.request_timeout_s", "live.start_timeout_s"), (1.0, 86_400.0)),
-    **dict.fromkeys(("train.lr", "train.epsilon_share"), (1e-9, 1.0)),
-    **dict.fromkeys(
-        (f"train.{f.name}" for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])),
-        _COUNT,
-    ),
-}
 PRESETS: dict[str, SweepConfig] = {"default": SweepConfig(), "seed": SEED_PRESET}
 
-T = TypeVar("T")
 Serving = TypeVar("Serving", bound=ServingConfig)
-
-
-def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
-    """Parse command-line flags into a frozen dataclass.
-
-    Raises:
-        ConfigError: a flag or a value is wrong, in one line.
-        SystemExit: with code 0, after --help.
-    """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                config_class,
-                args=argv,
-                prog=prog,
-                default=default if default is not None else tyro.MISSING_NONPROP,
-                description=config_class.__doc__,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ConfigError(_one_line(complaint.getvalue())) from None
-
-
-def parse_serving(
-    config_class: type[Serving], argv: list[str], *, prog: str, default: Serving | None = None
-) -> Serving:
-    """Settings of a verb: ``default`` or else the preset, then the --config file, then flags.
-
-    Raises:
-        ConfigError: a flag, a file or a value is wrong.
-    """
-    preset, path = _value_of(argv, "--preset"), _value_of(argv, "--config")
-    if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"--preset {preset} is unknown; allowed are {', '.join(PRESETS)}")
-    base = default or _of_class(config_class, PRESETS[preset or "default"])
-    if path is not None:
-        base = load_config(Path(path), base=base)
-    config = parse_flags(config_class, argv, prog=prog, default=base)
-    validate(config)
-    return config
-
-
-def _of_class(config_class: type[Serving], preset: "SweepConfig") -> Serving:
-    """The preset's values of those settings that ``config_class`` has too."""
-    names = {f.name for f in dataclasses.fields(config_class)} & {f.name for f in dataclasses.fields(preset)}
-    return config_class(**{name: getattr(preset, name) for name in names})
-
-
-def validate(config: ServingConfig) -> None:
-    """Check what types cannot.
-
-    Raises:
-        ConfigError: names the first value that is out of range, and the range.
-    """
-    for size in config.block_sizes:
-        if not (1 <= size <= 256 and size & (size - 1) == 0):
-            raise ConfigError(f"--block-sizes {size}: not a power of two from 1 to 256")
-    if not config.block_sizes or len(set(config.block_sizes)) < len(config.block_sizes):
-        raise ConfigError("--block-sizes: give at least one, each once")
-    for name, value in _numbers(config):
-        low, high = _RANGES[name]
-        if not low <= value <= high:
-            raise ConfigError(f"{_flag(name)} {value}: must be from {low:g} to {high:g}")
-    _validate_slo(config)
-    _validate_live(config)
-    if isinstance(config, SweepConfig):
-        _validate_training(config)
-
-
-def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number that has a range, with its dotted name."""
-    for f in dataclasses.fields(config):
-        value, name = getattr(config, f.name), prefix + f.name
-        if dataclasses.is_dataclass(value):
-            yield from _numbers(value, name + ".")
-        elif name in _RANGES:
-            yield from (
-                (name, item) for item in (value if isinstance(value, tuple) else (value,)) if item is not None
-            )
-
-
-def _validate_training(config: "SweepConfig") -> None:
-    unknown = [name for name in config.features if name not in FEATURES]
-    if unknown or not config.features or len(set(config.features)) < len(config.features):
-        raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(FEATURES)}")
-    if config.train.fragment_steps < config.train.n_step:
-        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
-    if not 0 < config.tune_share <= 1:
-        raise ConfigError(f"--tune-share {config.tune_share}: must be above 0 and at most 1")
-    if config.node == "live" and config.conditional:
-        raise ConfigError("--conditional needs all block sizes at once; a live server has one")
-
-
-def _validate_live(config: ServingConfig) -> None:
-    if config.node != "live":
-        return
-    if not config.live.model:
-        raise ConfigError("--node live needs --live.model, the model as vllm serve takes it")
-    if config.live.server is not None and len(config.block_sizes) > 1:
-        raise ConfigError("--live.server is one server with one block size: give that as --block-sizes")
-
-
-def _validate_slo(config: ServingConfig) -> None:
-    limits = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s")
-    for name in limits:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{_flag(name)} {value}: must be above 0 s, or None for no limit")
-    if all(getattr(config, name) is None for name in limits):
-        raise ConfigError(f"{', '.join(map(_flag, limits))}: at least one limit is needed")
-    if config.slo_share is not None and not 0 < config.slo_share <= 1:
-        raise ConfigError(f"--slo-share {config.slo_share}: must be above 0 and at most 1")
-    if config.reward.startswith("greendls") and config.slo_e2e_s is None:
-        raise ConfigError(f"--reward {config.reward} needs --slo-e2e-s (GreenDLS: 10)")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -406,21 +262,3 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, str) if kind is Path else isinstance(value, kind)
-
-
-def _value_of(argv: list[str], flag: str) -> str | None:
-    for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
-
-
-def _one_line(text: str) -> str:
-    """Tyro's boxed complaint as one line, without its pointer to --help."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    words = " ".join(line.strip(" │╭╮╰╯─┆┄") for line in plain.splitlines())
-    words = re.sub(r"\s+", " ", words).strip()
-    words = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
-    return re.sub(r"^(Parsing error|Unrecognized options|[A-Z][a-z]+ (error|options?))\s+", "", words)

@@ -10,8 +10,9 @@ import pytest
 
 from fuel_ray.cli import VERBS, main
 from fuel_ray.commands import sweep
-from fuel_ray.config import PRESETS, SweepConfig, from_dict, load_config, parse_serving, to_dict
+from fuel_ray.config import PRESETS, SweepConfig, from_dict, load_config, to_dict
 from fuel_ray.errors import ConfigError
+from fuel_ray.flags import parse_serving
 
 WRONG = [
     ["nonsense"],

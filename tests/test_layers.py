@@ -17,7 +17,7 @@ LAYERS = [
     ),
     ("control",),
     ("env", "record", "policies.learned", "policies.rl_module", "policies.dqn", "live", "cluster"),
-    ("config", "build", "build_live"),
+    ("config", "flags", "build", "build_live"),
     ("commands",),
     ("cli", "__main__"),
 ]
@@ -29,7 +29,7 @@ HOMES = {
     "safetensors": ("policies.learned",),
     "matplotlib": ("commands.report_figures",),
     "pandas": ("commands",),
-    "tyro": ("config", "commands"),
+    "tyro": ("flags", "commands"),
     "pynvml": ("live.nvml",),
     "aiohttp": ("live",),
     "psutil": ("live.cpu",),

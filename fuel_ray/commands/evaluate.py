@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.build import build_codec, build_loop, build_spec
-from fuel_ray.config import ServingConfig, SweepConfig, parse_serving, to_dict
+from fuel_ray.config import ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, UnsupportedError
+from fuel_ray.flags import parse_serving
 from fuel_ray.metrics import EpisodeTotals, latency
 from fuel_ray.policies.baselines import LoadTable, Score, Scorer, Static, tune_load_table, tune_static
 from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest

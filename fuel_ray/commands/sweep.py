@@ -22,8 +22,9 @@ from fuel_ray.commands.evaluate import (
 )
 from fuel_ray.commands.report import summary_table, write_report
 from fuel_ray.commands.train import Trained, start_ray, train
-from fuel_ray.config import SweepConfig, load_config, parse_serving, to_dict
+from fuel_ray.config import SweepConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError
+from fuel_ray.flags import parse_serving
 from fuel_ray.policies.learned import Manifest, save_policy
 from fuel_ray.record import new_folder, origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.perf_model import load_pack
