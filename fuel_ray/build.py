@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fuel_ray.build_live import live_node, live_spec
+from fuel_ray.build_live import live_engine, live_node, live_spec
 from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
-from fuel_ray.config import PRESETS, ServingConfig, SweepConfig
+from fuel_ray.config import PRESETS, LearnConfig, ServingConfig
 from fuel_ray.control import ControlLoop, Guard
 from fuel_ray.env import ServingEnv
 from fuel_ray.objective import Energy, GreenDls, Objective
@@ -67,6 +67,18 @@ def build_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     return build_node(config, kv_block_size, horizon_s=1.0).spec
 
 
+def build_engine(config: ServingConfig, kv_block_size: int) -> str:
+    """Name and version of what serves; a live server is started to say it.
+
+    Raises:
+        UnsupportedError: the live server cannot have this block size.
+        NodeError: no such GPU, or the live server did not start.
+    """
+    if config.node == "live":
+        return live_engine(config, kv_block_size, parse_workload(config.workload))
+    return load_pack(config.pack).engine
+
+
 def twin_of(config: Settings) -> Settings:
     """The same settings on the simulated node, with the clocks that the live one can be set to."""
     if config.node == "sim":
@@ -97,7 +109,7 @@ def build_objective(config: ServingConfig) -> Objective:
     )
 
 
-def build_grid(config: SweepConfig, spec: NodeSpec) -> ActionGrid:
+def build_grid(config: LearnConfig, spec: NodeSpec) -> ActionGrid:
     """The action grid that the settings name, for this node."""
     if config.grid == "seed":
         return SEED_GRID
@@ -111,7 +123,7 @@ def build_grid(config: SweepConfig, spec: NodeSpec) -> ActionGrid:
     )
 
 
-def build_codec(config: SweepConfig, spec: NodeSpec) -> Codec:
+def build_codec(config: LearnConfig, spec: NodeSpec) -> Codec:
     """What policies see and may choose on this node."""
     features = config.features
     if config.conditional and "kv_block_size" not in features:
@@ -127,7 +139,7 @@ def build_codec(config: SweepConfig, spec: NodeSpec) -> Codec:
 
 
 @lru_cache(maxsize=64)
-def _random_scale(config: SweepConfig, kv_block_size: int) -> RunningScale:
+def _random_scale(config: LearnConfig, kv_block_size: int) -> RunningScale:
     """Mean and spread of the features while random actions are taken, the same in every process."""
     size = config.block_sizes[0] if config.conditional else kv_block_size
     plain = replace(twin_of(config), normalisation="fixed")
@@ -160,7 +172,7 @@ def build_loop(
     return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=Guard(config.guard_wait_s))
 
 
-def build_env(config: SweepConfig, block_sizes: Sequence[int]) -> ServingEnv:
+def build_env(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
     """A training environment over these block sizes; episodes begin at a random point of the workload."""
     steps = config.train.episode_steps
     loops = [build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes]

@@ -6,8 +6,10 @@ import os
 import shlex
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from fuel_ray.live.loadgen import LoadGenerator
 from fuel_ray.live.node import GpuNode
 from fuel_ray.live.nvml import Gpus
 from fuel_ray.live.prompts import TokenPrompts
-from fuel_ray.live.vllm_server import VllmServer, served_model
+from fuel_ray.live.vllm_server import VllmServer, served_model, server_version
 from fuel_ray.sim.perf_model import load_pack
 from fuel_ray.types import NodeSpec
 from fuel_ray.workload import Workload
@@ -28,6 +30,8 @@ _OUR_FLAGS = ("--max-num-seqs", "--num-gpu-blocks-override")
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}
 
 logger = logging.getLogger(__name__)
+
+Live = TypeVar("Live", bound=ServingConfig)
 
 
 def live_node(
@@ -49,7 +53,7 @@ def live_node(
         server = None
         if live.server is None:
             server = opened.enter_context(_server(config, kv_block_size, limiter))
-        url = live.server or f"{server.url if server else ''}"
+        url = live.server or (server.url if server is not None else "")
         client = MetricsClient(url)
         opened.callback(client.close)
         spec = _spec(config, kv_block_size, gpus, num_kv_blocks=_num_kv_blocks(client, kv_block_size))
@@ -73,6 +77,38 @@ def live_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     """
     with Gpus(config.live.gpu_ids) as gpus:
         return _spec(config, kv_block_size, gpus, num_kv_blocks=None)
+
+
+@contextlib.contextmanager
+def attached(config: Live, kv_block_size: int) -> Iterator[Live]:
+    """Settings whose nodes all attach to one server, which is started and stopped here if none is named.
+
+    Raises:
+        UnsupportedError: the server cannot have this block size.
+        NodeError: it did not start.
+    """
+    if config.node != "live" or config.live.server is not None:
+        yield config
+        return
+    with contextlib.ExitStack() as opened:
+        limiter = _limiter(config.live)
+        assert limiter is not None  # as there is no server yet
+        opened.callback(limiter.close)
+        server = opened.enter_context(_server(config, kv_block_size, limiter))
+        live = replace(config.live, server=server.url, limit_file=limiter.path)
+        yield replace(config, live=live)
+
+
+def live_engine(config: ServingConfig, kv_block_size: int, workload: Workload) -> str:
+    """Name and version of the engine, from a server that is started, or asked, for it.
+
+    Raises:
+        UnsupportedError: the server cannot have this block size.
+        NodeError: as ``live_node``.
+    """
+    node = live_node(config, kv_block_size, workload, horizon_s=1.0, random_start=False)
+    with contextlib.closing(node):
+        return f"vllm {server_version(node.url)}"
 
 
 def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_blocks: int | None) -> NodeSpec:

@@ -5,11 +5,14 @@ import sys
 
 from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.flags import parse_flags
+from fuel_ray.live.processes import orderly_signals
 
 # verb: (module, class of its settings, what it does)
 VERBS = {
     "sweep": ("sweep", "SweepConfig", "train and compare one policy per KV block size"),
+    "train": ("train", "TrainVerbConfig", "train one policy per KV block size"),
     "evaluate": ("evaluate", "EvaluateConfig", "compare policies on a simulated or a live node"),
+    "profile": ("profile", "ProfileConfig", "measure a node for `calibrate`: steps, prefills, idle power"),
     "validate": ("validate", "ValidateConfig", "compare the simulator with recorded traces"),
     "calibrate": ("calibrate", "CalibrateConfig", "fit a calibration pack from a profile of your server"),
     "benchmark": (
@@ -49,7 +52,8 @@ def _run(verb: str, argv: list[str]) -> int:
         if hasattr(module, "parse")
         else parse_flags(getattr(module, settings), argv, prog=prog)
     )
-    code: int = module.run(config)
+    with orderly_signals():
+        code: int = module.run(config)
     return code
 
 

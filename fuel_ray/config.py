@@ -44,10 +44,12 @@ class TrainConfig:
     """Units per hidden layer."""
     head: Literal["joint", "additive"] = "additive"
     """Advantages: free per (limit, clock), or the sum of one per limit and one per clock."""
+    epsilon_initial: float = 1.0
+    """Share of random actions at the start."""
     epsilon_final: float = 0.05
     """Share of random actions at the end."""
     epsilon_share: float = 0.5
-    """Share of the training over which random actions fall from all to epsilon_final."""
+    """Share of the training over which random actions fall from epsilon_initial to epsilon_final."""
     target_update_updates: int = 200
     """Updates between copies of the network into the target network."""
     iterations: int = 16
@@ -131,15 +133,11 @@ class ServingConfig:
 
 
 @dataclass(frozen=True)
-class SweepConfig(ServingConfig):
-    """Train one DQN per KV block size, compare it with the baselines, write policies and a report."""
+class LearnConfig(ServingConfig):
+    """What a DQN sees, may choose and is trained on."""
 
     steps: int = 120_000
     """Control windows (1 s each) to train each policy on."""
-    seeds: int = 10
-    """Held-out workload seeds of the evaluation."""
-    control_workload: str | None = "steady:rate_rps=5"
-    """Negative control, evaluated only; None: leave it out."""
     tune_share: float = 0.97
     """Share that baselines and checkpoints are tuned to on training seeds; some slips on held-out ones."""
     features: tuple[str, ...] = DEFAULT_FEATURES
@@ -156,11 +154,23 @@ class SweepConfig(ServingConfig):
     """Batch limits of the node grid; the server's capacity is always added."""
     conditional: bool = False
     """One policy for all block sizes, which it sees as a feature."""
-    live_seconds: int = 120
-    """Seconds of arrivals per policy and seed when a live node is evaluated."""
+    start_from: Path | None = None
+    """Policy folder whose weights training begins with, such as one that was trained on the twin."""
     train: TrainConfig = field(default_factory=TrainConfig)
     resume: Path | None = None
-    """Run folder of an interrupted sweep to go on with."""
+    """Folder of an interrupted run to go on with."""
+
+
+@dataclass(frozen=True)
+class SweepConfig(LearnConfig):
+    """Train one DQN per KV block size, compare it with the baselines, write policies and a report."""
+
+    seeds: int = 10
+    """Held-out workload seeds of the evaluation."""
+    control_workload: str | None = "steady:rate_rps=5"
+    """Negative control, evaluated only; None: leave it out."""
+    live_seconds: int = 120
+    """Seconds of arrivals per policy and seed when a live node is evaluated."""
 
 
 SEED_PRESET = SweepConfig(
@@ -244,7 +254,8 @@ def _changes(config_class: type, raw: dict[str, Any], source: str) -> dict[str, 
             value = tuple(value)  # noqa: PLW2901  (JSON has no tuples)
         if not _fits(value, kind):
             raise ConfigError(f"{source}: {key} is {value!r}; allowed is {kind}")
-        changes[key] = value
+        is_path = isinstance(value, str) and Path in (kind, *typing.get_args(kind))
+        changes[key] = Path(value) if is_path else value
     return changes
 
 

@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 import tyro
 
 from fuel_ray.codec import FEATURES
-from fuel_ray.config import PRESETS, Serving, ServingConfig, SweepConfig, TrainConfig, load_config
+from fuel_ray.config import (
+    PRESETS,
+    LearnConfig,
+    Serving,
+    ServingConfig,
+    SweepConfig,
+    TrainConfig,
+    load_config,
+)
 from fuel_ray.errors import ConfigError
 
 # Lowest and highest value of each number, or of each in a tuple
@@ -21,8 +29,12 @@ _RANGES: dict[str, tuple[float, float]] = {
         ("steps", "seeds", "kv_tokens", "grid_clock_step_mhz", "grid_batch_limits", "live_seconds"), _COUNT
     ),
     **dict.fromkeys(("seed", "miss_price_j", "guard_wait_s"), (0, 2**31 - 1)),
-    **dict.fromkeys(("grid_lowest_clock_share", "train.gamma", "train.epsilon_final"), _SHARE),
+    **dict.fromkeys(
+        ("grid_lowest_clock_share", "train.gamma", "train.epsilon_initial", "train.epsilon_final"), _SHARE
+    ),
     **dict.fromkeys(("max_num_seqs", "gpu_clocks_mhz", "live.vocab_size"), _COUNT),
+    **dict.fromkeys(("episodes", "steps_per_episode"), _COUNT),
+    **dict.fromkeys(("batches", "contexts", "prompts", "output_tokens", "windows"), _COUNT),
     **dict.fromkeys(("live.request_timeout_s", "live.start_timeout_s"), (1.0, 86_400.0)),
     **dict.fromkeys(("train.lr", "train.epsilon_share"), (1e-9, 1.0)),
     **dict.fromkeys(
@@ -77,7 +89,7 @@ def parse_serving(
     return config
 
 
-def _of_class(config_class: type[Serving], preset: "SweepConfig") -> Serving:
+def _of_class(config_class: type[Serving], preset: SweepConfig) -> Serving:
     """The preset's values of those settings that ``config_class`` has too."""
     names = {f.name for f in dataclasses.fields(config_class)} & {f.name for f in dataclasses.fields(preset)}
     return config_class(**{name: getattr(preset, name) for name in names})
@@ -100,7 +112,7 @@ def validate(config: ServingConfig) -> None:
             raise ConfigError(f"{_flag(name)} {value}: must be from {low:g} to {high:g}")
     _validate_slo(config)
     _validate_live(config)
-    if isinstance(config, SweepConfig):
+    if isinstance(config, LearnConfig):
         _validate_training(config)
 
 
@@ -116,7 +128,7 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             )
 
 
-def _validate_training(config: "SweepConfig") -> None:
+def _validate_training(config: LearnConfig) -> None:
     unknown = [name for name in config.features if name not in FEATURES]
     if unknown or not config.features or len(set(config.features)) < len(config.features):
         raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(FEATURES)}")

@@ -13,6 +13,7 @@ from fuel_ray.commands import sweep
 from fuel_ray.config import PRESETS, SweepConfig, from_dict, load_config, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
+from tests.fake_nvml import FakeNvml
 
 WRONG = [
     ["nonsense"],
@@ -69,6 +70,12 @@ WRONG = [
     ["sweep", "--train.n-step", "0"],
     ["sweep", "--train.n-step", "17"],
     ["sweep", "--train.head", "deep"],
+    ["train", "--episodes", "0"],
+    ["train", "--steps-per-episode", "0"],
+    ["train", "--start-from", "nowhere", "--steps", "20"],
+    ["profile", "--block-sizes", "8", "16"],
+    ["profile", "--clocks-mhz", "1001"],
+    ["profile", "--batches", "0"],
     ["report", "nowhere"],
     ["validate", "nowhere.json"],
 ]
@@ -287,6 +294,30 @@ def test_the_seed_preset_is_the_original_request():
     assert dataclasses.is_dataclass(seed)
 
 
-def test_a_sweep_refuses_a_live_node(capsys):
-    assert main(["sweep", "--node", "live", "--live.model", "m"]) == 2
-    assert "fuel-ray evaluate" in capsys.readouterr().err
+@pytest.mark.parametrize("verb", ["sweep", "train", "evaluate", "profile"])
+def test_a_live_node_without_a_driver_is_said_and_nothing_is_written(verb, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    assert main([verb, "--node", "live", "--live.model", "m", "--out", str(tmp_path)]) == 2
+    assert "no NVIDIA driver here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_ends_a_verb_in_an_orderly_way(tmp_path):
+    code = (
+        "import os, signal, sys, time\n"
+        "from fuel_ray.commands import unlock\n"
+        "from fuel_ray import cli\n"
+        "def run(config):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(30)\n"
+        "    finally:\n"
+        "        print('given back')\n"
+        "unlock.run = run\n"
+        "sys.exit(cli.main(['unlock']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 143
+    assert done.stdout == "given back\n"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.build import build_codec, build_loop, build_spec
-from fuel_ray.config import ServingConfig, SweepConfig, to_dict
+from fuel_ray.config import LearnConfig, ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, UnsupportedError
 from fuel_ray.flags import parse_serving
@@ -212,7 +212,7 @@ def _static(text: str, spec: NodeSpec) -> Static:
     return Static(knobs)
 
 
-def tune_baselines(config: SweepConfig, kv_block_size: int, workload: str) -> Tuned:
+def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds."""
     score = _scorer(config, kv_block_size, workload)
     score_static = _scorer(config, kv_block_size, workload, interval_s=60.0)  # nothing changes in between
@@ -224,7 +224,7 @@ def tune_baselines(config: SweepConfig, kv_block_size: int, workload: str) -> Tu
     return Tuned(static, table)
 
 
-def score_weights(config: SweepConfig, block_sizes: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Score:
+def score_weights(config: LearnConfig, block_sizes: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Score:
     """What the policy with these weights does on the tuning seeds, averaged over block sizes."""
     scores = []
     for size in block_sizes:
@@ -248,7 +248,13 @@ def evaluate_block_size(
             return _policies(spec, baselines, policy_folder)
 
         evaluate_policies(
-            config, kv_block_size, workload, policies, seeds=config.seeds, seconds=EPISODE_S, into=evaluation
+            config,
+            kv_block_size,
+            workload,
+            policies,
+            seeds=config.seeds,
+            seconds=config.live_seconds if config.node == "live" else EPISODE_S,
+            into=evaluation,
         )
     return evaluation
 
@@ -344,7 +350,7 @@ def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Po
     }
 
 
-def _scorer(config: SweepConfig, kv_block_size: int, workload: str, *, interval_s: float = 1.0) -> Scorer:
+def _scorer(config: LearnConfig, kv_block_size: int, workload: str, *, interval_s: float = 1.0) -> Scorer:
     """Scores a policy on a workload, pooled over the tuning seeds."""
     loop = build_loop(
         config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload, interval_s=interval_s
@@ -362,7 +368,7 @@ def _scorer(config: SweepConfig, kv_block_size: int, workload: str, *, interval_
     return score
 
 
-def _kept(records: RequestRecords, config: SweepConfig) -> float:
+def _kept(records: RequestRecords, config: LearnConfig) -> float:
     """Requests that kept the SLO; for a promise on means, a number whose share passes if it is kept."""
     slo = config.slo
     if slo.share is not None:

@@ -1,234 +1,230 @@
-"""Train DQNs with RLlib under Ray Tune, one trial per KV block size, and export them as policy folders."""
+"""fuel-ray train: a policy per KV block size, without the comparison that a sweep adds."""
 
-import logging
-import math
-import os
-import pickle
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import ray
-from ray import tune
-from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.tune.registry import register_env
 
-from fuel_ray.build import build_codec, build_env, build_node
-from fuel_ray.config import PRESETS, SweepConfig, from_dict, to_dict
-from fuel_ray.env import ServingEnv
-from fuel_ray.errors import FuelRayError
-from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
-from fuel_ray.policies.rl_module import DuelingDqnModule
+from fuel_ray import __version__
+from fuel_ray.build import build_codec, build_engine, build_node, build_spec, twin_of
+from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
+from fuel_ray.commands.trials import Trained, run_trials, start_ray
+from fuel_ray.config import LearnConfig, load_config, to_dict
+from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
+from fuel_ray.flags import parse_serving
+from fuel_ray.policies.learned import Manifest, read_policy, save_policy
+from fuel_ray.record import new_folder, origin, read_json, write_csv, write_json
+from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.workload import parse_workload
 
-_ENV_NAME = "fuel_ray_serving"
-_MODULE_STATE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """One finished trial."""
-
-    block_sizes: tuple[int, ...]
-    results: tuple["Checkpointed", ...]  # oldest first
+Learning = TypeVar("Learning", bound=LearnConfig)
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpointed:
-    """A training result and the weights that it left."""
+@dataclass(frozen=True)
+class TrainVerbConfig(LearnConfig):
+    """Train one DQN per KV block size and write its policy; `fuel-ray sweep` compares it too."""
 
-    env_steps: int
-    reward: float | None  # mean per window of the training episodes, with their random actions
-    arrays: dict[str, np.ndarray]  # the Q network, by the names of ``network.q_values``
-
-
-class EpisodeMetrics(RLlibCallback):
-    """Logs reward per window, joules per request, SLO attainment and mean clock of training episodes."""
-
-    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
-        """RLlib's hook."""
-        infos = [info for info in episode.get_infos() if "energy_j" in info]
-        arrivals = sum(info["arrivals"] for info in infos)
-        if arrivals:
-            figures = {
-                "reward": episode.get_return() / len(infos),
-                "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
-                "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
-                "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
-            }
-            metrics_logger.log_dict(figures, key="fuel", window=50)
+    episodes: int | None = None
+    """Episodes to train for, in place of --steps."""
+    steps_per_episode: int | None = None
+    """Windows per episode, in place of --train.episode-steps."""
 
 
-class Progress(tune.Callback):
-    """Prints a line per training result: steps, reward, energy, time left."""
-
-    def __init__(self, config: SweepConfig, *, trials: int) -> None:
-        self._steps, self._trials = config.steps, trials
-        self._per_result = config.steps / config.train.iterations
-        self._done: dict[str, int] = {}
-        self._trained = 0.0  # steps since this object was made, which a resumed run did not begin with
-        self._began_s = time.monotonic()
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
-        """Tune's hook."""
-        row = curve_row(result)
-        steps = row["env_steps"]
-        self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
-        self._done[trial.trial_id] = steps
-        left = self._trials * self._steps - sum(self._done.values())
-        left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
-        sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
-        print(
-            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps"
-            f"  reward {_number(row['reward'], 2):>7}"
-            f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
-            f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
-            flush=True,
-        )
-
-
-def start_ray() -> None:
-    """Start a local Ray, or join the cluster that RAY_ADDRESS names."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # so that a kill costs a result or two
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables; Progress prints what matters
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": 200 * 2**20}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
-
-
-def trial_block_sizes(config: SweepConfig) -> list[list[int]]:
-    """The block sizes of each trial: one each, or all in one for a conditional policy."""
-    return [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
-
-
-def train(config: SweepConfig, run_dir: Path) -> list[Trained]:
-    """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
+def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
+    """Settings from flags; with --resume, those of the run.
 
     Raises:
-        FuelRayError: a trial failed; the message has its error.
-        KeyboardInterrupt: the user stopped it; what there is can be resumed.
+        ConfigError: a flag is wrong, or differs from the run that is to be resumed.
     """
+    config = parse_run(TrainVerbConfig, argv, prog=prog)
+    per_episode = config.steps_per_episode or config.train.episode_steps
+    steps = config.steps if config.episodes is None else config.episodes * per_episode
+    return replace(config, steps=steps, train=replace(config.train, episode_steps=per_episode))
+
+
+def run(config: TrainVerbConfig) -> int:
+    """Train, or resume a training; prints where the policies are."""
+    config, run_dir = prepare(config, "train", [config.workload], held_out=())
+    with resumable("train", run_dir):
+        train_policies(config, run_dir)
+    print(f"\npolicies  {run_dir / 'policies'}")
+    return 0
+
+
+def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Learning:
+    """Settings of a run; with --resume, those that it began with, which flags may repeat but not change.
+
+    Raises:
+        ConfigError: a flag is wrong, or differs from the run that is to be resumed.
+    """
+    config = parse_serving(config_class, argv, prog=prog)
+    if config.resume is None:
+        return config
+    if not (config.resume / "run.json").is_file():
+        raise ConfigError(f"--resume {config.resume}: not the folder of a run, there is no run.json in it")
+    recorded = load_config(config.resume / "run.json", base=config_class())
+    asked = parse_serving(config_class, argv, prog=prog, default=recorded)
+    for field in fields(config_class):
+        if field.name in ("out", "resume", "config"):
+            continue
+        old, new = getattr(recorded, field.name), getattr(asked, field.name)
+        if old != new:
+            raise ConfigError(f"--resume {config.resume}: that run has {field.name} = {old}, not {new}")
+    return replace(recorded, resume=config.resume)
+
+
+def prepare(
+    config: Learning, verb: str, workloads: Sequence[str], *, held_out: Sequence[int]
+) -> tuple[Learning, Path]:
+    """The settings with the block sizes that can be served, and the run's folder, which holds what is known.
+
+    What cannot be served is said before anything is written.
+
+    Raises:
+        ConfigError: a setting is wrong, or the calibration pack is not the one that the run began with.
+        PolicyError: the policy to start from is none, or does not fit.
+        NodeError: a live server did not start, or can have none of the block sizes.
+    """
+    _check_start(config)
+    if config.node == "sim":
+        for size in config.block_sizes:
+            for workload in workloads:
+                build_node(config, size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=0)
+    run_dir = config.resume or _new_run(config, verb, held_out, _engine(config))
+    facts = read_json(run_dir / "run.json")
+    if facts.get("pack", {}).get("sha256") != load_pack(config.pack).sha256:
+        raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
+    sizes = tuple(size for size in config.block_sizes if str(size) not in facts["unsupported"])
+    print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, sizes))}, {config.workload}")
+    return replace(config, block_sizes=sizes), run_dir
+
+
+@contextmanager
+def resumable(verb: str, run_dir: Path) -> Iterator[None]:
+    """Say how to go on when the user stops the run."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
+        raise
+
+
+def train_policies(config: LearnConfig, run_dir: Path) -> None:
+    """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders."""
     start_ray()
-    register_env(_ENV_NAME, _make_env)
-    sizes = trial_block_sizes(config)
-    space = dqn_config(config, tune.grid_search(sizes))
-    progress = Progress(config, trials=len(sizes))
-    folder = run_dir.resolve() / "tune"
-    if tune.Tuner.can_restore(str(folder)):
-        tuner = tune.Tuner.restore(
-            str(folder), FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
-        )
-        tuner._local_tuner._run_config.callbacks = [progress]
-    else:
-        tuner = tune.Tuner(
-            FastDqn,
-            param_space=space,
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str(folder.parent),
-                stop={"num_env_steps_sampled_lifetime": config.steps},
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
-                callbacks=[progress],
-                verbose=0,
-            ),
-        )
-    results = tuner.fit()
-    for error in results.errors:
-        raise FuelRayError(f"training failed: {str(error).strip().splitlines()[-1]}")
-    trained = [_trained(result) for result in results]
-    if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
-        raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far
-    return trained
+    trained = run_trials(config, run_dir)
+    twin = twin_of(config)
+    jobs = [(twin, t.block_sizes, result.arrays) for t in trained for result in t.results]
+    scores = iter(in_parallel("score checkpoints", score_weights, jobs))
+    curve = []
+    for trial in trained:
+        ranked = []
+        for result, score in zip(trial.results, scores, strict=False):
+            curve.append(
+                {
+                    "block_size": "/".join(map(str, trial.block_sizes)),
+                    "env_steps": result.env_steps,
+                    "reward": result.reward,
+                    "energy_j_per_request": score.energy_j_per_request,
+                    "slo_attainment": score.slo_attainment,
+                }
+            )
+            ranked.append(score.rank(config.tune_share))
+        _save(config, run_dir, trial, ranked.index(min(ranked)))
+    write_csv(run_dir / "learning.csv", curve)
 
 
-def dqn_config(config: SweepConfig, block_sizes: Any) -> FastDqnConfig:
-    """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
-    settings = config.train
-    grid = build_codec(config, build_node(config, config.block_sizes[0], horizon_s=1.0).spec).grid
-    round_steps = settings.num_envs * settings.fragment_steps
-    rounds = math.ceil(config.steps / settings.iterations / round_steps)
-    module = RLModuleSpec(
-        module_class=DuelingDqnModule,
-        model_config={
-            "limits": len(grid.batch_limits),
-            "clocks": len(grid.gpu_clocks_mhz),
-            "hidden": settings.hidden,
-            "head": settings.head,
-            "epsilon": [
-                [0, 1.0],
-                [int(config.steps * settings.epsilon_share), settings.epsilon_final],
-            ],
+def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Path:
+    """Where the policy for this block size is, or will be."""
+    return run_dir / "policies" / ("conditional" if config.conditional else f"block_{kv_block_size}")
+
+
+def in_parallel(what: str, function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """Call a function once per job, one core each; results in the order of the jobs."""
+    remote = ray.remote(function)
+    pending = [remote.remote(*job) for job in jobs]
+    references = list(pending)
+    began_s = time.monotonic()
+    while pending:
+        _, pending = ray.wait(pending)
+        done = len(references) - len(pending)
+        if not pending or done % max(1, len(references) // 8) == 0:
+            print(f"{what}  {done}/{len(references)}  {time.monotonic() - began_s:.0f} s", flush=True)
+    results: list[Result] = ray.get(references)
+    return results
+
+
+def _check_start(config: LearnConfig) -> None:
+    """The policy that training begins with has to see and to choose the same."""
+    if config.start_from is None:
+        return
+    codec = build_codec(config, build_spec(config, config.block_sizes[0]))
+    manifest, other, _ = read_policy(config.start_from)
+    if manifest.head != config.train.head or other.to_dict() != codec.to_dict():
+        raise PolicyError(
+            f"--start-from {config.start_from}: its features, scales, SLO, action grid or head are not those "
+            f"of this training; it has {len(other.grid)} actions, this training {len(codec.grid)}"
+        )
+
+
+def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: dict[str, Any]) -> Path:
+    """Make the run's folder and write what is known of it beforehand."""
+    run_dir = new_folder(config.out, verb)
+    pack = load_pack(config.pack)
+    facts = {
+        "config": {**to_dict(config), "backend": config.node, "slo_attainment_target": config.slo_share},
+        **origin(verb),
+        "seeds": {
+            "training": f"drawn from seed {config.seed}",
+            "tuning": list(TUNING_SEEDS),
+            "held_out": list(held_out),
         },
-    )
-    dqn = FastDqnConfig().fast(updates_per_round=settings.updates_per_round, total_steps=config.steps)
-    dqn.environment(_ENV_NAME, env_config={"config": to_dict(config), "block_sizes": block_sizes})
-    dqn.env_runners(
-        num_env_runners=0,
-        num_envs_per_env_runner=settings.num_envs,
-        rollout_fragment_length=settings.fragment_steps,
-    )
-    dqn.learners(num_learners=0)
-    dqn.training(
-        lr=settings.lr,
-        gamma=settings.gamma,
-        n_step=settings.n_step,
-        train_batch_size_per_learner=settings.batch_size,
-        target_network_update_freq=settings.target_update_updates,
-        num_steps_sampled_before_learning_starts=settings.learning_starts,
-        replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": settings.buffer_size},
-    )
-    dqn.rl_module(rl_module_spec=module)
-    dqn.callbacks(EpisodeMetrics)
-    dqn.reporting(
-        min_sample_timesteps_per_iteration=rounds * round_steps,
-        min_time_s_per_iteration=0,
-        metrics_num_episodes_for_smoothing=50,
-    )
-    dqn.debugging(seed=config.seed, log_level="ERROR")
-    return dqn
-
-
-def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the learning curve shows of a training result; None where no episode ended yet."""
-    runners = result.get("env_runners", {})
-    fuel = runners.get("fuel", {})
-    return {
-        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
-        "reward": _known(fuel.get("reward")),
-        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
-        "slo_attainment": _known(fuel.get("slo_attainment")),
+        "pack": {
+            "name": pack.name,
+            "sha256": pack.sha256,
+            "notes": f"Measured: {pack.measured}. Transferred: {pack.transferred}.",
+        },
+        **engine,
     }
+    write_json(run_dir / "run.json", facts)
+    return run_dir
 
 
-def _make_env(settings: Mapping[str, Any]) -> ServingEnv:
-    config = from_dict(settings["config"], base=PRESETS["default"], source="env_config")
-    return build_env(config, settings["block_sizes"])
+def _engine(config: LearnConfig) -> dict[str, Any]:
+    """The engine's version, and why which block sizes cannot be served: a live server is started for each."""
+    engine, unsupported = None, {}
+    for size in config.block_sizes:
+        try:
+            engine = build_engine(config, size)
+        except UnsupportedError as error:
+            unsupported[str(size)] = str(error)
+            print(f"unsupported  {error}", flush=True)
+    if engine is None:
+        raise UnsupportedError(f"no block size of {', '.join(map(str, config.block_sizes))} can be served")
+    return {"engine": engine, "unsupported": unsupported}
 
 
-def _trained(result: Any) -> Trained:
-    found = [
-        Checkpointed(row["env_steps"], row["reward"], _arrays(Path(checkpoint.path)))
-        for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
-    ]
-    sizes = tuple(result.config["env_config"]["block_sizes"])
-    return Trained(sizes, tuple(sorted(found, key=lambda c: c.env_steps)))
-
-
-def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    with (checkpoint / _MODULE_STATE).open("rb") as file:
-        state = pickle.load(file)
-    return {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
-
-
-def _known(value: Any) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _save(config: LearnConfig, run_dir: Path, trial: Trained, best: int) -> None:
+    """Write a policy folder."""
+    pack, size = load_pack(config.pack), trial.block_sizes[0]
+    spec = build_spec(config, size)
+    manifest = Manifest(
+        kv_block_sizes=trial.block_sizes,
+        model=spec.model,
+        gpu_name=spec.gpu_name,
+        engine=read_json(run_dir / "run.json")["engine"],
+        pack=pack.name,
+        pack_sha256=pack.sha256,
+        reward=config.reward,
+        workload=config.workload,
+        workload_digest=parse_workload(config.workload).digest(),
+        head=config.train.head,
+        fuel_ray_version=__version__,
+    )
+    arrays = trial.results[best].arrays
+    save_policy(policy_folder(config, run_dir, size), arrays, build_codec(config, spec), manifest)

@@ -102,6 +102,11 @@ class GpuNode:
         """The server as it was started."""
         return self._spec
 
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return self._client.url.removesuffix("/metrics")
+
     def reset(self, *, seed: int) -> None:
         """Begin a new load, if this node sends one, and forget old samples.
 

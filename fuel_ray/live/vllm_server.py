@@ -11,9 +11,9 @@ import subprocess
 import time
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.live.processes import MarkedProcesses
@@ -278,11 +278,25 @@ def served_model(url: str) -> str:
     Raises:
         NodeError: no answer, or not that of an OpenAI-compatible server.
     """
+    return str(_answer(url, "/v1/models", lambda answer: answer["data"][0]["id"]))
+
+
+def server_version(url: str) -> str:
+    """The version of vLLM that runs at ``url``.
+
+    Raises:
+        NodeError: no answer, or not vLLM's.
+    """
+    return str(_answer(url, "/version", lambda answer: answer["version"]))
+
+
+def _answer(url: str, path: str, part: Callable[[Any], Any]) -> Any:
+    """A part of the JSON that the server answers."""
     try:
-        with _DIRECT.open(f"{url.rstrip('/')}/v1/models", timeout=10.0) as answer:
-            return str(json.load(answer)["data"][0]["id"])
+        with _DIRECT.open(url.rstrip("/") + path, timeout=10.0) as answer:
+            return part(json.load(answer))
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise NodeError(f"{url}/v1/models does not name a model: {error!r}") from error
+        raise NodeError(f"{url}{path} does not answer as a vLLM server does: {error!r}") from error
 
 
 def _is_healthy(url: str) -> bool:

@@ -81,11 +81,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
-    """The policy in a folder, ready to control a node.
+def read_policy(folder: Path) -> tuple[Manifest, Codec, dict[str, np.ndarray]]:
+    """Manifest, codec and weights of a policy folder.
 
     Raises:
-        PolicyError: the folder is malformed, or was made for another block size, model or GPU.
+        PolicyError: the folder is malformed.
     """
     manifest = read_manifest(folder)
     try:
@@ -96,6 +96,16 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
             raise ValueError(f"weights for {len(q)} actions, some not finite or not {len(codec.grid)}")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, ConfigError) as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
+    return manifest, codec, arrays
+
+
+def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
+    """The policy in a folder, ready to control a node.
+
+    Raises:
+        PolicyError: the folder is malformed, or was made for another block size, model or GPU.
+    """
+    manifest, codec, arrays = read_policy(folder)
     if spec.kv_block_size not in manifest.kv_block_sizes:
         raise PolicyError(
             f"{folder} was trained for KV block size {manifest.kv_block_sizes}, "

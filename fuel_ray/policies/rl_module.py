@@ -1,5 +1,6 @@
 """The Q network as an RLlib module. Only training imports this; acting needs ``network.q_values``."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.utils.schedules.scheduler import Scheduler
 from torch import nn
 
+from fuel_ray.policies.learned import read_policy
 from fuel_ray.policies.network import Head
 
 
@@ -64,6 +66,9 @@ class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAP
             hidden=tuple(settings["hidden"]),
             head=settings["head"],
         )
+        if settings["start_from"] is not None:
+            _, _, arrays = read_policy(Path(settings["start_from"]))
+            self.q.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
         self.epsilon_schedule = Scheduler(fixed_value_or_schedule=settings["epsilon"], framework="torch")
 
     def get_non_inference_attributes(self) -> list[str]:

@@ -142,6 +142,27 @@ class Evenly:
         return repeated(times_s, self.period_s, duration_s=duration_s, start_s=start_s)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """``count`` requests, the first ``after_s`` from the start, the others ``every_s`` apart; then none."""
+
+    count: int
+    every_s: float
+    after_s: float
+
+    @property
+    def period_s(self) -> None:
+        return None
+
+    @property
+    def mean_rate_rps(self) -> float:
+        return self.count / max(1.0, self.count * self.every_s)
+
+    def sample(self, duration_s: float, *, rng: np.random.Generator, start_s: float) -> np.ndarray:
+        times_s = self.after_s + np.arange(self.count) * self.every_s
+        return times_s[times_s < duration_s]
+
+
 def repeated(
     times_s: np.ndarray, period_s: float, *, duration_s: float, start_s: float
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.types import Requests
-from fuel_ray.workload.arrivals import Arrivals, Diurnal, Evenly, Gamma, Mmpp, Piecewise
+from fuel_ray.workload.arrivals import Arrivals, Burst, Diurnal, Evenly, Gamma, Mmpp, Piecewise
 from fuel_ray.workload.lengths import (
     ClippedLognormal,
     Independent,
@@ -106,6 +106,12 @@ def _mmpp(options: Options) -> Arrivals:
     return Mmpp(low_rps, high_rps, dwell_s=options.number("dwell_s", 60, low=0.1, high=1e7))
 
 
+def _burst(options: Options) -> Arrivals:
+    count = options.count("count", 8, low=0, high=100_000)
+    every_s, after_s = (options.number(name, 0, low=0, high=10_000) for name in ("every_s", "after_s"))
+    return Burst(count, every_s, after_s)
+
+
 def _speeds(options: Options) -> Arrivals:
     return Evenly(read_speeds(_path(options)))
 
@@ -174,6 +180,7 @@ _ARRIVALS = {
     "piecewise": _piecewise,
     "diurnal": _diurnal,
     "mmpp": _mmpp,
+    "burst": _burst,
     "speeds": _speeds,
     "chat-prefix": _diurnal,
 }

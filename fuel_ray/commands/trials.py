@@ -1,0 +1,252 @@
+"""DQNs trained by RLlib under Ray Tune, one trial per KV block size."""
+
+import logging
+import math
+import os
+import pickle
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.tune.registry import register_env
+
+from fuel_ray.build import build_codec, build_env, build_spec
+from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
+from fuel_ray.env import ServingEnv
+from fuel_ray.errors import FuelRayError
+from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
+from fuel_ray.policies.rl_module import DuelingDqnModule
+
+_ENV_NAME = "fuel_ray_serving"
+_MODULE_STATE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One finished trial."""
+
+    block_sizes: tuple[int, ...]
+    results: tuple["Checkpointed", ...]  # oldest first
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """A training result and the weights that it left."""
+
+    env_steps: int
+    reward: float | None  # mean per window of the training episodes, with their random actions
+    arrays: dict[str, np.ndarray]  # the Q network, by the names of ``network.q_values``
+
+
+class EpisodeMetrics(RLlibCallback):
+    """Logs reward per window, joules per request, SLO attainment and mean clock of training episodes."""
+
+    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
+        """RLlib's hook."""
+        infos = [info for info in episode.get_infos() if "energy_j" in info]
+        arrivals = sum(info["arrivals"] for info in infos)
+        if arrivals:
+            figures = {
+                "reward": episode.get_return() / len(infos),
+                "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
+                "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
+                "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
+            }
+            metrics_logger.log_dict(figures, key="fuel", window=50)
+
+
+class Progress(tune.Callback):
+    """Prints a line per training result: steps, reward, energy, time left."""
+
+    def __init__(self, config: LearnConfig, *, trials: int) -> None:
+        self._steps, self._trials = config.steps, trials
+        self._per_result = config.steps / config.train.iterations
+        self._done: dict[str, int] = {}
+        self._trained = 0.0  # steps since this object was made, which a resumed run did not begin with
+        self._began_s = time.monotonic()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+        """Tune's hook."""
+        row = curve_row(result)
+        steps = row["env_steps"]
+        self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
+        self._done[trial.trial_id] = steps
+        left = self._trials * self._steps - sum(self._done.values())
+        left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
+        sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
+        print(
+            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps"
+            f"  reward {_number(row['reward'], 2):>7}"
+            f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
+            f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
+            flush=True,
+        )
+
+
+def start_ray() -> None:
+    """Start a local Ray, or join the cluster that RAY_ADDRESS names."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # so that a kill costs a result or two
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables; Progress prints what matters
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": 200 * 2**20}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+
+
+def trial_block_sizes(config: LearnConfig) -> list[list[int]]:
+    """The block sizes of each trial: one each, or all in one for a conditional policy."""
+    return [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
+
+
+def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
+    """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
+
+    Simulated nodes train side by side, live ones, which share the GPUs, one after the other.
+
+    Raises:
+        FuelRayError: a trial failed; the message has its error.
+        KeyboardInterrupt: the user stopped it; what there is can be resumed.
+    """
+    start_ray()
+    register_env(_ENV_NAME, _make_env)
+    sizes = trial_block_sizes(config)
+    space = dqn_config(config, tune.grid_search(sizes))
+    progress = Progress(config, trials=len(sizes))
+    folder = run_dir.resolve() / "tune"
+    if tune.Tuner.can_restore(str(folder)):
+        tuner = tune.Tuner.restore(
+            str(folder), FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
+        )
+        tuner._local_tuner._run_config.callbacks = [progress]
+    else:
+        tuner = tune.Tuner(
+            FastDqn,
+            param_space=space,
+            tune_config=tune.TuneConfig(max_concurrent_trials=1 if config.node == "live" else None),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(folder.parent),
+                stop={"num_env_steps_sampled_lifetime": config.steps},
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
+                callbacks=[progress],
+                verbose=0,
+            ),
+        )
+    results = tuner.fit()
+    for error in results.errors:
+        raise FuelRayError(f"training failed: {str(error).strip().splitlines()[-1]}")
+    trained = [_trained(result) for result in results]
+    if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
+        raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far
+    return trained
+
+
+def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
+    """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
+    settings = _train_settings(config)
+    grid = build_codec(config, build_spec(config, config.block_sizes[0])).grid
+    round_steps = settings.num_envs * settings.fragment_steps
+    rounds = math.ceil(config.steps / settings.iterations / round_steps)
+    module = RLModuleSpec(
+        module_class=DuelingDqnModule,
+        model_config={
+            "limits": len(grid.batch_limits),
+            "clocks": len(grid.gpu_clocks_mhz),
+            "hidden": settings.hidden,
+            "head": settings.head,
+            "start_from": None if config.start_from is None else str(config.start_from.resolve()),
+            "epsilon": [
+                [0, settings.epsilon_initial],
+                [int(config.steps * settings.epsilon_share), settings.epsilon_final],
+            ],
+        },
+    )
+    dqn = FastDqnConfig().fast(updates_per_round=settings.updates_per_round, total_steps=config.steps)
+    dqn.environment(_ENV_NAME, env_config={"config": _learning_settings(config), "block_sizes": block_sizes})
+    dqn.env_runners(
+        num_env_runners=0,
+        num_envs_per_env_runner=settings.num_envs,
+        rollout_fragment_length=settings.fragment_steps,
+    )
+    dqn.learners(num_learners=0)
+    dqn.training(
+        lr=settings.lr,
+        gamma=settings.gamma,
+        n_step=settings.n_step,
+        train_batch_size_per_learner=settings.batch_size,
+        target_network_update_freq=settings.target_update_updates,
+        num_steps_sampled_before_learning_starts=settings.learning_starts,
+        replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": settings.buffer_size},
+    )
+    dqn.rl_module(rl_module_spec=module)
+    dqn.callbacks(EpisodeMetrics)
+    dqn.reporting(
+        min_sample_timesteps_per_iteration=rounds * round_steps,
+        min_time_s_per_iteration=0,
+        metrics_num_episodes_for_smoothing=50,
+    )
+    dqn.debugging(seed=config.seed, log_level="ERROR")
+    return dqn
+
+
+def _train_settings(config: LearnConfig) -> TrainConfig:
+    """Those asked for; a live node is one node, and its windows take a second each."""
+    if config.node != "live":
+        return config.train
+    few = max(config.train.batch_size, config.steps // 10)
+    return replace(config.train, num_envs=1, learning_starts=min(config.train.learning_starts, few))
+
+
+def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the learning curve shows of a training result; None where no episode ended yet."""
+    runners = result.get("env_runners", {})
+    fuel = runners.get("fuel", {})
+    return {
+        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
+        "reward": _known(fuel.get("reward")),
+        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
+        "slo_attainment": _known(fuel.get("slo_attainment")),
+    }
+
+
+def _learning_settings(config: LearnConfig) -> dict[str, Any]:
+    """Those that a verb adds are left out."""
+    names = {field.name for field in fields(LearnConfig)}
+    return {name: value for name, value in to_dict(config).items() if name in names}
+
+
+def _make_env(settings: Mapping[str, Any]) -> ServingEnv:
+    config = from_dict(settings["config"], base=LearnConfig(), source="env_config")
+    return build_env(config, settings["block_sizes"])
+
+
+def _trained(result: Any) -> Trained:
+    found = [
+        Checkpointed(row["env_steps"], row["reward"], _arrays(Path(checkpoint.path)))
+        for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
+    ]
+    sizes = tuple(result.config["env_config"]["block_sizes"])
+    return Trained(sizes, tuple(sorted(found, key=lambda c: c.env_steps)))
+
+
+def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    with (checkpoint / _MODULE_STATE).open("rb") as file:
+        state = pickle.load(file)
+    return {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,53 @@
+"""Profiling a node: what is measured on the twin leads calibrate back to the twin."""
+
+import json
+
+import pytest
+
+from fuel_ray.cli import main
+from fuel_ray.sim.perf_model import load_pack, step_cost
+
+CLOCKS = ("1980", "1740", "1500", "1245", "990")
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    assert main(["profile", "--out", str(folder), "--clocks-mhz", *CLOCKS]) == 0
+    (path,) = folder.glob("profile-*/profile.jsonl")
+    return path
+
+
+def test_a_pack_calibrated_to_a_profile_of_the_twin_is_the_twin(profile, tmp_path, capsys):
+    out = tmp_path / "pack.json"
+    flags = ["--name", "again", "--gpu", "gpu", "--out", str(out), "--power-cap-w", "700"]
+    assert main(["calibrate", "--profile", str(profile), *flags]) == 0
+    assert "dropped" not in capsys.readouterr().out
+    twin, again = load_pack("h100-qwen3-8b").perf, load_pack(str(out)).perf
+    for clock_mhz in map(int, CLOCKS):
+        for n in (1, 8, 32, 96):
+            expected_s, expected_w, _ = step_cost(twin, n, n * 700, 0, clock_mhz, 0.0)
+            step_s, power_w, _ = step_cost(again, n, n * 700, 0, clock_mhz, 0.0)
+            assert step_s == pytest.approx(expected_s, rel=0.03)
+            assert power_w == pytest.approx(expected_w, rel=0.03)
+
+
+def test_a_profile_says_where_it_was_taken(profile):
+    rows = [json.loads(line) for line in profile.read_text().splitlines()]
+    run = json.loads((profile.parent / "run.json").read_text())
+    assert run["origin"] == "modelled, pack h100-qwen3-8b"
+    assert {row["clock_mhz"] for row in rows} == set(map(int, CLOCKS))
+    assert {row["phase"] for row in rows} == {"idle", "decode", "prefill", "prefill_sustained"}
+    lower, higher = ([r for r in rows if r["phase"] == "decode" and r["clock_mhz"] == c] for c in (990, 1980))
+    assert all(
+        a["itl"] > b["itl"] and a["power_w"] < b["power_w"] for a, b in zip(lower, higher, strict=True)
+    )
+
+
+def test_a_batch_that_does_not_fit_the_kv_pool_is_skipped_and_said(tmp_path, capsys):
+    flags = ["--kv-tokens", "8000", "--clocks-mhz", "1980", "--batches", "4", "64", "--contexts", "1024"]
+    assert main(["profile", "--out", str(tmp_path), "--prompts", "128", *flags]) == 0
+    assert "skipped: 64 requests of 1024 tokens" in capsys.readouterr().out
+    (path,) = tmp_path.glob("profile-*/profile.jsonl")
+    decode = [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == "decode"]
+    assert [row["b"] for row in decode] == [4]
