@@ -1,6 +1,10 @@
 """The control loop on a real vLLM (CPU build) with a fake GPU; FUEL_RAY_VLLM is its bin folder."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from fuel_ray.live.vllm_server import VllmServer
 from fuel_ray.objective import Energy
 from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.test_lease import FAKE_PYNVML, ROOT
 from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture and the marks)
 
 
@@ -124,3 +129,43 @@ def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_size
     rows = (folder / "summary.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2
     assert "measured on a live node" in capsys.readouterr().out
+
+
+def test_a_sweep_learns_and_evaluates_on_a_live_node(model, tmp_path):  # noqa: F811
+    """In processes of its own and of Ray's, whose pynvml is a fake that logs who sets clocks."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "pynvml.py").write_text(FAKE_PYNVML)
+    env = os.environ | {
+        "PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}",
+        "FAKE_NVML_LOG": str(tmp_path / "nvml.log"),
+        "FUEL_RAY_STATE_DIR": str(tmp_path / "state"),
+    }
+    flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fuel_ray", "sweep", "--node", "live", "--live.model", str(model)),
+            *("--live.vllm", f"{BIN}/vllm", "--live.flags=" + " ".join(flags), "--live.vocab-size", "500"),
+            *("--max-num-seqs", "32", "--kv-tokens", "65536", "--block-sizes", "8", "32"),
+            *("--workload", "steady:rate_rps=4,lengths=fixed,prompt_mean=32,output_mean=16"),
+            *("--control-workload", "None", "--grid-batch-limits", "4", "16", "--steps", "24"),
+            *("--train.iterations", "2", "--train.episode-steps", "8", "--train.fragment-steps", "4"),
+            *("--train.batch-size", "4", "--seeds", "1", "--live-seconds", "5", "--out", str(tmp_path)),
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = tmp_path.glob("sweep-*")
+    run = json.loads((folder / "run.json").read_text())
+    assert list(run["unsupported"]) == ["8"] and run["engine"].startswith("vllm 0.")
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    assert {row["policy"] for row in rows} == {"max_performance", "tuned_static", "load_table", "dqn"}
+    assert all(float(row["energy_j_per_request"]) > 0 for row in rows)
+    manifest = json.loads((folder / "policies" / "block_32" / "manifest.json").read_text())
+    assert (manifest["gpu_name"], manifest["engine"]) == ("NVIDIA H100 80GB HBM3", run["engine"])
+    assert "Measured on hardware" in (folder / "report.html").read_text()
+    actions = [line.split()[2] for line in (tmp_path / "nvml.log").read_text().splitlines()]
+    assert "set" in actions and actions[-1] == "reset"

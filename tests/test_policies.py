@@ -10,7 +10,8 @@ import torch
 
 from fuel_ray.build import build_codec, build_loop, build_node
 from fuel_ray.codec import SEED_GRID, ActionGrid, Codec, Encoder
-from fuel_ray.commands import sweep
+from fuel_ray.commands import train
+from fuel_ray.commands.trials import Checkpointed, Trained
 from fuel_ray.config import PRESETS
 from fuel_ray.control import run_policy
 from fuel_ray.errors import PolicyError
@@ -314,7 +315,8 @@ def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
     loop = build_loop(config, 16, horizon_s=30.0)
     net = DuelingQNet(13, limits=3, clocks=14, hidden=(), head="additive")
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
-    sweep._save(config, tmp_path, (16,), arrays)
+    (tmp_path / "run.json").write_text('{"engine": "vllm 0.20.2"}')
+    train._save(config, tmp_path, Trained((16,), (Checkpointed(100, None, arrays),)), 0)
     codec = Codec.from_dict(json.loads((tmp_path / "policies/block_16/codec.json").read_text()))
     seen = Encoder(codec, loop.node.spec).encode(loop.reset(seed=0))
     assert codec.running_scale.count > 1 and seen.any()
