@@ -12,6 +12,7 @@ from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder,
 from fuel_ray.config import PRESETS, LearnConfig, ServingConfig
 from fuel_ray.control import ControlLoop, Guard
 from fuel_ray.env import ServingEnv
+from fuel_ray.errors import ConfigError
 from fuel_ray.objective import Energy, GreenDls, Objective
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.perf_model import load_pack, step_cost
@@ -79,12 +80,28 @@ def build_engine(config: ServingConfig, kv_block_size: int) -> str:
     return load_pack(config.pack).engine
 
 
-def twin_of(config: Settings) -> Settings:
-    """The same settings on the simulated node, with the clocks that the live one can be set to."""
+def twinned(config: Settings) -> Settings:
+    """The settings with the choice of clocks limited to those that both a live node and its twin have.
+
+    Raises:
+        ConfigError: there is none, so the pack is of another GPU.
+        NodeError: there is no such GPU.
+    """
     if config.node == "sim":
         return config
-    spec = build_spec(config, config.block_sizes[0])
-    return replace(config, node="sim", gpu_clocks_mhz=spec.gpu_clocks_mhz)
+    pack, spec = load_pack(config.pack), build_spec(config, config.block_sizes[0])
+    common = tuple(clock for clock in spec.gpu_clocks_mhz if clock in set(pack.gpu_clocks_mhz))
+    if not common:
+        raise ConfigError(
+            f"--pack {pack.name}: {spec.gpu_name} has none of its clocks; fit one with `fuel-ray profile` "
+            "and `fuel-ray calibrate`"
+        )
+    return replace(config, gpu_clocks_mhz=common)
+
+
+def twin_of(config: Settings) -> Settings:
+    """The simulated node of the same settings, for what a live one has no time for."""
+    return replace(config, node="sim")
 
 
 def build_objective(config: ServingConfig) -> Objective:

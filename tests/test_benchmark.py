@@ -17,7 +17,7 @@ KV = {
     "detailed_stats": {"cache_usage", "static_config"},
     "trace": {
         *("cache_usage", "used_blocks", "free_blocks", "used_tokens"),
-        *("requests_running", "requests_waiting"),
+        *("requests_running", "requests_waiting", "time"),
     },
 }
 STATIC = {
@@ -56,6 +56,8 @@ def test_every_key_of_the_result_is_there(stub, tmp_path, monkeypatch, capsys):
     gpu = result["gpu_power_stats"]["0"]
     assert gpu["avg_power"] == pytest.approx(400_000) and gpu["avg_gpu_util"] == pytest.approx(90)
     assert gpu["avg_mem_util"] == pytest.approx(40) and len(gpu["power_trace"]) > 10
+    assert len(gpu["time_trace"]) == len(gpu["power_trace"]) and gpu["energy_source"] == "energy counter"
+    assert result["gpu_energy_j"] == 0.0  # the fake's counter stands still
     assert result["cpu_power_stats"]["avg_power_w"] > 0
     kv = result["kv_cache_monitoring_stats"]
     for key, names in KV.items():
@@ -66,6 +68,18 @@ def test_every_key_of_the_result_is_there(stub, tmp_path, monkeypatch, capsys):
     assert len(kv["trace"]["cache_usage"]) == kv["samples_collected"] > 5
     assert 0 <= kv["avg_stats"]["avg_cache_usage_perc"] <= 100
     assert "ratio" in capsys.readouterr().out
+
+
+def test_without_a_counter_the_energy_is_the_integrated_power(stub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(), FakeGpu("GPU-1", energy_mj=None)))
+    code, result = benchmark(stub, tmp_path, "--gpu-ids", "1")
+    assert code == 0
+    gpu = result["gpu_power_stats"]["1"]
+    assert gpu["energy_source"] == "integrated power"
+    assert gpu["energy_j"] == pytest.approx(400.0 * result["duration"], rel=0.2)
+    assert result["gpu_energy_per_request_j"] == gpu["energy_j"] / 30
+    assert result["gpu_energy_per_output_token_j"] == gpu["energy_j"] / 150
+    assert f"{gpu['energy_j'] / 30:.2f} J/request" in capsys.readouterr().out
 
 
 def test_without_nvml_the_rest_is_recorded_and_that_is_said(stub, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 
 from fuel_ray import __version__
-from fuel_ray.build import build_codec, build_engine, build_node, build_spec, twin_of
+from fuel_ray.build import build_codec, build_engine, build_node, build_spec, twin_of, twinned
 from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
@@ -90,7 +90,8 @@ def prepare(
         PolicyError: the policy to start from is none, or does not fit.
         NodeError: a live server did not start, or can have none of the block sizes.
     """
-    _check_start(config)
+    served = twinned(config)
+    _check_start(served)
     if config.node == "sim":
         for size in config.block_sizes:
             for workload in workloads:
@@ -101,7 +102,7 @@ def prepare(
         raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
     sizes = tuple(size for size in config.block_sizes if str(size) not in facts["unsupported"])
     print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, sizes))}, {config.workload}")
-    return replace(config, block_sizes=sizes), run_dir
+    return replace(served, block_sizes=sizes), run_dir
 
 
 @contextmanager
