@@ -55,13 +55,13 @@ class Deployment:
         self._clock, self._sleep = clock, sleep
         self._step = 0  # windows so far, lost ones too
 
-    def run(self, *, max_steps: int | None = None) -> None:
+    def run(self, first: Attached, *, max_steps: int | None = None) -> None:
         """Control until ``max_steps`` windows are over; by default until a signal ends the process.
 
         Raises:
-            FuelRayError: the first attempt to attach failed, or clocks or limit could not be given back.
+            NodeError: clocks or limit could not be given back at the end.
         """
-        attached = self._attach()
+        attached = first
         while True:
             try:
                 with contextlib.closing(attached.loop.node):

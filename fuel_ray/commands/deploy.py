@@ -13,13 +13,14 @@ import numpy as np
 from tyro.conf import arg
 
 from fuel_ray.build_deploy import Target, attach
+from fuel_ray.config import to_dict
 from fuel_ray.control import StepRecord
 from fuel_ray.deployment import Attached, Deployment
 from fuel_ray.errors import ConfigError, FuelRayError, NodeError
 from fuel_ray.flags import parse_flags
 from fuel_ray.live.processes import orderly_signals
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
-from fuel_ray.policies.learned import read_policy
+from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import StepLog, new_folder, origin, step_line, write_json
 from fuel_ray.types import Knobs, Slo
 
@@ -79,16 +80,6 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
     folder = read_policy(config.policy)
-    run_dir = new_folder(config.out, "deploy")
-    facts: dict[str, Any] = {
-        **origin("deploy"),
-        "policy": {"folder": str(folder.path), **asdict(folder.manifest)},
-        "server": config.server,
-        "gpu_ids": config.gpu_ids,
-        "interval_s": config.interval_s,
-        "shadow": config.shadow,
-        "slo": asdict(folder.codec.slo),
-    }
     target = Target(
         server=config.server,
         gpu_ids=config.gpu_ids,
@@ -98,26 +89,37 @@ def run(config: DeployConfig) -> int:
         shadow=config.shadow,
         allow_mismatch=config.allow_mismatch,
     )
-    recorder = Recorder(run_dir, folder.codec.slo)
-    deployment = Deployment(
-        lambda: attach(target, folder, interval_s=config.interval_s), recorder, interval_s=config.interval_s
-    )
-    try:
-        with orderly_signals():
-            deployment.run(max_steps=config.max_steps)
-    finally:
-        recorder.close()
-        with contextlib.suppress(OSError):  # a full disk must not hide why it ended
-            write_json(run_dir / "run.json", {**facts, "spec": recorder.spec, "summary": recorder.summary()})
-        print(f"{recorder.summary_text()}\nwrote {run_dir}", flush=True)
+
+    def attach_again() -> Attached:
+        return attach(target, folder, interval_s=config.interval_s)
+
+    with orderly_signals():
+        first = attach_again()  # what is wrong at first is the user's to know
+        with contextlib.closing(first.loop.node):
+            recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.codec.slo)
+            try:
+                deployment = Deployment(attach_again, recorder, interval_s=config.interval_s)
+                deployment.run(first, max_steps=config.max_steps)
+            finally:
+                recorder.close()
     return 0
+
+
+def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:
+    """What run.json says beforehand."""
+    return {
+        **origin("deploy"),
+        "config": to_dict(config),
+        "policy": asdict(folder.manifest),
+        "slo": asdict(folder.codec.slo),
+    }
 
 
 class Recorder:
     """Writes steps.jsonl and keeps the totals of the run; memory does not grow with it."""
 
-    def __init__(self, run_dir: Path, slo: Slo) -> None:
-        self.spec: dict[str, Any] = {}
+    def __init__(self, run_dir: Path, facts: dict[str, Any], slo: Slo) -> None:
+        self._run_dir, self._facts = run_dir, facts
         self._log = StepLog(run_dir / "steps.jsonl")
         self._slo = slo
         self._began_s = time.monotonic()
@@ -130,7 +132,7 @@ class Recorder:
     def attached(self, attached: Attached) -> None:
         """Say what is controlled."""
         spec = attached.loop.node.spec
-        self.spec = asdict(spec)
+        self._facts["spec"] = asdict(spec)
         clocks, limits = spec.gpu_clocks_mhz, spec.batch_limits
         print(
             f"deploy  {spec.name}: {spec.model} on {spec.gpu_name}, KV blocks of {spec.kv_block_size}; "
@@ -173,8 +175,11 @@ class Recorder:
         logger.warning("clocks and batch limit are given back until it works again: %s", error)
 
     def close(self) -> None:
-        """Close steps.jsonl."""
+        """Close steps.jsonl, write run.json and print the summary."""
         self._log.close()
+        with contextlib.suppress(OSError):  # a full disk must not hide why it ended
+            write_json(self._run_dir / "run.json", {**self._facts, "summary": self.summary()})
+        print(f"{self.summary_text()}\nwrote {self._run_dir}", flush=True)
 
     def summary(self) -> dict[str, Any]:
         """What the run measured."""
