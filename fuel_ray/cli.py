@@ -20,6 +20,7 @@ VERBS = {
         "BenchmarkConfig",
         "send a load to a vLLM server and record power and KV cache",
     ),
+    "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
     "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
     "report": ("report", "ReportConfig", "write a run's report again"),
 }

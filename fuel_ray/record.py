@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any, TextIO
 from fuel_ray.control import StepRecord
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import EpisodeSummary
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("fuel_ray", "ray", "torch", "numpy", "numba", "pandas", "gymnasium")
 
@@ -142,6 +145,48 @@ def step_line(record: StepRecord, *, time_s: float, labels: Mapping[str, Any]) -
             "oldest_wait_s": round(window.oldest_wait_s, 3),
         }
     )
+
+
+class StepLog:
+    """Lines added to a file one by one; a full disk costs lines, which are counted, and nothing else.
+
+    Raises:
+        ConfigError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lost_lines = 0
+        self._torn = False
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+    def write(self, line: str) -> None:
+        """Add a line, or count it as lost."""
+        data = f"{chr(10) if self._torn else ''}{line}\n".encode()
+        try:
+            written = os.write(self._fd, data)
+        except OSError as error:
+            self._lose(error.strerror)
+            return
+        if written < len(data):
+            self._torn = True
+            self._lose("the disk is full")
+        else:
+            self._torn = False
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _lose(self, why: str | None) -> None:
+        self.lost_lines += 1
+        if self.lost_lines.bit_count() == 1:  # 1, 2, 4, 8 ... so that a full disk's log does not fill another
+            logger.warning("%s: %s; %d lines are lost so far", self.path, why, self.lost_lines)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

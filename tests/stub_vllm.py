@@ -26,6 +26,8 @@ class Stub:
     bodies: list[dict] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
+    model: str = "tiny"
+    version: str = "0.32.0"
     url: str = ""
     stop: object = None
 
@@ -43,6 +45,12 @@ class Stub:
             return response
         text = self.page if not names else _filtered(self.page, names)
         return web.Response(status=self.status, text=text)
+
+    async def models(self, request):
+        return web.json_response({"data": [{"id": self.model}]})
+
+    async def version_page(self, request):
+        return web.json_response({"version": self.version})
 
     async def completions(self, request):
         if self.drop_first:
@@ -106,6 +114,8 @@ def serving(stub):
         app = web.Application()
         app.router.add_get("/metrics", stub.metrics)
         app.router.add_get("/metrics/", stub.metrics)
+        app.router.add_get("/v1/models", stub.models)
+        app.router.add_get("/version", stub.version_page)
         app.router.add_post("/v1/completions", stub.completions)
         runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
         await runner.setup()

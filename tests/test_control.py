@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import fuel_ray  # noqa: F401  (registers the environment)
+from fuel_ray import register_envs
 from fuel_ray.build import build_env, build_loop
 from fuel_ray.config import PRESETS
 from fuel_ray.control import ControlLoop, Guard, run_policy
@@ -112,12 +112,18 @@ def test_an_error_of_the_node_is_not_hidden():
         ControlLoop(Dead(), OBJECTIVE).reset(seed=0)
 
 
-def test_gymnasium_accepts_the_environment():
+@pytest.fixture
+def registered():
+    """As Gymnasium does by entry point where the package is installed."""
+    register_envs()
+
+
+def test_gymnasium_accepts_the_environment(registered):
     check_env(gymnasium.make("fuel_ray/Serving-v0").unwrapped, skip_render_check=True)
 
 
 @pytest.mark.parametrize(("preset", "actions"), [("default", 42), ("seed", 187)])
-def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions):
+def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions, registered):
     env = gymnasium.make("fuel_ray/Serving-v0", kv_block_size=32, preset=preset)
     assert env.action_space.n == actions
     env.reset(seed=0)

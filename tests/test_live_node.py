@@ -144,12 +144,12 @@ def test_clocks_are_given_back_even_if_the_limit_cannot_be(stub, gpu):
     assert gpu.locked_mhz is None
 
 
-def test_an_observe_only_node_never_touches_the_clock(stub, gpu):
+def test_an_observe_only_node_never_touches_the_clock_nor_tells_of_a_limit_that_is_not_set(stub, gpu):
     node = live_node(stub, clocks=(1980,))
     node.reset(seed=0)
-    assert node.apply(Knobs(8, 990)) == Knobs(8, 1980)
+    assert node.apply(Knobs(8, 990)) == Knobs(32, 1980)
     assert gpu.locked_mhz is None
-    assert node.measure(0.1).knobs == Knobs(8, 1980)
+    assert node.measure(0.1).knobs == Knobs(32, 1980)
     node.close()
 
 

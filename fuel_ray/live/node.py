@@ -12,6 +12,7 @@ import numpy as np
 from fuel_ray.errors import NodeError, TelemetryError
 from fuel_ray.live.completion import Attempt
 from fuel_ray.live.cpu import CpuMeter, CpuReading
+from fuel_ray.live.foreign_load import ForeignLoad, Served
 from fuel_ray.live.kv_monitor import MetricsClient
 from fuel_ray.live.lease import ClockLease
 from fuel_ray.live.loadgen import LoadGenerator, request_records
@@ -51,8 +52,8 @@ class _Mark:
 class GpuNode:
     """One vLLM server, its GPUs and, if there is one, the load that is sent to it.
 
-    Without a load generator the latency samples of a window are empty: a server's histograms have no samples.
-    The node takes over what it is given and closes it.
+    Without a load generator latencies come from the server's histograms, exact to their buckets, and the
+    oldest wait from its counters. The node takes over what it is given and closes it.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class GpuNode:
         self._knobs = spec.max_performance
         self._readings: Sampler[GpuReading] = Sampler(gpus.read, GPU_INTERVAL_S, name="GPU", clock=clock)
         self._load: LoadGenerator | None = None
+        self._foreign = ForeignLoad()
         self._first_tokens: set[int] = set()  # requests whose TTFT was reported
         self._ended: list[Attempt] = []  # not yet taken as records
         self._mark: _Mark | None = None
@@ -115,7 +117,7 @@ class GpuNode:
         """
         self._stop_load()
         self._revive()
-        self._first_tokens, self._ended, self._sent = set(), [], 0
+        self._first_tokens, self._ended, self._sent, self._foreign = set(), [], 0, ForeignLoad()
         self._readings.start()
         self._mark = self._read_mark()
         if self._start_load is not None:
@@ -123,7 +125,7 @@ class GpuNode:
             self._load.start()
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Pin the nearest supported clock and set the limit; an observe-only node keeps what it has.
+        """Pin the nearest supported clock and set the limit; what is not controlled stays at its highest.
 
         Raises:
             NodeError: the GPU or the server refused.
@@ -132,10 +134,9 @@ class GpuNode:
         if self._lease is not None:
             self._lease.renew()
             clock_mhz = self._gpus.pin(knobs.gpu_clock_mhz)
-        lowest, highest = self._spec.batch_limits
-        limit = min(max(knobs.batch_limit, lowest), highest)
+        lowest, limit = self._spec.batch_limits
         if self._limiter is not None:
-            limit = self._limiter.set(limit)
+            limit = self._limiter.set(min(max(knobs.batch_limit, lowest), limit))
         self._knobs = Knobs(limit, clock_mhz)
         return self._knobs
 
@@ -150,6 +151,7 @@ class GpuNode:
         begin = self._mark
         if self._clock() - begin.at_s > 2 * duration_s:
             begin = self._read_mark()  # the caller paused: a window does not reach back over the pause
+            self._foreign = ForeignLoad()
         self._sleep(max(0.0, begin.at_s + duration_s - self._clock()))
         end = self._read_mark()
         self._mark = end
@@ -213,11 +215,7 @@ class GpuNode:
         if delta.restarted:
             raise TelemetryError(f"{self._spec.name}: the server restarted within the window")
         readings = self._readings.since(begin.at_s)
-        ended, in_flight, now_s, sent = self._progress()
-        finished = [attempt for attempt in ended if attempt.finished_s is not None]
-        records = request_records(finished)
-        tpots_s = records.tpot_s
-        waits = [now_s - a.arrival_s for a in in_flight if a.first_token_s is None]
+        served = self._served() if self._load is not None else self._foreign_window(begin, end, delta)
         computed = delta.prompt_tokens - (delta.prompt_tokens_cached or 0)
         return WindowMetrics(
             duration_s=delta.seconds,
@@ -226,8 +224,8 @@ class GpuNode:
             gpu_util=_mean(readings, "gpu_util", begin, end),
             gpu_mem_util=_mean(readings, "mem_util", begin, end),
             cpu_util=end.cpu.util,
-            arrivals=sent if self._load is not None else _arrivals(begin, end, delta),
-            completed=len(finished) if self._load is not None else delta.requests_succeeded,
+            arrivals=served.arrivals,
+            completed=served.completed,
             prompt_tokens=computed,
             output_tokens=delta.generation_tokens,
             running=end.server.running,
@@ -235,13 +233,32 @@ class GpuNode:
             preemptions=delta.preemptions or 0,
             kv_usage=end.server.kv_usage,
             prefix_hit_rate=delta.prefix_hit_rate,
+            oldest_wait_s=served.oldest_wait_s,
+            ttfts_s=served.ttfts_s,
+            tpots_s=served.tpots_s,
+            e2es_s=served.e2es_s,
+            knobs=self._knobs,
+            gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
+        )
+
+    def _served(self) -> Served:
+        """Of the own load, request by request."""
+        ended, in_flight, now_s, sent = self._progress()
+        finished = [attempt for attempt in ended if attempt.finished_s is not None]
+        records = request_records(finished)
+        tpots_s = records.tpot_s
+        waits = [now_s - a.arrival_s for a in in_flight if a.first_token_s is None]
+        return Served(
+            arrivals=sent,
+            completed=len(finished),
             oldest_wait_s=max(waits, default=0.0),
             ttfts_s=self._new_ttfts_s((*ended, *in_flight)),
             tpots_s=tuple(tpots_s[np.isfinite(tpots_s)].tolist()),
             e2es_s=tuple(records.e2e_s.tolist()),
-            knobs=self._knobs,
-            gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
         )
+
+    def _foreign_window(self, begin: _Mark, end: _Mark, delta: MetricsDelta) -> Served:
+        return self._foreign.window(begin.server, end.server, delta, end_s=end.at_s)
 
     def _energy_j(self, begin: _Mark, end: _Mark, readings: tuple[Sample[GpuReading], ...]) -> float:
         counter_j = None
@@ -268,9 +285,3 @@ def _figure(sample: Sample[GpuReading], value: float) -> Sample[float]:
 def _mean(readings: tuple[Sample[GpuReading], ...], figure: str, begin: _Mark, end: _Mark) -> float | None:
     values = [_figure(reading, getattr(reading.value, figure)) for reading in readings]
     return held_mean(values, begin_s=begin.at_s, end_s=end.at_s)
-
-
-def _arrivals(begin: _Mark, end: _Mark, delta: MetricsDelta) -> int:
-    """Requests that came to a server whose load is not ours: what finished and what its queues grew by."""
-    there = end.server.running + end.server.waiting - begin.server.running - begin.server.waiting
-    return max(0, delta.requests_succeeded + there)

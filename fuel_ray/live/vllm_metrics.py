@@ -21,13 +21,14 @@ _HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total")
 _CONFIG, _STARTED = ("vllm:cache_config_info",), ("process_start_time_seconds",)
 _TTFT = ("vllm:time_to_first_token_seconds",)
 _ITL = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
+_TPOT = ("vllm:request_time_per_output_token_seconds",)  # a request's mean, since 0.8
 _E2E = ("vllm:e2e_request_latency_seconds",)
 
 SCALARS = (
     *(*_RUNNING, *_WAITING, *_KV_USAGE, *_PROMPT, *_CACHED, *_GENERATION, *_SUCCEEDED, *_PREEMPTIONS),
     *(*_QUERIES, *_HITS, *_CONFIG, *_STARTED),
 )  # a page of these alone can be parsed; it lacks the histograms
-_WANTED = (*SCALARS, *_TTFT, *_ITL, *_E2E)
+_WANTED = (*SCALARS, *_TTFT, *_ITL, *_TPOT, *_E2E)
 _LINES = (*_WANTED, *(f"# TYPE {name}" for name in _WANTED))  # skipping the others is 10 times as fast
 
 
@@ -61,6 +62,20 @@ class Histogram:
                 return found_s if math.isfinite(found_s) else None
             below_s, below = bound_s, counted
         return None
+
+    def samples_s(self) -> tuple[float, ...]:
+        """As many values as were counted, evenly spread within each bucket: exact to the bucket.
+
+        The share below any bound is exact. What lies above the last finite bound counts as that bound.
+        """
+        found: list[float] = []
+        below_s, below = 0.0, 0
+        for bound_s, counted in zip(self.upper_bounds_s, self.cumulative_counts, strict=True):
+            width_s = bound_s - below_s if math.isfinite(bound_s) else 0.0
+            n = counted - below
+            found.extend(below_s + width_s * (i + 0.5) / n for i in range(n))
+            below_s, below = min(bound_s, below_s + width_s), counted
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +111,7 @@ class MetricsSnapshot:
     prefix_hits: int | None  # tokens
     ttft: Histogram | None
     itl: Histogram | None
+    tpot: Histogram | None
     e2e: Histogram | None
     cache_config: CacheConfig | None
     started_s: float | None  # Unix time at which the server process started
@@ -116,6 +132,7 @@ class MetricsDelta:
     prefix_hits: int | None
     ttft: Histogram | None
     itl: Histogram | None
+    tpot: Histogram | None
     e2e: Histogram | None
 
     @property
@@ -158,6 +175,7 @@ def parse_metrics(text: str) -> MetricsSnapshot:
         prefix_hits=_total_or_none(series, _HITS),
         ttft=_histogram(series, _TTFT),
         itl=_histogram(series, _ITL),
+        tpot=_histogram(series, _TPOT),
         e2e=_histogram(series, _E2E),
         cache_config=_cache_config(series),
         started_s=max((value for _, value in _find(series, _STARTED)), default=None),
@@ -189,14 +207,16 @@ def difference(before: MetricsSnapshot, after: MetricsSnapshot, seconds: float) 
         prefix_hits=_minus(after.prefix_hits, start.prefix_hits),
         ttft=_since(after.ttft, start.ttft),
         itl=_since(after.itl, start.itl),
+        tpot=_since(after.tpot, start.tpot),
         e2e=_since(after.e2e, start.e2e),
     )
 
 
 def _just_started(after: MetricsSnapshot) -> MetricsSnapshot:
-    ttft, itl, e2e = (h and h.minus(h) for h in (after.ttft, after.itl, after.e2e))
+    histograms = (after.ttft, after.itl, after.tpot, after.e2e)
+    ttft, itl, tpot, e2e = (h and h.minus(h) for h in histograms)
     zeros = dict.fromkeys((*_COUNTERS, "prompt_tokens_cached", "prefix_hits"), 0)
-    return replace(after, ttft=ttft, itl=itl, e2e=e2e, **zeros)  # type: ignore[arg-type]
+    return replace(after, ttft=ttft, itl=itl, tpot=tpot, e2e=e2e, **zeros)  # type: ignore[arg-type]
 
 
 def _restarted(before: MetricsSnapshot, after: MetricsSnapshot) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fuel_ray.codec import Codec, Encoder
+from fuel_ray.codec import ActionGrid, Codec, Encoder
 from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.policies.network import Head, q_values
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
@@ -38,13 +38,14 @@ class Manifest:
 
 
 class LearnedPolicy:
-    """Takes the action of highest Q in every window."""
+    """Takes the action of highest Q in every window; on an observe-only node, among those of its clock."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec, *, head: Head) -> None:
         self._arrays = arrays
         self._head = head
         self._codec = codec
         self._encoder = Encoder(codec, spec)
+        self._actions = _actions(codec.grid, spec)
 
     def reset(self) -> None:
         """Forget the past."""
@@ -52,8 +53,17 @@ class LearnedPolicy:
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """Knobs for the next window."""
-        q = q_values(self._arrays, self._encoder.encode(window), head=self._head)
-        return self._codec.grid.decode(int(q.argmax()))
+        q = q_values(self._arrays, self._encoder.encode(window), head=self._head)[self._actions]
+        return self._codec.grid.decode(self._actions[int(q.argmax())])
+
+
+def _actions(grid: ActionGrid, spec: NodeSpec) -> list[int]:
+    """Indices of the actions that make a difference on this node."""
+    if len(spec.gpu_clocks_mhz) > 1:
+        return list(range(len(grid)))
+    (only_mhz,) = spec.gpu_clocks_mhz
+    nearest_mhz = min(grid.gpu_clocks_mhz, key=lambda clock_mhz: abs(clock_mhz - only_mhz))
+    return [grid.encode(Knobs(limit, nearest_mhz)) for limit in grid.batch_limits]
 
 
 def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, manifest: Manifest) -> None:
@@ -81,8 +91,22 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_policy(folder: Path) -> tuple[Manifest, Codec, dict[str, np.ndarray]]:
-    """Manifest, codec and weights of a policy folder.
+@dataclass(frozen=True, slots=True)
+class PolicyFolder:
+    """What is in a policy folder, checked to be whole but not for a node."""
+
+    path: Path
+    manifest: Manifest
+    codec: Codec
+    arrays: Mapping[str, np.ndarray]
+
+    def policy(self, spec: NodeSpec) -> LearnedPolicy:
+        """The policy, at work on a node."""
+        return LearnedPolicy(self.arrays, self.codec, spec, head=self.manifest.head)
+
+
+def read_policy(folder: Path) -> PolicyFolder:
+    """The policy in a folder, for any node.
 
     Raises:
         PolicyError: the folder is malformed.
@@ -96,7 +120,7 @@ def read_policy(folder: Path) -> tuple[Manifest, Codec, dict[str, np.ndarray]]:
             raise ValueError(f"weights for {len(q)} actions, some not finite or not {len(codec.grid)}")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError, ConfigError) as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
-    return manifest, codec, arrays
+    return PolicyFolder(folder, manifest, codec, arrays)
 
 
 def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
@@ -105,7 +129,8 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
     Raises:
         PolicyError: the folder is malformed, or was made for another block size, model or GPU.
     """
-    manifest, codec, arrays = read_policy(folder)
+    found = read_policy(folder)
+    manifest = found.manifest
     if spec.kv_block_size not in manifest.kv_block_sizes:
         raise PolicyError(
             f"{folder} was trained for KV block size {manifest.kv_block_sizes}, "
@@ -116,4 +141,4 @@ def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
             f"{folder} was trained for {manifest.model} on {manifest.gpu_name}, "
             f"{spec.name} is {spec.model} on {spec.gpu_name}"
         )
-    return LearnedPolicy(arrays, codec, spec, head=manifest.head)
+    return found.policy(spec)

@@ -1,0 +1,170 @@
+"""From a policy folder and the URL of a running server to a node under control; needs no simulator."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from fuel_ray.control import ControlLoop
+from fuel_ray.deployment import Attached
+from fuel_ray.errors import NodeError, PolicyError
+from fuel_ray.live.kv_monitor import MetricsClient
+from fuel_ray.live.limiter import BatchLimiter
+from fuel_ray.live.node import GpuNode
+from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.vllm_metrics import CacheConfig
+from fuel_ray.live.vllm_server import served_model, server_version
+from fuel_ray.objective import Energy
+from fuel_ray.policies.learned import PolicyFolder
+from fuel_ray.types import NodeSpec
+
+MISS_PRICE_J = 200.0  # as in training
+ATTACH_S = 2.0  # for a busy scheduler to find a new control file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The running server and its GPUs, and what of them may be set."""
+
+    server: str  # URL
+    gpu_ids: tuple[str, ...]
+    limit_file: Path | None  # FUEL_RAY_LIMIT_FILE of the server; None: its batch limit is left alone
+    max_num_seqs: int | None  # capacity of the server; None: what its scheduler says, else the policy's
+    clock_control: Literal["on", "off"]
+    shadow: bool  # nothing is set
+    allow_mismatch: bool  # of model, GPU, vLLM, clocks and limits; never of the block size
+
+
+def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attached:
+    """A control loop around a running server and the policy for it.
+
+    Raises:
+        PolicyError: the policy does not fit the server; the message names all that differs.
+        NodeError: the server does not answer, there is no such GPU, or another controller has it.
+    """
+    with contextlib.ExitStack() as opened:
+        gpus = opened.enter_context(Gpus(target.gpu_ids))
+        client = MetricsClient(target.server)
+        opened.callback(client.close)
+        cache = _cache(client)
+        limiter = None
+        if target.limit_file is not None and not target.shadow:
+            limiter = opened.enter_context(BatchLimiter(target.limit_file))
+        spec = NodeSpec(
+            name=f"{target.server} on {', '.join(gpus.uuids)}",
+            gpu_name=gpus.name,
+            gpu_uuids=gpus.uuids,
+            model=served_model(target.server),
+            kv_block_size=cache.block_size,
+            num_kv_blocks=cache.num_gpu_blocks,
+            batch_limits=(1, _capacity(target, folder, limiter)),
+            gpu_clocks_mhz=_clocks_mhz(gpus, may_set=target.clock_control == "on"),
+        )
+        check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
+        node_spec = observed(spec) if target.shadow else spec
+        node = GpuNode(node_spec, gpus, client, limiter=limiter)
+        opened.pop_all()  # the node closes them
+    objective = Energy(
+        folder.codec.slo, token_price_j=0.0, miss_price_j=MISS_PRICE_J, scale_w=1.0, lowest=-1e9
+    )
+    return Attached(
+        loop=ControlLoop(node, objective, interval_s=interval_s),
+        policy=folder.policy(spec),
+        check=_server_check(client, cache),
+    )
+
+
+def observed(spec: NodeSpec) -> NodeSpec:
+    """The same node with nothing that can be set."""
+    return replace(spec, gpu_clocks_mhz=spec.gpu_clocks_mhz[-1:])
+
+
+def check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
+    """Check that a policy was made for such a node.
+
+    Raises:
+        PolicyError: it was made for another block size, or, unless mismatches are allowed, for another model,
+            GPU, vLLM, or for clocks and limits that the node does not have.
+    """
+    manifest = folder.manifest
+    if spec.kv_block_size not in manifest.kv_block_sizes:
+        sizes = ", ".join(map(str, manifest.kv_block_sizes))
+        raise PolicyError(
+            f"{folder.path} was trained for KV block size {sizes}, the server has {spec.kv_block_size}"
+        )
+    found = list(_mismatches(folder, spec, engine))
+    if found and not allow_mismatch:
+        raise PolicyError(f"{folder.path} does not fit: {'; '.join(found)} (--allow-mismatch takes it)")
+    for mismatch in found:
+        logger.warning("%s: %s", folder.path, mismatch)
+
+
+def _mismatches(folder: PolicyFolder, spec: NodeSpec, engine: str) -> Iterator[str]:
+    manifest, grid = folder.manifest, folder.codec.grid
+    if _plain(spec.model) != _plain(manifest.model):
+        yield f"it was trained for model {manifest.model}, the server has {spec.model}"
+    if spec.gpu_name != manifest.gpu_name:
+        yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
+    if _plain(manifest.engine) != _plain(f"vLLM {engine}"):
+        yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
+    if grid.batch_limits[-1] > spec.batch_limits[-1]:
+        yield f"its highest batch limit is {grid.batch_limits[-1]}, the server's {spec.batch_limits[-1]}"
+    missing = sorted(set(grid.gpu_clocks_mhz) - set(spec.gpu_clocks_mhz))
+    if missing and len(spec.gpu_clocks_mhz) > 1:
+        yield f"the GPU does not support its clocks {', '.join(map(str, missing))} MHz"
+
+
+def _plain(name: str) -> str:
+    """A model's name without the folder or owner that it is served from."""
+    return name.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _cache(client: MetricsClient) -> CacheConfig:
+    cache = client.scrape().cache_config
+    if cache is None:
+        raise NodeError(f"{client.url} does not say the KV block size (vllm:cache_config_info)")
+    return cache
+
+
+def _server_check(client: MetricsClient, expected: CacheConfig) -> Callable[[], None]:
+    def check() -> None:
+        found = _cache(client)
+        if found != expected:
+            raise PolicyError(f"the server is another one: {found}, it was {expected}")
+
+    return check
+
+
+def _capacity(target: Target, folder: PolicyFolder, limiter: BatchLimiter | None) -> int:
+    """The server's highest batch limit."""
+    if target.max_num_seqs is not None:
+        return target.max_num_seqs
+    deadline_s = time.monotonic() + ATTACH_S
+    while limiter is not None and time.monotonic() < deadline_s:
+        with contextlib.suppress(NodeError):
+            return limiter.status().capacity
+        time.sleep(0.05)
+    highest = folder.codec.grid.batch_limits[-1]
+    if limiter is not None:
+        logger.warning(
+            "the scheduler has not read %s yet: an idle server does so at its next request; its capacity is "
+            "taken to be the policy's highest limit, %d (--max-num-seqs says it)",
+            limiter.path,
+            highest,
+        )
+    return highest
+
+
+def _clocks_mhz(gpus: Gpus, *, may_set: bool) -> tuple[int, ...]:
+    """Those that may be chosen; the highest alone if clocks are not ours to set."""
+    supported = gpus.supported_clocks_mhz
+    if may_set and gpus.can_set_clocks():
+        return supported
+    if may_set:
+        logger.warning("the clocks of %s may not be set here: they are left alone", gpus.name)
+    return supported[-1:] or (round(gpus.read().sm_clock_mhz),)
