@@ -165,11 +165,11 @@ def _check_start(config: LearnConfig) -> None:
     if config.start_from is None:
         return
     codec = build_codec(config, build_spec(config, config.block_sizes[0]))
-    manifest, other, _ = read_policy(config.start_from)
-    if manifest.head != config.train.head or other.to_dict() != codec.to_dict():
+    start = read_policy(config.start_from)
+    if start.manifest.head != config.train.head or start.codec.to_dict() != codec.to_dict():
         raise PolicyError(
             f"--start-from {config.start_from}: its features, scales, SLO, action grid or head are not those "
-            f"of this training; it has {len(other.grid)} actions, this training {len(codec.grid)}"
+            f"of this training; it has {len(start.codec.grid)} actions, this training {len(codec.grid)}"
         )
 
 
