@@ -28,12 +28,12 @@ trap 'exit 143' TERM HUP
 
 echo "waiting for vLLM on port $port (log: $log)"
 deadline=$((SECONDS + ${START_TIMEOUT_S:-600}))
-until python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/health', timeout=2)" 2>/dev/null; do
+until "${PYTHON:-python3}" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/health', timeout=2)" 2>/dev/null; do
     kill -0 "$server" 2>/dev/null || { echo "vLLM did not start: $(grep -E 'Error|error:' "$log" | tail -1)" >&2; exit 1; }
     [ $SECONDS -lt $deadline ] || { echo "vLLM does not answer; see $log" >&2; exit 1; }
     sleep 1
 done
 
-python -m fuel_ray benchmark --model "$model" --port "$port" \
+"${PYTHON:-python3}" -m fuel_ray benchmark --model "$model" --port "$port" \
     --gpu-monitor-interval "${GPU_MONITOR_INTERVAL:-0.05}" --monitor-cpu --enable-kv-trace \
     --save-result --result-dir "$results" "$@"
