@@ -9,13 +9,15 @@ leaves everything out that needs NVML.
 
 import argparse
 import json
+import multiprocessing
 import shlex
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -153,22 +155,48 @@ def limiter_reaction(
     }
 
 
-def overhead(url: str, gpus: Gpus | None, flags: argparse.Namespace) -> str:
-    """Tokens/s with every monitor on over tokens/s with none, in pairs whose order alternates, per cent."""
+def overhead(url: str, flags: argparse.Namespace) -> str:
+    """Tokens/s with every monitor on over tokens/s with none, in pairs whose order alternates, per cent.
+
+    The monitors run in a process of their own: in the load's they would slow down the client, not the server.
+    """
     differences = []
     for repeat in range(flags.repeats):
         rates = {}
         for monitored in (repeat % 2 == 0, repeat % 2 == 1):
-            with ExitStack() as stack:
-                if monitored:
-                    stack.enter_context(KVCacheMonitor(url, KV_INTERVAL_S))
-                    stack.enter_context(Sampler(CpuMeter().read, GPU_INTERVAL_S))
-                    if gpus is not None:
-                        stack.enter_context(Sampler(gpus.read, GPU_INTERVAL_S))
-                        stack.enter_context(Sampler(gpus.energy_j, 1.0))
-                rates[monitored] = throughput(url, flags, seed=repeat)
+            with monitors(url, flags.gpu_ids) if monitored else nullcontext():
+                # other prompts each time: the prefix cache has those of the pair's first
+                rates[monitored] = throughput(url, flags, seed=2000 + 2 * repeat + monitored)
         differences.append(100 * (rates[True] / rates[False] - 1))
     return spread(differences, 2)
+
+
+@contextmanager
+def monitors(url: str, gpu_ids: list[str]) -> Iterator[None]:
+    """Everything that a node samples, in another process."""
+    context = multiprocessing.get_context("spawn")
+    started, over = context.Event(), context.Event()
+    process = context.Process(target=monitor, args=(url, gpu_ids, started, over))
+    process.start()
+    if not started.wait(60.0):
+        raise SystemExit("the monitors do not start")
+    try:
+        yield
+    finally:
+        over.set()
+        process.join()
+
+
+def monitor(url: str, gpu_ids: list[str], started: Event, over: Event) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(KVCacheMonitor(url, KV_INTERVAL_S))
+        stack.enter_context(Sampler(CpuMeter().read, GPU_INTERVAL_S))
+        if gpu_ids:
+            gpus = stack.enter_context(Gpus(gpu_ids))
+            stack.enter_context(Sampler(gpus.read, GPU_INTERVAL_S))
+            stack.enter_context(Sampler(gpus.energy_j, 1.0))
+        started.set()
+        over.wait()
 
 
 def throughput(url: str, flags: argparse.Namespace, *, seed: int) -> float:
@@ -212,10 +240,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
             if gpus is not None:
                 table["read of everything cheap, under load"] = read_costs(gpus)["read of everything cheap"]
                 table["counter over integrated power - 1, per cent"] = counter_against_power(
-                    gpus, windows=20, seconds=1.0
+                    gpus, windows=8, seconds=5.0
                 )
             table["jitter at 20 Hz under load"] = jitter(gpus.read if gpus else time.monotonic, seconds=20.0)
-        table["tokens/s with monitors over without - 1, per cent"] = overhead(server.url, gpus, flags)
+        table["tokens/s with monitors over without - 1, per cent"] = overhead(server.url, flags)
     return table
 
 

@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
+import secrets
 import shlex
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -182,13 +184,17 @@ def _loads(
     live: LiveConfig, url: str, workload: Workload, horizon_s: float, *, random_start: bool
 ) -> Callable[[int], LoadGenerator]:
     model = served_model(url)
+    episodes = count(secrets.randbits(32))
 
     def start_load(seed: int) -> LoadGenerator:
         rng = np.random.default_rng(seed)
         period_s = workload.period_s
         start_s = rng.uniform(0.0, period_s) if random_start and period_s else 0.0
         requests = workload.generate(horizon_s, rng=rng, start_s=start_s)
-        prompts = TokenPrompts(requests, vocab_size=live.vocab_size, rng=rng)
+        # The same seed means the same arrivals and lengths, never the same tokens: a policy must not find its
+        # predecessor's prompts in the prefix cache.
+        tokens = np.random.default_rng((seed, next(episodes)))
+        prompts = TokenPrompts(requests, vocab_size=live.vocab_size, rng=tokens)
         return LoadGenerator(url, requests, prompts=prompts, model=model, timeout_s=live.request_timeout_s)
 
     return start_load

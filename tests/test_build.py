@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from fuel_ray import build_live
 from fuel_ray.build import build_codec, build_spec, twin_of, twinned
 from fuel_ray.config import PRESETS, LiveConfig
 from fuel_ray.errors import ConfigError
+from fuel_ray.workload import parse_workload
 from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.stub_vllm import Stub, serving
 
 LIVE = replace(PRESETS["default"], node="live", live=LiveConfig(model="m"))
 
@@ -35,6 +38,24 @@ def test_an_observe_only_node_has_one_clock_as_has_its_twin(monkeypatch):
     monkeypatch.setattr("fuel_ray.live.nvml.Gpus.can_set_clocks", lambda self: False)
     config = twinned(LIVE)
     assert build_spec(config, 16).gpu_clocks_mhz == build_spec(twin_of(config), 16).gpu_clocks_mhz == (1980,)
+
+
+def test_episodes_of_one_seed_have_the_same_lengths_and_no_tokens_in_common(gpu):
+    """Else the prefix cache serves a policy what its predecessor paid for."""
+    workload = parse_workload("steady:rate_rps=20,output_mean=4")
+    prompts = []
+    with serving(Stub()) as stub:
+        start_load = build_live._loads(LIVE.live, stub.url, workload, 1.0, random_start=False)
+        for _ in range(2):
+            stub.bodies.clear()
+            load = start_load(3)
+            load.start()
+            assert load.wait(30.0)
+            prompts.append([body["prompt"] for body in stub.bodies])
+    first, second = (sorted(map(len, episode)) for episode in prompts)
+    assert first == second and len(first) > 10
+    starts = [{tuple(prompt[:16]) for prompt in episode} for episode in prompts]
+    assert not starts[0] & starts[1]
 
 
 def test_a_simulated_node_is_its_own_twin():

@@ -1,12 +1,14 @@
 """Profiling a node: what is measured on the twin leads calibrate back to the twin."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.sim.perf_model import load_pack, step_cost
 
+DATA = Path(__file__).parent / "data"
 CLOCKS = ("1980", "1740", "1500", "1245", "990")
 
 
@@ -51,3 +53,16 @@ def test_a_batch_that_does_not_fit_the_kv_pool_is_skipped_and_said(tmp_path, cap
     (path,) = tmp_path.glob("profile-*/profile.jsonl")
     decode = [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == "decode"]
     assert [row["b"] for row in decode] == [4]
+
+
+def test_the_twin_tells_what_another_h100_was_measured_to_do():
+    """`fuel-ray profile --node live` on a card and a day that the pack was not fitted to; see docs/live.md."""
+    perf = load_pack("h100-qwen3-8b").perf
+    rows = map(json.loads, (DATA / "h100_profile_20261125.jsonl").read_text().splitlines())
+    decode = [row for row in rows if row["phase"] == "decode"]
+    errors = []
+    for row in decode:
+        step_s, power_w, _ = step_cost(perf, row["b"], row["b"] * row["ctx_mid"], 0, row["clock_mhz"], 0.0)
+        errors.append(step_s * power_w / (row["itl"] * row["power_w"]) - 1)
+    assert len(errors) == 16
+    assert max(map(abs, errors)) < 0.05 and sum(map(abs, errors)) / len(errors) < 0.02

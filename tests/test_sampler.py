@@ -1,5 +1,6 @@
 """Steady sampling and what a window says; a fake clock wherever time matters."""
 
+import sys
 import threading
 import time
 
@@ -217,3 +218,13 @@ def test_a_window_that_was_hardly_seen_has_no_energy():
         window_energy_j(_samples((0.0, 400.0)), begin_s=0.0, end_s=10.0)
     with pytest.raises(TelemetryError):
         window_energy_j([], begin_s=0.0, end_s=10.0)
+
+
+def test_a_busy_thread_holds_a_sample_up_for_a_millisecond_at_most():
+    before_s = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        with Sampler(lambda: 1, 0.05):
+            assert sys.getswitchinterval() == pytest.approx(0.001)
+    finally:
+        sys.setswitchinterval(before_s)

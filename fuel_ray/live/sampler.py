@@ -6,6 +6,7 @@ sampler sees each value several times. Means are therefore weighted by the time 
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SWITCH_S = 0.001
 JOIN_S = 2.0  # stop() leaves a read that hangs longer behind; its thread is a daemon
 
 
@@ -42,6 +44,9 @@ class Sampler(Generic[T]):
 
     Deadlines are absolute. Those missed by a slow read are skipped and counted, never made up for in a bunch.
     A read that raises NodeError leaves a missing sample; any other exception is a bug and ends the thread.
+
+    ``start`` lowers the interpreter's switch interval to 1 ms for the whole process: with Python's default of
+    5 ms a busy thread, such as a load generator, makes samples late by as much (p99 6.6 ms against 3.5 ms).
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Sampler(Generic[T]):
         """Begin, with a first sample at once; a sampler that runs goes on."""
         if self._thread is not None:
             return
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self._stop, self._bug = threading.Event(), None
         self._thread = threading.Thread(target=self._run, args=(self._stop,), name=self.name, daemon=True)
         self._thread.start()
