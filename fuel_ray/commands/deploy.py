@@ -18,7 +18,6 @@ from fuel_ray.control import StepRecord
 from fuel_ray.deployment import Attached, Deployment
 from fuel_ray.errors import ConfigError, FuelRayError, NodeError
 from fuel_ray.flags import parse_flags
-from fuel_ray.live.processes import orderly_signals
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
 from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import StepLog, new_folder, origin, step_line, write_json
@@ -93,15 +92,14 @@ def run(config: DeployConfig) -> int:
     def attach_again() -> Attached:
         return attach(target, folder, interval_s=config.interval_s)
 
-    with orderly_signals():
-        first = attach_again()  # what is wrong at first is the user's to know
-        with contextlib.closing(first.loop.node):
-            recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.codec.slo)
-            try:
-                deployment = Deployment(attach_again, recorder, interval_s=config.interval_s)
-                deployment.run(first, max_steps=config.max_steps)
-            finally:
-                recorder.close()
+    first = attach_again()  # what is wrong at first is the user's to know
+    with contextlib.closing(first.loop.node):
+        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.codec.slo)
+        try:
+            deployment = Deployment(attach_again, recorder, interval_s=config.interval_s)
+            deployment.run(first, max_steps=config.max_steps)
+        finally:
+            recorder.close()
     return 0
 
 
