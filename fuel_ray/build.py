@@ -10,9 +10,10 @@ import numpy as np
 from fuel_ray.build_live import live_engine, live_node, live_spec
 from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
 from fuel_ray.config import PRESETS, LearnConfig, ServingConfig
-from fuel_ray.control import ControlLoop, Guard
+from fuel_ray.control import ControlLoop
 from fuel_ray.env import ServingEnv
 from fuel_ray.errors import ConfigError
+from fuel_ray.guard import Guard
 from fuel_ray.objective import Energy, GreenDls, Objective
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.perf_model import load_pack, step_cost
@@ -186,7 +187,8 @@ def build_loop(
     node = build_node(
         config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start
     )
-    return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=Guard(config.guard_wait_s))
+    guard = Guard(config.guard.rules(config.slo, node.spec))
+    return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=guard)
 
 
 def build_env(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:

@@ -2,24 +2,29 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.deployment import Attached
+from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import NodeError, PolicyError
+from fuel_ray.guard import Guard
 from fuel_ray.live.kv_monitor import MetricsClient
 from fuel_ray.live.limiter import BatchLimiter
 from fuel_ray.live.node import GpuNode
 from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.shadow import ShadowNode
 from fuel_ray.live.vllm_metrics import CacheConfig
 from fuel_ray.live.vllm_server import served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
-from fuel_ray.types import NodeSpec
+from fuel_ray.types import Node, NodeSpec
 
 MISS_PRICE_J = 200.0  # as in training
 ATTACH_S = 2.0  # for a busy scheduler to find a new control file
@@ -29,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The running server and its GPUs, and what of them may be set."""
+    """The running server and its GPUs, what of them may be set, and under which rules."""
 
     server: str  # URL
     gpu_ids: tuple[str, ...]
@@ -38,6 +43,7 @@ class Target:
     clock_control: Literal["on", "off"]
     shadow: bool  # nothing is set
     allow_mismatch: bool  # of model, GPU, vLLM, clocks and limits; never of the block size
+    guard: GuardConfig
 
 
 def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attached:
@@ -45,6 +51,7 @@ def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attach
 
     Raises:
         PolicyError: the policy does not fit the server; the message names all that differs.
+        ConfigError: the fallback is not one of the node's settings.
         NodeError: the server does not answer, there is no such GPU, or another controller has it.
     """
     with contextlib.ExitStack() as opened:
@@ -55,33 +62,57 @@ def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attach
         limiter = None
         if target.limit_file is not None and not target.shadow:
             limiter = opened.enter_context(BatchLimiter(target.limit_file))
-        spec = NodeSpec(
-            name=f"{target.server} on {', '.join(gpus.uuids)}",
-            gpu_name=gpus.name,
-            gpu_uuids=gpus.uuids,
-            model=served_model(target.server),
-            kv_block_size=cache.block_size,
-            num_kv_blocks=cache.num_gpu_blocks,
-            batch_limits=(1, _capacity(target, folder, limiter)),
-            gpu_clocks_mhz=_clocks_mhz(gpus, may_set=target.clock_control == "on"),
-        )
+        spec = _spec(target, folder, gpus, cache, limiter)
         check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
-        node_spec = observed(spec) if target.shadow else spec
-        node = GpuNode(node_spec, gpus, client, limiter=limiter)
+        guard = _guard(target.guard, folder, spec)
+        node: Node = GpuNode(_observed(spec) if target.shadow else spec, gpus, client, limiter=limiter)
         opened.pop_all()  # the node closes them
-    objective = Energy(
-        folder.codec.slo, token_price_j=0.0, miss_price_j=MISS_PRICE_J, scale_w=1.0, lowest=-1e9
-    )
+    if target.shadow:
+        node = ShadowNode(node, spec)
     return Attached(
-        loop=ControlLoop(node, objective, interval_s=interval_s),
+        loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=folder.policy(spec),
         check=_server_check(client, cache),
     )
 
 
-def observed(spec: NodeSpec) -> NodeSpec:
-    """The same node with nothing that can be set."""
+def _spec(
+    target: Target, folder: PolicyFolder, gpus: Gpus, cache: CacheConfig, limiter: BatchLimiter | None
+) -> NodeSpec:
+    return NodeSpec(
+        name=f"{target.server} on {', '.join(gpus.uuids)}",
+        gpu_name=gpus.name,
+        gpu_uuids=gpus.uuids,
+        model=served_model(target.server),
+        kv_block_size=cache.block_size,
+        num_kv_blocks=cache.num_gpu_blocks,
+        batch_limits=(1, _capacity(target, folder, limiter)),
+        gpu_clocks_mhz=_clocks_mhz(target, gpus),
+    )
+
+
+def _observed(spec: NodeSpec) -> NodeSpec:
+    """The same node with no clock that can be set."""
     return replace(spec, gpu_clocks_mhz=spec.gpu_clocks_mhz[-1:])
+
+
+def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
+    """The rules that are asked for; where they say None, the promise's own wait and the tuned static pair."""
+    slo, tuned = folder.codec.slo, folder.manifest.tuned_static
+    if config.max_wait_s is None:
+        config = replace(config, max_wait_s=slo.ttft_s or slo.e2e_s)
+    if config.fallback is None and tuned is not None:
+        config = replace(config, fallback=f"{tuned['batch_limit']}@{tuned['gpu_clock_mhz']}")
+    drift = None
+    if config.drift:
+        drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
+    return Guard(config.rules(slo, spec), drift=drift)
+
+
+def _objective(folder: PolicyFolder) -> Energy:
+    """Negative watts, the price of missed limits included."""
+    slo = folder.codec.slo
+    return Energy(slo, token_price_j=0.0, miss_price_j=MISS_PRICE_J, scale_w=1.0, lowest=-math.inf)
 
 
 def check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
@@ -160,11 +191,12 @@ def _capacity(target: Target, folder: PolicyFolder, limiter: BatchLimiter | None
     return highest
 
 
-def _clocks_mhz(gpus: Gpus, *, may_set: bool) -> tuple[int, ...]:
+def _clocks_mhz(target: Target, gpus: Gpus) -> tuple[int, ...]:
     """Those that may be chosen; the highest alone if clocks are not ours to set."""
     supported = gpus.supported_clocks_mhz
-    if may_set and gpus.can_set_clocks():
+    wanted = target.clock_control == "on"
+    if wanted and supported and (target.shadow or gpus.can_set_clocks()):
         return supported
-    if may_set:
+    if wanted:
         logger.warning("the clocks of %s may not be set here: they are left alone", gpus.name)
     return supported[-1:] or (round(gpus.read().sm_clock_mhz),)

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,11 +13,11 @@ import numpy as np
 from tyro.conf import arg
 
 from fuel_ray.build_deploy import Target, attach
-from fuel_ray.config import to_dict
+from fuel_ray.config import GuardConfig, to_dict
 from fuel_ray.control import StepRecord
 from fuel_ray.deployment import Attached, Deployment
-from fuel_ray.errors import ConfigError, FuelRayError, NodeError
-from fuel_ray.flags import parse_flags
+from fuel_ray.errors import FuelRayError, NodeError
+from fuel_ray.flags import check_ranges, parse_flags
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
 from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import StepLog, new_folder, origin, step_line, write_json
@@ -56,6 +56,9 @@ class DeployConfig:
     """Windows after which to stop; None: when a signal says so."""
     allow_mismatch: bool = False
     """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
+    guard: GuardConfig = field(
+        default_factory=lambda: GuardConfig(latency=True, drift=True, switches_per_minute=30)
+    )
     out: Path = Path("results")
     """Folder in which the run's own folder is made."""
 
@@ -68,11 +71,7 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
         PolicyError: there is no such policy.
     """
     config = parse_flags(DeployConfig, argv, prog=prog)
-    if not 0.05 <= config.interval_s <= 3600:
-        raise ConfigError(f"--interval {config.interval_s}: must be from 0.05 to 3600 s")
-    for name, value in (("--max-steps", config.max_steps), ("--max-num-seqs", config.max_num_seqs)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value}: must be at least 1")
+    check_ranges(config)
     return config
 
 
@@ -87,6 +86,7 @@ def run(config: DeployConfig) -> int:
         clock_control=config.clock_control,
         shadow=config.shadow,
         allow_mismatch=config.allow_mismatch,
+        guard=config.guard,
     )
 
     def attach_again() -> Attached:
@@ -148,6 +148,8 @@ class Recorder:
             self._samples[name].extend(values)
         self._samples["decision"].append(decision_s)
         labels = {
+            "permitted": asdict(record.verdict.knobs),
+            "overruled": record.verdict.reasons,
             "energy_j": round(window.energy_j, 3),
             "duration_s": round(window.duration_s, 4),
             "output_tokens": window.output_tokens,

@@ -34,6 +34,8 @@ class Manifest:
     head: Head
     fuel_ray_version: str
     evaluation: dict[str, Any] = field(default_factory=dict)
+    tuned_static: dict[str, int] | None = None  # the Knobs that were tuned for the same load
+    feature_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # seen in training
     format: int = FORMAT
 
 
