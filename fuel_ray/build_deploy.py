@@ -61,7 +61,7 @@ def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attach
         cache = _cache(client)
         limiter = None
         if target.limit_file is not None and not target.shadow:
-            limiter = opened.enter_context(BatchLimiter(target.limit_file))
+            limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
         spec = _spec(target, folder, gpus, cache, limiter)
         check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
         guard = _guard(target.guard, folder, spec)
