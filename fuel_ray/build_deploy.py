@@ -13,9 +13,10 @@ from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.deployment import Attached
 from fuel_ray.drift import DriftDetector
-from fuel_ray.errors import NodeError, PolicyError
+from fuel_ray.errors import NodeError, PolicyError, PrivilegeError
 from fuel_ray.guard import Guard
 from fuel_ray.live.kv_monitor import MetricsClient
+from fuel_ray.live.lease_state import state_folder, state_path
 from fuel_ray.live.limiter import BatchLimiter
 from fuel_ray.live.node import GpuNode
 from fuel_ray.live.nvml import Gpus
@@ -27,6 +28,7 @@ from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.types import Node, NodeSpec
 
 MISS_PRICE_J = 200.0  # as in training
+SCRAPE_S = 2.0  # a page that takes longer is a lost window
 ATTACH_S = 2.0  # for a busy scheduler to find a new control file
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attach
     """
     with contextlib.ExitStack() as opened:
         gpus = opened.enter_context(Gpus(target.gpu_ids))
-        client = MetricsClient(target.server)
+        client = MetricsClient(target.server, timeout_s=SCRAPE_S)
         opened.callback(client.close)
         cache = _cache(client)
         limiter = None
@@ -191,6 +193,16 @@ def _capacity(target: Target, folder: PolicyFolder, limiter: BatchLimiter | None
     return highest
 
 
+def _refuse_left_locks(gpus: Gpus) -> None:
+    """Clocks that a dead controller left locked must not become the clocks that are left alone."""
+    left = [uuid for uuid in gpus.uuids if state_path(state_folder(), uuid).exists()]
+    if left:
+        raise PrivilegeError(
+            f"the clocks of GPU {', '.join(left)} were left locked and may not be set here: "
+            "`sudo fuel-ray unlock` gives them back"
+        )
+
+
 def _clocks_mhz(target: Target, gpus: Gpus) -> tuple[int, ...]:
     """Those that may be chosen; the highest alone if clocks are not ours to set."""
     supported = gpus.supported_clocks_mhz
@@ -198,5 +210,6 @@ def _clocks_mhz(target: Target, gpus: Gpus) -> tuple[int, ...]:
     if wanted and supported and (target.shadow or gpus.can_set_clocks()):
         return supported
     if wanted:
+        _refuse_left_locks(gpus)
         logger.warning("the clocks of %s may not be set here: they are left alone", gpus.name)
     return supported[-1:] or (round(gpus.read().sm_clock_mhz),)

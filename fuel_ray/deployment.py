@@ -30,7 +30,7 @@ class Observer(Protocol):
 
     def measured(self, record: StepRecord, *, decision_s: float) -> None: ...
 
-    def lost(self, step: int, chosen: Knobs, error: NodeError) -> None: ...
+    def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None: ...
 
     def detached(self, error: FuelRayError) -> None: ...
 
@@ -104,16 +104,17 @@ class Deployment:
             self._step += 1
             try:
                 record = replace(attached.loop.step(chosen), step=step)
-            except NodeError as error:
-                self._observer.lost(step, chosen, error)
-                lost += 1
-                if self._clock() > deadline_s:
-                    raise NodeError(f"no window could be measured for {PATIENCE_S:g} s: {error}") from error
-                self._sleep(max(0.0, begin_s + self._interval_s - self._clock()))
-            else:
                 if lost:
                     attached.check()
                 return record
+            except (NodeError, PolicyError) as error:
+                self._observer.lost(step, chosen, error)
+                lost += 1
+                if isinstance(error, PolicyError):
+                    raise
+                if self._clock() > deadline_s:
+                    raise NodeError(f"no window could be measured for {PATIENCE_S:g} s: {error}") from error
+                self._sleep(max(0.0, begin_s + self._interval_s - self._clock()))
         return None
 
     def _attached_again(self) -> Attached:

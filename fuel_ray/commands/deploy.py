@@ -16,7 +16,7 @@ from fuel_ray.build_deploy import Target, attach
 from fuel_ray.config import GuardConfig, to_dict
 from fuel_ray.control import StepRecord
 from fuel_ray.deployment import Attached, Deployment
-from fuel_ray.errors import FuelRayError, NodeError
+from fuel_ray.errors import FuelRayError
 from fuel_ray.flags import check_ranges, parse_flags
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
 from fuel_ray.policies.learned import PolicyFolder, read_policy
@@ -158,7 +158,7 @@ class Recorder:
         }
         self._log.write(step_line(record, time_s=self._now_s(), labels=labels))
 
-    def lost(self, step: int, chosen: Knobs, error: NodeError) -> None:
+    def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
         """Record that there is no window."""
         self._lost += 1
         logger.warning("window %d is lost: %s", step, error)
@@ -172,7 +172,9 @@ class Recorder:
 
     def detached(self, error: FuelRayError) -> None:
         """Say that nothing is controlled at the moment."""
-        logger.warning("clocks and batch limit are given back until it works again: %s", error)
+        cause = error.__context__ if isinstance(error.__context__, FuelRayError) else None
+        why = f"{cause}; {error}" if cause is not None and error.__cause__ is None else str(error)
+        logger.warning("clocks and batch limit are given back until it works again: %s", why)
 
     def close(self) -> None:
         """Close steps.jsonl, write run.json and print the summary."""
