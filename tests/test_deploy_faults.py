@@ -1,22 +1,34 @@
 """What can happen to a server and its GPU under a deployment: knobs stay safe, and control comes back."""
 
+import gc
 import json
+import logging
+import sys
 import threading
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fuel_ray import build_deploy, deployment
 from fuel_ray.build_deploy import Target, attach
+from fuel_ray.commands.deploy import Recorder
 from fuel_ray.config import GuardConfig
-from fuel_ray.deployment import Deployment
-from fuel_ray.errors import NodeError
+from fuel_ray.control import ControlLoop
+from fuel_ray.deployment import Attached, Deployment
+from fuel_ray.drift import DriftDetector
+from fuel_ray.errors import NodeError, PolicyError
+from fuel_ray.guard import Guard
+from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import StepLog
-from fuel_ray.types import Knobs
+from fuel_ray.types import Knobs, NodeSpec
 from tests.fake_nvml import FakeGpu, FakeNvml
-from tests.policy_folders import write_policy
+from tests.policy_folders import SLO, write_policy
 from tests.stub_vllm import serving
+from tests.test_codec import WINDOW
 from tests.traffic_stub import TrafficStub
 
 LOW = Knobs(4, 990)
@@ -245,3 +257,131 @@ def test_a_line_cut_short_by_a_full_disk_does_not_spoil_the_next(tmp_path, monke
     log.close()
     lines = (tmp_path / "steps.jsonl").read_text().splitlines()
     assert log.lost_lines == 1 and [json.loads(lines[0]), json.loads(lines[2])] == [{"step": 0}, {"step": 2}]
+
+
+def damaged(folder, name, change):
+    raw = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**raw, **change}))
+
+
+HOSTILE = [
+    ("manifest.json", {"unknown": 1}),
+    ("manifest.json", {"kv_block_sizes": ["16"]}),
+    ("manifest.json", {"kv_block_sizes": []}),
+    ("manifest.json", {"kv_block_sizes": 16}),
+    ("manifest.json", {"head": "deep"}),
+    ("manifest.json", {"model": 7}),
+    ("manifest.json", {"format": 99}),
+    ("manifest.json", {"tuned_static": {"batch_limit": 4}}),
+    ("manifest.json", {"tuned_static": {"batch_limit": 4, "gpu_clock_mhz": -1}}),
+    ("manifest.json", {"feature_ranges": {"running": [1, 0]}}),
+    ("manifest.json", {"feature_ranges": {"running": "ab"}}),
+    ("codec.json", {"grid": {"batch_limits": [0], "gpu_clocks_mhz": [990]}}),
+    ("codec.json", {"grid": {"batch_limits": [4, 16, 32], "gpu_clocks_mhz": [990, 1500, "1980"]}}),
+    ("codec.json", {"grid": {"batch_limits": [32, 16, 4], "gpu_clocks_mhz": [990, 1500, 1980]}}),
+    ("codec.json", {"features": ["__import__"]}),
+    ("codec.json", {"features": ["running"]}),
+    ("codec.json", {"slo": {"ttft_s": -1.0}}),
+    ("codec.json", {"slo": {"nonsense": 1.0}}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), HOSTILE, ids=str)
+def test_a_policy_folder_with_a_value_that_makes_no_sense_is_refused(tmp_path, name, change):
+    folder = write_policy(tmp_path / "policy")
+    damaged(folder, name, change)
+    with pytest.raises(PolicyError):
+        read_policy(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "codec.json", "weights.safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"\x00" * 64, b"[" * 100_000, b"\x80\x04cos\nsystem\n(S'false'\ntR.", b" " * 2**21],
+    ids=["empty", "object", "zeros", "deep", "pickle", "large"],
+)
+def test_a_policy_folder_with_another_file_in_its_place_is_refused(tmp_path, name, content):
+    folder = write_policy(tmp_path / "policy")
+    (folder / name).write_bytes(content)
+    with pytest.raises(PolicyError):
+        read_policy(folder)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["manifest.json", "codec.json", "weights.safetensors"])
+def test_a_truncated_policy_folder_is_refused(tmp_path, name, share):
+    path = write_policy(tmp_path / "policy") / name
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(PolicyError):
+        read_policy(tmp_path / "policy")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    folder = write_policy(tmp_path / "policy")
+    arrays = dict(load_file(folder / "weights.safetensors"))
+    arrays["advantage.weight"][3, 1] = np.nan  # unseen by an observation of zeros
+    save_file(arrays, folder / "weights.safetensors")
+    with pytest.raises(PolicyError, match="not finite"):
+        read_policy(folder)
+
+
+class DayNode:
+    """A node of virtual time under a load that never repeats, with a lost window now and then."""
+
+    spec = NodeSpec("day", "gpu", (), "tiny", 16, 300, (1, 32), (990, 1500, 1980))
+
+    def __init__(self, clock):
+        self._clock, self._knobs, self._n = clock, None, 0
+
+    def reset(self, *, seed):
+        pass
+
+    def apply(self, knobs):
+        self._knobs = knobs
+        return knobs
+
+    def measure(self, duration_s):
+        self._n += 1
+        self._clock[0] += duration_s
+        if self._n % 997 == 0:
+            raise NodeError("lost")
+        n = self._n
+        samples_s = tuple(0.01 + (n * k % 101) / 100 for k in range(n % 17))
+        return replace(
+            WINDOW,
+            duration_s=duration_s,
+            arrivals=n % 13,
+            running=n % 29,
+            ttfts_s=samples_s,
+            knobs=self._knobs,
+        )
+
+    def close(self):
+        pass
+
+
+def test_a_day_of_windows_leaves_memory_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fuel_ray"), "disabled", True)  # pytest keeps what is logged
+    monkeypatch.setattr(logging.getLogger("fuel_ray.commands.deploy"), "disabled", True)
+    clock = [0.0]
+    folder = read_policy(write_policy(tmp_path / "policy"))
+    recorder = Recorder(tmp_path, {}, SLO)
+    rules = GuardConfig(max_wait_s=1.0, latency=True, switches_per_minute=3, dwell_s=2.0)
+    guard = Guard(rules.rules(SLO, DayNode.spec), drift=DriftDetector(folder.codec, DayNode.spec))
+
+    def attached():
+        loop = ControlLoop(DayNode(clock), Energy(SLO, 0.0, 200.0, 1.0), guard=guard)
+        return Attached(loop, folder.policy(DayNode.spec), lambda: None)
+
+    def sleep(duration_s):
+        clock[0] += duration_s
+
+    run = Deployment(attached, recorder, interval_s=1.0, clock=lambda: clock[0], sleep=sleep)
+    blocks = []
+    for hour in range(1, 25):
+        run.run(attached(), max_steps=3600 * hour)
+        gc.collect()
+        blocks.append(sys.getallocatedblocks())
+    recorder.close()
+    assert clock[0] >= 86_400 and recorder.summary()["windows"] + recorder.summary()["lost_windows"] == 86_400
+    assert blocks[-1] - blocks[7] < 2_000, "objects that the last 57,600 windows left behind"

@@ -23,7 +23,7 @@ from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import StepLog, new_folder, origin, step_line, write_json
 from fuel_ray.types import Knobs, Slo
 
-LATENCY_SAMPLES = 50_000  # of each latency, the last ones, for the percentiles of the summary
+LATENCY_SAMPLES = 10_000  # of each latency, the last ones, for the percentiles of the summary
 
 logger = logging.getLogger(__name__)
 
