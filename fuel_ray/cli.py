@@ -21,6 +21,7 @@ VERBS = {
         "send a load to a vLLM server and record power and KV cache",
     ),
     "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
+    "clock-helper": ("clock_helper", "ClockHelperConfig", "set clocks for controllers that may not, as root"),
     "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
     "report": ("report", "ReportConfig", "write a run's report again"),
 }
@@ -59,5 +60,5 @@ def _run(verb: str, argv: list[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {verb:<10} {what}" for verb, (_, _, what) in VERBS.items()]
+    lines = [f"  {verb:<12} {what}" for verb, (_, _, what) in VERBS.items()]
     return "\n".join(["usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)", "", *lines])

@@ -27,7 +27,7 @@ HEAVY = ("ray", "torch", "gymnasium", "numba", "pandas", "matplotlib")
 def gpu(monkeypatch):
     fake = FakeGpu(uuid="GPU-0")
     monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(fake))
-    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
     return fake
 
 
@@ -116,7 +116,7 @@ CONTROLLER = """
 import sys
 import fuel_ray.live.nvml
 from fuel_ray.cli import main
-fuel_ray.live.nvml._holds_sys_admin = lambda proc: True
+fuel_ray.live.nvml.holds_sys_admin = lambda proc: True
 sys.exit(main(sys.argv[1:]))
 """
 

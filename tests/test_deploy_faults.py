@@ -75,7 +75,7 @@ def impatient(monkeypatch):
 def nvml(monkeypatch):
     fake = FakeNvml(FakeGpu(uuid="GPU-0"))
     monkeypatch.setattr("fuel_ray.live.nvml.pynvml", fake)
-    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
     return fake
 
 
@@ -210,7 +210,7 @@ def test_clocks_that_were_left_locked_are_not_taken_for_clocks_that_are_left_alo
     run, nvml, monkeypatch, state_folder
 ):
     nvml.privileged = False
-    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: False)
+    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: False)
     left = state_folder / "GPU-0.json"
     left.write_text("{}")
     try:
