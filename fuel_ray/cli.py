@@ -21,6 +21,7 @@ VERBS = {
         "send a load to a vLLM server and record power and KV cache",
     ),
     "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
+    "watch": ("watch", "WatchConfig", "show in a terminal what deployments do"),
     "clock-helper": ("clock_helper", "ClockHelperConfig", "set clocks for controllers that may not, as root"),
     "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
     "report": ("report", "ReportConfig", "write a run's report again"),

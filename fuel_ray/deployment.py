@@ -35,6 +35,29 @@ class Observer(Protocol):
     def detached(self, error: FuelRayError) -> None: ...
 
 
+class Observers:
+    """Several observers as one."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def attached(self, attached: Attached) -> None:
+        for observer in self._observers:
+            observer.attached(attached)
+
+    def measured(self, record: StepRecord, *, decision_s: float) -> None:
+        for observer in self._observers:
+            observer.measured(record, decision_s=decision_s)
+
+    def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
+        for observer in self._observers:
+            observer.lost(step, chosen, error)
+
+    def detached(self, error: FuelRayError) -> None:
+        for observer in self._observers:
+            observer.detached(error)
+
+
 class Deployment:
     """Controls a node once per interval until it is stopped.
 

@@ -35,6 +35,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("guard.max_wait_s", "guard.release_s", "guard.dwell_s"), (0.0, 86_400.0)),
     **dict.fromkeys(("interval_s",), (0.05, 3600.0)),
     **dict.fromkeys(("max_steps",), _COUNT),
+    **dict.fromkeys(("metrics_port",), (1, 65_535)),
     **dict.fromkeys(
         ("grid_lowest_clock_share", "train.gamma", "train.epsilon_initial", "train.epsilon_final"), _SHARE
     ),

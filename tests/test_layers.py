@@ -42,6 +42,8 @@ HOMES = {
     "pynvml": ("live.nvml",),
     "aiohttp": ("live",),
     "psutil": ("live.cpu",),
+    "prometheus_client": ("live",),
+    "rich": ("commands.watch",),
     "vllm": ("vllm_plugin",),
 }
 

@@ -15,9 +15,10 @@ from tyro.conf import arg
 from fuel_ray.build_deploy import Target, attach
 from fuel_ray.config import GuardConfig, to_dict
 from fuel_ray.control import StepRecord
-from fuel_ray.deployment import Attached, Deployment
+from fuel_ray.deployment import Attached, Deployment, Observer, Observers
 from fuel_ray.errors import FuelRayError
 from fuel_ray.flags import check_ranges, parse_flags
+from fuel_ray.live.exporter import Exporter
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
 from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import StepLog, new_folder, origin, step_line, write_json
@@ -54,6 +55,10 @@ class DeployConfig:
     """Seconds between two decisions."""
     max_steps: int | None = None
     """Windows after which to stop; None: when a signal says so."""
+    metrics_port: int | None = None
+    """Port of the controller's own /metrics, such as 9464; None: there is none."""
+    metrics_host: str = "127.0.0.1"
+    """Address that /metrics listens on."""
     allow_mismatch: bool = False
     """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
     guard: GuardConfig = field(
@@ -92,14 +97,19 @@ def run(config: DeployConfig) -> int:
     def attach_again() -> Attached:
         return attach(target, folder, interval_s=config.interval_s)
 
-    first = attach_again()  # what is wrong at first is the user's to know
-    with contextlib.closing(first.loop.node):
+    with contextlib.ExitStack() as opened:
+        observers: list[Observer] = []
+        if config.metrics_port is not None:
+            info = {"policy": str(folder.path), "mode": "shadow" if config.shadow else "control"}
+            exporter = Exporter(config.metrics_port, folder.codec.slo, host=config.metrics_host, info=info)
+            opened.callback(exporter.close)
+            observers.append(exporter)
+        first = attach_again()  # what is wrong at first is the user's to know
+        opened.callback(first.loop.node.close)
         recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.codec.slo)
-        try:
-            deployment = Deployment(attach_again, recorder, interval_s=config.interval_s)
-            deployment.run(first, max_steps=config.max_steps)
-        finally:
-            recorder.close()
+        opened.callback(recorder.close)
+        deployment = Deployment(attach_again, Observers(recorder, *observers), interval_s=config.interval_s)
+        deployment.run(first, max_steps=config.max_steps)
     return 0
 
 

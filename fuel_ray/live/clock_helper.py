@@ -74,10 +74,8 @@ class ClockHelper:
             raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             pid, uid, _ = _CREDENTIALS.unpack(raw)
             connection.settimeout(SEND_S)
-            if uid not in self._uids or len(self._peers) >= MAX_PEERS:
-                logger.warning("user %d (pid %d) was turned away", uid, pid)
-                with contextlib.suppress(OSError):
-                    connection.sendall(f"no user {uid} may not set clocks here\n".encode())
+            if len(self._peers) >= MAX_PEERS:
+                logger.warning("too many connections: user %d (pid %d) was turned away", uid, pid)
                 connection.close()
                 return
             peer = _Peer(connection, pid, uid)
@@ -98,6 +96,9 @@ class ClockHelper:
             self._drop(peer)
 
     def _answer(self, peer: _Peer, words: list[str]) -> str:
+        if peer.uid not in self._uids:
+            logger.warning("user %d (pid %d) may not set clocks here", peer.uid, peer.pid)
+            return f"no user {peer.uid} may not set clocks here"
         match words:
             case ["gpus"]:
                 return f"ok {' '.join(self._gpus)}"
