@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from fuel_ray.config import GuardConfig
-from fuel_ray.control import ControlLoop
+from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deployment import Attached
 from fuel_ray.drift import DriftDetector
-from fuel_ray.errors import NodeError, PolicyError, PrivilegeError
+from fuel_ray.errors import ConfigError, NodeError, PolicyError, PrivilegeError
+from fuel_ray.estimate import SavingEstimate
 from fuel_ray.guard import Guard
 from fuel_ray.live.kv_monitor import MetricsClient
 from fuel_ray.live.lease_state import state_folder, state_path
@@ -25,6 +26,7 @@ from fuel_ray.live.vllm_metrics import CacheConfig
 from fuel_ray.live.vllm_server import served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Node, NodeSpec
 
 MISS_PRICE_J = 200.0  # as in training
@@ -75,6 +77,7 @@ def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attach
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=folder.policy(spec),
         check=_server_check(client, cache),
+        saved_j=_saving(folder, spec),
     )
 
 
@@ -109,6 +112,18 @@ def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
     if config.drift:
         drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
     return Guard(config.rules(slo, spec), drift=drift)
+
+
+def _saving(folder: PolicyFolder, spec: NodeSpec) -> Callable[[StepRecord], float | None]:
+    """By the pack that the policy was trained on, where that is at hand."""
+    try:
+        pack = load_pack(folder.manifest.pack)
+    except ConfigError:
+        pack = None
+    if pack is None or pack.sha256 != folder.manifest.pack_sha256:
+        return lambda record: None
+    estimate, most = SavingEstimate(pack.perf, spec), spec.max_performance
+    return lambda record: estimate.saved_j(record.metrics, record.verdict.knobs, reference=most)
 
 
 def _objective(folder: PolicyFolder) -> Energy:

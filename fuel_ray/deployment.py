@@ -21,6 +21,7 @@ class Attached:
     loop: ControlLoop
     policy: Policy
     check: Callable[[], None]  # raises PolicyError if the server is no longer the one that the policy fits
+    saved_j: Callable[[StepRecord], float | None]  # modelled, over maximum performance; None without a model
 
 
 class Observer(Protocol):
@@ -28,7 +29,7 @@ class Observer(Protocol):
 
     def attached(self, attached: Attached) -> None: ...
 
-    def measured(self, record: StepRecord, *, decision_s: float) -> None: ...
+    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None: ...
 
     def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None: ...
 
@@ -45,9 +46,9 @@ class Observers:
         for observer in self._observers:
             observer.attached(attached)
 
-    def measured(self, record: StepRecord, *, decision_s: float) -> None:
+    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
         for observer in self._observers:
-            observer.measured(record, decision_s=decision_s)
+            observer.measured(record, decision_s=decision_s, saved_j=saved_j)
 
     def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
         for observer in self._observers:
@@ -110,7 +111,7 @@ class Deployment:
             record = self._next(attached, chosen, max_steps)
             if record is None:
                 return
-            self._observer.measured(record, decision_s=decision_s)
+            self._observer.measured(record, decision_s=decision_s, saved_j=attached.saved_j(record))
             window = record.metrics
 
     def _next(self, attached: Attached, chosen: Knobs, max_steps: int | None) -> StepRecord | None:

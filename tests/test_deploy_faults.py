@@ -43,7 +43,7 @@ class Events:
     def attached(self, attached):
         self.all.append(("attached", None))
 
-    def measured(self, record, *, decision_s):
+    def measured(self, record, *, decision_s, saved_j):
         self.all.append(("measured", record))
 
     def lost(self, step, chosen, error):
@@ -371,7 +371,7 @@ def test_a_day_of_windows_leaves_memory_as_it_was(tmp_path, monkeypatch):
 
     def attached():
         loop = ControlLoop(DayNode(clock), Energy(SLO, 0.0, 200.0, 1.0), guard=guard)
-        return Attached(loop, folder.policy(DayNode.spec), lambda: None)
+        return Attached(loop, folder.policy(DayNode.spec), lambda: None, lambda record: None)
 
     def sleep(duration_s):
         clock[0] += duration_s

@@ -40,13 +40,14 @@ def record(**changes):
 def test_what_was_chosen_applied_and_measured_is_on_the_page(exporter):
     exporter.attached(None)
     for _ in range(2):
-        exporter.measured(record(), decision_s=0.0001)
+        exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
     exporter.now_s[0] += 3.0
     page = read_page(exporter.url)
     assert page.info["policy"] == "p" and page.get("attached") == 1
     assert (page.get("gpu_clock_mhz", "chosen"), page.get("gpu_clock_mhz", "applied")) == (990, 1980)
     assert (page.get("batch_limit", "chosen"), page.get("batch_limit", "permitted")) == (8, 32)
     assert page.get("power_watts") == 450.0 and page.get("energy_joules_total") == 1800.0
+    assert page.get("saved_joules") == 100.0
     assert page.labelled("overruled_total") == {"wait": 2.0} and page.get("window_age_seconds") == 3.0
     assert page.get("slo_attainment") == 0.75 and page.get("latency_seconds", "ttft") == pytest.approx(0.65)
     assert page.labelled("windows_total") == {"measured": 2.0}
@@ -67,7 +68,7 @@ def test_a_port_that_is_taken_is_named(exporter):
 
 def test_the_dashboard_asks_only_for_what_the_page_has(exporter):
     exporter.attached(None)
-    exporter.measured(record(), decision_s=0.0001)
+    exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
     exporter.lost(1, LOW, TelemetryError("x"))
     page = urllib.request.urlopen(f"{exporter.url}/metrics", timeout=5).read().decode()
     dashboard = json.loads((ROOT / "deploy/grafana/fuel-ray.json").read_text())
@@ -79,7 +80,7 @@ def test_the_dashboard_asks_only_for_what_the_page_has(exporter):
 def test_watch_shows_a_row_per_controller_and_what_is_wrong_with_it(exporter, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     exporter.attached(None)
-    exporter.measured(record(), decision_s=0.0001)
+    exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
     assert main(["watch", "--once", "--urls", exporter.url]) == 0
     shown = capsys.readouterr().out
     assert "1980 (990)" in shown and "32 (8)" in shown and "wait 1" in shown and "450" in shown

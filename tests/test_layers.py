@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 LAYERS = [
     ("types", "errors"),
     (
-        *("metrics", "objective", "codec", "drift", "guard", "stats", "workload", "sim"),
+        *("metrics", "objective", "codec", "drift", "guard", "estimate", "stats", "workload", "sim"),
         *("policies.baselines", "policies.network", "policies.replay"),
     ),
     ("control",),

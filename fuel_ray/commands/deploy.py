@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,6 +133,8 @@ class Recorder:
         self._began_s = time.monotonic()
         self._totals = EpisodeTotals()
         self._completed = self._windows = self._lost = 0
+        self._saved_j: float | None = None
+        self._overruled: Counter[str] = Counter()
         self._samples: dict[str, deque[float]] = {
             name: deque(maxlen=LATENCY_SAMPLES) for name in ("ttft", "tpot", "e2e", "decision")
         }
@@ -148,19 +150,23 @@ class Recorder:
             flush=True,
         )
 
-    def measured(self, record: StepRecord, *, decision_s: float) -> None:
+    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
         """Record a window."""
         window = record.metrics
         self._windows += 1
         self._totals.add(window)
         self._completed += window.completed
+        if saved_j is not None:
+            self._saved_j = (self._saved_j or 0.0) + saved_j
         for name, values in (("ttft", window.ttfts_s), ("tpot", window.tpots_s), ("e2e", window.e2es_s)):
             self._samples[name].extend(values)
         self._samples["decision"].append(decision_s)
+        self._overruled.update(record.verdict.reasons)
         labels = {
             "permitted": asdict(record.verdict.knobs),
             "overruled": record.verdict.reasons,
             "energy_j": round(window.energy_j, 3),
+            "saved_j_modelled": None if saved_j is None else round(saved_j, 3),
             "duration_s": round(window.duration_s, 4),
             "output_tokens": window.output_tokens,
             "preemptions": window.preemptions,
@@ -203,6 +209,8 @@ class Recorder:
             "lost_lines": self._log.lost_lines,
             "seconds": totals.seconds,
             "energy_j": totals.energy_j,
+            "saved_j_modelled": self._saved_j,
+            "overruled": dict(self._overruled),
             "completed": self._completed,
             "output_tokens": totals.output_tokens,
             "energy_j_per_request": totals.energy_j / self._completed if self._completed else None,
@@ -220,7 +228,15 @@ class Recorder:
             f"TTFT p50 {_ms(s['ttft']['p50_s'])}, p99 {_ms(s['ttft']['p99_s'])}; "
             f"TPOT p50 {_ms(s['tpot']['p50_s'])}, p99 {_ms(s['tpot']['p99_s'])}; "
             f"decision p99 {_ms(s['decision']['p99_s'])}"
+            + ("" if s["saved_j_modelled"] is None else f"\n{self._saving(s)}")
+            + "".join(f"\noverruled {n} times: {reason}" for reason, n in s["overruled"].items())
         )
+
+    def _saving(self, s: dict[str, Any]) -> str:
+        would = "would have saved" if self._facts["config"]["shadow"] else "saved"
+        saved_j = s["saved_j_modelled"]
+        share = saved_j / (s["energy_j"] + (0.0 if self._facts["config"]["shadow"] else saved_j))
+        return f"the policy {would} {saved_j:.0f} J ({share:+.1%}) over maximum performance, by the model"
 
     def _now_s(self) -> float:
         return time.monotonic() - self._began_s

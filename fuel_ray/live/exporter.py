@@ -76,7 +76,7 @@ class Exporter:
         """The server is under control."""
         self._is_attached.set(1)
 
-    def measured(self, record: StepRecord, *, decision_s: float) -> None:
+    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
         """One more window."""
         window = record.metrics
         self._window_s = self._clock()
@@ -99,6 +99,7 @@ class Exporter:
         self._kv_usage.set(window.kv_usage)
         self._decision_s.set(decision_s)
         self._energy_j.inc(window.energy_j)
+        self._saved_j.inc(saved_j or 0.0)
         self._tokens.inc(window.output_tokens)
         self._completed.inc(window.completed)
         self._windows.labels("measured").inc()
