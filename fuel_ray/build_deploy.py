@@ -25,9 +25,10 @@ from fuel_ray.live.shadow import ShadowNode
 from fuel_ray.live.vllm_metrics import CacheConfig
 from fuel_ray.live.vllm_server import served_model, server_version
 from fuel_ray.objective import Energy
+from fuel_ray.policies.canary import Canary
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import Node, NodeSpec
+from fuel_ray.types import Node, NodeSpec, Policy
 
 MISS_PRICE_J = 200.0  # as in training
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
@@ -50,8 +51,10 @@ class Target:
     guard: GuardConfig
 
 
-def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attached:
-    """A control loop around a running server and the policy for it.
+def attach(
+    target: Target, folder: PolicyFolder, *, interval_s: float, trial: Canary | None = None
+) -> Attached:
+    """A control loop around a running server and the policy for it, on trial where that is asked for.
 
     Raises:
         PolicyError: the policy does not fit the server; the message names all that differs.
@@ -69,13 +72,16 @@ def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attach
         spec = _spec(target, folder, gpus, cache, limiter)
         check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
         guard = _guard(target.guard, folder, spec)
+        policy: Policy = folder.policy(spec)
+        if trial is not None:
+            policy = trial.over(policy, spec.max_performance)
         node: Node = GpuNode(_observed(spec) if target.shadow else spec, gpus, client, limiter=limiter)
         opened.pop_all()  # the node closes them
     if target.shadow:
         node = ShadowNode(node, spec)
     return Attached(
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
-        policy=folder.policy(spec),
+        policy=policy,
         check=_server_check(client, cache),
         saved_j=_saving(folder, spec),
     )

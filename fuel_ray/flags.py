@@ -36,6 +36,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("interval_s",), (0.05, 3600.0)),
     **dict.fromkeys(("max_steps",), _COUNT),
     **dict.fromkeys(("metrics_port",), (1, 65_535)),
+    **dict.fromkeys(("canary",), (0.001, 0.5)),
+    **dict.fromkeys(("canary_block_s",), (1.0, 3600.0)),
     **dict.fromkeys(
         ("grid_lowest_clock_share", "train.gamma", "train.epsilon_initial", "train.epsilon_final"), _SHARE
     ),

@@ -86,6 +86,17 @@ def test_without_clock_control_the_policy_chooses_among_limits_at_the_highest_cl
     assert "reset" not in gpu.calls
 
 
+def test_a_canary_reports_the_measured_difference(stub, gpu, policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.policies.canary.WASHOUT_S", 0.0)
+    flags = ["--canary", "0.5", "--canary-block-s", "1", "--max-steps", "42"]
+    gpu.energy_mj = None
+    code, lines, run = deploy(stub, policy, tmp_path, *flags)
+    assert code == 0 and sum(run["summary"]["canary"]["blocks"]) == 4
+    clocks = [line["chosen"]["gpu_clock_mhz"] for line in lines]
+    assert 10 <= clocks.count(990) <= 32 and clocks.count(990) + clocks.count(1980) == 42
+    assert "2 blocks with the policy, 2 at maximum performance; energy per" in capsys.readouterr().out
+
+
 PROBE = """
 import sys
 from fuel_ray.cli import main

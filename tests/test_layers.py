@@ -13,7 +13,7 @@ LAYERS = [
     ("types", "errors"),
     (
         *("metrics", "objective", "codec", "drift", "guard", "estimate", "stats", "workload", "sim"),
-        *("policies.baselines", "policies.network", "policies.replay"),
+        *("policies.baselines", "policies.canary", "policies.network", "policies.replay"),
     ),
     ("control",),
     (

@@ -16,10 +16,11 @@ from fuel_ray.build_deploy import Target, attach
 from fuel_ray.config import GuardConfig, to_dict
 from fuel_ray.control import StepRecord
 from fuel_ray.deployment import Attached, Deployment, Observer, Observers
-from fuel_ray.errors import FuelRayError
+from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.flags import check_ranges, parse_flags
 from fuel_ray.live.exporter import Exporter
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
+from fuel_ray.policies.canary import Canary
 from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import StepLog, new_folder, origin, step_line, write_json
 from fuel_ray.types import Knobs, Slo
@@ -51,6 +52,13 @@ class DeployConfig:
     """off: clocks are left alone and the policy chooses among the batch limits."""
     shadow: bool = False
     """Change nothing; record what the policy would have done."""
+    canary: float | None = None
+    """Share of the time, such as 0.1, in which the policy rules, in blocks drawn by chance; in the others
+    maximum performance does, and the difference is reported with its interval. None: it always rules."""
+    canary_block_s: float = 30.0
+    """Seconds per block."""
+    seed: int = 0
+    """Seed of the blocks that are drawn."""
     interval_s: Annotated[float, arg(aliases=["--interval"])] = 1.0
     """Seconds between two decisions."""
     max_steps: int | None = None
@@ -77,6 +85,8 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
     """
     config = parse_flags(DeployConfig, argv, prog=prog)
     check_ranges(config)
+    if config.shadow and config.canary is not None:
+        raise ConfigError("--canary needs the policy to rule at times; --shadow never lets it")
     return config
 
 
@@ -94,8 +104,14 @@ def run(config: DeployConfig) -> int:
         guard=config.guard,
     )
 
+    trial = None
+    if config.canary is not None:
+        rng = np.random.default_rng(config.seed)
+        slo = folder.codec.slo
+        trial = Canary(share=config.canary, block_s=config.canary_block_s, slo=slo, rng=rng)
+
     def attach_again() -> Attached:
-        return attach(target, folder, interval_s=config.interval_s)
+        return attach(target, folder, interval_s=config.interval_s, trial=trial)
 
     with contextlib.ExitStack() as opened:
         observers: list[Observer] = []
@@ -106,7 +122,7 @@ def run(config: DeployConfig) -> int:
             observers.append(exporter)
         first = attach_again()  # what is wrong at first is the user's to know
         opened.callback(first.loop.node.close)
-        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.codec.slo)
+        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.codec.slo, trial)
         opened.callback(recorder.close)
         deployment = Deployment(attach_again, Observers(recorder, *observers), interval_s=config.interval_s)
         deployment.run(first, max_steps=config.max_steps)
@@ -126,8 +142,8 @@ def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:
 class Recorder:
     """Writes steps.jsonl and keeps the totals of the run; memory does not grow with it."""
 
-    def __init__(self, run_dir: Path, facts: dict[str, Any], slo: Slo) -> None:
-        self._run_dir, self._facts = run_dir, facts
+    def __init__(self, run_dir: Path, facts: dict[str, Any], slo: Slo, trial: Canary | None = None) -> None:
+        self._run_dir, self._facts, self._trial = run_dir, facts, trial
         self._log = StepLog(run_dir / "steps.jsonl")
         self._slo = slo
         self._began_s = time.monotonic()
@@ -211,6 +227,7 @@ class Recorder:
             "energy_j": totals.energy_j,
             "saved_j_modelled": self._saved_j,
             "overruled": dict(self._overruled),
+            "canary": None if self._trial is None else asdict(self._trial.difference()),
             "completed": self._completed,
             "output_tokens": totals.output_tokens,
             "energy_j_per_request": totals.energy_j / self._completed if self._completed else None,
@@ -229,6 +246,7 @@ class Recorder:
             f"TPOT p50 {_ms(s['tpot']['p50_s'])}, p99 {_ms(s['tpot']['p99_s'])}; "
             f"decision p99 {_ms(s['decision']['p99_s'])}"
             + ("" if s["saved_j_modelled"] is None else f"\n{self._saving(s)}")
+            + ("" if s["canary"] is None else f"\n{_trial_text(s['canary'])}")
             + "".join(f"\noverruled {n} times: {reason}" for reason, n in s["overruled"].items())
         )
 
@@ -240,6 +258,21 @@ class Recorder:
 
     def _now_s(self) -> float:
         return time.monotonic() - self._began_s
+
+
+def _trial_text(found: dict[str, Any]) -> str:
+    """What a trial has measured, for people."""
+    with_policy, without = found["blocks"]
+    parts = [f"canary  {with_policy} blocks with the policy, {without} at maximum performance"]
+    for name, what in (("energy", "energy per output token"), ("attainment", "SLO attainment")):
+        change = found[name]
+        if change is None:
+            parts.append(f"{what}: too few blocks")
+        elif change["low"] is None:
+            parts.append(f"{what} {change['mean']:+.1%}")
+        else:
+            parts.append(f"{what} {change['mean']:+.1%} (95 %: {change['low']:+.1%}..{change['high']:+.1%})")
+    return "; ".join(parts)
 
 
 def _ms(seconds: float | None) -> str:
