@@ -20,6 +20,7 @@ VERBS = {
         "BenchmarkConfig",
         "send a load to a vLLM server and record power and KV cache",
     ),
+    "export": ("export", "ExportConfig", "turn an RLlib checkpoint into a policy folder"),
     "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
     "watch": ("watch", "WatchConfig", "show in a terminal what deployments do"),
     "clock-helper": ("clock_helper", "ClockHelperConfig", "set clocks for controllers that may not, as root"),

@@ -1,7 +1,7 @@
 """Whether the load is still one that the policy was trained on."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fuel_ray.codec import FEATURES, ArrivalRate, Codec, Context
 from fuel_ray.types import NodeSpec, WindowMetrics
@@ -15,6 +15,23 @@ DRIFT_S = 30.0  # time constant over which windows outside the range are weighed
 MARGIN = 0.1  # of the range's width, to either side
 
 Range = tuple[float, float]
+
+
+def observed_ranges(
+    codec: Codec, spec: NodeSpec, episodes: Iterable[Iterable[WindowMetrics]]
+) -> dict[str, Range]:
+    """Lowest and highest value of each of the load's features that the codec has, in units of its scale."""
+    names = [name for name in codec.features if name in LOAD_FEATURES]
+    found: dict[str, Range] = {}
+    for episode in episodes:
+        rate = ArrivalRate()
+        for window in episode:
+            context = Context(spec, codec.slo, rate.update(window))
+            for name in names:
+                value = (FEATURES[name].value(window, context) or 0.0) / FEATURES[name].scale
+                low, high = found.get(name, (value, value))
+                found[name] = min(low, value), max(high, value)
+    return found
 
 
 class DriftDetector:

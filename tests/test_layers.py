@@ -20,6 +20,7 @@ LAYERS = [
         "env",
         "record",
         "deployment",
+        "policies.checkpoint",
         "policies.learned",
         "policies.rl_module",
         "policies.dqn",

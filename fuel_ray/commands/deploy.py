@@ -3,9 +3,12 @@
 import contextlib
 import json
 import logging
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,15 +19,17 @@ from fuel_ray.build_deploy import Target, attach
 from fuel_ray.config import GuardConfig, to_dict
 from fuel_ray.control import StepRecord
 from fuel_ray.deployment import Attached, Deployment, Observer, Observers
-from fuel_ray.errors import ConfigError, FuelRayError
+from fuel_ray.errors import ConfigError, FuelRayError, PolicyError
 from fuel_ray.flags import check_ranges, parse_flags
 from fuel_ray.live.exporter import Exporter
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
 from fuel_ray.policies.canary import Canary
+from fuel_ray.policies.checkpoint import is_checkpoint
 from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import StepLog, new_folder, origin, step_line, write_json
 from fuel_ray.types import Knobs, Slo
 
+EXPORT_S = 120.0  # imports on a busy machine
 LATENCY_SAMPLES = 10_000  # of each latency, the last ones, for the percentiles of the summary
 
 logger = logging.getLogger(__name__)
@@ -39,7 +44,7 @@ class DeployConfig:
     """
 
     policy: Annotated[Path, arg(aliases=["--model"])]
-    """Policy folder of a sweep: results/sweep-.../policies/block_16."""
+    """Policy folder of a sweep, results/sweep-.../policies/block_16, or an RLlib checkpoint in its run."""
     server: str = "http://127.0.0.1:8000"
     """URL of the running server; it is attached to and never stopped."""
     gpu_ids: tuple[str, ...] = ("0",)
@@ -92,7 +97,7 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
-    folder = read_policy(config.policy)
+    folder = _policy(config.policy)
     target = Target(
         server=config.server,
         gpu_ids=config.gpu_ids,
@@ -127,6 +132,18 @@ def run(config: DeployConfig) -> int:
         deployment = Deployment(attach_again, Observers(recorder, *observers), interval_s=config.interval_s)
         deployment.run(first, max_steps=config.max_steps)
     return 0
+
+
+def _policy(path: Path) -> PolicyFolder:
+    """The policy in a folder; a checkpoint is converted in another process, which loads the simulator."""
+    if not is_checkpoint(path):
+        return read_policy(path)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--to", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
+        if done.returncode:
+            raise PolicyError(done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed")
+        return replace(read_policy(Path(folder)), path=path)
 
 
 def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:

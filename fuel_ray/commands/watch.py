@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -50,16 +50,17 @@ def _look(url: str) -> Page | str:
         return str(error)
 
 
-def table(found: list[tuple[str, Page | str]]) -> Table:
-    """One row per controller."""
+def table(found: list[tuple[str, Page | str]]) -> Group:
+    """One row per controller, and below them what is wrong with those that do not answer."""
     columns = ("controller", "clock MHz", "limit", "W", "run/wait", "TTFT ms", "TPOT ms", "SLO", "overruled")
     shown = Table(*columns, title="fuel-ray", title_style="bold")
+    errors = []
     for url, page in found:
         if isinstance(page, str):
-            shown.add_row(url, Text(page, style="red"))
+            errors.append(Text(page, style="red"))
         else:
             shown.add_row(*_row(url, page))
-    return shown
+    return Group(shown, *errors) if shown.row_count else Group(*errors)
 
 
 def _row(url: str, page: Page) -> tuple[Text | str, ...]:

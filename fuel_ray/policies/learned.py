@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -80,6 +80,12 @@ def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, ma
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / "weights.safetensors")
     (folder / "codec.json").write_text(json.dumps(codec.to_dict(), indent=2))
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+
+
+def amend_manifest(folder: Path, **changes: Any) -> None:
+    """Write what was found out about a policy after it was saved."""
+    manifest = replace(read_manifest(folder), **changes)
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 
