@@ -268,10 +268,11 @@ class Recorder:
         )
 
     def _saving(self, s: dict[str, Any]) -> str:
-        would = "would have saved" if self._facts["config"]["shadow"] else "saved"
-        saved_j = s["saved_j_modelled"]
-        share = saved_j / (s["energy_j"] + (0.0 if self._facts["config"]["shadow"] else saved_j))
-        return f"the policy {would} {saved_j:.0f} J ({share:+.1%}) over maximum performance, by the model"
+        saved_j, shadow = s["saved_j_modelled"], self._facts["config"]["shadow"]
+        reference_j = s["energy_j"] if shadow else s["energy_j"] + saved_j
+        share = f" ({saved_j / reference_j:+.1%})" if reference_j else ""
+        would = "would have saved" if shadow else "saved"
+        return f"the policy {would} {saved_j:.0f} J{share} over maximum performance, by the model"
 
     def _now_s(self) -> float:
         return time.monotonic() - self._began_s
