@@ -1,22 +1,26 @@
 """From settings to objects: the one place that chooses what a node is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 
+from fuel_ray import __version__
 from fuel_ray.build_live import live_engine, live_node, live_spec
 from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
 from fuel_ray.config import PRESETS, LearnConfig, ServingConfig
-from fuel_ray.control import ControlLoop, Guard
+from fuel_ray.control import ControlLoop
+from fuel_ray.drift import observed_ranges
 from fuel_ray.env import ServingEnv
 from fuel_ray.errors import ConfigError
+from fuel_ray.guard import Guard
 from fuel_ray.objective import Energy, GreenDls, Objective
+from fuel_ray.policies.learned import Manifest
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.perf_model import load_pack, step_cost
-from fuel_ray.types import Node, NodeSpec
+from fuel_ray.types import Node, NodeSpec, WindowMetrics
 from fuel_ray.workload import parse_workload
 
 # Mean output and prompt length for which the energy reward's reference is computed
@@ -159,18 +163,52 @@ def build_codec(config: LearnConfig, spec: NodeSpec) -> Codec:
 def _random_scale(config: LearnConfig, kv_block_size: int) -> RunningScale:
     """Mean and spread of the features while random actions are taken, the same in every process."""
     size = config.block_sizes[0] if config.conditional else kv_block_size
+    scale = RunningScale()
+    codec, spec, episodes = _random_episodes(config, size)
+    encoder = Encoder(replace(codec, running_scale=scale), spec, learn_scale=True)
+    for episode in episodes:
+        encoder.reset()
+        for window in episode:
+            encoder.encode(window)
+    return scale
+
+
+def _random_episodes(
+    config: LearnConfig, kv_block_size: int
+) -> tuple[Codec, NodeSpec, Iterator[Iterator[WindowMetrics]]]:
+    """Windows of the twin under random actions, and the codec of fixed scales for them."""
     plain = replace(twin_of(config), normalisation="fixed")
     rng = np.random.default_rng(config.seed)
-    loop = build_loop(plain, size, horizon_s=float(config.train.episode_steps + 1), random_start=True)
-    codec = replace(build_codec(plain, loop.node.spec), running_scale=RunningScale())
-    encoder = Encoder(codec, loop.node.spec, learn_scale=True)
-    for _ in range(_SCALE_EPISODES):
-        encoder.reset()
-        encoder.encode(loop.reset(seed=int(rng.integers(2**31))))
-        for _ in range(config.train.episode_steps):
-            encoder.encode(loop.step(codec.grid.decode(int(rng.integers(len(codec.grid))))).metrics)
-    assert codec.running_scale is not None
-    return codec.running_scale
+    steps = config.train.episode_steps
+    loop = build_loop(plain, kv_block_size, horizon_s=float(steps + 1), random_start=True)
+    codec = build_codec(plain, loop.node.spec)
+
+    def episode() -> Iterator[WindowMetrics]:
+        yield loop.reset(seed=int(rng.integers(2**31)))
+        for _ in range(steps):
+            yield loop.step(codec.grid.decode(int(rng.integers(len(codec.grid))))).metrics
+
+    return codec, loop.node.spec, (episode() for _ in range(_SCALE_EPISODES))
+
+
+def build_manifest(config: LearnConfig, block_sizes: tuple[int, ...], engine: str) -> Manifest:
+    """What a policy that is trained so is made for."""
+    pack = load_pack(config.pack)
+    spec = build_spec(config, block_sizes[0])
+    return Manifest(
+        kv_block_sizes=block_sizes,
+        model=spec.model,
+        gpu_name=spec.gpu_name,
+        engine=engine,
+        pack=pack.name,
+        pack_sha256=pack.sha256,
+        reward=config.reward,
+        workload=config.workload,
+        workload_digest=parse_workload(config.workload).digest(),
+        head=config.train.head,
+        fuel_ray_version=__version__,
+        feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0])),
+    )
 
 
 def build_loop(
@@ -186,7 +224,8 @@ def build_loop(
     node = build_node(
         config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start
     )
-    return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=Guard(config.guard_wait_s))
+    guard = Guard(config.guard.rules(config.slo, node.spec))
+    return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=guard)
 
 
 def build_env(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:

@@ -2,26 +2,36 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from fuel_ray.control import ControlLoop
+from fuel_ray.config import GuardConfig
+from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deployment import Attached
-from fuel_ray.errors import NodeError, PolicyError
+from fuel_ray.drift import DriftDetector
+from fuel_ray.errors import ConfigError, NodeError, PolicyError, PrivilegeError
+from fuel_ray.estimate import SavingEstimate
+from fuel_ray.guard import Guard
 from fuel_ray.live.kv_monitor import MetricsClient
+from fuel_ray.live.lease_state import state_folder, state_path
 from fuel_ray.live.limiter import BatchLimiter
 from fuel_ray.live.node import GpuNode
 from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.shadow import ShadowNode
 from fuel_ray.live.vllm_metrics import CacheConfig
 from fuel_ray.live.vllm_server import served_model, server_version
 from fuel_ray.objective import Energy
+from fuel_ray.policies.canary import Canary
 from fuel_ray.policies.learned import PolicyFolder
-from fuel_ray.types import NodeSpec
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.types import Node, NodeSpec, Policy
 
 MISS_PRICE_J = 200.0  # as in training
+SCRAPE_S = 2.0  # a page that takes longer is a lost window
 ATTACH_S = 2.0  # for a busy scheduler to find a new control file
 
 logger = logging.getLogger(__name__)
@@ -29,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The running server and its GPUs, and what of them may be set."""
+    """The running server and its GPUs, what of them may be set, and under which rules."""
 
     server: str  # URL
     gpu_ids: tuple[str, ...]
@@ -38,50 +48,94 @@ class Target:
     clock_control: Literal["on", "off"]
     shadow: bool  # nothing is set
     allow_mismatch: bool  # of model, GPU, vLLM, clocks and limits; never of the block size
+    guard: GuardConfig
 
 
-def attach(target: Target, folder: PolicyFolder, *, interval_s: float) -> Attached:
-    """A control loop around a running server and the policy for it.
+def attach(
+    target: Target, folder: PolicyFolder, *, interval_s: float, trial: Canary | None = None
+) -> Attached:
+    """A control loop around a running server and the policy for it, on trial where that is asked for.
 
     Raises:
         PolicyError: the policy does not fit the server; the message names all that differs.
+        ConfigError: the fallback is not one of the node's settings.
         NodeError: the server does not answer, there is no such GPU, or another controller has it.
     """
     with contextlib.ExitStack() as opened:
         gpus = opened.enter_context(Gpus(target.gpu_ids))
-        client = MetricsClient(target.server)
+        client = MetricsClient(target.server, timeout_s=SCRAPE_S)
         opened.callback(client.close)
         cache = _cache(client)
         limiter = None
         if target.limit_file is not None and not target.shadow:
-            limiter = opened.enter_context(BatchLimiter(target.limit_file))
-        spec = NodeSpec(
-            name=f"{target.server} on {', '.join(gpus.uuids)}",
-            gpu_name=gpus.name,
-            gpu_uuids=gpus.uuids,
-            model=served_model(target.server),
-            kv_block_size=cache.block_size,
-            num_kv_blocks=cache.num_gpu_blocks,
-            batch_limits=(1, _capacity(target, folder, limiter)),
-            gpu_clocks_mhz=_clocks_mhz(gpus, may_set=target.clock_control == "on"),
-        )
+            limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
+        spec = _spec(target, folder, gpus, cache, limiter)
         check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
-        node_spec = observed(spec) if target.shadow else spec
-        node = GpuNode(node_spec, gpus, client, limiter=limiter)
+        guard = _guard(target.guard, folder, spec)
+        policy: Policy = folder.policy(spec)
+        if trial is not None:
+            policy = trial.over(policy, spec.max_performance)
+        node: Node = GpuNode(_observed(spec) if target.shadow else spec, gpus, client, limiter=limiter)
         opened.pop_all()  # the node closes them
-    objective = Energy(
-        folder.codec.slo, token_price_j=0.0, miss_price_j=MISS_PRICE_J, scale_w=1.0, lowest=-1e9
-    )
+    if target.shadow:
+        node = ShadowNode(node, spec)
     return Attached(
-        loop=ControlLoop(node, objective, interval_s=interval_s),
-        policy=folder.policy(spec),
+        loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
+        policy=policy,
         check=_server_check(client, cache),
+        saved_j=_saving(folder, spec),
     )
 
 
-def observed(spec: NodeSpec) -> NodeSpec:
-    """The same node with nothing that can be set."""
+def _spec(
+    target: Target, folder: PolicyFolder, gpus: Gpus, cache: CacheConfig, limiter: BatchLimiter | None
+) -> NodeSpec:
+    return NodeSpec(
+        name=f"{target.server} on {', '.join(gpus.uuids)}",
+        gpu_name=gpus.name,
+        gpu_uuids=gpus.uuids,
+        model=served_model(target.server),
+        kv_block_size=cache.block_size,
+        num_kv_blocks=cache.num_gpu_blocks,
+        batch_limits=(1, _capacity(target, folder, limiter)),
+        gpu_clocks_mhz=_clocks_mhz(target, gpus),
+    )
+
+
+def _observed(spec: NodeSpec) -> NodeSpec:
+    """The same node with no clock that can be set."""
     return replace(spec, gpu_clocks_mhz=spec.gpu_clocks_mhz[-1:])
+
+
+def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
+    """The rules that are asked for; where they say None, the promise's own wait and the tuned static pair."""
+    slo, tuned = folder.codec.slo, folder.manifest.tuned_static
+    if config.max_wait_s is None:
+        config = replace(config, max_wait_s=slo.ttft_s or slo.e2e_s)
+    if config.fallback is None and tuned is not None:
+        config = replace(config, fallback=f"{tuned['batch_limit']}@{tuned['gpu_clock_mhz']}")
+    drift = None
+    if config.drift:
+        drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
+    return Guard(config.rules(slo, spec), drift=drift)
+
+
+def _saving(folder: PolicyFolder, spec: NodeSpec) -> Callable[[StepRecord], float | None]:
+    """By the pack that the policy was trained on, where that is at hand."""
+    try:
+        pack = load_pack(folder.manifest.pack)
+    except ConfigError:
+        pack = None
+    if pack is None or pack.sha256 != folder.manifest.pack_sha256:
+        return lambda record: None
+    estimate, most = SavingEstimate(pack.perf, spec), spec.max_performance
+    return lambda record: estimate.saved_j(record.metrics, record.verdict.knobs, reference=most)
+
+
+def _objective(folder: PolicyFolder) -> Energy:
+    """Negative watts, the price of missed limits included."""
+    slo = folder.codec.slo
+    return Energy(slo, token_price_j=0.0, miss_price_j=MISS_PRICE_J, scale_w=1.0, lowest=-math.inf)
 
 
 def check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
@@ -160,11 +214,23 @@ def _capacity(target: Target, folder: PolicyFolder, limiter: BatchLimiter | None
     return highest
 
 
-def _clocks_mhz(gpus: Gpus, *, may_set: bool) -> tuple[int, ...]:
+def _refuse_left_locks(gpus: Gpus) -> None:
+    """Clocks that a dead controller left locked must not become the clocks that are left alone."""
+    left = [uuid for uuid in gpus.uuids if state_path(state_folder(), uuid).exists()]
+    if left:
+        raise PrivilegeError(
+            f"the clocks of GPU {', '.join(left)} were left locked and may not be set here: "
+            "`sudo fuel-ray unlock` gives them back"
+        )
+
+
+def _clocks_mhz(target: Target, gpus: Gpus) -> tuple[int, ...]:
     """Those that may be chosen; the highest alone if clocks are not ours to set."""
     supported = gpus.supported_clocks_mhz
-    if may_set and gpus.can_set_clocks():
+    wanted = target.clock_control == "on"
+    if wanted and supported and (target.shadow or gpus.can_set_clocks()):
         return supported
-    if may_set:
+    if wanted:
+        _refuse_left_locks(gpus)
         logger.warning("the clocks of %s may not be set here: they are left alone", gpus.name)
     return supported[-1:] or (round(gpus.read().sm_clock_mhz),)

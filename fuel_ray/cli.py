@@ -20,7 +20,10 @@ VERBS = {
         "BenchmarkConfig",
         "send a load to a vLLM server and record power and KV cache",
     ),
+    "export": ("export", "ExportConfig", "turn an RLlib checkpoint into a policy folder"),
     "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
+    "watch": ("watch", "WatchConfig", "show in a terminal what deployments do"),
+    "clock-helper": ("clock_helper", "ClockHelperConfig", "set clocks for controllers that may not, as root"),
     "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
     "report": ("report", "ReportConfig", "write a run's report again"),
 }
@@ -59,5 +62,5 @@ def _run(verb: str, argv: list[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {verb:<10} {what}" for verb, (_, _, what) in VERBS.items()]
+    lines = [f"  {verb:<12} {what}" for verb, (_, _, what) in VERBS.items()]
     return "\n".join(["usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)", "", *lines])

@@ -112,6 +112,29 @@ GREENDLS_GRID = ActionGrid(GREENDLS_BATCH_LIMITS, tuple(range(517, 1538, 60)))
 GridName = Literal["node", "seed", "greendls"]
 
 
+def parse_knobs(text: str, spec: NodeSpec) -> Knobs:
+    """Knobs from "max", "LIMIT" or "LIMIT@MHZ", such as 48@1350.
+
+    Raises:
+        ConfigError: it is none of these, or the node cannot be set so.
+    """
+    if text == "max":
+        return spec.max_performance
+    limit, _, clock = text.partition("@")
+    clocks, (lowest, highest) = spec.gpu_clocks_mhz, spec.batch_limits
+    try:
+        knobs = Knobs(int(limit), int(clock) if clock else clocks[-1])
+    except ValueError:
+        raise ConfigError(f"{text!r}: max, LIMIT or LIMIT@MHZ, such as 48@1350") from None
+    if not lowest <= knobs.batch_limit <= highest:
+        raise ConfigError(f"{text}: the limit must be from {lowest} to {highest}")
+    if knobs.gpu_clock_mhz not in clocks:
+        raise ConfigError(
+            f"{text}: {clock} MHz is none of the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"
+        )
+    return knobs
+
+
 def node_grid(
     spec: NodeSpec, *, clock_step_mhz: int, lowest_clock_share: float, batch_limits: Sequence[int]
 ) -> ActionGrid:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fuel_ray.codec import DEFAULT_FEATURES, SEED_FEATURES, GridName
+from fuel_ray.codec import DEFAULT_FEATURES, SEED_FEATURES, GridName, parse_knobs
 from fuel_ray.errors import ConfigError
-from fuel_ray.types import Slo
+from fuel_ray.guard import Rules
+from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
 Preset = Literal["default", "seed"]
@@ -54,6 +55,53 @@ class TrainConfig:
     """Updates between copies of the network into the target network."""
     iterations: int = 16
     """Training results, each with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a policy is overruled; None and 0 leave a rule out. Raising the clock is never held back."""
+
+    max_wait_s: float | None = None
+    """Shield: maximum performance while a request has waited longer than this, in s."""
+    max_waiting: int | None = None
+    """Shield: the same while more requests than this wait."""
+    latency: bool = False
+    """Shield: the same while twice as many latency limits are missed as the SLO allows."""
+    release_s: float = 10.0
+    """Seconds of calm after which the shield lets the policy go on."""
+    drift: bool = False
+    """Fallback while the load is outside the range that the policy was trained on."""
+    fallback: str | None = None
+    """LIMIT@MHZ without telemetry and under drift, as a tuned static 48@1350; None: maximum performance."""
+    floor_mhz: int | None = None
+    """No lower clock than this, in MHz."""
+    max_step_mhz: int | None = None
+    """Largest fall of the clock per window, in MHz."""
+    dwell_s: float = 0.0
+    """Seconds after a change before the clock may fall."""
+    switches_per_minute: int | None = None
+    """Changes of the clock per minute; once spent, it may only rise."""
+
+    def rules(self, slo: Slo, spec: NodeSpec) -> Rules:
+        """For a node and its promise.
+
+        Raises:
+            ConfigError: the fallback is malformed or not one of the node's settings.
+        """
+        fallback = self.fallback
+        if fallback is not None and len(spec.gpu_clocks_mhz) == 1:
+            fallback = fallback.partition("@")[0]  # the clock is not ours to set
+        return Rules(
+            max_wait_s=self.max_wait_s,
+            max_waiting=self.max_waiting,
+            slo=slo if self.latency else None,
+            release_s=self.release_s,
+            fallback=None if fallback is None else parse_knobs(fallback, spec),
+            floor_mhz=self.floor_mhz,
+            max_step_mhz=self.max_step_mhz,
+            dwell_s=self.dwell_s,
+            switches_per_minute=self.switches_per_minute,
+        )
 
 
 @dataclass(frozen=True)
@@ -117,8 +165,7 @@ class ServingConfig:
     """Reward that windows are scored by."""
     miss_price_j: float = 200.0
     """Joules charged per missed limit by the energy reward."""
-    guard_wait_s: float | None = None
-    """Maximum performance while a request has waited longer than this, in s; None: never."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 0
     """Seed of everything random."""
     out: Path = Path("results")
@@ -231,7 +278,8 @@ def from_dict(raw: Any, *, base: Serving, source: str) -> Serving:
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: not a JSON object")
     raw = {key: value for key, value in raw.items() if key not in _ONLY_IN_RUN_JSON}
-    nested = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name in ("train", "live")}
+    parts = ((f.name, getattr(base, f.name)) for f in dataclasses.fields(base))
+    nested: dict[str, Any] = {name: part for name, part in parts if dataclasses.is_dataclass(part)}
     changes = _changes(type(base), {k: v for k, v in raw.items() if k not in nested}, source)
     for name, part in nested.items():
         part_raw = raw.get(name, {})

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from fuel_ray.guard import Guard, Verdict
 from fuel_ray.objective import Objective
-from fuel_ray.types import Knobs, Node, NodeSpec, Policy, WindowMetrics
+from fuel_ray.types import Knobs, Node, Policy, WindowMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,19 +16,7 @@ class StepRecord:
     applied: Knobs
     metrics: WindowMetrics
     reward: float
-
-
-@dataclass(frozen=True, slots=True)
-class Guard:
-    """Overrides a policy that lets requests wait too long, by maximum performance."""
-
-    max_wait_s: float | None = None  # None: never override
-
-    def check(self, chosen: Knobs, *, last: WindowMetrics | None, spec: NodeSpec) -> Knobs:
-        """The knobs that may be applied."""
-        if self.max_wait_s is not None and last is not None and last.oldest_wait_s > self.max_wait_s:
-            return spec.max_performance
-        return chosen
+    verdict: Verdict  # of the guard: what it let be applied, and why that is not what was chosen
 
 
 class ControlLoop:
@@ -46,8 +35,10 @@ class ControlLoop:
     def reset(self, *, seed: int) -> WindowMetrics:
         """Start the node afresh and measure a first window at maximum performance."""
         self.node.reset(seed=seed)
-        self._last, self._step = None, 0
-        return self.step(self.node.spec.max_performance).metrics
+        self._guard.reset()
+        self._step = 0
+        most = self.node.spec.max_performance
+        return self._window(most, Verdict(most)).metrics
 
     def step(self, chosen: Knobs) -> StepRecord:
         """Apply the knobs for one window and measure it.
@@ -55,10 +46,14 @@ class ControlLoop:
         Raises:
             NodeError: the node could not be set or measured.
         """
-        permitted = self._guard.check(chosen, last=self._last, spec=self.node.spec)
-        applied = self.node.apply(permitted)
+        verdict = self._guard.check(chosen, last=self._last, spec=self.node.spec)
+        return self._window(chosen, verdict)
+
+    def _window(self, chosen: Knobs, verdict: Verdict) -> StepRecord:
+        self._last = None  # until there is another one
+        applied = self.node.apply(verdict.knobs)
         metrics = self.node.measure(self._interval_s)
-        record = StepRecord(self._step, chosen, applied, metrics, self._objective.reward(metrics))
+        record = StepRecord(self._step, chosen, applied, metrics, self._objective.reward(metrics), verdict)
         self._last, self._step = metrics, self._step + 1
         return record
 

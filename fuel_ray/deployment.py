@@ -21,6 +21,7 @@ class Attached:
     loop: ControlLoop
     policy: Policy
     check: Callable[[], None]  # raises PolicyError if the server is no longer the one that the policy fits
+    saved_j: Callable[[StepRecord], float | None]  # modelled, over maximum performance; None without a model
 
 
 class Observer(Protocol):
@@ -28,11 +29,34 @@ class Observer(Protocol):
 
     def attached(self, attached: Attached) -> None: ...
 
-    def measured(self, record: StepRecord, *, decision_s: float) -> None: ...
+    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None: ...
 
-    def lost(self, step: int, chosen: Knobs, error: NodeError) -> None: ...
+    def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None: ...
 
     def detached(self, error: FuelRayError) -> None: ...
+
+
+class Observers:
+    """Several observers as one."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def attached(self, attached: Attached) -> None:
+        for observer in self._observers:
+            observer.attached(attached)
+
+    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
+        for observer in self._observers:
+            observer.measured(record, decision_s=decision_s, saved_j=saved_j)
+
+    def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
+        for observer in self._observers:
+            observer.lost(step, chosen, error)
+
+    def detached(self, error: FuelRayError) -> None:
+        for observer in self._observers:
+            observer.detached(error)
 
 
 class Deployment:
@@ -87,7 +111,7 @@ class Deployment:
             record = self._next(attached, chosen, max_steps)
             if record is None:
                 return
-            self._observer.measured(record, decision_s=decision_s)
+            self._observer.measured(record, decision_s=decision_s, saved_j=attached.saved_j(record))
             window = record.metrics
 
     def _next(self, attached: Attached, chosen: Knobs, max_steps: int | None) -> StepRecord | None:
@@ -104,16 +128,17 @@ class Deployment:
             self._step += 1
             try:
                 record = replace(attached.loop.step(chosen), step=step)
-            except NodeError as error:
-                self._observer.lost(step, chosen, error)
-                lost += 1
-                if self._clock() > deadline_s:
-                    raise NodeError(f"no window could be measured for {PATIENCE_S:g} s: {error}") from error
-                self._sleep(max(0.0, begin_s + self._interval_s - self._clock()))
-            else:
                 if lost:
                     attached.check()
                 return record
+            except (NodeError, PolicyError) as error:
+                self._observer.lost(step, chosen, error)
+                lost += 1
+                if isinstance(error, PolicyError):
+                    raise
+                if self._clock() > deadline_s:
+                    raise NodeError(f"no window could be measured for {PATIENCE_S:g} s: {error}") from error
+                self._sleep(max(0.0, begin_s + self._interval_s - self._clock()))
         return None
 
     def _attached_again(self) -> Attached:

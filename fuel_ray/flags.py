@@ -28,7 +28,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("steps", "seeds", "kv_tokens", "grid_clock_step_mhz", "grid_batch_limits", "live_seconds"), _COUNT
     ),
-    **dict.fromkeys(("seed", "miss_price_j", "guard_wait_s"), (0, 2**31 - 1)),
+    **dict.fromkeys(("seed", "miss_price_j"), (0, 2**31 - 1)),
+    **dict.fromkeys(
+        ("guard.max_waiting", "guard.floor_mhz", "guard.max_step_mhz", "guard.switches_per_minute"), _COUNT
+    ),
+    **dict.fromkeys(("guard.max_wait_s", "guard.release_s", "guard.dwell_s"), (0.0, 86_400.0)),
+    **dict.fromkeys(("interval_s",), (0.05, 3600.0)),
+    **dict.fromkeys(("max_steps",), _COUNT),
+    **dict.fromkeys(("metrics_port",), (1, 65_535)),
+    **dict.fromkeys(("canary",), (0.001, 0.5)),
+    **dict.fromkeys(("canary_block_s",), (1.0, 3600.0)),
     **dict.fromkeys(
         ("grid_lowest_clock_share", "train.gamma", "train.epsilon_initial", "train.epsilon_final"), _SHARE
     ),
@@ -106,14 +115,23 @@ def validate(config: ServingConfig) -> None:
             raise ConfigError(f"--block-sizes {size}: not a power of two from 1 to 256")
     if not config.block_sizes or len(set(config.block_sizes)) < len(config.block_sizes):
         raise ConfigError("--block-sizes: give at least one, each once")
-    for name, value in _numbers(config):
-        low, high = _RANGES[name]
-        if not low <= value <= high:
-            raise ConfigError(f"{_flag(name)} {value}: must be from {low:g} to {high:g}")
+    check_ranges(config)
     _validate_slo(config)
     _validate_live(config)
     if isinstance(config, LearnConfig):
         _validate_training(config)
+
+
+def check_ranges(config: Any) -> None:
+    """Check the numbers of any settings.
+
+    Raises:
+        ConfigError: names the first one that is out of range, and the range.
+    """
+    for name, value in _numbers(config):
+        low, high = _RANGES[name]
+        if not low <= value <= high:
+            raise ConfigError(f"{_flag(name)} {value}: must be from {low:g} to {high:g}")
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

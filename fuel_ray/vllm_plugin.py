@@ -4,6 +4,8 @@ vLLM loads ``register`` in its API server, engine core and workers; it does noth
 variable FUEL_RAY_LIMIT_FILE names a control file. Imports only the standard library until vLLM is there.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
 import struct
@@ -19,6 +21,7 @@ LIMIT_FILE_VARIABLE = "FUEL_RAY_LIMIT_FILE"
 _COMMAND = struct.Struct("<qq")  # magic, wanted limit; written by live.limiter
 _REPORT = struct.Struct("<6q")  # Report; written by the scheduler
 _MAGIC = int.from_bytes(b"fuelray1", "little")
+_LEASED = int.from_bytes(b"fuelray2", "little")  # the limit ends with the controller, which holds flock(2)
 _NO_LIMIT = 2**63 - 1
 
 logger = logging.getLogger(__name__)
@@ -46,13 +49,40 @@ class Scheduler(Protocol):
 
 def create_file(path: str) -> None:
     """Put a control file without a limit and without a report at ``path``, replacing what is there."""
+    os.close(_put(path, _MAGIC))
+
+
+def lease_file(path: str) -> int:
+    """As ``create_file``, but its limit counts only while the descriptor that is returned stays open.
+
+    The kernel closes it however the process ends, so that no limit outlives its controller.
+
+    Raises:
+        BlockingIOError: another process has leased the file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        old = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _put(path, _LEASED)
+        finally:
+            os.close(old)
+    return _put(path, _LEASED)
+
+
+def _put(path: str, magic: int) -> int:
+    """The new file's descriptor, locked where it is leased."""
     temporary = f"{path}.{os.getpid()}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        os.write(fd, _COMMAND.pack(_MAGIC, _NO_LIMIT) + bytes(_REPORT.size))
-    finally:
+        os.write(fd, _COMMAND.pack(magic, _NO_LIMIT) + bytes(_REPORT.size))
+        if magic == _LEASED:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.replace(temporary, path)
+    except BaseException:
         os.close(fd)
-    os.replace(temporary, path)
+        raise
+    return fd
 
 
 def write_limit(path: str, wanted: int | None) -> None:
@@ -60,24 +90,36 @@ def write_limit(path: str, wanted: int | None) -> None:
     number = _NO_LIMIT if wanted is None else min(max(wanted, -_NO_LIMIT), _NO_LIMIT - 1)
     fd = os.open(path, os.O_WRONLY)
     try:
-        os.pwrite(fd, _COMMAND.pack(_MAGIC, number), 0)
+        os.pwrite(fd, number.to_bytes(8, "little", signed=True), 8)
     finally:
         os.close(fd)
 
 
 def read_file(path: str) -> tuple[int | None, Report] | None:
-    """The wanted limit and the last report; None if these are not our 64 bytes."""
+    """The wanted limit and the last report; None if these are not our 64 bytes.
+
+    There is no wanted limit in a leased file whose controller has ended.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO in its place must not stop the scheduler
     try:
         data = os.pread(fd, _COMMAND.size + _REPORT.size, 0)
+        if len(data) < _COMMAND.size + _REPORT.size:
+            return None
+        magic, wanted = _COMMAND.unpack_from(data)
+        if magic not in (_MAGIC, _LEASED):
+            return None
+        over = wanted == _NO_LIMIT or (magic == _LEASED and not _is_locked(fd))
     finally:
         os.close(fd)
-    if len(data) < _COMMAND.size + _REPORT.size:
-        return None
-    magic, wanted = _COMMAND.unpack_from(data)
-    if magic != _MAGIC:
-        return None
-    return None if wanted == _NO_LIMIT else wanted, Report(*_REPORT.unpack_from(data, _COMMAND.size))
+    return None if over else wanted, Report(*_REPORT.unpack_from(data, _COMMAND.size))
+
+
+def _is_locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False  # closing the descriptor, which comes next, lets it go again
 
 
 def clamped(wanted: int, capacity: int) -> int:
@@ -132,7 +174,7 @@ class SchedulerLimit:
     def _write(self, report: Report) -> None:
         fd = os.open(self._path, os.O_RDWR)
         try:
-            if os.pread(fd, 8, 0) == _MAGIC.to_bytes(8, "little"):  # never write into another's file
+            if int.from_bytes(os.pread(fd, 8, 0), "little") in (_MAGIC, _LEASED):  # never another's file
                 os.pwrite(fd, _REPORT.pack(*report), _COMMAND.size)
         finally:
             os.close(fd)

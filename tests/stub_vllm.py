@@ -105,7 +105,7 @@ def _filtered(page, names):
 
 
 @contextmanager
-def serving(stub):
+def serving(stub, *, port=0):
     """Serve from a thread until the block ends or ``stub.stop()``."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
     finish = asyncio.Event()
@@ -119,7 +119,7 @@ def serving(stub):
         app.router.add_post("/v1/completions", stub.completions)
         runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", port)
         await site.start()
         stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         ready.set()

@@ -56,7 +56,7 @@ WRONG = [
     ["sweep", "--grid-batch-limits", "0"],
     ["sweep", "--grid-clock-step-mhz", "0"],
     ["sweep", "--grid-lowest-clock-share", "1.5"],
-    ["sweep", "--guard-wait-s", "-1"],
+    ["sweep", "--guard.max-wait-s", "-1"],
     ["sweep", "--control-workload", "storm"],
     ["sweep", "--train.episode-steps", "0"],
     ["sweep", "--train.num-envs", "0"],

@@ -10,8 +10,9 @@ from gymnasium.utils.env_checker import check_env
 from fuel_ray import register_envs
 from fuel_ray.build import build_env, build_loop
 from fuel_ray.config import PRESETS
-from fuel_ray.control import ControlLoop, Guard, run_policy
+from fuel_ray.control import ControlLoop, run_policy
 from fuel_ray.errors import NodeError
+from fuel_ray.guard import Guard, Rules
 from fuel_ray.objective import Energy
 from fuel_ray.types import Knobs, Slo
 from tests.test_codec import SPEC, WINDOW
@@ -59,7 +60,7 @@ def test_a_step_applies_then_measures_then_scores():
 @pytest.mark.parametrize(("wait_s", "expected"), [(0.4, Knobs(8, 990)), (0.6, SPEC.max_performance)])
 def test_the_guard_overrides_when_a_request_waited_too_long(wait_s, expected):
     node = ScriptedNode(oldest_wait_s=wait_s)
-    loop = ControlLoop(node, OBJECTIVE, guard=Guard(max_wait_s=0.5))
+    loop = ControlLoop(node, OBJECTIVE, guard=Guard(Rules(max_wait_s=0.5)))
     loop.reset(seed=0)
     record = loop.step(Knobs(8, 990))
     assert node.calls[-2] == ("apply", expected)
@@ -75,7 +76,7 @@ def test_steps_are_numbered_from_the_reset_on():
 
 def test_the_guard_forgets_the_last_episode():
     node = ScriptedNode(oldest_wait_s=9.0)
-    loop = ControlLoop(node, OBJECTIVE, guard=Guard(max_wait_s=0.5))
+    loop = ControlLoop(node, OBJECTIVE, guard=Guard(Rules(max_wait_s=0.5)))
     loop.reset(seed=0)
     node.oldest_wait_s = 0.0
     loop.reset(seed=1)

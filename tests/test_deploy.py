@@ -1,6 +1,8 @@
 """fuel-ray deploy against a stub server and fake GPUs."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from fuel_ray.cli import main
+from fuel_ray.codec import ActionGrid
 from fuel_ray.types import Knobs
+from fuel_ray.vllm_plugin import read_file
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import write_policy
 from tests.stub_vllm import serving
+from tests.test_lease import FAKE_PYNVML, until
 from tests.traffic_stub import TrafficStub
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +27,7 @@ HEAVY = ("ray", "torch", "gymnasium", "numba", "pandas", "matplotlib")
 def gpu(monkeypatch):
     fake = FakeGpu(uuid="GPU-0")
     monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(fake))
-    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
     return fake
 
 
@@ -81,6 +86,17 @@ def test_without_clock_control_the_policy_chooses_among_limits_at_the_highest_cl
     assert "reset" not in gpu.calls
 
 
+def test_a_canary_reports_the_measured_difference(stub, gpu, policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.policies.canary.WASHOUT_S", 0.0)
+    flags = ["--canary", "0.5", "--canary-block-s", "1", "--max-steps", "42"]
+    gpu.energy_mj = None
+    code, lines, run = deploy(stub, policy, tmp_path, *flags)
+    assert code == 0 and sum(run["summary"]["canary"]["blocks"]) == 4
+    clocks = [line["chosen"]["gpu_clock_mhz"] for line in lines]
+    assert 10 <= clocks.count(990) <= 32 and clocks.count(990) + clocks.count(1980) == 42
+    assert "2 blocks with the policy, 2 at maximum performance; energy per" in capsys.readouterr().out
+
+
 PROBE = """
 import sys
 from fuel_ray.cli import main
@@ -105,3 +121,156 @@ def test_deploying_imports_nothing_heavy_and_stays_below_200_mb(stub, policy, tm
         check=True,
         timeout=60,
     )
+
+
+CONTROLLER = """
+import sys
+import fuel_ray.live.nvml
+from fuel_ray.cli import main
+fuel_ray.live.nvml.holds_sys_admin = lambda proc: True
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Controller:
+    """``fuel-ray deploy`` in a process of its own, whose NVML writes down who sets clocks."""
+
+    def __init__(self, stub, policy, folder, *flags, state=None):
+        (folder / "lib").mkdir(parents=True)
+        (folder / "lib/pynvml.py").write_text(FAKE_PYNVML)
+        self.log, self.limit_file = folder / "nvml.log", folder / "limit"
+        self.state = state or folder / "state"
+        self.log.touch()
+        env = {
+            "PYTHONPATH": f"{folder / 'lib'}:{ROOT}",
+            "FAKE_NVML_LOG": str(self.log),
+            "FUEL_RAY_STATE_DIR": str(self.state),
+        }
+        arguments = ["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(folder / "out")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CONTROLLER, *arguments, "--interval", "0.1", *flags],
+            env=os.environ | env,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def locked(self):
+        """Whether the last of the calls to GPU-0 locked its clock."""
+        calls = [line.split()[2] for line in self.log.read_text().splitlines() if line.endswith("GPU-0")]
+        return bool(calls) and calls[-1] == "set"
+
+    def limit(self):
+        content = read_file(str(self.limit_file)) if self.limit_file.exists() else None
+        return content[0] if content else None
+
+
+@pytest.fixture
+def controller(stub, policy, tmp_path):
+    made = []
+
+    def start(*flags, **options):
+        one = Controller(stub, policy, tmp_path / f"c{len(made)}", *flags, **options)
+        made.append(one)
+        return one
+
+    yield start
+    for one in made:
+        one.process.kill()
+        one.process.communicate()
+
+
+def under_control(controller):
+    until(lambda: controller.locked() and controller.limit() == 4, within_s=20.0)
+
+
+def start_with_limit(controller, tmp_path):
+    one = controller("--limit-file", str(tmp_path / "c0" / "limit"), "--max-num-seqs", "32")
+    under_control(one)
+    return one
+
+
+def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controller, tmp_path):
+    killed = start_with_limit(controller, tmp_path)
+    killed.process.kill()
+    until(lambda: not killed.locked() and killed.limit() is None, within_s=2.0)
+    until(lambda: not list(killed.state.glob("*.json")), within_s=2.0)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
+    controller, tmp_path, number, code
+):
+    ended = start_with_limit(controller, tmp_path)
+    lines = "out/deploy-*/steps.jsonl"
+    until(lambda: any(path.stat().st_size for path in (tmp_path / "c0").glob(lines)), within_s=5.0)
+    ended.process.send_signal(number)
+    out, _ = ended.process.communicate(timeout=20)
+    assert ended.process.returncode == code and "windows, 0 lost" in out
+    assert not ended.locked() and not ended.limit_file.exists() and not list(ended.state.glob("*.json"))
+    (run,) = (tmp_path / "c0" / "out").glob("deploy-*/run.json")
+    assert json.loads(run.read_text())["summary"]["windows"] > 0
+
+
+def test_a_second_deployment_on_the_gpu_is_refused_by_the_firsts_pid(controller, tmp_path):
+    first = start_with_limit(controller, tmp_path)
+    second = controller(state=first.state)
+    _, err = second.process.communicate(timeout=20)
+    assert second.process.returncode == 2 and len(err.splitlines()) == 1
+    assert f"GPU GPU-0 is controlled by pid {first.process.pid} (" in err
+    assert first.locked()
+
+
+WRONG = [
+    "--policy nowhere",
+    "--policy {tmp}",
+    "--policy {policy} --interval 0",
+    "--policy {policy} --interval nan",
+    "--policy {policy} --max-steps 0",
+    "--policy {policy} --server ftp://x",
+    "--policy {policy} --server http://127.0.0.1:9",
+    "--policy {policy} --gpu-ids 7",
+    "--policy {policy} --guard.fallback 4@1234",
+    "--policy {policy} --guard.fallback 4@1500 --guard.dwell-s -1",
+    "--policy {policy} --limit-file {tmp}/no/such/folder/limit",
+    "--policy {policy} --out /proc/nowhere",
+    "--policy {policy} --nonsense",
+    "--shadow",
+]
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_what_is_wrong_is_said_in_one_line_before_anything_is_set(flags, stub, gpu, policy, tmp_path, capsys):
+    words = flags.format(tmp=tmp_path, policy=policy).split()
+    defaults = [("--server", stub.url), ("--max-steps", "2"), ("--out", str(tmp_path / "out"))]
+    for flag, value in defaults:
+        words += [] if flag in words else [flag, value]
+    assert main(["deploy", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("fuel-ray: ") and len(printed.err.splitlines()) == 1
+    assert gpu.locked_mhz is None and not (tmp_path / "out").exists()
+
+
+MISFITS = [
+    ({"sizes": (32,)}, "trained for KV block size 32, the server has 16"),
+    ({"model": "Llama"}, "trained for model Llama, the server has tiny"),
+    ({"gpu_name": "NVIDIA A100"}, "trained for GPU NVIDIA A100, this is NVIDIA H100"),
+    ({"engine": "vLLM 0.20.2"}, "trained for vLLM 0.20.2, the server is vLLM 0.32.0"),
+    ({"grid": ActionGrid((4,), (990, 1007))}, "the GPU does not support its clocks 1007 MHz"),
+    ({"grid": ActionGrid((4, 64), (990,))}, "its highest batch limit is 64, the server's 32"),
+]
+
+
+@pytest.mark.parametrize(("made_for", "message"), MISFITS, ids=lambda value: str(value)[:20])
+def test_a_policy_for_something_else_is_refused_unless_that_is_harmless_and_allowed(
+    stub, gpu, tmp_path, capsys, made_for, message
+):
+    folder = write_policy(tmp_path / "other", **made_for)
+    flags = ["--max-num-seqs", "32", "--server", stub.url, "--max-steps", "1", "--interval", "0.1"]
+    arguments = ["deploy", "--policy", str(folder), *flags, "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert main([*arguments, "--allow-mismatch"]) == (2 if "block size" in message else 0)

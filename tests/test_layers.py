@@ -12,14 +12,15 @@ FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 LAYERS = [
     ("types", "errors"),
     (
-        *("metrics", "objective", "codec", "stats", "workload", "sim"),
-        *("policies.baselines", "policies.network", "policies.replay"),
+        *("metrics", "objective", "codec", "drift", "guard", "estimate", "stats", "workload", "sim"),
+        *("policies.baselines", "policies.canary", "policies.network", "policies.replay"),
     ),
     ("control",),
     (
         "env",
         "record",
         "deployment",
+        "policies.checkpoint",
         "policies.learned",
         "policies.rl_module",
         "policies.dqn",
@@ -42,6 +43,8 @@ HOMES = {
     "pynvml": ("live.nvml",),
     "aiohttp": ("live",),
     "psutil": ("live.cpu",),
+    "prometheus_client": ("live",),
+    "rich": ("commands.watch",),
     "vllm": ("vllm_plugin",),
 }
 

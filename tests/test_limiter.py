@@ -1,6 +1,8 @@
 """Our side of the control file, with the plug-in's own class as the other side."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -154,3 +156,35 @@ def test_a_stale_file_is_replaced(tmp_path):
     with BatchLimiter(tmp_path / "limit") as limiter:
         assert Engine(limiter.path).scheduler.running == []
         assert limiter.status().wanted_limit is None
+
+
+LEASING = """
+import sys, time
+from pathlib import Path
+from fuel_ray.live.limiter import BatchLimiter
+BatchLimiter(Path(sys.argv[1]), leased=True).set(3)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_leased_limit_is_one_controllers_and_ends_when_it_is_killed(tmp_path):
+    path = tmp_path / "limit"
+    with subprocess.Popen([sys.executable, "-c", LEASING, str(path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"ready\n"
+        engine = Engine(path, running=6)
+        engine.sleep(1.0)
+        assert engine.scheduler.max_num_active_reqs == 3
+        with pytest.raises(NodeError, match=f"is in use by pid {other.pid}; end that first"):
+            BatchLimiter(path, leased=True)
+        other.kill()
+        other.wait()
+        engine.sleep(1.0)
+        assert engine.scheduler.max_num_active_reqs == CAPACITY
+    with BatchLimiter(path, leased=True) as limiter:
+        limiter.set(5)
+        engine.sleep(1.0)
+        assert engine.scheduler.max_num_active_reqs == 5 == limiter.status().batch_limit
+    assert not path.exists()
+    engine.sleep(1.0)
+    assert engine.scheduler.max_num_active_reqs == CAPACITY

@@ -7,6 +7,7 @@ import pytest
 
 from fuel_ray.control import StepRecord
 from fuel_ray.errors import ConfigError
+from fuel_ray.guard import Verdict
 from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.record import (
     make_folder,
@@ -87,7 +88,7 @@ def test_the_summary_has_the_columns_of_the_contract():
 
 
 def test_a_step_line_says_what_was_chosen_and_what_was_in_force():
-    record = StepRecord(3, Knobs(8, 1000), Knobs(8, 990), WINDOW, -0.25)
+    record = StepRecord(3, Knobs(8, 1000), Knobs(8, 990), WINDOW, -0.25, Verdict(Knobs(8, 1000)))
     line = json.loads(step_line(record, time_s=3.0, labels={"policy": "dqn", "seed": 1}))
     assert (line["policy"], line["step"], line["reward"]) == ("dqn", 3, -0.25)
     assert line["chosen"] == {"batch_limit": 8, "gpu_clock_mhz": 1000}

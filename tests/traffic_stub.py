@@ -26,14 +26,22 @@ class TrafficStub(Stub):
     blocks: int = 300
     kv_usage: float = 0.25
     began_s: float = field(default_factory=time.monotonic)
+    page_override: str = ""
     pages: int = 0
+    script: dict = field(default_factory=dict)  # what to do before the n-th page
+
+    def at(self, page: int, **changes) -> None:
+        """Change these attributes before the n-th page from here on."""
+        self.script.setdefault(self.pages + page, []).append(lambda: self.__dict__.update(changes))
 
     def restart(self) -> None:
         self.began_s = time.monotonic()
 
     async def metrics(self, request):
         self.pages += 1
-        self.page = self.now()
+        for action in self.script.pop(self.pages, ()):
+            action()
+        self.page = self.page_override or self.now()
         return await super().metrics(request)
 
     def now(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.build import build_codec, build_loop, build_spec
+from fuel_ray.codec import parse_knobs
 from fuel_ray.config import LearnConfig, ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, UnsupportedError
@@ -194,22 +195,10 @@ def _mean_of(rows: Iterable[Mapping[str, Any]], name: str) -> float:
 
 
 def _static(text: str, spec: NodeSpec) -> Static:
-    if text == "max":
-        return Static(spec.max_performance)
-    limit, _, clock = text.partition("@")
     try:
-        knobs = Knobs(int(limit), int(clock) if clock else spec.gpu_clocks_mhz[-1])
-    except ValueError:
-        raise ConfigError(f"--static {text!r}: max, LIMIT or LIMIT@MHZ, such as 48@1350") from None
-    lowest, highest = spec.batch_limits
-    if not lowest <= knobs.batch_limit <= highest:
-        raise ConfigError(f"--static {text}: the limit must be from {lowest} to {highest}")
-    if knobs.gpu_clock_mhz not in spec.gpu_clocks_mhz:
-        clocks = spec.gpu_clocks_mhz
-        raise ConfigError(
-            f"--static {text}: {clock} MHz is none of the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"
-        )
-    return Static(knobs)
+        return Static(parse_knobs(text, spec))
+    except ConfigError as error:
+        raise ConfigError(f"--static {error}") from error
 
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fuel_ray.commands.evaluate import (
 from fuel_ray.commands.report import summary_table, write_report
 from fuel_ray.commands.train import in_parallel, parse_run, policy_folder, prepare, resumable, train_policies
 from fuel_ray.config import SweepConfig
+from fuel_ray.policies.learned import amend_manifest
 from fuel_ray.record import read_json, write_csv, write_json, write_lines
 
 
@@ -44,6 +46,9 @@ def _stages(config: SweepConfig, run_dir: Path) -> None:
     began_s = time.monotonic()
     train_policies(config, run_dir)
     tuned = _tune(config, run_dir)
+    for size, by_load in tuned.items():
+        static = asdict(by_load[config.workload].static)
+        amend_manifest(policy_folder(config, run_dir, size), tuned_static=static)
     _evaluate(config, run_dir, tuned)
     facts = read_json(run_dir / "run.json")
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s

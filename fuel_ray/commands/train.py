@@ -9,17 +9,15 @@ from typing import Any, TypeVar
 
 import ray
 
-from fuel_ray import __version__
-from fuel_ray.build import build_codec, build_engine, build_node, build_spec, twin_of, twinned
+from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
 from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving
-from fuel_ray.policies.learned import Manifest, read_policy, save_policy
+from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import new_folder, origin, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
-from fuel_ray.workload import parse_workload
 
 Learning = TypeVar("Learning", bound=LearnConfig)
 Result = TypeVar("Result")
@@ -212,20 +210,7 @@ def _engine(config: LearnConfig) -> dict[str, Any]:
 
 def _save(config: LearnConfig, run_dir: Path, trial: Trained, best: int) -> None:
     """Write a policy folder."""
-    pack, size = load_pack(config.pack), trial.block_sizes[0]
-    spec = build_spec(config, size)
-    manifest = Manifest(
-        kv_block_sizes=trial.block_sizes,
-        model=spec.model,
-        gpu_name=spec.gpu_name,
-        engine=read_json(run_dir / "run.json")["engine"],
-        pack=pack.name,
-        pack_sha256=pack.sha256,
-        reward=config.reward,
-        workload=config.workload,
-        workload_digest=parse_workload(config.workload).digest(),
-        head=config.train.head,
-        fuel_ray_version=__version__,
-    )
-    arrays = trial.results[best].arrays
-    save_policy(policy_folder(config, run_dir, size), arrays, build_codec(config, spec), manifest)
+    size = trial.block_sizes[0]
+    manifest = build_manifest(config, trial.block_sizes, read_json(run_dir / "run.json")["engine"])
+    codec = build_codec(config, build_spec(config, size))
+    save_policy(policy_folder(config, run_dir, size), trial.results[best].arrays, codec, manifest)

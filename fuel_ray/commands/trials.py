@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,11 +20,11 @@ from fuel_ray.build import build_codec, build_env, build_spec
 from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
 from fuel_ray.env import ServingEnv
 from fuel_ray.errors import FuelRayError
+from fuel_ray.policies.checkpoint import q_network
 from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
 from fuel_ray.policies.rl_module import DuelingDqnModule
 
 _ENV_NAME = "fuel_ray_serving"
-_MODULE_STATE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,17 +230,11 @@ def _make_env(settings: Mapping[str, Any]) -> ServingEnv:
 
 def _trained(result: Any) -> Trained:
     found = [
-        Checkpointed(row["env_steps"], row["reward"], _arrays(Path(checkpoint.path)))
+        Checkpointed(row["env_steps"], row["reward"], q_network(Path(checkpoint.path)))
         for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
     ]
     sizes = tuple(result.config["env_config"]["block_sizes"])
     return Trained(sizes, tuple(sorted(found, key=lambda c: c.env_steps)))
-
-
-def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    with (checkpoint / _MODULE_STATE).open("rb") as file:
-        state = pickle.load(file)
-    return {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
 
 
 def _known(value: Any) -> float | None:

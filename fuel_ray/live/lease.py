@@ -1,12 +1,14 @@
 """Clocks that are given back whatever happens: one controller per GPU, and a watchdog that outlives it."""
 
 import contextlib
+import functools
 import logging
 import os
 import select
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,7 +52,7 @@ class ClockLease:
             self._watchdog = self._watched()
             taken.pop_all()
         self._held = True
-        os.register_at_fork(after_in_child=self._let_go)
+        _let_go_in_children(self)
 
     def renew(self) -> None:
         """Make sure that the clocks are watched over: a watchdog that died is started again.
@@ -89,9 +91,10 @@ class ClockLease:
             for uuid in self._uuids:
                 state_path(self._folder, uuid).unlink(missing_ok=True)
         self._watchdog.end(given_back=given_back)
-        self._let_go()
+        self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Have no part in it any more, without a word to the watchdog; what a forked child does."""
         if self._held:
             self._held = False
             self._watchdog.close()
@@ -143,6 +146,25 @@ class _Watchdog:
         poll = select.poll()
         poll.register(self._alive, select.POLLIN)
         return bool(poll.poll(within_s * 1000))
+
+
+_LEASES: "weakref.WeakSet[ClockLease]" = weakref.WeakSet()
+
+
+def _let_go_in_children(lease: ClockLease) -> None:
+    """What os.register_at_fork is given stays for good, so that it is given one function for all leases."""
+    _LEASES.add(lease)
+    _register_once()
+
+
+@functools.cache
+def _register_once() -> None:
+    os.register_at_fork(after_in_child=_let_all_go)
+
+
+def _let_all_go() -> None:
+    for lease in tuple(_LEASES):
+        lease.let_go()
 
 
 def watch() -> None:

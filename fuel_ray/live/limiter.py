@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,21 +52,36 @@ class BatchLimiter:
     Start the server with FUEL_RAY_LIMIT_FILE naming the file. With data parallelism each engine applies the
     limit, and the status is that of the engine that stepped last.
 
+    Args:
+        path: of the control file.
+        leased: for this process alone; the limit ends when it does, even if it is killed.
+        clock: monotonic seconds.
+        sleep: waits.
+
     Raises:
-        NodeError: the file cannot be made.
+        NodeError: the file cannot be made, or another process has leased it.
     """
 
     def __init__(
         self,
         path: Path,
         *,
+        leased: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ):
         self.path = Path(path)
         self._clock, self._sleep = clock, sleep
+        self._lease: int | None = None
         try:
-            vllm_plugin.create_file(str(self.path))
+            if leased:
+                self._lease = vllm_plugin.lease_file(str(self.path))
+            else:
+                vllm_plugin.create_file(str(self.path))
+        except BlockingIOError:
+            raise NodeError(
+                f"control file {self.path} is in use by {_holder(self.path)}; end that first"
+            ) from None
         except OSError as error:
             raise NodeError(f"control file {self.path} cannot be made: {error}") from error
 
@@ -142,6 +158,9 @@ class BatchLimiter:
         with contextlib.suppress(NodeError):
             self.clear()
         self.path.unlink(missing_ok=True)
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            os.close(lease)
 
     def _wait(
         self, what: str, holds: Callable[[LimiterStatus, int], bool], limit: int, timeout_s: float
@@ -167,6 +186,17 @@ class BatchLimiter:
             vllm_plugin.write_limit(str(self.path), wanted)
         except OSError as error:
             raise NodeError(f"control file {self.path} cannot be written: {error}") from error
+
+
+def _holder(path: Path) -> str:
+    """The process that has locked a file, as /proc/locks knows it."""
+    with contextlib.suppress(OSError):
+        inode = path.stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()  # 1: FLOCK ADVISORY WRITE pid major:minor:inode 0 EOF
+            if len(fields) > 5 and fields[5].endswith(f":{inode}"):
+                return f"pid {fields[4]}"
+    return "another process"
 
 
 def _applied(status: LimiterStatus, limit: int) -> bool:

@@ -16,13 +16,14 @@ from typing import Any, Self, TypeVar
 import pynvml
 
 from fuel_ray.errors import ConfigError, GpuError, PrivilegeError
+from fuel_ray.live.clock_client import clock_client
+from fuel_ray.live.processes import holds_sys_admin
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Handle = Any  # a ctypes pointer to NVML's opaque device
 
-CAP_SYS_ADMIN = 21  # linux/capability.h; the kernel driver asks for it in the first user namespace
 ADVICE = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver here (a container needs `--gpus all`)",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded; `sudo modprobe nvidia` loads it",
@@ -74,17 +75,19 @@ class Gpus:
     """One node's GPUs, by UUID or by NVML index (PCI order, whatever CUDA_VISIBLE_DEVICES says); default all.
 
     Power, energy and memory are summed; utilisations and clocks are means. ``supported_clocks_mhz`` ascend,
-    are supported by every GPU, and are empty where NVML lists none.
+    are supported by every GPU, and are empty where NVML lists none. Clocks are set by the clock helper that
+    FUEL_RAY_CLOCK_SOCKET names, unless ``direct``.
 
     Raises:
         GpuError: no driver, or no such GPU; the message lists those that there are.
         ConfigError: a GPU is named twice.
     """
 
-    def __init__(self, which: Sequence[str | int] = ()):
+    def __init__(self, which: Sequence[str | int] = (), *, direct: bool = False):
         with translated("start NVML"):
             pynvml.nvmlInit()
         self._open = True
+        self._helper = None if direct else clock_client()
         self._locked: set[str] = set()
         try:
             self._handles = _select(which)
@@ -116,26 +119,33 @@ class Gpus:
         try:
             self._reset(tuple(self._locked))
         finally:
+            if self._helper is not None:
+                self._helper.close()
             with translated("end NVML"):
                 pynvml.nvmlShutdown()
 
     def can_set_clocks(self, *, try_reset: bool = False, proc: Path = Path("/proc/self")) -> bool:
         """Whether clocks may be pinned.
 
-        NVML has no question for this, so by default nothing is written: it takes clocks listed by NVML, and
-        CAP_SYS_ADMIN in the first user namespace, which is what the kernel driver checks. A hypervisor can
-        still refuse. ``try_reset`` asks the driver by a reset, which drops a lock somebody else has set.
+        NVML has no question for this, so by default nothing is written: it takes clocks that NVML lists, and
+        CAP_SYS_ADMIN, as the kernel driver does, or a clock helper for these GPUs. A hypervisor can still
+        refuse. ``try_reset`` asks the driver by a reset, which drops a lock somebody else has set.
         """
         if not self.supported_clocks_mhz:
             return False
         if not try_reset or self._locked:
-            return bool(self._locked) or _holds_sys_admin(proc)
+            return bool(self._locked) or self._is_allowed(proc)
         try:
             self.reset()
         except GpuError as error:
             logger.info("clocks cannot be set: %s", error)
             return False
         return True
+
+    def _is_allowed(self, proc: Path) -> bool:
+        if self._helper is not None:
+            return all(map(self._helper.serves, self.uuids))
+        return holds_sys_admin(proc)
 
     def pin(self, clock_mhz: float) -> int:
         """Pin the SM clocks at the supported clock nearest to ``clock_mhz``, and return that clock.
@@ -147,13 +157,7 @@ class Gpus:
             GpuError: clocks are not supported, or a GPU is lost.
         """
         snapped_mhz = self._snapped(clock_mhz)
-        self._lock(snapped_mhz, snapped_mhz)
-        return snapped_mhz
-
-    def cap(self, clock_mhz: float) -> int:
-        """As ``pin``, but lower clocks stay the driver's choice."""
-        snapped_mhz = self._snapped(clock_mhz)
-        self._lock(self.supported_clocks_mhz[0], snapped_mhz)
+        self._lock(snapped_mhz)
         return snapped_mhz
 
     def reset(self) -> None:
@@ -206,26 +210,32 @@ class Gpus:
             raise GpuError(f"cannot lock {clock_mhz} MHz: no clock is supported by all of {self.uuids}")
         return min(self.supported_clocks_mhz, key=lambda supported_mhz: abs(supported_mhz - clock_mhz))
 
-    def _lock(self, low_mhz: int, high_mhz: int) -> None:
+    def _lock(self, clock_mhz: int) -> None:
         held = frozenset(self._locked)
         try:
             for uuid, handle in self._handles.items():
                 self._locked.add(uuid)  # before the call, so that an interrupt in it is made good by close()
-                with translated(f"lock the clock at {low_mhz}-{high_mhz} MHz on GPU {uuid}"):
-                    pynvml.nvmlDeviceSetGpuLockedClocks(handle, low_mhz, high_mhz)
+                with translated(f"lock the clock at {clock_mhz} MHz on GPU {uuid}"):
+                    if self._helper is not None:
+                        self._helper.pin(uuid, clock_mhz)
+                    else:
+                        pynvml.nvmlDeviceSetGpuLockedClocks(handle, clock_mhz, clock_mhz)
         except GpuError:
             with suppress(GpuError):  # the refusal is what to raise; close() tries this once more
                 self._reset(tuple(self._locked))
             self._locked -= {uuid} - held
             raise
-        logger.info("locked %s at %d-%d MHz", self.uuids, low_mhz, high_mhz)
+        logger.info("locked %s at %d MHz", self.uuids, clock_mhz)
 
     def _reset(self, uuids: Sequence[str]) -> None:
         failures = []
         for uuid in uuids:
             try:
                 with translated(f"reset the clocks of GPU {uuid}"):
-                    pynvml.nvmlDeviceResetGpuLockedClocks(self._handles[uuid])
+                    if self._helper is not None:
+                        self._helper.reset(uuid)
+                    else:
+                        pynvml.nvmlDeviceResetGpuLockedClocks(self._handles[uuid])
                 self._locked.discard(uuid)
             except GpuError as error:
                 failures.append(error)
@@ -288,12 +298,3 @@ def _instant_power_mw(handle: Handle) -> int:
     if field.nvmlReturn != pynvml.NVML_SUCCESS:
         raise pynvml.NVMLError(field.nvmlReturn)
     return field.value.uiVal
-
-
-def _holds_sys_admin(proc: Path) -> bool:
-    try:
-        status, uid_map = (proc / "status").read_text(), (proc / "uid_map").read_text()
-    except OSError:
-        return False
-    capabilities = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), "0")
-    return bool(int(capabilities, 16) >> CAP_SYS_ADMIN & 1) and uid_map.split() == ["0", "0", "4294967295"]

@@ -14,6 +14,7 @@ POLL_S = 0.05
 KILL_S = 5.0  # a killed process frees GBs of memory first
 
 _PROC = Path("/proc")
+_CAP_SYS_ADMIN = 21  # linux/capability.h; the kernel driver asks for it in the first user namespace
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,16 @@ def lives(pid: int, start: str) -> bool:
     except OSError:
         return False
     return started == start and (state not in "ZX" or threads > 1)
+
+
+def holds_sys_admin(proc: Path) -> bool:
+    """Whether a process (a folder of /proc) has CAP_SYS_ADMIN in the first user namespace."""
+    try:
+        status, uid_map = (proc / "status").read_text(), (proc / "uid_map").read_text()
+    except OSError:
+        return False
+    capabilities = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), "0")
+    return bool(int(capabilities, 16) >> _CAP_SYS_ADMIN & 1) and uid_map.split() == ["0", "0", "4294967295"]
 
 
 def _kill(pids: tuple[int, ...]) -> None:

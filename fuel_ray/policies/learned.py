@@ -1,8 +1,9 @@
 """A policy as a folder: weights, codec and manifest. Acting needs neither Ray nor torch."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,12 @@ from fuel_ray.policies.network import Head, q_values
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 
 FORMAT = 1
+MAX_JSON_BYTES = 2**20
+
+# What reading damaged or hostile files raises; weights are safetensors, so that nothing in them can be run
+_MALFORMED = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError, ConfigError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,8 @@ class Manifest:
     head: Head
     fuel_ray_version: str
     evaluation: dict[str, Any] = field(default_factory=dict)
+    tuned_static: dict[str, int] | None = None  # the Knobs that were tuned for the same load
+    feature_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # seen in training
     format: int = FORMAT
 
 
@@ -74,6 +83,12 @@ def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, ma
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 
+def amend_manifest(folder: Path, **changes: Any) -> None:
+    """Write what was found out about a policy after it was saved."""
+    manifest = replace(read_manifest(folder), **changes)
+    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """What the policy in a folder was made for.
 
@@ -81,14 +96,53 @@ def read_manifest(folder: Path) -> Manifest:
         PolicyError: there is no manifest, it is malformed or of another format.
     """
     try:
-        raw = json.loads((folder / "manifest.json").read_text())
+        raw = _json(folder / "manifest.json")
+        if raw.get("format", FORMAT) != FORMAT:
+            raise PolicyError(f"{folder}: format {raw['format']}; this version reads {FORMAT}")
         raw["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
         manifest = Manifest(**raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _check_manifest(manifest)
+    except _MALFORMED as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
-    if manifest.format != FORMAT:
-        raise PolicyError(f"{folder}: format {manifest.format}; this version reads {FORMAT}")
     return manifest
+
+
+def _json(path: Path) -> Any:
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has {size} bytes; at most {MAX_JSON_BYTES}")
+    return json.loads(path.read_text())
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Types that a hand or a hostile one may have changed."""
+    for name in ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version"):
+        _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
+    _expect(_are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
+    _expect(manifest.head in get_args(Head), f"head {manifest.head!r} is unknown")
+    tuned = manifest.tuned_static
+    if tuned is not None:
+        _expect(set(tuned) == {"batch_limit", "gpu_clock_mhz"}, "tuned_static is not a pair of knobs")
+        _expect(_are_counts(tuple(tuned.values())), "tuned_static is not a pair of knobs")
+    for name, (low, high) in manifest.feature_ranges.items():
+        _expect(-math.inf < low <= high < math.inf, f"the range of {name} is not one")
+
+
+def _check_codec(codec: Codec) -> None:
+    grid, slo = codec.grid, codec.slo
+    for name, values in (("batch_limits", grid.batch_limits), ("gpu_clocks_mhz", grid.gpu_clocks_mhz)):
+        _expect(_are_counts(values) and values == tuple(sorted(set(values))), f"{name} do not ascend")
+    limits = (slo.ttft_s, slo.tpot_s, slo.e2e_s, slo.share)
+    _expect(all(limit is None or 0 < limit < math.inf for limit in limits), "the SLO is not a promise")
+
+
+def _are_counts(values: tuple[Any, ...]) -> bool:
+    return bool(values) and all(type(value) is int and 0 < value < 2**31 for value in values)
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +167,13 @@ def read_policy(folder: Path) -> PolicyFolder:
     """
     manifest = read_manifest(folder)
     try:
-        codec = Codec.from_dict(json.loads((folder / "codec.json").read_text()))
+        codec = Codec.from_dict(_json(folder / "codec.json"))
+        _check_codec(codec)
         arrays = load_file(folder / "weights.safetensors")
+        _expect(all(np.isfinite(array).all() for array in arrays.values()), "some weights are not finite")
         q = q_values(arrays, np.zeros(len(codec.features), np.float32), head=manifest.head)
-        if manifest.head not in get_args(Head) or len(q) != len(codec.grid) or not np.isfinite(q).all():
-            raise ValueError(f"weights for {len(q)} actions, some not finite or not {len(codec.grid)}")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError, ConfigError) as error:
+        _expect(q.shape == (len(codec.grid),), f"weights for {q.shape} actions, not {len(codec.grid)}")
+    except _MALFORMED as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
     return PolicyFolder(folder, manifest, codec, arrays)
 

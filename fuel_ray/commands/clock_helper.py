@@ -1,0 +1,60 @@
+"""fuel-ray clock-helper: sets clocks for a controller that may not, as a small service of root's."""
+
+import contextlib
+import grp
+import pwd
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.live.clock_client import SOCKET_VARIABLE
+from fuel_ray.live.clock_helper import ClockHelper, listening_socket
+from fuel_ray.live.nvml import Gpus
+
+
+@dataclass(frozen=True)
+class ClockHelperConfig:
+    """Pin and reset the clocks of named GPUs for other users, over a Unix socket, and nothing else.
+
+    Run it as root, by hand, by sudo or by systemd; controllers find it by FUEL_RAY_CLOCK_SOCKET. Clocks that
+    a controller has pinned are reset as soon as it is gone.
+    """
+
+    gpu_ids: tuple[str, ...]
+    """NVML indices or UUIDs of the GPUs that may be set."""
+    users: tuple[str, ...] = ()
+    """Names or numbers of the users that may ask, besides root."""
+    group: str | None = None
+    """Group that may open the socket; None: its owner alone. A socket of systemd's has its own."""
+    socket: Path = Path("/run/fuel-ray/clocks.sock")
+    """Where to listen, unless systemd gives a socket."""
+
+
+def run(config: ClockHelperConfig) -> int:
+    """Serve until a signal ends it.
+
+    Raises:
+        ConfigError: no GPU is named, a user or group is unknown, or the socket cannot be made.
+        GpuError: there is no such GPU, or no driver.
+    """
+    if not config.gpu_ids:
+        raise ConfigError("--gpu-ids: name the GPUs whose clocks may be set")
+    uids = frozenset(_number(user, lambda name: pwd.getpwnam(name).pw_uid) for user in config.users)
+    gid = None if config.group is None else _number(config.group, lambda name: grp.getgrnam(name).gr_gid)
+    with contextlib.ExitStack() as opened:
+        with Gpus(config.gpu_ids) as named:
+            uuids = named.uuids
+        gpus = {uuid: opened.enter_context(Gpus([uuid], direct=True)) for uuid in uuids}
+        listener = opened.enter_context(listening_socket(config.socket, gid=gid))
+        print(f"clock helper for {', '.join(uuids)}; {SOCKET_VARIABLE}={config.socket}", flush=True)
+        ClockHelper(gpus, listener, uids=uids).serve(threading.Event())
+    return 0
+
+
+def _number(name: str, find: Callable[[str], int]) -> int:
+    try:
+        return int(name) if name.isdecimal() else find(name)
+    except KeyError:
+        raise ConfigError(f"there is no user or group {name!r}") from None

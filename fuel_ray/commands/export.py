@@ -1,0 +1,63 @@
+"""fuel-ray export: an RLlib checkpoint of a sweep or a training as a policy folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuel_ray.build import build_codec, build_manifest, build_spec
+from fuel_ray.config import SweepConfig, load_config
+from fuel_ray.errors import ConfigError, PolicyError
+from fuel_ray.policies.checkpoint import is_checkpoint, q_network
+from fuel_ray.policies.learned import read_policy, save_policy
+from fuel_ray.record import read_json
+
+_RUN_JSON = "run.json"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Turn an RLlib checkpoint into a policy folder, which `fuel-ray deploy` takes without Ray."""
+
+    checkpoint: Path
+    """Checkpoint folder in its run: results/sweep-.../tune/TRIAL/checkpoint_000015."""
+    to: Path | None = None
+    """Policy folder to write; None: `policy` in the checkpoint."""
+
+
+def run(config: ExportConfig) -> int:
+    """Write the policy folder and print where it is.
+
+    Raises:
+        PolicyError: this is no checkpoint of a run, or holds more than weights.
+        ConfigError: the run's settings cannot be read, or the folder cannot be written.
+    """
+    if not is_checkpoint(config.checkpoint):
+        raise PolicyError(f"{config.checkpoint} is no checkpoint of RLlib's: it has no module_state.pkl")
+    checkpoint = config.checkpoint.resolve()
+    run_dir = next((folder for folder in checkpoint.parents if (folder / _RUN_JSON).is_file()), None)
+    if run_dir is None:
+        raise PolicyError(
+            f"{checkpoint} is not in the folder of its run, whose {_RUN_JSON} says the settings"
+        )
+    settings = load_config(run_dir / _RUN_JSON, base=SweepConfig())
+    sizes = _block_sizes(checkpoint)
+    engine = read_json(run_dir / _RUN_JSON).get("engine", "unknown")
+    codec = build_codec(settings, build_spec(settings, sizes[0]))
+    folder = config.to or checkpoint / "policy"
+    try:
+        save_policy(folder, q_network(checkpoint), codec, build_manifest(settings, sizes, engine))
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
+    read_policy(folder)  # weights of another shape than the settings say
+    print(f"wrote {folder}")
+    return 0
+
+
+def _block_sizes(checkpoint: Path) -> tuple[int, ...]:
+    """Those that the trial was trained on."""
+    params = read_json(checkpoint.parent / "params.json")
+    try:
+        return tuple(int(size) for size in params["env_config"]["block_sizes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PolicyError(
+            f"{checkpoint.parent}/params.json does not say the block sizes: {error!r}"
+        ) from error

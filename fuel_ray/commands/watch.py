@@ -1,0 +1,92 @@
+"""fuel-ray watch: what a deployment does, in a terminal."""
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fuel_ray.errors import ConfigError, TelemetryError
+from fuel_ray.live.exporter import Page, read_page
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Show clock, batch limit, power, queue, latency and overrules of running deployments until stopped."""
+
+    urls: tuple[str, ...] = ("http://127.0.0.1:9464",)
+    """Controllers: where `fuel-ray deploy --metrics-port` serves."""
+    interval_s: float = 1.0
+    """Seconds between two looks."""
+    once: bool = False
+    """Print one look and end."""
+
+
+def run(config: WatchConfig) -> int:
+    """Show a table that is renewed once per interval; with ``once``, 2 if a controller does not answer.
+
+    Raises:
+        ConfigError: an interval below 0.1 s, or no URL.
+    """
+    if not config.interval_s >= 0.1 or not config.urls:
+        raise ConfigError("--interval-s must be at least 0.1 s, and --urls name at least one controller")
+    console = Console()
+    if config.once:
+        pages = [_look(url) for url in config.urls]
+        console.print(table(list(zip(config.urls, pages, strict=True))))
+        return 2 if any(isinstance(page, str) for page in pages) else 0
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(table([(url, _look(url)) for url in config.urls]), refresh=True)
+            time.sleep(config.interval_s)
+
+
+def _look(url: str) -> Page | str:
+    try:
+        return read_page(url)
+    except TelemetryError as error:
+        return str(error)
+
+
+def table(found: list[tuple[str, Page | str]]) -> Group:
+    """One row per controller, and below them what is wrong with those that do not answer."""
+    columns = ("controller", "clock MHz", "limit", "W", "run/wait", "TTFT ms", "TPOT ms", "SLO", "overruled")
+    shown = Table(*columns, title="fuel-ray", title_style="bold")
+    errors = []
+    for url, page in found:
+        if isinstance(page, str):
+            errors.append(Text(page, style="red"))
+        else:
+            shown.add_row(*_row(url, page))
+    return Group(shown, *errors) if shown.row_count else Group(*errors)
+
+
+def _row(url: str, page: Page) -> tuple[Text | str, ...]:
+    age_s, attached = page.get("window_age_seconds"), page.get("attached")
+    fresh = attached == 1 and age_s is not None and age_s < 5.0
+    state = "" if fresh else " (not under control)" if attached != 1 else f" ({age_s:.0f} s old)"
+    mode = "shadow " if page.info.get("mode") == "shadow" else ""
+    return (
+        Text(f"{url}\n{mode}{page.info.get('policy', '')}{state}", style="" if fresh else "yellow"),
+        f"{_knob(page, 'gpu_clock_mhz')}",
+        f"{_knob(page, 'batch_limit')}",
+        _number(page.get("power_watts"), 0),
+        f"{_number(page.get('requests', 'running'), 0)}/{_number(page.get('requests', 'waiting'), 0)}",
+        _number(page.get("latency_seconds", "ttft"), 1, scale=1e3),
+        _number(page.get("latency_seconds", "tpot"), 1, scale=1e3),
+        _number(page.get("slo_attainment"), 3),
+        ", ".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
+        or "-",
+    )
+
+
+def _knob(page: Page, name: str) -> str:
+    """In force, and what the policy chose where that is another value."""
+    applied, chosen = page.get(name, "applied"), page.get(name, "chosen")
+    return _number(applied, 0) + ("" if applied == chosen else f" ({_number(chosen, 0)})")
+
+
+def _number(value: float | None, digits: int, *, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"

@@ -1,0 +1,165 @@
+"""What may be applied: rules that overrule a policy, each under a name by which it is counted."""
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fuel_ray.drift import DriftDetector
+from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
+
+Reason = Literal["stale", "wait", "queue", "latency", "drift", "floor", "step", "dwell", "budget"]
+BUDGET_S = 60.0
+LATENCY_S = 30.0  # time constant over which kept and missed limits are weighed
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When a policy is overruled; None and 0 leave a rule out. Raising the clock is never held back."""
+
+    max_wait_s: float | None = None  # shield: maximum performance while a request waits longer
+    max_waiting: int | None = None  # shield: the same while more requests wait
+    slo: Slo | None = None  # shield: the same while twice as many limits are missed as the SLO allows
+    release_s: float = 10.0  # the shield holds until everything was calm for this long
+    fallback: Knobs | None = None  # without telemetry and under drift; None: maximum performance
+    floor_mhz: int | None = None  # no lower clock
+    max_step_mhz: int | None = None  # largest fall of the clock per window
+    dwell_s: float = 0.0  # a clock is not lowered sooner after it changed
+    switches_per_minute: int | None = None  # once spent, clocks may only rise
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The knobs that may be applied, and by which rules they are not the policy's."""
+
+    knobs: Knobs
+    reasons: tuple[Reason, ...] = ()
+
+
+class Guard:
+    """Stands between a policy and the node, in training as in deployment."""
+
+    def __init__(self, rules: Rules | None = None, *, drift: DriftDetector | None = None) -> None:
+        self._rules = rules or Rules()
+        self._drift = drift
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the past."""
+        self._now_s, self._changed_s, self._calm_since_s = 0.0, -math.inf, -math.inf
+        self._shield: Reason | None = None
+        self._clock_mhz: int | None = None
+        self._switches_s: deque[float] = deque()
+        self._latency = _Misses(self._rules.slo)
+        if self._drift is not None:
+            self._drift.reset()
+
+    def check(self, chosen: Knobs, *, last: WindowMetrics | None, spec: NodeSpec) -> Verdict:
+        """What may be applied, after the window ``last``; None if it was lost."""
+        verdict = self._wanted(chosen, last, spec)
+        if self._shield is None:
+            verdict = self._shaped(verdict, spec)
+        self._switched(verdict.knobs.gpu_clock_mhz)
+        return verdict
+
+    def _wanted(self, chosen: Knobs, last: WindowMetrics | None, spec: NodeSpec) -> Verdict:
+        fallback = self._rules.fallback or spec.max_performance
+        if last is None:
+            return Verdict(spec.max_performance if self._shield else fallback, ("stale",))
+        self._now_s += last.duration_s
+        self._observe(last)
+        drifted = self._drift is not None and self._drift.update(last)
+        if self._shield is not None:
+            return Verdict(spec.max_performance, (self._shield,))
+        return Verdict(fallback, ("drift",)) if drifted else Verdict(chosen)
+
+    def _observe(self, window: WindowMetrics) -> None:
+        """Raise the shield at a bound; let it go after a calm time, well below the bounds."""
+        loads = self._loads(window)
+        worst = max(loads, key=lambda reason: loads[reason], default=None)
+        if worst is None:
+            return
+        if loads[worst] > 1.0:
+            self._shield = worst
+        if loads[worst] > 0.5:
+            self._calm_since_s = self._now_s
+        elif self._now_s - self._calm_since_s >= self._rules.release_s:
+            self._shield = None
+
+    def _loads(self, window: WindowMetrics) -> dict[Reason, float]:
+        """How near each bound is: above 1 it is passed, below 0.5 it is calm."""
+        rules, found = self._rules, dict[Reason, float]()
+        if rules.max_wait_s is not None:
+            found["wait"] = window.oldest_wait_s / rules.max_wait_s
+        if rules.max_waiting is not None:
+            found["queue"] = window.waiting / rules.max_waiting
+        if rules.slo is not None:
+            found["latency"] = self._latency.update(window) / 2
+        return found
+
+    def _shaped(self, verdict: Verdict, spec: NodeSpec) -> Verdict:
+        """The clock's floor, step, dwell time and budget of switches."""
+        now_mhz = spec.gpu_clocks_mhz[-1] if self._clock_mhz is None else self._clock_mhz
+        rules, reasons = self._rules, list(verdict.reasons)
+        clock_mhz = verdict.knobs.gpu_clock_mhz
+        if len(spec.gpu_clocks_mhz) == 1:
+            return verdict  # the clock is not ours
+        if rules.floor_mhz is not None and clock_mhz < rules.floor_mhz:
+            clock_mhz = rules.floor_mhz
+            reasons.append("floor")
+        if clock_mhz < now_mhz and self._now_s - self._changed_s < rules.dwell_s:
+            clock_mhz = now_mhz
+            reasons.append("dwell")
+        if clock_mhz < now_mhz and self._spent():
+            clock_mhz = now_mhz
+            reasons.append("budget")
+        if rules.max_step_mhz is not None and now_mhz - clock_mhz > rules.max_step_mhz:
+            clock_mhz = now_mhz - rules.max_step_mhz
+            reasons.append("step")
+        return Verdict(replace(verdict.knobs, gpu_clock_mhz=clock_mhz), tuple(reasons))
+
+    def _spent(self) -> bool:
+        budget = self._rules.switches_per_minute
+        return budget is not None and len(self._switches_s) >= budget
+
+    def _switched(self, clock_mhz: int) -> None:
+        while self._switches_s and self._switches_s[0] <= self._now_s - BUDGET_S:
+            self._switches_s.popleft()
+        if self._clock_mhz is not None and clock_mhz != self._clock_mhz:
+            self._changed_s = self._now_s
+            self._switches_s.append(self._now_s)
+        self._clock_mhz = clock_mhz
+
+
+class _Misses:
+    """Missed limits as a multiple of what the SLO allows, over the last ``LATENCY_S``."""
+
+    def __init__(self, slo: Slo | None) -> None:
+        self._slo = slo
+        self._sums: dict[str, tuple[float, float]] = {}  # by limit: misses (or latency / limit), samples
+
+    def update(self, window: WindowMetrics) -> float:
+        """The worst limit's multiple after one more window; a mean at its limit counts as 2."""
+        if self._slo is None:
+            return 0.0
+        slo = self._slo
+        keep = math.exp(-window.duration_s / LATENCY_S)
+        pairs = (
+            ("ttft", window.ttfts_s, slo.ttft_s),
+            ("tpot", window.tpots_s, slo.tpot_s),
+            ("e2e", window.e2es_s, slo.e2e_s),
+        )
+        worst = 0.0
+        for name, values_s, limit_s in pairs:
+            if limit_s is None:
+                continue
+            cost, samples = self._sums.get(name, (0.0, 0.0))
+            if slo.share is None:
+                cost = keep * cost + sum(values_s) / limit_s
+            else:
+                cost = keep * cost + sum(value_s > limit_s for value_s in values_s)
+            samples = keep * samples + len(values_s)
+            self._sums[name] = cost, samples
+            allowed = 0.5 if slo.share is None else max(1.0 - slo.share, 1e-3)
+            worst = max(worst, cost / allowed / max(samples, 20.0))
+        return worst

@@ -1,0 +1,57 @@
+"""RLlib's checkpoints, as far as a policy needs them: weights out of a pickle that may hold nothing else."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.errors import PolicyError
+
+MODULE_STATE = Path("learner_group/learner/rl_module/default_policy/module_state.pkl")
+MAX_BYTES = 2**28
+
+# All that numpy's arrays in a dict need; the module is numpy.core before numpy 2
+_ALLOWED = {
+    *((module, name) for module in ("numpy._core.multiarray", "numpy.core.multiarray") for name in
+      ("_reconstruct", "scalar")),
+    *((module, "_frombuffer") for module in ("numpy._core.numeric", "numpy.core.numeric")),
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    ("collections", "OrderedDict"),
+}  # fmt: skip
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Refuses every class and function that an array does not need, so that nothing can be run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which weights do not need")
+        return super().find_class(module, name)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is a checkpoint of RLlib's that has weights."""
+    return (folder / MODULE_STATE).is_file()
+
+
+def q_network(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The Q network of a checkpoint, by the names of ``network.q_values``.
+
+    Raises:
+        PolicyError: there is none, or its file holds more than arrays.
+    """
+    path = checkpoint / MODULE_STATE
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        with path.open("rb") as file:
+            state = _ArraysOnly(file).load()
+        arrays = {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, KeyError, IndexError) as error:
+        raise PolicyError(f"{path}: {error}") from error
+    except (pickle.UnpicklingError, ImportError, MemoryError, RecursionError) as error:
+        raise PolicyError(f"{path} is not a checkpoint's weights: {error}") from error
+    if not arrays or any(array.dtype.kind != "f" for array in arrays.values()):
+        raise PolicyError(f"{path} has no Q network of this version's")
+    return arrays

@@ -1,0 +1,96 @@
+"""The controller's own /metrics, the dashboard over it, and `fuel-ray watch`."""
+
+import json
+import re
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fuel_ray.cli import main
+from fuel_ray.control import StepRecord
+from fuel_ray.errors import ConfigError, GpuError, TelemetryError
+from fuel_ray.guard import Verdict
+from fuel_ray.live.exporter import Exporter, read_page
+from fuel_ray.live.vllm_server import free_port
+from fuel_ray.types import Knobs, Slo
+from tests.stub_vllm import Stub, serving
+from tests.test_codec import WINDOW
+
+ROOT = Path(__file__).parent.parent
+LOW, HIGH = Knobs(8, 990), Knobs(32, 1980)
+
+
+@pytest.fixture
+def exporter():
+    port, now_s = free_port(), [100.0]
+    made = Exporter(
+        port, Slo(1.0), host="127.0.0.1", info={"policy": "p", "mode": "control"}, clock=lambda: now_s[0]
+    )
+    made.url, made.now_s = f"http://127.0.0.1:{port}", now_s
+    yield made
+    made.close()
+
+
+def record(**changes):
+    return StepRecord(0, LOW, HIGH, replace(WINDOW, **changes), -450.0, Verdict(HIGH, ("wait",)))
+
+
+def test_what_was_chosen_applied_and_measured_is_on_the_page(exporter):
+    exporter.attached(None)
+    for _ in range(2):
+        exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
+    exporter.now_s[0] += 3.0
+    page = read_page(exporter.url)
+    assert page.info["policy"] == "p" and page.get("attached") == 1
+    assert (page.get("gpu_clock_mhz", "chosen"), page.get("gpu_clock_mhz", "applied")) == (990, 1980)
+    assert (page.get("batch_limit", "chosen"), page.get("batch_limit", "permitted")) == (8, 32)
+    assert page.get("power_watts") == 450.0 and page.get("energy_joules_total") == 1800.0
+    assert page.get("saved_joules") == 100.0
+    assert page.labelled("overruled_total") == {"wait": 2.0} and page.get("window_age_seconds") == 3.0
+    assert page.get("slo_attainment") == 0.75 and page.get("latency_seconds", "ttft") == pytest.approx(0.65)
+    assert page.labelled("windows_total") == {"measured": 2.0}
+
+
+def test_lost_windows_and_errors_are_counted_by_class(exporter):
+    exporter.lost(3, LOW, TelemetryError("x"))
+    exporter.detached(GpuError("y"))
+    page = read_page(exporter.url)
+    assert page.get("attached") == 0 and page.labelled("windows_total") == {"lost": 1.0}
+    assert page.labelled("errors_total") == {"TelemetryError": 1.0, "GpuError": 1.0}
+
+
+def test_a_port_that_is_taken_is_named(exporter):
+    with pytest.raises(ConfigError, match=r"--metrics-port \d+"):
+        Exporter(int(exporter.url.rpartition(":")[2]), Slo(1.0), host="127.0.0.1", info={"policy": "p"})
+
+
+def test_the_dashboard_asks_only_for_what_the_page_has(exporter):
+    exporter.attached(None)
+    exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
+    exporter.lost(1, LOW, TelemetryError("x"))
+    page = urllib.request.urlopen(f"{exporter.url}/metrics", timeout=5).read().decode()
+    dashboard = json.loads((ROOT / "deploy/grafana/fuel-ray.json").read_text())
+    asked = re.findall(r"fuel_ray_\w+", json.dumps([p.get("targets") for p in dashboard["panels"]]))
+    assert len(set(asked)) >= 12
+    assert [name for name in asked if name not in page] == []
+
+
+def test_watch_shows_a_row_per_controller_and_what_is_wrong_with_it(exporter, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    exporter.attached(None)
+    exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
+    assert main(["watch", "--once", "--urls", exporter.url]) == 0
+    shown = capsys.readouterr().out
+    assert "1980 (990)" in shown and "32 (8)" in shown and "wait 1" in shown and "450" in shown
+    with serving(Stub()) as stub:
+        assert main(["watch", "--once", "--urls", exporter.url, stub.url, "http://127.0.0.1:9"]) == 2
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"{stub.url}/metrics is not a controller's" in shown and "refused" in shown
+
+
+@pytest.mark.parametrize("flags", ["--interval-s 0", "--interval-s nan", "--urls", "--nonsense"])
+def test_a_wrong_watch_is_said_in_one_line(flags, capsys):
+    assert main(["watch", *flags.split()]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
