@@ -56,7 +56,7 @@ def test_a_batch_that_does_not_fit_the_kv_pool_is_skipped_and_said(tmp_path, cap
 
 
 def test_the_twin_tells_what_another_h100_was_measured_to_do():
-    """`fuel-ray profile --node live` on a card and a day that the pack was not fitted to; see docs/live.md."""
+    """`fuel-ray profile --node live` on a card that the pack was not fitted to; see docs/live.md."""
     perf = load_pack("h100-qwen3-8b").perf
     rows = map(json.loads, (DATA / "h100_profile_20261125.jsonl").read_text().splitlines())
     decode = [row for row in rows if row["phase"] == "decode"]
