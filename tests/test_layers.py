@@ -26,7 +26,7 @@ LAYERS = [
         "live",
         "cluster",
     ),
-    ("config", "flags", "build", "build_live", "build_deploy"),
+    ("config", "flags", "build", "build_live", "build_deploy", "build_cluster"),
     ("commands",),
     ("cli", "__main__"),
 ]

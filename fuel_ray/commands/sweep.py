@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fuel_ray.build import twin_of
+from fuel_ray.build_cluster import gpus_per_node
+from fuel_ray.cluster import num_nodes
 from fuel_ray.commands.evaluate import (
     HELD_OUT_SEED,
     Evaluation,
@@ -78,8 +80,10 @@ def _evaluate(config: SweepConfig, run_dir: Path, tuned: Mapping[int, Mapping[st
     jobs = [(config, size, tuned[size], policy_folder(config, run_dir, size)) for size in config.block_sizes]
     evaluations: list[Evaluation] = []
     try:
-        if config.node == "sim":
-            evaluations = in_parallel("evaluate", evaluate_block_size, jobs)
+        if config.node != "live":
+            at_once = max(1, num_nodes(gpus_per_node(config))) if config.node == "ray" else None
+            on_disk = config.node == "ray"
+            evaluations = in_parallel("evaluate", evaluate_block_size, jobs, at_once=at_once, here=on_disk)
         else:
             for job in jobs:
                 evaluations.append(evaluate_block_size(*job))

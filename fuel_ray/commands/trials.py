@@ -7,22 +7,26 @@ import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from fuel_ray.build import build_codec, build_env, build_spec
+from fuel_ray.build_cluster import gpus_per_node
+from fuel_ray.cluster import NODE_RESOURCE, connect, driver_resource, require_nodes
 from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
-from fuel_ray.env import ServingEnv
+from fuel_ray.env import ParallelServingEnv, ServingEnv
 from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
 from fuel_ray.policies.rl_module import DuelingDqnModule
+
+TABLE_S = 30  # between two of Tune's tables
 
 _ENV_NAME = "fuel_ray_serving"
 _MODULE_STATE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
@@ -90,16 +94,18 @@ class Progress(tune.Callback):
         )
 
 
-def start_ray() -> None:
-    """Start a local Ray, or join the cluster that RAY_ADDRESS names."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def start_ray(config: LearnConfig) -> None:
+    """Start a local Ray, or join a cluster.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names no cluster, or it has too few nodes for a trial.
+    """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # so that a kill costs a result or two
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables; Progress prints what matters
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the only output that takes columns of ours
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": 200 * 2**20}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+    connect(cluster=config.node == "ray")
+    if config.node == "ray":
+        require_nodes(config.nodes_per_trial, gpus=gpus_per_node(config), wait_s=config.node_wait_s)
 
 
 def trial_block_sizes(config: LearnConfig) -> list[list[int]]:
@@ -116,15 +122,14 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
         FuelRayError: a trial failed; the message has its error.
         KeyboardInterrupt: the user stopped it; what there is can be resumed.
     """
-    start_ray()
     register_env(_ENV_NAME, _make_env)
     sizes = trial_block_sizes(config)
     space = dqn_config(config, tune.grid_search(sizes))
     progress = Progress(config, trials=len(sizes))
-    folder = run_dir.resolve() / "tune"
-    if tune.Tuner.can_restore(str(folder)):
+    folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
+    if tune.Tuner.can_restore(f"{folder}/tune"):
         tuner = tune.Tuner.restore(
-            str(folder), FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
+            f"{folder}/tune", FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
         )
         tuner._local_tuner._run_config.callbacks = [progress]
     else:
@@ -134,11 +139,13 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
             tune_config=tune.TuneConfig(max_concurrent_trials=1 if config.node == "live" else None),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(folder.parent),
+                storage_path=folder,
                 stop={"num_env_steps_sampled_lifetime": config.steps},
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
+                failure_config=tune.FailureConfig(max_failures=_restarts(config)),
                 callbacks=[progress],
-                verbose=0,
+                progress_reporter=_table(),
+                verbose=1 if config.node == "ray" else 0,
             ),
         )
     results = tuner.fit()
@@ -170,13 +177,21 @@ def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
             ],
         },
     )
-    dqn = FastDqnConfig().fast(updates_per_round=settings.updates_per_round, total_steps=config.steps)
+    dqn = FastDqnConfig().fast(
+        updates_per_round=settings.updates_per_round,
+        total_steps=config.steps,
+        node_bundles=_node_bundles(config),
+    )
     dqn.environment(_ENV_NAME, env_config={"config": _learning_settings(config), "block_sizes": block_sizes})
     dqn.env_runners(
         num_env_runners=0,
         num_envs_per_env_runner=settings.num_envs,
         rollout_fragment_length=settings.fragment_steps,
+        gym_env_vectorize_mode="vector_entry_point" if config.nodes_per_trial > 1 else "sync",
     )
+    if config.node == "ray" and config.storage is None:  # this machine's disk has the run's folder
+        dqn.resources(num_cpus_for_main_process=1)
+        dqn.custom_resources_for_main_process = driver_resource()
     dqn.learners(num_learners=0)
     dqn.training(
         lr=settings.lr,
@@ -199,11 +214,13 @@ def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
 
 
 def _train_settings(config: LearnConfig) -> TrainConfig:
-    """Those asked for; a live node is one node, and its windows take a second each."""
-    if config.node != "live":
+    """Those asked for; a node of its own is one environment, and its windows take time."""
+    if config.node == "sim":
         return config.train
     few = max(config.train.batch_size, config.steps // 10)
-    return replace(config.train, num_envs=1, learning_starts=min(config.train.learning_starts, few))
+    return replace(
+        config.train, num_envs=config.nodes_per_trial, learning_starts=min(config.train.learning_starts, few)
+    )
 
 
 def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,9 +241,40 @@ def _learning_settings(config: LearnConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name in names}
 
 
-def _make_env(settings: Mapping[str, Any]) -> ServingEnv:
+def _make_env(settings: Mapping[str, Any]) -> ServingEnv | ParallelServingEnv:
     config = from_dict(settings["config"], base=LearnConfig(), source="env_config")
-    return build_env(config, settings["block_sizes"])
+    make_env = partial(build_env, config, settings["block_sizes"])
+    return (
+        ParallelServingEnv(make_env, num_envs=settings["num_envs"]) if "num_envs" in settings else make_env()
+    )
+
+
+def _node_bundles(config: LearnConfig) -> list[dict[str, float]]:
+    """What the actors of a trial's nodes take from the cluster."""
+    if config.node != "ray":
+        return []
+    gpus = gpus_per_node(config)
+    bundle = {NODE_RESOURCE: 1.0, "GPU": float(gpus)} if gpus else {NODE_RESOURCE: 1.0}
+    return [bundle] * config.nodes_per_trial
+
+
+def _restarts(config: LearnConfig) -> int:
+    """How often a trial whose process or whose nodes were lost goes on from its last checkpoint."""
+    return config.node_failures if config.node == "ray" else 0
+
+
+def _table() -> tune.CLIReporter:
+    """Tune's progress table."""
+    return tune.CLIReporter(
+        parameter_columns={"env_config/block_sizes": "block size"},
+        metric_columns={
+            "num_env_steps_sampled_lifetime": "steps",
+            "env_runners/fuel/energy_j_per_request": "J/request",
+            "env_runners/fuel/slo_attainment": "of SLO",
+            "env_runners/fuel/reward": "reward",
+        },
+        max_report_frequency=TABLE_S,
+    )
 
 
 def _trained(result: Any) -> Trained:
