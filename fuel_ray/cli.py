@@ -21,6 +21,7 @@ VERBS = {
         "send a load to a vLLM server and record power and KV cache",
     ),
     "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
+    "doctor": ("doctor", "DoctorConfig", "say what this host, or a cluster, lacks for a node"),
     "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
     "report": ("report", "ReportConfig", "write a run's report again"),
 }

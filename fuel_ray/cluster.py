@@ -6,12 +6,14 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fuel_ray.errors import ConfigError, FuelRayError, NodeError
 from fuel_ray.types import Knobs, Node, NodeSpec, RequestRecords, WindowMetrics
@@ -39,19 +41,23 @@ def connect(*, cluster: bool) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS") or (_running_here() if cluster else None)
-    if address is None:
+    address = os.environ.get("RAY_ADDRESS")
+    if address == "auto" or (cluster and not address):
+        address = _running_here()
+    if not address:
         resources = {NODE_RESOURCE: float(os.cpu_count() or 1)} if cluster else {}
         ray.init(
             "local", include_dashboard=False, object_store_memory=200 * 2**20, resources=resources, **quiet
         )
         return
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=5).close()  # ray.init would try for a minute
         ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address}: {_first_line(error)}; start one (ray up cluster.yaml), or "
-            "unset RAY_ADDRESS"
+            f"no Ray cluster lets this process in at {address}: {_first_line(error)}. Is it up (ray up "
+            "cluster.yaml), is RAY_ADDRESS right, and RAY_AUTH_MODE=token set if it asks for a token?"
         ) from error
 
 
@@ -116,6 +122,48 @@ def on_node(function: Callable[[tuple[str, ...]], Result], *, gpus: int, timeout
         ray.cancel(reference, force=True)
         raise
     return answer
+
+
+@dataclass(frozen=True, slots=True)
+class HostAnswer(Generic[Result]):
+    """What a host of the cluster said."""
+
+    host: str
+    resources: dict[str, float]
+    answer: Result | NodeError
+    skew_s: float | None  # its clock less this machine's; None if it gave no answer
+
+
+def on_hosts(function: Callable[..., Result], *args: Any, timeout_s: float) -> list[HostAnswer[Result]]:
+    """Call a function on every host of the cluster, with nodes or without; it needs no free resources."""
+    answers: list[HostAnswer[Result]] = []
+    hosts = [host for host in ray.nodes() if host["Alive"]]
+    tasks = [_ask(host, function, *args) for host in hosts]
+    deadline_s = time.monotonic() + timeout_s
+    for host, task in zip(hosts, tasks, strict=True):
+        name = f"{host['NodeManagerHostname']} ({host['NodeManagerAddress']})"
+        try:
+            answer = _answer(task, "the host", max(0.1, deadline_s - time.monotonic()))
+            skew_s = _skew_s(host)
+        except NodeError as error:
+            answer, skew_s = error, None
+        answers.append(HostAnswer(name, dict(host["Resources"]), answer, skew_s))
+    return answers
+
+
+def _skew_s(host: dict[str, Any]) -> float:
+    asked_s = time.time()
+    host_s: float = _answer(_ask(host, time.time), "the host's clock", CALL_S)
+    return host_s - (asked_s + time.time()) / 2
+
+
+def _ask(host: dict[str, Any], function: Callable[..., Any], *args: Any) -> Any:
+    there = NodeAffinitySchedulingStrategy(host["NodeID"], soft=False)
+    return ray.remote(_called).options(num_cpus=0, scheduling_strategy=there).remote(function, *args)
+
+
+def _called(function: Callable[..., Result], *args: Any) -> Result:
+    return function(*args)
 
 
 def _with_gpus(function: Callable[[tuple[str, ...]], Result]) -> Result:
