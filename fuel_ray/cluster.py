@@ -281,7 +281,7 @@ class RemoteNode:
             FuelRayError: what ``build`` raised.
         """
         self._build, self._gpus, self._start_s = build, gpus, start_s
-        self._closed = False
+        self._opened = self._closed = False
         self._actor: Any = None
         try:
             self._spec = self._open()
@@ -320,10 +320,11 @@ class RemoteNode:
         actor, self._actor = self._actor, None
         if actor is None or not ray.is_initialized():
             return
-        try:
-            _answer(actor.close.remote(), "the node", CLOSE_S)
-        except FuelRayError as error:
-            logger.warning("a node did not close by itself: %s", error)
+        if self._opened:
+            try:
+                _answer(actor.close.remote(), "the node", CLOSE_S)
+            except FuelRayError as error:
+                logger.warning("a node did not close by itself: %s", error)
         ray.kill(actor)
 
     def _open(self) -> NodeSpec:
@@ -334,7 +335,9 @@ class RemoteNode:
                 num_cpus=0, num_gpus=self._gpus, resources={NODE_RESOURCE: 1}, max_restarts=-1
             )
             self._actor = actor.remote(self._build)
+        self._opened = False
         spec: NodeSpec = self._call("open", timeout_s=self._start_s)
+        self._opened = True
         return spec
 
     def _call(self, method: str, *args: Any, timeout_s: float) -> Any:
