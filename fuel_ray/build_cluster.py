@@ -5,7 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from fuel_ray.cluster import RemoteNode, on_node, require_nodes
+from fuel_ray.cluster.hosts import on_node, require_nodes
+from fuel_ray.cluster.node import RemoteNode
 from fuel_ray.config import ServingConfig
 from fuel_ray.types import Node
 

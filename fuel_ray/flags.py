@@ -151,6 +151,10 @@ def _validate_training(config: LearnConfig) -> None:
         raise ConfigError(
             "--conditional needs all block sizes at once; a live node or one of a cluster has one"
         )
+    if config.storage is not None and "://" not in config.storage and not config.storage.startswith("/"):
+        raise ConfigError(
+            f"--storage {config.storage}: an absolute path, or a URL such as s3://bucket/folder"
+        )
     if config.node != "ray" and config.nodes_per_trial > 1:
         raise ConfigError("--nodes-per-trial is for --node ray")
 

@@ -5,7 +5,7 @@ import logging
 import ray
 from ray.cluster_utils import Cluster
 
-from fuel_ray.cluster import NODE_RESOURCE
+from fuel_ray.cluster.hosts import NODE_RESOURCE
 
 SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 
@@ -15,6 +15,7 @@ class Hosts:
 
     def __init__(self, count: int, *, cpus: int = 2):
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, **SMALL})
+        self.head = self._cluster.head_node
         self.hosts = [self.add() for _ in range(count)]
 
     @property

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 
 def remote_node(build=lambda gpu_ids: simulated(), **settings):
-    from fuel_ray.cluster import RemoteNode
+    from fuel_ray.cluster.node import RemoteNode
 
     return RemoteNode(build, **settings)
 
@@ -117,17 +117,18 @@ class Hanging:
 
 
 def test_a_node_that_hangs_is_a_node_error_within_its_deadline_and_is_restarted(two_hosts, monkeypatch):
-    monkeypatch.setattr("fuel_ray.cluster.CALL_S", 1.0)
+    monkeypatch.setattr("fuel_ray.cluster.node.CALL_S", 1.0)
     node = remote_node(lambda gpu_ids: Hanging())
     node.reset(seed=1)
     with pytest.raises(NodeError, match="no answer within 2 s"):
         node.measure(1.0)
-    monkeypatch.setattr("fuel_ray.cluster.CALL_S", 30.0)
+    monkeypatch.setattr("fuel_ray.cluster.node.CALL_S", 30.0)
     node.reset(seed=1)
     assert node.apply(Knobs(8, 1500)) == Knobs(8, 1500)
     node.close()
 
 
+@pytest.mark.slow
 def test_a_lost_host_is_a_node_error_and_the_node_comes_back_on_another(two_hosts):
     lost = two_hosts.add()
     others = [remote_node(), remote_node()]  # they may take any host
@@ -153,7 +154,7 @@ def test_a_lost_host_is_a_node_error_and_the_node_comes_back_on_another(two_host
 
 
 def test_too_few_nodes_or_gpus_are_said_in_seconds(two_hosts):
-    from fuel_ray.cluster import require_nodes
+    from fuel_ray.cluster.hosts import require_nodes
 
     require_nodes(2, gpus=0, wait_s=0.0)
     for count, gpus in ((50, 0), (1, 8)):

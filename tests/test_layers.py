@@ -39,6 +39,8 @@ HOMES = {
     "matplotlib": ("commands.report_figures",),
     "pandas": ("commands",),
     "tyro": ("flags", "commands"),
+    "fsspec": ("record",),
+    "yaml": ("commands.doctor",),
     "pynvml": ("live.nvml",),
     "aiohttp": ("live",),
     "psutil": ("live.cpu",),

@@ -28,7 +28,7 @@ def simulated_with_a_crowded_pool():
 
 
 def remote():
-    from fuel_ray.cluster import RemoteNode
+    from fuel_ray.cluster.node import RemoteNode
 
     return RemoteNode(lambda gpu_ids: simulated())
 

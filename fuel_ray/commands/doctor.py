@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fuel_ray.cluster import NODE_RESOURCE, connect, on_hosts
+from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, on_hosts
 from fuel_ray.config import Backend
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.checks import Check, host_checks

@@ -7,7 +7,7 @@ from typing import Any
 
 from fuel_ray.build import twin_of
 from fuel_ray.build_cluster import gpus_per_node
-from fuel_ray.cluster import num_nodes
+from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.commands.evaluate import (
     HELD_OUT_SEED,
     Evaluation,
@@ -34,9 +34,9 @@ def run(config: SweepConfig) -> int:
     """Run or resume a sweep; prints a table and the path of the report."""
     held_out = range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds)
     config, run_dir = prepare(config, "sweep", _workloads(config), held_out=held_out)
-    with resumable("sweep", run_dir):
+    with resumable("sweep", run_dir, config.storage):
         _stages(config, run_dir)
-    report = write_report(run_dir)
+        report = write_report(run_dir)
     print(f"\n{summary_table(run_dir)}\n\nreport    {report}\npolicies  {run_dir / 'policies'}")
     return 0
 

@@ -11,14 +11,14 @@ import ray
 
 from fuel_ray import __version__
 from fuel_ray.build import build_codec, build_engine, build_node, build_spec, twin_of, twinned
-from fuel_ray.cluster import driver_resource
+from fuel_ray.cluster.hosts import driver_resource
 from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.learned import Manifest, read_policy, save_policy
-from fuel_ray.record import new_folder, origin, read_json, write_csv, write_json
+from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
 from fuel_ray.workload import parse_workload
 
@@ -51,7 +51,7 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
 def run(config: TrainVerbConfig) -> int:
     """Train, or resume a training; prints where the policies are."""
     config, run_dir = prepare(config, "train", [config.workload], held_out=())
-    with resumable("train", run_dir):
+    with resumable("train", run_dir, config.storage):
         train_policies(config, run_dir)
     print(f"\npolicies  {run_dir / 'policies'}")
     return 0
@@ -66,6 +66,8 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
     config = parse_serving(config_class, argv, prog=prog)
     if config.resume is None:
         return config
+    if config.storage is not None and not config.resume.exists():
+        fetch(config.resume, config.storage)
     if not (config.resume / "run.json").is_file():
         raise ConfigError(f"--resume {config.resume}: not the folder of a run, there is no run.json in it")
     recorded = load_config(config.resume / "run.json", base=config_class())
@@ -108,10 +110,12 @@ def prepare(
 
 
 @contextmanager
-def resumable(verb: str, run_dir: Path) -> Iterator[None]:
-    """Say how to go on when the user stops the run."""
+def resumable(verb: str, run_dir: Path, storage: str | None) -> Iterator[None]:
+    """Say how to go on when the user stops the run; what there is then is in storage too, if there is one."""
     try:
         yield
+        if storage is not None:
+            publish(run_dir, storage)
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
         raise
@@ -217,6 +221,8 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: di
         **engine,
     }
     write_json(run_dir / "run.json", facts)
+    if config.storage is not None:
+        publish(run_dir, config.storage)
     return run_dir
 
 

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import pickle
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -13,20 +12,25 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from fuel_ray.build import build_codec, build_env, build_spec
 from fuel_ray.build_cluster import gpus_per_node
-from fuel_ray.cluster import NODE_RESOURCE, connect, driver_resource, require_nodes
+from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
+from fuel_ray.commands.trials_watch import (
+    EpisodeMetrics,
+    NodeWatch,
+    Progress,
+    curve_row,
+    last_line,
+    progress_table,
+)
 from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
 from fuel_ray.env import ParallelServingEnv, ServingEnv
 from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
 from fuel_ray.policies.rl_module import DuelingDqnModule
-
-TABLE_S = 30  # between two of Tune's tables
 
 _ENV_NAME = "fuel_ray_serving"
 _MODULE_STATE = "learner_group/learner/rl_module/default_policy/module_state.pkl"
@@ -47,51 +51,6 @@ class Checkpointed:
     env_steps: int
     reward: float | None  # mean per window of the training episodes, with their random actions
     arrays: dict[str, np.ndarray]  # the Q network, by the names of ``network.q_values``
-
-
-class EpisodeMetrics(RLlibCallback):
-    """Logs reward per window, joules per request, SLO attainment and mean clock of training episodes."""
-
-    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
-        """RLlib's hook."""
-        infos = [info for info in episode.get_infos() if "energy_j" in info]
-        arrivals = sum(info["arrivals"] for info in infos)
-        if arrivals:
-            figures = {
-                "reward": episode.get_return() / len(infos),
-                "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
-                "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
-                "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
-            }
-            metrics_logger.log_dict(figures, key="fuel", window=50)
-
-
-class Progress(tune.Callback):
-    """Prints a line per training result: steps, reward, energy, time left."""
-
-    def __init__(self, config: LearnConfig, *, trials: int) -> None:
-        self._steps, self._trials = config.steps, trials
-        self._per_result = config.steps / config.train.iterations
-        self._done: dict[str, int] = {}
-        self._trained = 0.0  # steps since this object was made, which a resumed run did not begin with
-        self._began_s = time.monotonic()
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
-        """Tune's hook."""
-        row = curve_row(result)
-        steps = row["env_steps"]
-        self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
-        self._done[trial.trial_id] = steps
-        left = self._trials * self._steps - sum(self._done.values())
-        left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
-        sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
-        print(
-            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps"
-            f"  reward {_number(row['reward'], 2):>7}"
-            f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
-            f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
-            flush=True,
-        )
 
 
 def start_ray(config: LearnConfig) -> None:
@@ -125,13 +84,15 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
     register_env(_ENV_NAME, _make_env)
     sizes = trial_block_sizes(config)
     space = dqn_config(config, tune.grid_search(sizes))
-    progress = Progress(config, trials=len(sizes))
+    callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
+    if config.node == "ray":
+        callbacks.append(NodeWatch(config))
     folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
     if tune.Tuner.can_restore(f"{folder}/tune"):
         tuner = tune.Tuner.restore(
             f"{folder}/tune", FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
         )
-        tuner._local_tuner._run_config.callbacks = [progress]
+        tuner._local_tuner._run_config.callbacks = callbacks
     else:
         tuner = tune.Tuner(
             FastDqn,
@@ -143,14 +104,14 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
                 stop={"num_env_steps_sampled_lifetime": config.steps},
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
                 failure_config=tune.FailureConfig(max_failures=_restarts(config)),
-                callbacks=[progress],
-                progress_reporter=_table(),
+                callbacks=callbacks,
+                progress_reporter=progress_table(),
                 verbose=1 if config.node == "ray" else 0,
             ),
         )
     results = tuner.fit()
     for error in results.errors:
-        raise FuelRayError(f"training failed: {str(error).strip().splitlines()[-1]}")
+        raise FuelRayError(f"training failed: {last_line(error)}")
     trained = [_trained(result) for result in results]
     if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
         raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far
@@ -223,18 +184,6 @@ def _train_settings(config: LearnConfig) -> TrainConfig:
     )
 
 
-def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the learning curve shows of a training result; None where no episode ended yet."""
-    runners = result.get("env_runners", {})
-    fuel = runners.get("fuel", {})
-    return {
-        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
-        "reward": _known(fuel.get("reward")),
-        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
-        "slo_attainment": _known(fuel.get("slo_attainment")),
-    }
-
-
 def _learning_settings(config: LearnConfig) -> dict[str, Any]:
     """Those that a verb adds are left out."""
     names = {field.name for field in fields(LearnConfig)}
@@ -263,38 +212,16 @@ def _restarts(config: LearnConfig) -> int:
     return config.node_failures if config.node == "ray" else 0
 
 
-def _table() -> tune.CLIReporter:
-    """Tune's progress table."""
-    return tune.CLIReporter(
-        parameter_columns={"env_config/block_sizes": "block size"},
-        metric_columns={
-            "num_env_steps_sampled_lifetime": "steps",
-            "env_runners/fuel/energy_j_per_request": "J/request",
-            "env_runners/fuel/slo_attainment": "of SLO",
-            "env_runners/fuel/reward": "reward",
-        },
-        max_report_frequency=TABLE_S,
-    )
-
-
 def _trained(result: Any) -> Trained:
     found = [
-        Checkpointed(row["env_steps"], row["reward"], _arrays(Path(checkpoint.path)))
+        Checkpointed(row["env_steps"], row["reward"], _arrays(checkpoint))
         for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
     ]
     sizes = tuple(result.config["env_config"]["block_sizes"])
     return Trained(sizes, tuple(sorted(found, key=lambda c: c.env_steps)))
 
 
-def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    with (checkpoint / _MODULE_STATE).open("rb") as file:
+def _arrays(checkpoint: tune.Checkpoint) -> dict[str, np.ndarray]:
+    with checkpoint.as_directory() as folder, Path(folder, _MODULE_STATE).open("rb") as file:
         state = pickle.load(file)
     return {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
-
-
-def _known(value: Any) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
