@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,6 +45,11 @@ def build_node(
         UnsupportedError: the live server cannot have this block size.
         NodeError: no such GPU, or the live server did not start.
     """
+    if config.node == "ray":
+        from fuel_ray.build_cluster import remote_node  # noqa: PLC0415  (only this kind of node waits for Ray)
+
+        build = partial(build_node, horizon_s=horizon_s, workload=workload, random_start=random_start)
+        return remote_node(config, partial(build, kv_block_size=kv_block_size))
     load = parse_workload(config.workload if workload is None else workload)
     if config.node == "live":
         return live_node(config, kv_block_size, load, horizon_s=horizon_s, random_start=random_start)
@@ -67,6 +72,10 @@ def build_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     Raises:
         NodeError: there is no such GPU.
     """
+    if config.node == "ray":
+        from fuel_ray.build_cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
+
+        return ask_node(config, partial(build_spec, kv_block_size=kv_block_size))
     if config.node == "live":
         return live_spec(config, kv_block_size)
     return build_node(config, kv_block_size, horizon_s=1.0).spec
@@ -79,6 +88,10 @@ def build_engine(config: ServingConfig, kv_block_size: int) -> str:
         UnsupportedError: the live server cannot have this block size.
         NodeError: no such GPU, or the live server did not start.
     """
+    if config.node == "ray":
+        from fuel_ray.build_cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
+
+        return ask_node(config, partial(build_engine, kv_block_size=kv_block_size))
     if config.node == "live":
         return live_engine(config, kv_block_size, parse_workload(config.workload))
     return load_pack(config.pack).engine
@@ -91,7 +104,7 @@ def twinned(config: Settings) -> Settings:
         ConfigError: there is none, so the pack is of another GPU.
         NodeError: there is no such GPU.
     """
-    if config.node == "sim":
+    if not config.live_server:
         return config
     pack, spec = load_pack(config.pack), build_spec(config, config.block_sizes[0])
     common = tuple(clock for clock in spec.gpu_clocks_mhz if clock in set(pack.gpu_clocks_mhz))
@@ -230,9 +243,9 @@ def build_loop(
 
 def build_env(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
     """A training environment over these block sizes; episodes begin at a random point of the workload."""
-    steps = config.train.episode_steps
+    steps, failures = config.train.episode_steps, config.node_failures if config.node == "ray" else 1
     loops = [build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes]
-    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps)
+    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=failures)
 
 
 def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:

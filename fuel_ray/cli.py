@@ -24,6 +24,7 @@ VERBS = {
     "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
     "watch": ("watch", "WatchConfig", "show in a terminal what deployments do"),
     "clock-helper": ("clock_helper", "ClockHelperConfig", "set clocks for controllers that may not, as root"),
+    "doctor": ("doctor", "DoctorConfig", "say what this host, or a cluster, lacks for a node"),
     "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
     "report": ("report", "ReportConfig", "write a run's report again"),
 }

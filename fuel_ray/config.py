@@ -14,7 +14,8 @@ from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
 Preset = Literal["default", "seed"]
-NodeKind = Literal["sim", "live"]
+Backend = Literal["sim", "live"]
+NodeKind = Literal[Backend, "ray"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,14 @@ class ServingConfig:
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     node: NodeKind = "sim"
-    """sim: the calibrated twin. live: a real vLLM server on this machine's GPUs, in real time."""
+    """sim: the calibrated twin. live: a real vLLM server on this machine's GPUs, in real time. ray: on the
+    nodes of a Ray cluster, each of them what --backend says."""
+    backend: Backend = "sim"
+    """What the nodes of --node ray are; --node sim and --node live are that themselves."""
+    node_wait_s: float = 60.0
+    """With --node ray, how long to wait for the cluster to have the nodes that are needed, in s."""
+    node_failures: int = 3
+    """With --node ray, failures of a node in a row after which an episode or a trial is given up."""
     live: LiveConfig = field(default_factory=LiveConfig)
     pack: str = "h100-qwen3-8b"
     """Calibration pack of the simulated node: a shipped name or a .json file."""
@@ -178,6 +186,11 @@ class ServingConfig:
         """The latency promise."""
         return Slo(self.slo_ttft_s, self.slo_tpot_s, self.slo_e2e_s, self.slo_share)
 
+    @property
+    def live_server(self) -> bool:
+        """Whether a real server is measured, here or on the nodes of a cluster."""
+        return (self.backend if self.node == "ray" else self.node) == "live"
+
 
 @dataclass(frozen=True)
 class LearnConfig(ServingConfig):
@@ -204,6 +217,10 @@ class LearnConfig(ServingConfig):
     start_from: Path | None = None
     """Policy folder whose weights training begins with, such as one that was trained on the twin."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    nodes_per_trial: int = 1
+    """With --node ray, nodes that make the rollouts of a trial in parallel."""
+    storage: str | None = None
+    """Folder or URL (any of fsspec's: s3://...) for checkpoints and results; None: the run's own folder."""
     resume: Path | None = None
     """Folder of an interrupted run to go on with."""
 
@@ -241,7 +258,7 @@ SEED_PRESET = SweepConfig(
         epsilon_final=0.1,
     ),
 )
-_ONLY_IN_RUN_JSON = ("backend", "slo_attainment_target")  # it says more than settings
+_ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings
 PRESETS: dict[str, SweepConfig] = {"default": SweepConfig(), "seed": SEED_PRESET}
 
 Serving = TypeVar("Serving", bound=ServingConfig)

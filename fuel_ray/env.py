@@ -1,6 +1,9 @@
 """A control loop as a Gymnasium environment."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -8,7 +11,13 @@ import numpy as np
 
 from fuel_ray.codec import Codec, Encoder
 from fuel_ray.control import ControlLoop
+from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.metrics import window_attainment
+from fuel_ray.types import WindowMetrics
+
+NODE_FAILURE = "node_failure"  # in the info of a step whose window could not be measured
+
+logger = logging.getLogger(__name__)
 
 
 class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
@@ -17,16 +26,22 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
     Observations are the codec's features, actions the indices of its grid. Serving never terminates; an
     episode is truncated after ``steps`` windows. Given several loops (servers of several block sizes), each
     episode takes one.
+
+    A window that cannot be measured ends the episode: that step has reward 0, the observation before it and
+    the reason in ``info``, and is for no one to learn from. After ``failures`` of them in a row, failed
+    resets included, NodeError is raised.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and type)
 
-    def __init__(self, loops: Sequence[ControlLoop], codec: Codec, *, steps: int) -> None:
+    def __init__(self, loops: Sequence[ControlLoop], codec: Codec, *, steps: int, failures: int = 1) -> None:
         self.codec = codec
         self._loops = [(loop, Encoder(codec, loop.node.spec)) for loop in loops]
         self._loop, self._encoder = self._loops[0]
         self._steps = steps
         self._step = 0
+        self._failures, self._failed = failures, 0
+        self._seen = np.zeros(len(codec.low), np.float32)
         self.observation_space = gymnasium.spaces.Box(codec.low, codec.high, dtype=np.float32)
         self.action_space = gymnasium.spaces.Discrete(len(codec.grid))
 
@@ -38,12 +53,24 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         self._loop, self._encoder = self._loops[int(self.np_random.integers(len(self._loops)))]
         self._encoder.reset()
         self._step = 0
-        window = self._loop.reset(seed=int(self.np_random.integers(2**31)))
-        return self._encoder.encode(window), {}
+        self._seen = self._encoder.encode(self._first_window())
+        return self._seen, {}
+
+    def _first_window(self) -> WindowMetrics:
+        while True:
+            try:
+                return self._loop.reset(seed=int(self.np_random.integers(2**31)))
+            except NodeError as error:
+                self._count(error)
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Apply an action for one window; ``info`` has what a trainer wants to log."""
-        record = self._loop.step(self.codec.grid.decode(int(action)))
+        try:
+            record = self._loop.step(self.codec.grid.decode(int(action)))
+        except NodeError as error:
+            self._count(error)
+            return self._seen, 0.0, False, True, {NODE_FAILURE: str(error)}
+        self._failed = 0
         self._step += 1
         window = record.metrics
         info = {
@@ -52,9 +79,74 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
             "slo_attainment": window_attainment(window, self.codec.slo),
             "gpu_clock_mhz": record.applied.gpu_clock_mhz,
         }
-        return self._encoder.encode(window), record.reward, False, self._step >= self._steps, info
+        self._seen = self._encoder.encode(window)
+        return self._seen, record.reward, False, self._step >= self._steps, info
+
+    def _count(self, error: NodeError) -> None:
+        """Go on after a failure of the node unless it was one too many."""
+        self._failed += 1
+        logger.warning("failure %d of %d in a row: %s", self._failed, self._failures, error)
+        if isinstance(error, UnsupportedError) or self._failures <= 1:
+            raise error
+        if self._failed >= self._failures:
+            raise NodeError(f"{self._failed} failures of the node in a row, the last: {error}") from error
 
     def close(self) -> None:
         """Release the nodes."""
         for loop, _ in self._loops:
             loop.node.close()
+
+
+class ParallelServingEnv(gymnasium.vector.SyncVectorEnv):
+    """Environments on nodes of their own, whose windows pass at the same time."""
+
+    def __init__(self, make_env: Callable[[], ServingEnv], *, num_envs: int) -> None:
+        self._threads = ThreadPoolExecutor(num_envs)
+        making = [self._threads.submit(make_env) for _ in range(num_envs)]
+        ahead = [_Ahead(env) for env in _all_or_none(making)]
+        super().__init__([partial(_same, env) for env in ahead])
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Gymnasium's."""
+        for i, env in enumerate(self.envs):
+            env.begin(self._threads, env.env.reset, seed=None if seed is None else seed + i)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, actions: Any) -> Any:
+        """Gymnasium's; an environment whose episode has ended is reset."""
+        for env, action, ended in zip(self.envs, actions, self._autoreset_envs, strict=True):
+            if ended:
+                env.begin(self._threads, env.env.reset)
+            else:
+                env.begin(self._threads, env.env.step, action)
+        return super().step(actions)
+
+
+class _Ahead(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Gives the result of the step or reset that was begun before."""
+
+    _result: Future[Any]
+
+    def begin(self, threads: ThreadPoolExecutor, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._result = threads.submit(call, *args, **kwargs)
+
+    def reset(self, **_: Any) -> Any:
+        return self._result.result()
+
+    def step(self, action: Any) -> Any:
+        return self._result.result()
+
+
+def _same(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+    return env
+
+
+def _all_or_none(making: Sequence[Future[ServingEnv]]) -> list[ServingEnv]:
+    """The environments; if one could not be made, its error, with the others closed."""
+    errors = [error for future in making if (error := future.exception()) is not None]
+    if errors:
+        for future in making:
+            if future.exception() is None:
+                future.result().close()
+        raise errors[0]
+    return [future.result() for future in making]

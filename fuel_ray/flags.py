@@ -26,7 +26,17 @@ from fuel_ray.errors import ConfigError
 _COUNT, _SHARE = (1, 10**9), (0.0, 1.0)
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
-        ("steps", "seeds", "kv_tokens", "grid_clock_step_mhz", "grid_batch_limits", "live_seconds"), _COUNT
+        (
+            "steps",
+            "seeds",
+            "kv_tokens",
+            "nodes_per_trial",
+            "node_failures",
+            "grid_clock_step_mhz",
+            "grid_batch_limits",
+            "live_seconds",
+        ),
+        _COUNT,
     ),
     **dict.fromkeys(("seed", "miss_price_j"), (0, 2**31 - 1)),
     **dict.fromkeys(
@@ -44,6 +54,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_num_seqs", "gpu_clocks_mhz", "live.vocab_size"), _COUNT),
     **dict.fromkeys(("episodes", "steps_per_episode"), _COUNT),
     **dict.fromkeys(("batches", "contexts", "prompts", "output_tokens", "windows"), _COUNT),
+    "node_wait_s": (0.0, 86_400.0),
     **dict.fromkeys(("live.request_timeout_s", "live.start_timeout_s"), (1.0, 86_400.0)),
     **dict.fromkeys(("train.lr", "train.epsilon_share"), (1e-9, 1.0)),
     **dict.fromkeys(
@@ -154,12 +165,20 @@ def _validate_training(config: LearnConfig) -> None:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
     if not 0 < config.tune_share <= 1:
         raise ConfigError(f"--tune-share {config.tune_share}: must be above 0 and at most 1")
-    if config.node == "live" and config.conditional:
-        raise ConfigError("--conditional needs all block sizes at once; a live server has one")
+    if config.node != "sim" and config.conditional:
+        raise ConfigError(
+            "--conditional needs all block sizes at once; a live node or one of a cluster has one"
+        )
+    if config.storage is not None and "://" not in config.storage and not config.storage.startswith("/"):
+        raise ConfigError(
+            f"--storage {config.storage}: an absolute path, or a URL such as s3://bucket/folder"
+        )
+    if config.node != "ray" and config.nodes_per_trial > 1:
+        raise ConfigError("--nodes-per-trial is for --node ray")
 
 
 def _validate_live(config: ServingConfig) -> None:
-    if config.node != "live":
+    if not config.live_server:
         return
     if not config.live.model:
         raise ConfigError("--node live needs --live.model, the model as vllm serve takes it")

@@ -15,12 +15,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+import fsspec
+
 from fuel_ray.control import StepRecord
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import EpisodeSummary
 
 logger = logging.getLogger(__name__)
 
+_TUNE = "tune"  # Tune's folder in that of a run
 _PACKAGES = ("fuel_ray", "ray", "torch", "numpy", "numba", "pandas", "gymnasium")
 
 
@@ -37,6 +40,43 @@ def write_json(path: Path, data: Any) -> None:
     """Write JSON at once."""
     with _whole(path) as file:
         file.write(json.dumps(data, indent=2))
+
+
+def publish(run_dir: Path, storage: str) -> None:
+    """Copy a run's files to its folder at ``storage``, but not tune/, which Tune puts there itself.
+
+    Raises:
+        ConfigError: they cannot be copied there.
+    """
+    with _stored(storage, run_dir) as (files, there):
+        for path in run_dir.rglob("*"):
+            name = path.relative_to(run_dir)
+            if path.is_file() and name.parts[0] != _TUNE:
+                files.makedirs(f"{there}/{name.parent.as_posix()}", exist_ok=True)
+                files.put_file(str(path), f"{there}/{name.as_posix()}")
+
+
+def fetch(run_dir: Path, storage: str) -> None:
+    """The inverse of ``publish``, for a machine that has not the run's folder.
+
+    Raises:
+        ConfigError: there is no such run at ``storage``.
+    """
+    with _stored(storage, run_dir) as (files, there):
+        names = [name for name in files.find(there) if f"/{run_dir.name}/{_TUNE}/" not in name]
+        for name in names:
+            path = run_dir / name.rpartition(f"/{run_dir.name}/")[2]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.get_file(name, str(path))
+
+
+@contextmanager
+def _stored(storage: str, run_dir: Path) -> Iterator[tuple[Any, str]]:
+    try:
+        files, root = fsspec.core.url_to_fs(storage)
+        yield files, f"{root.rstrip('/')}/{run_dir.name}"
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"--storage {storage}: {error}") from error
 
 
 def read_json(path: Path) -> Any:

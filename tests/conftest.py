@@ -2,6 +2,8 @@ import os
 
 import pytest
 
+RAY_SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two torch threads are slower than one on small nets
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -13,3 +15,16 @@ def state_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUEL_RAY_STATE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def two_hosts():
+    """A Ray cluster of this machine: a head without nodes, and two hosts with one node each."""
+    from tests.ray_hosts import Hosts
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RAY_SETTINGS.items():
+            patch.setenv(name, value)
+        with Hosts(2) as hosts:
+            patch.setenv("RAY_ADDRESS", hosts.address)
+            yield hosts

@@ -27,7 +27,7 @@ LAYERS = [
         "live",
         "cluster",
     ),
-    ("config", "flags", "build", "build_live", "build_deploy"),
+    ("config", "flags", "build", "build_live", "build_deploy", "build_cluster"),
     ("commands",),
     ("cli", "__main__"),
 ]
@@ -40,6 +40,8 @@ HOMES = {
     "matplotlib": ("commands.report_figures",),
     "pandas": ("commands",),
     "tyro": ("flags", "commands"),
+    "fsspec": ("record",),
+    "yaml": ("commands.doctor",),
     "pynvml": ("live.nvml",),
     "aiohttp": ("live",),
     "psutil": ("live.cpu",),

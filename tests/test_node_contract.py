@@ -27,8 +27,18 @@ def simulated_with_a_crowded_pool():
     )
 
 
-@pytest.fixture(params=[simulated, simulated_with_a_crowded_pool])
+def remote():
+    from fuel_ray.cluster.node import RemoteNode
+
+    return RemoteNode(lambda gpu_ids: simulated())
+
+
+@pytest.fixture(
+    params=[simulated, simulated_with_a_crowded_pool, pytest.param(remote, marks=[pytest.mark.ray])]
+)
 def node(request):
+    if request.param is remote:
+        request.getfixturevalue("two_hosts")
     made = request.param()
     made.reset(seed=1)
     yield made

@@ -95,7 +95,7 @@ def run(config: EvaluateConfig) -> int:
     facts: dict[str, Any] = {
         **origin("evaluate"),
         "config": to_dict(config),
-        "origin": "measured" if config.node == "live" else "modelled",
+        "origin": "measured" if config.live_server else "modelled",
         "unsupported": {},
         "partial": True,
     }
@@ -142,7 +142,7 @@ def _one_block_size(
 def comparison(rows: Sequence[Mapping[str, Any]], config: EvaluateConfig, *, partial: bool) -> str:
     """A table of the policies, means over the seeds; savings are paired, with 95 % bootstrap intervals."""
     first = f"static {config.static[0]}"
-    kind = "measured on a live node" if config.node == "live" else f"modelled, pack {config.pack}"
+    kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}"
     lines = [
         f"{config.workload}, n = {config.seeds} x {config.seconds} s, {kind}{', partial' if partial else ''}",
         f"{'block':>5}  {'policy':<20}{'J/request':>10}  {'saving (95 %)':<26}{'of SLO':>7}"
@@ -242,7 +242,7 @@ def evaluate_block_size(
             workload,
             policies,
             seeds=config.seeds,
-            seconds=config.live_seconds if config.node == "live" else EPISODE_S,
+            seconds=config.live_seconds if config.live_server else EPISODE_S,
             into=evaluation,
         )
     return evaluation

@@ -89,7 +89,7 @@ def run(config: ProfileConfig) -> int:
 
 
 def _origin(config: ServingConfig) -> str:
-    return "measured" if config.node == "live" else f"modelled, pack {config.pack}"
+    return "measured" if config.live_server else f"modelled, pack {config.pack}"
 
 
 def _rows(config: ProfileConfig, spec: NodeSpec) -> Iterator[dict[str, Any]]:

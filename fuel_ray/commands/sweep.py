@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fuel_ray.build import twin_of
+from fuel_ray.build_cluster import gpus_per_node
+from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.commands.evaluate import (
     HELD_OUT_SEED,
     Evaluation,
@@ -34,9 +36,9 @@ def run(config: SweepConfig) -> int:
     """Run or resume a sweep; prints a table and the path of the report."""
     held_out = range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds)
     config, run_dir = prepare(config, "sweep", _workloads(config), held_out=held_out)
-    with resumable("sweep", run_dir):
+    with resumable("sweep", run_dir, config.storage):
         _stages(config, run_dir)
-    report = write_report(run_dir)
+        report = write_report(run_dir)
     print(f"\n{summary_table(run_dir)}\n\nreport    {report}\npolicies  {run_dir / 'policies'}")
     return 0
 
@@ -83,8 +85,10 @@ def _evaluate(config: SweepConfig, run_dir: Path, tuned: Mapping[int, Mapping[st
     jobs = [(config, size, tuned[size], policy_folder(config, run_dir, size)) for size in config.block_sizes]
     evaluations: list[Evaluation] = []
     try:
-        if config.node == "sim":
-            evaluations = in_parallel("evaluate", evaluate_block_size, jobs)
+        if config.node != "live":
+            at_once = max(1, num_nodes(gpus_per_node(config))) if config.node == "ray" else None
+            on_disk = config.node == "ray"
+            evaluations = in_parallel("evaluate", evaluate_block_size, jobs, at_once=at_once, here=on_disk)
         else:
             for job in jobs:
                 evaluations.append(evaluate_block_size(*job))

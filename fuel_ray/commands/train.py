@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import ray
 
 from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
+from fuel_ray.cluster.hosts import driver_resource
 from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.learned import read_policy, save_policy
-from fuel_ray.record import new_folder, origin, read_json, write_csv, write_json
+from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
 
 Learning = TypeVar("Learning", bound=LearnConfig)
@@ -48,7 +49,7 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
 def run(config: TrainVerbConfig) -> int:
     """Train, or resume a training; prints where the policies are."""
     config, run_dir = prepare(config, "train", [config.workload], held_out=())
-    with resumable("train", run_dir):
+    with resumable("train", run_dir, config.storage):
         train_policies(config, run_dir)
     print(f"\npolicies  {run_dir / 'policies'}")
     return 0
@@ -63,6 +64,8 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
     config = parse_serving(config_class, argv, prog=prog)
     if config.resume is None:
         return config
+    if config.storage is not None and not config.resume.exists():
+        fetch(config.resume, config.storage)
     if not (config.resume / "run.json").is_file():
         raise ConfigError(f"--resume {config.resume}: not the folder of a run, there is no run.json in it")
     recorded = load_config(config.resume / "run.json", base=config_class())
@@ -88,12 +91,13 @@ def prepare(
         PolicyError: the policy to start from is none, or does not fit.
         NodeError: a live server did not start, or can have none of the block sizes.
     """
+    start_ray(config)
     served = twinned(config)
     _check_start(served)
-    if config.node == "sim":
+    if not config.live_server:
         for size in config.block_sizes:
             for workload in workloads:
-                build_node(config, size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=0)
+                build_node(twin_of(config), size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=0)
     run_dir = config.resume or _new_run(config, verb, held_out, _engine(config))
     facts = read_json(run_dir / "run.json")
     if facts.get("pack", {}).get("sha256") != load_pack(config.pack).sha256:
@@ -104,10 +108,12 @@ def prepare(
 
 
 @contextmanager
-def resumable(verb: str, run_dir: Path) -> Iterator[None]:
-    """Say how to go on when the user stops the run."""
+def resumable(verb: str, run_dir: Path, storage: str | None) -> Iterator[None]:
+    """Say how to go on when the user stops the run; what there is then is in storage too, if there is one."""
     try:
         yield
+        if storage is not None:
+            publish(run_dir, storage)
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
         raise
@@ -115,7 +121,6 @@ def resumable(verb: str, run_dir: Path) -> Iterator[None]:
 
 def train_policies(config: LearnConfig, run_dir: Path) -> None:
     """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders."""
-    start_ray()
     trained = run_trials(config, run_dir)
     twin = twin_of(config)
     jobs = [(twin, t.block_sizes, result.arrays) for t in trained for result in t.results]
@@ -143,17 +148,36 @@ def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Pat
     return run_dir / "policies" / ("conditional" if config.conditional else f"block_{kv_block_size}")
 
 
-def in_parallel(what: str, function: Callable[..., Result], jobs: Sequence[tuple[Any, ...]]) -> list[Result]:
-    """Call a function once per job, one core each; results in the order of the jobs."""
-    remote = ray.remote(function)
-    pending = [remote.remote(*job) for job in jobs]
-    references = list(pending)
+def in_parallel(
+    what: str,
+    function: Callable[..., Result],
+    jobs: Sequence[tuple[Any, ...]],
+    *,
+    at_once: int | None = None,
+    here: bool = False,
+) -> list[Result]:
+    """Call a function once per job, one core each; results in the order of the jobs.
+
+    Args:
+        what: is printed with how far it is.
+        function: must not depend on this process.
+        jobs: arguments of the calls.
+        at_once: most jobs at a time; None: as many as there are cores.
+        here: whether they need this machine's disk.
+    """
+    remote = ray.remote(function).options(resources=driver_resource() if here else None)
+    references: list[Any] = []
+    pending: list[Any] = []
     began_s = time.monotonic()
-    while pending:
+    while pending or len(references) < len(jobs):
+        if len(references) < len(jobs) and (at_once is None or len(pending) < at_once):
+            references.append(remote.remote(*jobs[len(references)]))
+            pending.append(references[-1])
+            continue
         _, pending = ray.wait(pending)
         done = len(references) - len(pending)
-        if not pending or done % max(1, len(references) // 8) == 0:
-            print(f"{what}  {done}/{len(references)}  {time.monotonic() - began_s:.0f} s", flush=True)
+        if done == len(jobs) or done % max(1, len(jobs) // 8) == 0:
+            print(f"{what}  {done}/{len(jobs)}  {time.monotonic() - began_s:.0f} s", flush=True)
     results: list[Result] = ray.get(references)
     return results
 
@@ -176,7 +200,11 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: di
     run_dir = new_folder(config.out, verb)
     pack = load_pack(config.pack)
     facts = {
-        "config": {**to_dict(config), "backend": config.node, "slo_attainment_target": config.slo_share},
+        "config": {
+            **to_dict(config),
+            "backend": "live" if config.live_server else "sim",
+            "slo_attainment_target": config.slo_share,
+        },
         **origin(verb),
         "seeds": {
             "training": f"drawn from seed {config.seed}",
@@ -191,6 +219,8 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: di
         **engine,
     }
     write_json(run_dir / "run.json", facts)
+    if config.storage is not None:
+        publish(run_dir, config.storage)
     return run_dir
 
 

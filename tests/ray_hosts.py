@@ -1,0 +1,40 @@
+"""Several Ray hosts on this machine, that tests may kill."""
+
+import logging
+
+import ray
+from ray.cluster_utils import Cluster
+
+from fuel_ray.cluster.hosts import NODE_RESOURCE
+
+SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+
+
+class Hosts:
+    """A head with CPUs for trials, and ``count`` hosts with one node each, joined by this process."""
+
+    def __init__(self, count: int, *, cpus: int = 2):
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, **SMALL})
+        self.head = self._cluster.head_node
+        self.hosts = [self.add() for _ in range(count)]
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    def add(self):
+        """One more host."""
+        settings = {"object_store_memory": SMALL["object_store_memory"]}
+        return self._cluster.add_node(num_cpus=0, resources={NODE_RESOURCE: 1}, **settings)
+
+    def lose(self, host) -> None:
+        """Kill a host with all that runs on it."""
+        self._cluster.remove_node(host, allow_graceful=False)
+
+    def __enter__(self):
+        ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
+        return self
+
+    def __exit__(self, *exc):
+        ray.shutdown()
+        self._cluster.shutdown()

@@ -1,0 +1,164 @@
+"""Nodes on a cluster: the windows that they have in process, typed errors, deadlines, and recovery."""
+
+import dataclasses
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
+from fuel_ray.types import Knobs
+from tests.test_node_contract import simulated
+
+pytestmark = pytest.mark.ray
+
+
+def remote_node(build=lambda gpu_ids: simulated(), **settings):
+    from fuel_ray.cluster.node import RemoteNode
+
+    return RemoteNode(build, **settings)
+
+
+@pytest.fixture
+def node(two_hosts, request):
+    made = remote_node()
+    yield made
+    made.close()
+
+
+def served(node, windows=20):
+    """Windows under changing knobs, and the records of the requests that finished in them."""
+    node.reset(seed=3)
+    seen = []
+    for step in range(windows):
+        node.apply(Knobs(8 + step, 1000 + 40 * step))
+        seen.append(node.measure(1.0))
+    return seen, node.take_records()
+
+
+def actors_of(host, title="ray::NodeActor"):
+    """Process ids of a host's actors."""
+    psutil = pytest.importorskip("psutil")
+    raylet = psutil.Process(host.all_processes["raylet"][0].process.pid)
+    found = []
+    for process in raylet.children():
+        try:
+            if "".join(process.cmdline()).startswith(title):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_windows_and_records_equal_those_in_process(node):
+    windows, records = served(node)
+    own_windows, own_records = served(simulated())
+    assert windows == own_windows
+    for field in dataclasses.fields(records):
+        np.testing.assert_array_equal(getattr(records, field.name), getattr(own_records, field.name))
+
+
+@pytest.mark.parametrize("kind", [UnsupportedError, ConfigError, NodeError])
+def test_an_error_on_the_node_arrives_as_what_it_is(two_hosts, kind):
+    def build(gpu_ids):
+        raise kind("block size 8: no backend takes it")
+
+    with pytest.raises(kind, match="block size 8: no backend takes it") as caught:
+        remote_node(build)
+    assert type(caught.value) is kind
+
+
+def test_a_foreign_error_on_the_node_is_a_node_error(two_hosts):
+    def build(gpu_ids):
+        raise ZeroDivisionError("by zero")
+
+    with pytest.raises(NodeError, match="by zero"):
+        remote_node(build)
+
+
+def test_two_nodes_are_on_two_hosts_and_a_third_waits_with_a_deadline(two_hosts):
+    nodes = [remote_node(), remote_node()]
+    assert [len(actors_of(host)) for host in two_hosts.hosts] == [1, 1]
+    began_s = time.monotonic()
+    with pytest.raises(NodeError, match="no answer within 2 s"):
+        remote_node(start_s=2.0)
+    assert time.monotonic() - began_s < 10
+    for node in nodes:
+        node.close()
+    remote_node().close()
+
+
+def test_a_killed_actor_is_a_node_error_and_a_reset_brings_the_node_back(node, two_hosts):
+    node.reset(seed=1)
+    node.measure(1.0)
+    (pid,) = [pid for host in two_hosts.hosts for pid in actors_of(host)]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(NodeError):
+        for _ in range(100):
+            node.measure(1.0)
+    began_s = time.monotonic()
+    assert served(node)[0] == served(simulated())[0]
+    assert time.monotonic() - began_s < 60
+
+
+class Hanging:
+    """A node whose windows do not end."""
+
+    def __init__(self):
+        self._node = simulated()
+
+    def __getattr__(self, name):
+        return getattr(self._node, name)
+
+    def measure(self, duration_s):
+        time.sleep(3600)
+
+
+def test_a_node_that_hangs_is_a_node_error_within_its_deadline_and_is_restarted(two_hosts, monkeypatch):
+    monkeypatch.setattr("fuel_ray.cluster.node.CALL_S", 1.0)
+    node = remote_node(lambda gpu_ids: Hanging())
+    node.reset(seed=1)
+    with pytest.raises(NodeError, match="no answer within 2 s"):
+        node.measure(1.0)
+    monkeypatch.setattr("fuel_ray.cluster.node.CALL_S", 30.0)
+    node.reset(seed=1)
+    assert node.apply(Knobs(8, 1500)) == Knobs(8, 1500)
+    node.close()
+
+
+@pytest.mark.slow
+def test_a_lost_host_is_a_node_error_and_the_node_comes_back_on_another(two_hosts):
+    lost = two_hosts.add()
+    others = [remote_node(), remote_node()]  # they may take any host
+    node = remote_node()
+    holders = {host: actors_of(host) for host in (*two_hosts.hosts, lost)}
+    assert all(len(pids) == 1 for pids in holders.values())
+    for one in (*others, node):
+        one.reset(seed=1)
+    two_hosts.lose(lost)
+    spare = two_hosts.add()
+    failed = []
+    for one in (*others, node):
+        try:
+            one.measure(1.0)
+        except NodeError:
+            failed.append(one)
+    assert len(failed) == 1
+    assert served(failed[0])[0] == served(simulated())[0]
+    assert len(actors_of(spare)) == 1
+    for one in (*others, node):
+        one.close()
+    two_hosts.lose(spare)
+
+
+def test_too_few_nodes_or_gpus_are_said_in_seconds(two_hosts):
+    from fuel_ray.cluster.hosts import require_nodes
+
+    require_nodes(2, gpus=0, wait_s=0.0)
+    for count, gpus in ((50, 0), (1, 8)):
+        began_s = time.monotonic()
+        with pytest.raises(ConfigError, match=f"the run needs {count} node"):
+            require_nodes(count, gpus=gpus, wait_s=1.0)
+        assert time.monotonic() - began_s < 5
