@@ -249,5 +249,5 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
 
 
 def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:
-    """What ``gymnasium.make("fuel_ray/Serving-v0")`` makes."""
+    """What ``gymnasium.make("fuel_ray.env:fuel_ray/Serving-v0")`` makes."""
     return build_env(PRESETS[preset], [kv_block_size])

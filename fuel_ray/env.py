@@ -150,3 +150,7 @@ def _all_or_none(making: Sequence[Future[ServingEnv]]) -> list[ServingEnv]:
                 future.result().close()
         raise errors[0]
     return [future.result() for future in making]
+
+
+# Gymnasium has no plug-in mechanism since 1.0: it imports the module of "fuel_ray.env:fuel_ray/Serving-v0".
+gymnasium.register(id="fuel_ray/Serving-v0", entry_point="fuel_ray.build:serving_env")

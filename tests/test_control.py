@@ -1,5 +1,7 @@
 """The control loop and the environment around it."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import gymnasium
@@ -7,7 +9,6 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from fuel_ray import register_envs
 from fuel_ray.build import build_env, build_loop
 from fuel_ray.config import PRESETS
 from fuel_ray.control import ControlLoop, run_policy
@@ -113,19 +114,21 @@ def test_an_error_of_the_node_is_not_hidden():
         ControlLoop(Dead(), OBJECTIVE).reset(seed=0)
 
 
-@pytest.fixture
-def registered():
-    """As Gymnasium does by entry point where the package is installed."""
-    register_envs()
+ENV_ID = "fuel_ray.env:fuel_ray/Serving-v0"  # as a user writes it, with nothing of fuel_ray imported
 
 
-def test_gymnasium_accepts_the_environment(registered):
-    check_env(gymnasium.make("fuel_ray/Serving-v0").unwrapped, skip_render_check=True)
+def test_gymnasium_finds_the_environment_by_its_name():
+    code = f"import gymnasium; gymnasium.make({ENV_ID!r}).close()"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_gymnasium_accepts_the_environment():
+    check_env(gymnasium.make(ENV_ID).unwrapped, skip_render_check=True)
 
 
 @pytest.mark.parametrize(("preset", "actions"), [("default", 42), ("seed", 187)])
-def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions, registered):
-    env = gymnasium.make("fuel_ray/Serving-v0", kv_block_size=32, preset=preset)
+def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions):
+    env = gymnasium.make(ENV_ID, kv_block_size=32, preset=preset)
     assert env.action_space.n == actions
     env.reset(seed=0)
     observation, reward, terminated, truncated, info = env.step(3)

@@ -34,7 +34,7 @@ LAYERS = [
 HOMES = {
     "ray": ("commands.train", "commands.trials", "policies.rl_module", "policies.dqn", "cluster"),
     "torch": ("policies.rl_module", "policies.dqn"),
-    "gymnasium": ("", "env"),
+    "gymnasium": ("env",),
     "numba": ("sim",),
     "safetensors": ("policies.learned",),
     "matplotlib": ("commands.report_figures",),
