@@ -122,4 +122,4 @@ def test_two_nodes_make_the_rollouts_of_a_trial(two_hosts, tmp_path):
     assert [len(actors_of(host)) for host in two_hosts.hosts] == [1, 1]
     kill(two_hosts.hosts[:1], "ray::NodeActor")
     training.end()
-    assert training.results()[-1][0] == STEPS
+    assert training.results()[-1][0] >= STEPS

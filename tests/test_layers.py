@@ -32,7 +32,10 @@ LAYERS = [
     ("cli", "__main__"),
 ]
 HOMES = {
-    "ray": ("commands.train", "commands.trials", "policies.rl_module", "policies.dqn", "cluster"),
+    "ray": (
+        *("commands.train", "commands.trials", "commands.trials_watch"),
+        *("policies.rl_module", "policies.dqn", "cluster"),
+    ),
     "torch": ("policies.rl_module", "policies.dqn"),
     "gymnasium": ("env",),
     "numba": ("sim",),

@@ -22,8 +22,8 @@ from fuel_ray.commands.trials_watch import (
     NodeWatch,
     Progress,
     curve_row,
-    last_line,
     progress_table,
+    reason,
 )
 from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
 from fuel_ray.env import ParallelServingEnv, ServingEnv
@@ -110,7 +110,7 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
         )
     results = tuner.fit()
     for error in results.errors:
-        raise FuelRayError(f"training failed: {last_line(error)}")
+        raise FuelRayError(f"training failed: {reason(error)}")
     trained = [_trained(result) for result in results]
     if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
         raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far

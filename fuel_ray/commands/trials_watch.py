@@ -1,6 +1,7 @@
 """What is seen of trials while they run: metrics of episodes, lines, a table, nodes that are missing."""
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from fuel_ray.errors import NodeError
 
 TABLE_S = 30  # between two of Tune's tables
 LOOK_S = 2.0  # between two looks at the cluster
+
+_OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
 
 class EpisodeMetrics(RLlibCallback):
@@ -86,7 +89,7 @@ class NodeWatch(tune.Callback):
         if there >= self._needed or any(trial.status == "RUNNING" for trial in trials):
             self._enough_s = now_s
         elif now_s - self._enough_s > self._wait_s:
-            errors = [last_line(error) for trial in trials if (error := trial.get_error())]
+            errors = [reason(error) for trial in trials if (error := trial.get_error())]
             raise NodeError(
                 f"for {self._wait_s:g} s the cluster has had {there} of the {self._needed} node(s) with the "
                 f"resource {NODE_RESOURCE} that a trial needs; start the host again and --resume"
@@ -128,6 +131,8 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def last_line(error: BaseException) -> str:
-    """What was raised, of a traceback as text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+def reason(error: BaseException) -> str:
+    """Why a trial failed: our own error in what Ray and RLlib made of it, else the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    own = [found.group(1) for line in lines if (found := _OWN_ERROR.match(line.strip()))]
+    return own[-1] if own else lines[-1]
