@@ -91,7 +91,8 @@ def prepare(
         PolicyError: the policy to start from is none, or does not fit.
         NodeError: a live server did not start, or can have none of the block sizes.
     """
-    start_ray(config)
+    if config.node == "ray":
+        start_ray(config)
     served = twinned(config)
     _check_start(served)
     if not config.live_server:
@@ -121,6 +122,7 @@ def resumable(verb: str, run_dir: Path, storage: str | None) -> Iterator[None]:
 
 def train_policies(config: LearnConfig, run_dir: Path) -> None:
     """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders."""
+    start_ray(config)
     trained = run_trials(config, run_dir)
     twin = twin_of(config)
     jobs = [(twin, t.block_sizes, result.arrays) for t in trained for result in t.results]
