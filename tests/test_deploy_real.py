@@ -48,7 +48,7 @@ def test_a_deployment_limits_a_real_server_under_load_and_lets_it_go(server, tmp
     with Load(started.url, clients=16) as load:
         began_s = time.monotonic()
         arguments = ["--policy", str(policy), "--server", started.url, "--out", str(out), *flags]
-        code = main(["deploy", *arguments, "--guard.max-wait-s", "1000", "--no-guard.latency"])
+        code = main(["deploy", *arguments, "--guard.max-wait-s", "1000", "--guard.no-latency"])
         assert code == 0 and time.monotonic() - began_s < 60
         assert not limit_file.exists() and load.failures == []
         _runs_freely_again(limit_file)
