@@ -110,7 +110,11 @@ def rss_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=20_000)
-    n = parser.parse_args().n
+    parser.add_argument(
+        "--pause-ms", type=float, default=0.0, help="between decisions, so that caches are cold"
+    )
+    settings = parser.parse_args()
+    n, pause_s = settings.n, settings.pause_ms / 1000
     rng = np.random.default_rng(0)
     load = windows(500, rng)
     print(
@@ -122,6 +126,8 @@ def main() -> None:
         took_us = np.empty((2, n))
         for i in range(n):
             window = load[i % len(load)]
+            if pause_s:
+                time.sleep(pause_s)
             began_ns = time.perf_counter_ns(), time.thread_time_ns()
             guard.check(policy.decide(window), last=window, spec=SPEC)
             ended_ns = time.perf_counter_ns(), time.thread_time_ns()
