@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,10 +13,11 @@ from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deployment import Attached
 from fuel_ray.drift import DriftDetector
-from fuel_ray.errors import ConfigError, NodeError, PolicyError, PrivilegeError
+from fuel_ray.errors import ConfigError, NodeError, PolicyError
 from fuel_ray.estimate import SavingEstimate
 from fuel_ray.guard import Guard
 from fuel_ray.live.kv_monitor import MetricsClient
+from fuel_ray.live.lease import unlock
 from fuel_ray.live.lease_state import state_folder, state_path
 from fuel_ray.live.limiter import BatchLimiter
 from fuel_ray.live.node import GpuNode
@@ -63,6 +64,8 @@ def attach(
     """
     with contextlib.ExitStack() as opened:
         gpus = opened.enter_context(Gpus(target.gpu_ids))
+        if target.clock_control == "on" and not target.shadow:
+            _give_back_left(gpus.uuids)
         client = MetricsClient(target.server, timeout_s=SCRAPE_S)
         opened.callback(client.close)
         cache = _cache(client)
@@ -214,14 +217,16 @@ def _capacity(target: Target, folder: PolicyFolder, limiter: BatchLimiter | None
     return highest
 
 
-def _refuse_left_locks(gpus: Gpus) -> None:
-    """Clocks that a dead controller left locked must not become the clocks that are left alone."""
-    left = [uuid for uuid in gpus.uuids if state_path(state_folder(), uuid).exists()]
-    if left:
-        raise PrivilegeError(
-            f"the clocks of GPU {', '.join(left)} were left locked and may not be set here: "
-            "`sudo fuel-ray unlock` gives them back"
-        )
+def _give_back_left(uuids: Sequence[str]) -> None:
+    """Clocks that a dead controller, or a failed attempt to give back, left locked: before all else.
+
+    Raises:
+        GpuError: they cannot be given back, or a living controller has them.
+    """
+    folder = state_folder()
+    for uuid in uuids:
+        if state_path(folder, uuid).exists():
+            unlock(uuid, folder=folder)
 
 
 def _clocks_mhz(target: Target, gpus: Gpus) -> tuple[int, ...]:
@@ -231,6 +236,5 @@ def _clocks_mhz(target: Target, gpus: Gpus) -> tuple[int, ...]:
     if wanted and supported and (target.shadow or gpus.can_set_clocks()):
         return supported
     if wanted:
-        _refuse_left_locks(gpus)
         logger.warning("the clocks of %s may not be set here: they are left alone", gpus.name)
     return supported[-1:] or (round(gpus.read().sm_clock_mhz),)

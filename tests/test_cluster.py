@@ -162,3 +162,14 @@ def test_too_few_nodes_or_gpus_are_said_in_seconds(two_hosts):
         with pytest.raises(ConfigError, match=f"the run needs {count} node"):
             require_nodes(count, gpus=gpus, wait_s=1.0)
         assert time.monotonic() - began_s < 5
+
+
+def test_unlock_asks_every_host_and_goes_on_where_one_fails(two_hosts, tmp_path, capsys):
+    from fuel_ray.cli import main
+
+    assert main(["unlock", "--cluster"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("no clocks are recorded as locked" in line for line in lines)
+    assert main(["unlock", "--cluster", "--gpu-ids", "0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("no NVIDIA driver here" in line for line in lines)

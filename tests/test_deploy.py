@@ -80,7 +80,7 @@ def test_shadow_mode_sets_nothing(stub, gpu, policy, tmp_path):
 def test_without_clock_control_the_policy_chooses_among_limits_at_the_highest_clock(
     stub, gpu, policy, tmp_path
 ):
-    flags = ("--limit-file", str(tmp_path / "limit"), "--clock-control", "off")
+    flags = ("--limit-file", str(tmp_path / "limit"), "--clock-control", "off", "--max-num-seqs", "32")
     _, lines, _ = deploy(stub, policy, tmp_path, *flags)
     assert {line["chosen"]["gpu_clock_mhz"] for line in lines} == {1980} and gpu.locked_mhz is None
     assert "reset" not in gpu.calls

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from fuel_ray import build_deploy, deployment
 from fuel_ray.build_deploy import Target, attach
-from fuel_ray.commands.deploy import Recorder
 from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.deployment import Attached, Deployment
@@ -24,11 +23,13 @@ from fuel_ray.guard import Guard
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import StepLog
+from fuel_ray.recorder import Recorder
 from fuel_ray.types import Knobs, NodeSpec
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import SLO, write_policy
 from tests.stub_vllm import serving
 from tests.test_codec import WINDOW
+from tests.test_lease import until
 from tests.traffic_stub import TrafficStub
 
 LOW = Knobs(4, 990)
@@ -214,10 +215,32 @@ def test_clocks_that_were_left_locked_are_not_taken_for_clocks_that_are_left_alo
     left = state_folder / "GPU-0.json"
     left.write_text("{}")
     try:
-        with pytest.raises(NodeError, match=r"left locked.*fuel-ray unlock"):
+        with pytest.raises(NodeError, match="cannot reset the clocks of GPU GPU-0"):
             run(windows=1)
     finally:
         left.unlink()
+
+
+def test_clocks_that_could_not_be_given_back_are_as_soon_as_they_can_whatever_the_server_does(
+    run, stub, nvml, state_folder
+):
+    stub.script[8] = [lambda: setattr(nvml, "privileged", False)]
+    seen = []
+
+    def later():
+        until(lambda: run.events.of("detached"), within_s=30.0)
+        stub.status = 500
+        seen.append(run.gpu.locked_mhz)
+        nvml.privileged = True
+        time.sleep(1.5)
+        seen.append(run.gpu.locked_mhz)
+        stub.status = 200
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    run(windows=40)
+    thread.join()
+    assert seen == [(990, 990), None] and run.last_window_is_controlled()
 
 
 def test_a_wall_clock_that_steps_back_changes_nothing(run, monkeypatch):
@@ -362,7 +385,7 @@ class DayNode:
 
 def test_a_day_of_windows_leaves_memory_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fuel_ray"), "disabled", True)  # pytest keeps what is logged
-    monkeypatch.setattr(logging.getLogger("fuel_ray.commands.deploy"), "disabled", True)
+    monkeypatch.setattr(logging.getLogger("fuel_ray.recorder"), "disabled", True)
     clock = [0.0]
     folder = read_policy(write_policy(tmp_path / "policy"))
     recorder = Recorder(tmp_path, {}, SLO)

@@ -19,6 +19,7 @@ LAYERS = [
     (
         "env",
         "record",
+        "recorder",
         "deployment",
         "policies.checkpoint",
         "policies.learned",

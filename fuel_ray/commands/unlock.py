@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuel_ray.errors import ConfigError, GpuError
+from fuel_ray.errors import ConfigError, FuelRayError, GpuError
 from fuel_ray.live.lease import unlock
 from fuel_ray.live.lease_state import owners, state_folder
 from fuel_ray.live.nvml import Gpus
+
+HOST_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -19,43 +21,87 @@ class UnlockConfig:
     """NVML indices or UUIDs of GPUs to reset whoever locked them; none: those that a dead controller left."""
     force: bool = False
     """Reset the GPUs of --gpu-ids even while a controller has them."""
+    cluster: bool = False
+    """Do it on every host of the Ray cluster that runs here or at RAY_ADDRESS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a GPU, or of all that could be asked for."""
+
+    text: str
+    failed: bool = False
 
 
 def run(config: UnlockConfig) -> int:
     """Print a line per GPU; 0 if all clocks that were asked for were reset, else 2.
 
     Raises:
-        ConfigError: --force without --gpu-ids, a GPU named twice, or the state folder cannot be written to.
+        ConfigError: --force without --gpu-ids, a GPU named twice, the state folder cannot be written to, or
+            there is no such cluster.
         GpuError: there is no such GPU, or no driver.
     """
     if config.force and not config.gpu_ids:
         raise ConfigError("--force needs --gpu-ids, the GPUs to reset")
+    if config.cluster:
+        return _unlock_cluster(config)
+    return _told("", unlock_here(config.gpu_ids, force=config.force))
+
+
+def unlock_here(gpu_ids: Sequence[str], *, force: bool) -> list[Outcome]:
+    """Unlock on this host.
+
+    Raises:
+        ConfigError: a GPU named twice, or the state folder cannot be written to.
+        GpuError: there is no such GPU, or no driver.
+    """
     folder = state_folder()
-    uuids = _named(config.gpu_ids) if config.gpu_ids else _stale(folder)
-    done = [_unlocked(uuid, folder, force=config.force) for uuid in uuids]
-    return 0 if all(done) else 2
-
-
-def _named(gpu_ids: Sequence[str]) -> tuple[str, ...]:
-    with Gpus(gpu_ids) as gpus:
-        return gpus.uuids
-
-
-def _stale(folder: Path) -> tuple[str, ...]:
+    if gpu_ids:
+        with Gpus(gpu_ids) as gpus:
+            return [_unlocked(uuid, folder, force=force) for uuid in gpus.uuids]
     found = owners(folder)
-    living = {uuid: owner for uuid, owner in found.items() if owner is not None and owner.lives()}
-    for uuid, owner in living.items():
-        print(f"GPU {uuid}: left to {owner}")
     if not found:
-        print(f"no clocks are recorded as locked in {folder}")
-    return tuple(uuid for uuid in found if uuid not in living)
+        return [Outcome(f"no clocks are recorded as locked in {folder}")]
+    outcomes = []
+    for uuid, owner in found.items():
+        if owner is not None and owner.lives():
+            outcomes.append(Outcome(f"GPU {uuid}: left to {owner}"))
+        else:
+            outcomes.append(_unlocked(uuid, folder, force=False))
+    return outcomes
 
 
-def _unlocked(uuid: str, folder: Path, *, force: bool) -> bool:
+def _unlock_cluster(config: UnlockConfig) -> int:
+    from fuel_ray.cluster.hosts import connect, on_hosts  # noqa: PLC0415  (one host needs no Ray)
+
+    connect(cluster=True)
+    status = 0
+    for there in on_hosts(_on_host, config.gpu_ids, config.force, timeout_s=HOST_S):
+        answer = there.answer
+        outcomes = [Outcome(str(answer), failed=True)] if isinstance(answer, FuelRayError) else answer
+        status = max(status, _told(f"{there.host}  ", outcomes))
+    return status
+
+
+def _on_host(gpu_ids: tuple[str, ...], force: bool) -> list[Outcome]:
+    try:
+        return unlock_here(gpu_ids, force=force)
+    except FuelRayError as error:  # the other hosts are to be unlocked all the same
+        return [Outcome(str(error), failed=True)]
+
+
+def _told(prefix: str, outcomes: Sequence[Outcome]) -> int:
+    for outcome in outcomes:
+        if outcome.failed:
+            print(f"fuel-ray: {prefix}{outcome.text}", file=sys.stderr)
+        else:
+            print(f"{prefix}{outcome.text}")
+    return 2 if any(outcome.failed for outcome in outcomes) else 0
+
+
+def _unlocked(uuid: str, folder: Path, *, force: bool) -> Outcome:
     try:
         unlock(uuid, folder=folder, force=force)
     except GpuError as error:
-        print(f"fuel-ray: {error}", file=sys.stderr)
-        return False
-    print(f"GPU {uuid}: clocks given back")
-    return True
+        return Outcome(str(error), failed=True)
+    return Outcome(f"GPU {uuid}: clocks given back")

@@ -73,6 +73,7 @@ class BatchLimiter:
         self.path = Path(path)
         self._clock, self._sleep = clock, sleep
         self._lease: int | None = None
+        self._said: set[int] = set()  # limits that were clamped
         try:
             if leased:
                 self._lease = vllm_plugin.lease_file(str(self.path))
@@ -99,7 +100,8 @@ class BatchLimiter:
         """
         report = self._read()[1]
         used = clamped(limit, report.capacity) if report.monotonic_ns else max(1, limit)
-        if used != limit:
+        if used != limit and limit not in self._said:
+            self._said.add(limit)
             logger.warning(
                 "batch limit %d is outside 1..%d; %d is used", limit, report.capacity or limit, used
             )

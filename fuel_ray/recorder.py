@@ -1,0 +1,175 @@
+"""What a deployment leaves on disk and says: steps.jsonl, run.json, complaints and a summary."""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections import Counter, deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.control import StepRecord
+from fuel_ray.deployment import Attached
+from fuel_ray.errors import FuelRayError
+from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
+from fuel_ray.policies.canary import Canary
+from fuel_ray.record import StepLog, step_line, write_json
+from fuel_ray.types import Knobs, Slo
+
+SAY_S = 60.0
+LATENCY_SAMPLES = 10_000  # of each latency, the last ones, for the percentiles of the summary
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes steps.jsonl and keeps the totals of the run; memory does not grow with it."""
+
+    def __init__(self, run_dir: Path, facts: dict[str, Any], slo: Slo, trial: Canary | None = None) -> None:
+        self._run_dir, self._facts, self._trial = run_dir, facts, trial
+        self._log = StepLog(run_dir / "steps.jsonl")
+        self._slo = slo
+        self._began_s = time.monotonic()
+        self._totals = EpisodeTotals()
+        self._completed = self._windows = self._lost = 0
+        self._saved_j: float | None = None
+        self._overruled: Counter[str] = Counter()
+        self._said_s: dict[str, float] = {}  # when the last complaint was made
+        self._samples: dict[str, deque[float]] = {
+            name: deque(maxlen=LATENCY_SAMPLES) for name in ("ttft", "tpot", "e2e", "decision")
+        }
+
+    def attached(self, attached: Attached) -> None:
+        """Say what is controlled."""
+        spec = attached.loop.node.spec
+        self._facts["spec"] = asdict(spec)
+        clocks, limits = spec.gpu_clocks_mhz, spec.batch_limits
+        print(
+            f"deploy  {spec.name}: {spec.model} on {spec.gpu_name}, KV blocks of {spec.kv_block_size}; "
+            f"clock {clocks[0]}..{clocks[-1]} MHz, batch limit {limits[0]}..{limits[-1]}",
+            flush=True,
+        )
+
+    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
+        """Record a window."""
+        window = record.metrics
+        self._windows += 1
+        self._totals.add(window)
+        self._completed += window.completed
+        if saved_j is not None:
+            self._saved_j = (self._saved_j or 0.0) + saved_j
+        for name, values in (("ttft", window.ttfts_s), ("tpot", window.tpots_s), ("e2e", window.e2es_s)):
+            self._samples[name].extend(values)
+        self._samples["decision"].append(decision_s)
+        self._overruled.update(record.verdict.reasons)
+        labels = {
+            "permitted": asdict(record.verdict.knobs),
+            "overruled": record.verdict.reasons,
+            "energy_j": round(window.energy_j, 3),
+            "saved_j_modelled": None if saved_j is None else round(saved_j, 3),
+            "duration_s": round(window.duration_s, 4),
+            "output_tokens": window.output_tokens,
+            "preemptions": window.preemptions,
+            "slo_attainment": round(window_attainment(window, self._slo), 4),
+        }
+        self._log.write(step_line(record, time_s=self._now_s(), labels=labels))
+
+    def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
+        """Record that there is no window."""
+        self._lost += 1
+        self._say(f"window {step} is lost", str(error))
+        line = {
+            "step": step,
+            "time_s": round(self._now_s(), 3),
+            "chosen": asdict(chosen),
+            "error": str(error),
+        }
+        self._log.write(json.dumps(line))
+
+    def detached(self, error: FuelRayError) -> None:
+        """Say that nothing is controlled at the moment."""
+        cause = error.__context__ if isinstance(error.__context__, FuelRayError) else None
+        why = f"{cause}; {error}" if cause is not None and error.__cause__ is None else str(error)
+        self._say("clocks and batch limit are given back until it works again", why)
+
+    def _say(self, what: str, why: str) -> None:
+        """Once a minute while it stays the same: an outage of a night should not fill a log."""
+        now_s = self._now_s()
+        if now_s - self._said_s.get(why, -math.inf) >= SAY_S:
+            self._said_s = {why: now_s}
+            logger.warning("%s: %s", what, why)
+
+    def close(self) -> None:
+        """Close steps.jsonl, write run.json and print the summary."""
+        self._log.close()
+        with contextlib.suppress(OSError):  # a full disk must not hide why it ended
+            write_json(self._run_dir / "run.json", {**self._facts, "summary": self.summary()})
+        print(f"{self.summary_text()}\nwrote {self._run_dir}", flush=True)
+
+    def summary(self) -> dict[str, Any]:
+        """What the run measured."""
+        totals = self._totals
+        figures = {name: latency(np.array(values)) for name, values in self._samples.items()}
+        return {
+            "windows": self._windows,
+            "lost_windows": self._lost,
+            "lost_lines": self._log.lost_lines,
+            "seconds": totals.seconds,
+            "energy_j": totals.energy_j,
+            "saved_j_modelled": self._saved_j,
+            "overruled": dict(self._overruled),
+            "canary": None if self._trial is None else asdict(self._trial.difference()),
+            "completed": self._completed,
+            "output_tokens": totals.output_tokens,
+            "energy_j_per_request": totals.energy_j / self._completed if self._completed else None,
+            "clock_switches": totals.clock_switches,
+            **{name: asdict(figure) for name, figure in figures.items()},
+        }
+
+    def summary_text(self) -> str:
+        """The same for people."""
+        s = self.summary()
+        per_request = s["energy_j_per_request"]
+        return (
+            f"{s['windows']} windows, {s['lost_windows']} lost; {s['completed']} requests, "
+            f"{s['energy_j']:.0f} J, {'-' if per_request is None else f'{per_request:.2f}'} J/request; "
+            f"TTFT p50 {_ms(s['ttft']['p50_s'])}, p99 {_ms(s['ttft']['p99_s'])}; "
+            f"TPOT p50 {_ms(s['tpot']['p50_s'])}, p99 {_ms(s['tpot']['p99_s'])}; "
+            f"decision p99 {_ms(s['decision']['p99_s'])}"
+            + ("" if s["saved_j_modelled"] is None else f"\n{self._saving(s)}")
+            + ("" if s["canary"] is None else f"\n{_trial_text(s['canary'])}")
+            + "".join(f"\noverruled {n} times: {reason}" for reason, n in s["overruled"].items())
+        )
+
+    def _saving(self, s: dict[str, Any]) -> str:
+        saved_j, shadow = s["saved_j_modelled"], self._facts["config"]["shadow"]
+        reference_j = s["energy_j"] if shadow else s["energy_j"] + saved_j
+        share = f" ({saved_j / reference_j:+.1%})" if reference_j else ""
+        would = "would have saved" if shadow else "saved"
+        return f"the policy {would} {saved_j:.0f} J{share} over maximum performance, by the model"
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+
+def _trial_text(found: dict[str, Any]) -> str:
+    """What a trial has measured, for people."""
+    with_policy, without = found["blocks"]
+    parts = [f"canary  {with_policy} blocks with the policy, {without} at maximum performance"]
+    for name, what in (("energy", "energy per output token"), ("attainment", "SLO attainment")):
+        change = found[name]
+        if change is None:
+            parts.append(f"{what}: too few blocks")
+        elif change["low"] is None:
+            parts.append(f"{what} {change['mean']:+.1%}")
+        else:
+            parts.append(f"{what} {change['mean']:+.1%} (95 %: {change['low']:+.1%}..{change['high']:+.1%})")
+    return "; ".join(parts)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.3g} ms"
