@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 
 from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
-from fuel_ray.cluster.hosts import driver_resource
+from fuel_ray.cluster.hosts import answer_of, driver_resource
 from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
@@ -19,6 +19,8 @@ from fuel_ray.flags import parse_serving
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
+
+ANSWER_S = 60.0  # to fetch what a finished job has left
 
 Learning = TypeVar("Learning", bound=LearnConfig)
 Result = TypeVar("Result")
@@ -178,8 +180,7 @@ def in_parallel(
         done = len(references) - len(pending)
         if done == len(jobs) or done % max(1, len(jobs) // 8) == 0:
             print(f"{what}  {done}/{len(jobs)}  {time.monotonic() - began_s:.0f} s", flush=True)
-    results: list[Result] = ray.get(references)
-    return results
+    return [answer_of(reference, what, ANSWER_S) for reference in references]
 
 
 def _check_start(config: LearnConfig) -> None:
