@@ -199,6 +199,8 @@ def test_a_resumed_run_has_the_recorded_settings(preset, tmp_path):
     for flags in ([], ["--steps", "123"]):
         config = sweep.parse(["--resume", str(tmp_path), *flags], prog="x")
         assert config == dataclasses.replace(recorded, resume=tmp_path)
+    config = sweep.parse(["--resume", str(tmp_path), "--node-wait-s", "600"], prog="x")
+    assert config == dataclasses.replace(recorded, resume=tmp_path, node_wait_s=600.0)
 
 
 def test_a_run_of_another_config_is_not_resumed(capsys, tmp_path):

@@ -21,6 +21,7 @@ from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write
 from fuel_ray.sim.perf_model import load_pack
 
 ANSWER_S = 60.0  # to fetch what a finished job has left
+_PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
 
 Learning = TypeVar("Learning", bound=LearnConfig)
 Result = TypeVar("Result")
@@ -73,12 +74,13 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
     recorded = load_config(config.resume / "run.json", base=config_class())
     asked = parse_serving(config_class, argv, prog=prog, default=recorded)
     for field in fields(config_class):
-        if field.name in ("out", "resume", "config"):
+        if field.name in ("out", "resume", "config", *_PATIENCE):
             continue
         old, new = getattr(recorded, field.name), getattr(asked, field.name)
         if old != new:
             raise ConfigError(f"--resume {config.resume}: that run has {field.name} = {old}, not {new}")
-    return replace(recorded, resume=config.resume)
+    patience = {name: getattr(asked, name) for name in _PATIENCE}
+    return replace(recorded, resume=config.resume, **patience)
 
 
 def prepare(
