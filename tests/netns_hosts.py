@@ -72,9 +72,10 @@ class NetnsHosts:
             folder.mkdir(parents=True, exist_ok=True)
         for key in (self.key, self.folder / "host_key"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
-        ray = self.folder / "bin/ray"
-        ray.write_text(f'#!/bin/sh\nexec {sys.executable} -m ray.scripts.scripts "$@"\n')
-        ray.chmod(0o755)
+        for name, module in (("ray", "ray.scripts.scripts"), ("fuel-ray", "fuel_ray")):
+            script = self.folder / "bin" / name
+            script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+            script.chmod(0o755)
         bridge = self._prefix + "br"
         _run("ip", "link", "add", bridge, "type", "bridge")
         _run("ip", "addr", "add", f"{self._net}.254/24", "dev", bridge)

@@ -22,10 +22,10 @@ class Hosts:
     def address(self) -> str:
         return self._cluster.address
 
-    def add(self):
+    def add(self, *, nodes: int = 1, gpus: int = 0):
         """One more host."""
         settings = {"object_store_memory": SMALL["object_store_memory"]}
-        return self._cluster.add_node(num_cpus=0, resources={NODE_RESOURCE: 1}, **settings)
+        return self._cluster.add_node(num_cpus=0, num_gpus=gpus, resources={NODE_RESOURCE: nodes}, **settings)
 
     def lose(self, host) -> None:
         """Kill a host with all that runs on it."""

@@ -58,6 +58,17 @@ WRONG = [
     ["sweep", "--grid-lowest-clock-share", "1.5"],
     ["sweep", "--guard.max-wait-s", "-1"],
     ["sweep", "--control-workload", "storm"],
+    ["sweep", "--nodes-per-trial", "0"],
+    ["sweep", "--nodes-per-trial", "2"],
+    ["sweep", "--node", "ray", "--conditional"],
+    ["sweep", "--node", "ray", "--backend", "live"],
+    ["sweep", "--node", "ray", "--backend", "gpu"],
+    ["sweep", "--node-failures", "0"],
+    ["sweep", "--node-wait-s", "-1"],
+    ["sweep", "--storage", "results"],
+    ["doctor", "--backend", "gpu"],
+    ["doctor", "--cluster-file", "nowhere.yaml"],
+    ["doctor", "--vllm", ""],
     ["sweep", "--train.episode-steps", "0"],
     ["sweep", "--train.num-envs", "0"],
     ["sweep", "--train.batch-size", "0"],
@@ -188,6 +199,8 @@ def test_a_resumed_run_has_the_recorded_settings(preset, tmp_path):
     for flags in ([], ["--steps", "123"]):
         config = sweep.parse(["--resume", str(tmp_path), *flags], prog="x")
         assert config == dataclasses.replace(recorded, resume=tmp_path)
+    config = sweep.parse(["--resume", str(tmp_path), "--node-wait-s", "600"], prog="x")
+    assert config == dataclasses.replace(recorded, resume=tmp_path, node_wait_s=600.0)
 
 
 def test_a_run_of_another_config_is_not_resumed(capsys, tmp_path):

@@ -1,9 +1,13 @@
 """Nodes on a cluster: the windows that they have in process, typed errors, deadlines, and recovery."""
 
+import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -173,3 +177,69 @@ def test_unlock_asks_every_host_and_goes_on_where_one_fails(two_hosts, tmp_path,
     assert main(["unlock", "--cluster", "--gpu-ids", "0"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all("no NVIDIA driver here" in line for line in lines)
+
+
+def test_each_node_has_gpus_of_its_own(two_hosts):
+    host = two_hosts.add(nodes=2, gpus=2)
+
+    def build(gpu_ids):
+        node = simulated()
+        node._spec = dataclasses.replace(node.spec, gpu_uuids=gpu_ids)
+        return node
+
+    nodes = [remote_node(build, gpus=1) for _ in range(2)]
+    seen = sorted(node.spec.gpu_uuids for node in nodes)
+    assert seen == [("0",), ("1",)] and len(actors_of(host)) == 2
+    for node in nodes:
+        node.close()
+    two_hosts.lose(host)
+
+
+def test_what_a_node_has_started_ends_with_its_killed_actor(two_hosts, tmp_path):
+    psutil = pytest.importorskip("psutil")
+
+    def build(gpu_ids):
+        server = subprocess.Popen(["sleep", "600"])
+        (tmp_path / "pid").write_text(str(server.pid))
+        return simulated()
+
+    node = remote_node(build)
+    server = psutil.Process(int((tmp_path / "pid").read_text()))
+    (pid,) = [pid for host in two_hosts.hosts for pid in actors_of(host)]
+    os.kill(pid, signal.SIGKILL)
+    assert server.wait(20) is None or not server.is_running()
+    node.close()
+
+
+@pytest.mark.slow
+def test_a_nodes_figures_are_on_the_metrics_page_of_its_host(node, two_hosts):
+    pytest.importorskip("opentelemetry.sdk", reason="ray[default] exports metrics")
+    import ray
+
+    node.reset(seed=1)
+    for _ in range(3):
+        node.apply(Knobs(8, 1500))
+        window = node.measure(1.0)
+        time.sleep(1.1)  # a figure a second
+    ports = [host["MetricsExportPort"] for host in ray.nodes() if host["Alive"]]
+    deadline_s = time.monotonic() + 60
+    page = ""
+    while "ray_fuel_ray_kv_usage" not in page and time.monotonic() < deadline_s:
+        time.sleep(1)
+        page = ""
+        for port in ports:
+            url = f"http://127.0.0.1:{port}/metrics"
+            with (
+                contextlib.suppress(urllib.error.URLError),
+                urllib.request.urlopen(url, timeout=10) as answer,
+            ):
+                page += answer.read().decode()  # that of a host that was lost just now is closed
+    figures = {
+        line.split("{")[0].removeprefix("ray_fuel_ray_"): float(line.rpartition(" ")[2])
+        for line in page.splitlines()
+        if line.startswith("ray_fuel_ray_")
+    }
+    assert figures["batch_limit"] == 8 and figures["gpu_clock_mhz"] == 1500
+    assert figures["power_w"] == pytest.approx(window.energy_j)
+    assert (figures["running"], figures["waiting"]) == (window.running, window.waiting)
+    assert figures["kv_usage"] == pytest.approx(window.kv_usage)

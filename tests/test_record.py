@@ -10,7 +10,9 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Verdict
 from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.record import (
+    fetch,
     make_folder,
+    publish,
     read_json,
     step_line,
     summary_fields,
@@ -98,3 +100,27 @@ def test_a_step_line_says_what_was_chosen_and_what_was_in_force():
 
 def test_versions_name_what_makes_the_numbers():
     assert {"python", "fuel_ray", "ray", "torch", "numpy", "numba"} <= set(versions())
+
+
+def test_a_runs_files_go_to_storage_and_come_back_without_tunes(tmp_path):
+    run_dir = tmp_path / "here/sweep-1"
+    for name in ("run.json", "policies/block_16/manifest.json", "tune/trial/checkpoint"):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text(name)
+    storage = f"file://{tmp_path}/shared"
+    publish(run_dir, storage)
+    assert not (tmp_path / "shared/sweep-1/tune").exists()
+    (tmp_path / "shared/sweep-1/tune").mkdir()
+    (tmp_path / "shared/sweep-1/tune/experiment").write_text("Tune's")
+    elsewhere = tmp_path / "there/sweep-1"
+    fetch(elsewhere, storage)
+    found = {str(path.relative_to(elsewhere)) for path in elsewhere.rglob("*") if path.is_file()}
+    assert found == {"run.json", "policies/block_16/manifest.json"}
+    assert (elsewhere / "run.json").read_text() == "run.json"
+
+
+@pytest.mark.parametrize("storage", ["gopher://nowhere/x", "file:///proc/nowhere"])
+def test_storage_that_cannot_be_used_is_named(storage, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"--storage {storage}"):
+        publish(tmp_path, storage)

@@ -103,7 +103,7 @@ class RemoteNode:
     def reset(self, *, seed: int) -> None:
         """Start afresh, the actor too if it was lost."""
         self._spec = self._open()
-        self._call("reset", seed, timeout_s=CALL_S)
+        self._call("reset", seed, timeout_s=self._start_s)  # a live node may have to start its server again
 
     def apply(self, knobs: Knobs) -> Knobs:
         """Set the knobs and return what is in force."""

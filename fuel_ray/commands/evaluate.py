@@ -1,6 +1,7 @@
 """Tune the baselines on training seeds, choose among checkpoints, evaluate policies on held-out seeds."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from fuel_ray.build import build_codec, build_loop, build_spec
 from fuel_ray.codec import parse_knobs
 from fuel_ray.config import LearnConfig, ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
-from fuel_ray.errors import ConfigError, UnsupportedError
+from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.flags import parse_serving
 from fuel_ray.metrics import EpisodeTotals, latency
 from fuel_ray.policies.baselines import LoadTable, Score, Scorer, Static, tune_load_table, tune_static
@@ -21,6 +22,8 @@ from fuel_ray.record import new_folder, origin, step_line, summary_fields, write
 from fuel_ray.stats import paired_ratio
 from fuel_ray.types import Knobs, NodeSpec, Policy, RequestRecords
 from fuel_ray.workload import parse_workload
+
+logger = logging.getLogger(__name__)
 
 EPISODE_S = 1200  # one period of the default workload
 DRAIN_S = 120  # windows after the last arrival in which requests may finish
@@ -273,7 +276,7 @@ def evaluate_policies(
             for name, policy in there.items():
                 labels = {"block_size": kv_block_size, "policy": name, "workload": workload, "seed": seed}
                 lines = into.lines if seed == HELD_OUT_SEED else None
-                figures = _evaluate(config, loop, policy, labels, lines, seconds=seconds)
+                figures = _persistently(config, loop, policy, labels, lines, seconds=seconds)
                 into.rows.append({**labels, "workload_digest": digest, **figures})
                 say(_progress(into.rows[-1]))
 
@@ -309,6 +312,33 @@ def run_episode(
         if observe is not None:
             observe(record)
     return totals, loop.node.take_records()
+
+
+def _persistently(
+    config: ServingConfig,
+    loop: ControlLoop,
+    policy: Policy,
+    labels: dict[str, Any],
+    lines: list[str] | None,
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    """As ``_evaluate``; on a cluster an episode whose node was lost is begun again on another."""
+    for left in reversed(range(config.node_failures if config.node == "ray" else 1)):
+        of_this_try: list[str] | None = None if lines is None else []
+        try:
+            figures = _evaluate(config, loop, policy, labels, of_this_try, seconds=seconds)
+        except NodeError as error:
+            if not left or isinstance(error, UnsupportedError):
+                raise
+            logger.warning(
+                "block %s, seed %s is begun again: %s", labels["block_size"], labels["seed"], error
+            )
+            continue
+        if lines is not None:
+            lines += of_this_try or []
+        return figures
+    raise AssertionError("the last try returns or raises")
 
 
 def _evaluate(

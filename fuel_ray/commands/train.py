@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 
 from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
-from fuel_ray.cluster.hosts import driver_resource
+from fuel_ray.cluster.hosts import answer_of, driver_resource
 from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
@@ -19,6 +19,9 @@ from fuel_ray.flags import parse_serving
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
+
+ANSWER_S = 60.0  # to fetch what a finished job has left
+_PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
 
 Learning = TypeVar("Learning", bound=LearnConfig)
 Result = TypeVar("Result")
@@ -71,12 +74,13 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
     recorded = load_config(config.resume / "run.json", base=config_class())
     asked = parse_serving(config_class, argv, prog=prog, default=recorded)
     for field in fields(config_class):
-        if field.name in ("out", "resume", "config"):
+        if field.name in ("out", "resume", "config", *_PATIENCE):
             continue
         old, new = getattr(recorded, field.name), getattr(asked, field.name)
         if old != new:
             raise ConfigError(f"--resume {config.resume}: that run has {field.name} = {old}, not {new}")
-    return replace(recorded, resume=config.resume)
+    patience = {name: getattr(asked, name) for name in _PATIENCE}
+    return replace(recorded, resume=config.resume, **patience)
 
 
 def prepare(
@@ -180,8 +184,7 @@ def in_parallel(
         done = len(references) - len(pending)
         if done == len(jobs) or done % max(1, len(jobs) // 8) == 0:
             print(f"{what}  {done}/{len(jobs)}  {time.monotonic() - began_s:.0f} s", flush=True)
-    results: list[Result] = ray.get(references)
-    return results
+    return [answer_of(reference, what, ANSWER_S) for reference in references]
 
 
 def _check_start(config: LearnConfig) -> None:

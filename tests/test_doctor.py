@@ -1,0 +1,132 @@
+"""fuel-ray doctor: a line per check, and exit code 1 if something that is needed is missing."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from fuel_ray.cli import main
+from tests.fake_nvml import FakeGpu, FakeNvml
+
+
+@pytest.fixture
+def vllm(tmp_path):
+    """A `vllm` command whose environment has a vLLM of this version and plug-ins of these names."""
+
+    def make(version="0.32.0", plugins=("fuel_ray",)):
+        python = tmp_path / "python"
+        info = tmp_path / f"site/vllm-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        entries = "".join(f"{name} = {name}:register\n" for name in plugins)
+        (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entries}")
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} -S "$@"\n')
+        python.chmod(0o755)
+        command = tmp_path / "vllm"
+        command.write_text(f"#!{python}\n")
+        command.chmod(0o755)
+        return str(command)
+
+    return make
+
+
+def lines(capsys):
+    """What was printed, by the name of the check."""
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        mark, rest = line[:4].strip(), line[6:]
+        found[rest[:12].strip()] = (mark, rest[12:])
+    return found
+
+
+def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: True)
+    command = vllm()
+    flags = ["--vllm", command, "--block-sizes", "16", "32", "--out", str(tmp_path / "not/yet")]
+    assert main(["doctor", *flags]) == 0
+    found = lines(capsys)
+    assert found["GPU"] == ("ok", "1 x NVIDIA H100 80GB HBM3, driver 580.95.05")
+    assert found["clocks"][0] == found["plug-in"][0] == found["disk"][0] == found["port"][0] == "ok"
+    assert found["vLLM"] == ("ok", f"0.32.0 ({command})")
+    assert found["block sizes"] == ("ok", "multiples of 16: 16, 32")
+
+
+def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    assert main(["doctor", "--vllm", vllm("0.32.0+cpu", plugins=())]) == 1
+    found = lines(capsys)
+    assert found["GPU"][0] == "FAIL" and "--gpus all" in found["GPU"][1]
+    assert found["plug-in"][0] == "FAIL" and "pip install" in found["plug-in"][1]
+    assert found["block sizes"] == ("note", "multiples of 32: 32, 64: 8, 16 will end as unsupported")
+
+
+def test_block_sizes_that_no_node_can_serve_fail(vllm, capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
+    assert main(["doctor", "--vllm", vllm(), "--block-sizes", "8"]) == 1
+    assert lines(capsys)["block sizes"][0] == "FAIL"
+
+
+def test_clocks_that_may_not_be_set_are_a_note(vllm, capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
+    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: False)
+    assert main(["doctor", "--vllm", vllm()]) == 0
+    mark, text = lines(capsys)["clocks"]
+    assert mark == "note" and "SYS_ADMIN" in text
+
+
+def test_a_simulated_node_needs_neither_gpu_nor_vllm(capsys):
+    assert main(["doctor", "--backend", "sim", "--vllm", "nowhere/vllm"]) == 0
+    assert set(lines(capsys)) == {"disk", "port"}
+
+
+def test_vllm_that_is_not_there_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
+    assert main(["doctor", "--vllm", "nowhere/vllm"]) == 1
+    assert lines(capsys)["vLLM"][0] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "words"),
+    [
+        ("ssh: connect to host h port 22: Connection timed out", 255, "head_ip"),
+        ("root@h: Permission denied (publickey).", 255, "ssh-copy-id"),
+        ("Python 3.11.7", 0, "Python 3.11.7"),
+        ("sh: python3: not found", 127, "install Python"),
+    ],
+)
+def test_the_hosts_of_a_cluster_file_are_asked_by_ssh(said, status, words, capsys, monkeypatch, tmp_path):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, status, "", said)
+
+    monkeypatch.setattr("fuel_ray.commands.doctor.subprocess.run", run)
+    provider = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump({"provider": provider, "auth": {"ssh_user": "root"}}))
+    assert main(["doctor", "--cluster-file", str(path)]) == (1 if status else 0)
+    found = lines(capsys)
+    assert set(found) == {"10.0.0.1", "10.0.0.2"} and words in found["10.0.0.2"][1]
+    assert all("BatchMode=yes" in command for command in asked)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "provider: {}", "{", "provider: {type: aws}"])
+def test_a_file_that_is_no_cluster_file_is_named(content, capsys, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(content)
+    assert main(["doctor", "--cluster-file", str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.ray
+def test_every_host_of_a_cluster_is_looked_at(two_hosts, capsys):
+    assert main(["doctor", "--cluster", "--backend", "sim"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  disk  ") == 3 and out.count("  clock  ") == 3
+    assert f"{len(two_hosts.hosts)} in the cluster" in out
+    assert main(["doctor", "--cluster", "--vllm", "nowhere/vllm"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("  vLLM  ") == len(two_hosts.hosts)  # the head serves nothing

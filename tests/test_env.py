@@ -1,0 +1,154 @@
+"""A training environment whose node fails, and environments whose windows pass at the same time."""
+
+import threading
+
+import gymnasium
+import numpy as np
+import pytest
+
+from fuel_ray.build import build_codec, build_env, build_objective
+from fuel_ray.config import SweepConfig
+from fuel_ray.control import ControlLoop
+from fuel_ray.env import NODE_FAILURE, ParallelServingEnv, ServingEnv
+from fuel_ray.errors import NodeError, UnsupportedError
+from tests.test_node_contract import simulated
+
+CONFIG = SweepConfig()
+
+
+class Failing:
+    """A simulated node that fails when it is told to."""
+
+    def __init__(self):
+        self._node = simulated()
+        self.errors = []  # of the next calls; None: no error
+
+    def __getattr__(self, name):
+        return getattr(self._node, name)
+
+    def _maybe_fail(self):
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            raise error
+
+    def reset(self, *, seed):
+        self._maybe_fail()
+        self._node.reset(seed=seed)
+
+    def measure(self, duration_s):
+        self._maybe_fail()
+        return self._node.measure(duration_s)
+
+
+def env_on(node, *, failures=3):
+    loop = ControlLoop(node, build_objective(CONFIG))
+    return ServingEnv([loop], build_codec(CONFIG, node.spec), steps=20, failures=failures)
+
+
+def test_a_window_that_cannot_be_measured_ends_the_episode_and_the_next_one_begins():
+    node = Failing()
+    env = env_on(node)
+    env.reset(seed=1)
+    seen, *_ = env.step(np.int64(3))
+    node.errors = [NodeError("host lost"), NodeError("not back yet"), None]
+    observation, reward, terminated, truncated, info = env.step(np.int64(3))
+    assert (reward, terminated, truncated, info) == (0.0, False, True, {NODE_FAILURE: "host lost"})
+    np.testing.assert_array_equal(observation, seen)
+    env.reset()
+    assert not env.step(np.int64(3))[3] and node.errors == []
+
+
+def test_failures_in_a_row_are_given_up_with_the_reason():
+    node = Failing()
+    env = env_on(node)
+    env.reset(seed=1)
+    node.errors = [NodeError("lost"), NodeError("still lost"), NodeError("gone")]
+    env.step(np.int64(3))
+    with pytest.raises(NodeError, match="3 failures of the node in a row, the last: gone"):
+        env.reset()
+
+
+def test_a_node_that_starts_but_never_serves_is_given_up_too():
+    node = Failing()
+    env = env_on(node)
+    with pytest.raises(NodeError, match="3 failures"):
+        for _ in range(9):
+            env.reset(seed=1)
+            node.errors = [NodeError("each first window")]
+            env.step(np.int64(3))
+
+
+def test_a_window_between_failures_starts_the_count_again():
+    node = Failing()
+    env = env_on(node)
+    for _ in range(5):
+        env.reset(seed=1)
+        env.step(np.int64(3))
+        node.errors = [NodeError("now and then")]
+        assert env.step(np.int64(3))[3]
+
+
+@pytest.mark.parametrize(
+    ("error", "failures"), [(UnsupportedError("block size 8"), 3), (NodeError("lost"), 1)]
+)
+def test_what_repetition_cannot_help_is_raised_at_once(error, failures):
+    node = Failing()
+    env = env_on(node, failures=failures)
+    node.errors = [error]
+    with pytest.raises(type(error), match=str(error)):
+        env.reset(seed=1)
+
+
+def trajectory(env, steps=45):
+    observation, _ = env.reset(seed=5)
+    seen = [observation]
+    for step in range(steps):
+        observation, reward, _, truncated, _ = env.step(np.array([step % 7, step % 5]))
+        seen += [observation, reward, truncated]
+    return seen
+
+
+def test_parallel_environments_do_what_they_do_one_after_the_other():
+    def make():
+        return build_env(SweepConfig(train=CONFIG.train), [16])
+
+    parallel = trajectory(ParallelServingEnv(make, num_envs=2))
+    for ours, own in zip(parallel, trajectory(gymnasium.vector.SyncVectorEnv([make, make])), strict=True):
+        np.testing.assert_array_equal(ours, own)
+
+
+class Meeting(Failing):
+    """A node whose windows end only when another's have begun."""
+
+    together = threading.Barrier(2, timeout=10)
+
+    def measure(self, duration_s):
+        self.together.wait()
+        return super().measure(duration_s)
+
+
+def test_windows_of_parallel_environments_pass_at_the_same_time():
+    env = ParallelServingEnv(lambda: env_on(Meeting()), num_envs=2)
+    trajectory(env, steps=25)  # an episode ends and another begins in it
+    env.close()
+
+
+def test_if_one_environment_cannot_be_made_the_others_are_closed():
+    made = []
+
+    def make():
+        if made:
+            raise NodeError("no second node")
+        made.append(Failing())
+        return env_on(made[0])
+
+    lock = threading.Lock()
+
+    def one_by_one():
+        with lock:
+            return make()
+
+    with pytest.raises(NodeError, match="no second node"):
+        ParallelServingEnv(one_by_one, num_envs=2)
+    with pytest.raises(NodeError, match="not reset"):
+        made[0].measure(1.0)
