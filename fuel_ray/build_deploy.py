@@ -85,7 +85,7 @@ def attach(
     return Attached(
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=policy,
-        check=_server_check(client, cache),
+        check=_server_check(client, spec, target.server),
         saved_j=_saving(folder, spec),
     )
 
@@ -188,11 +188,18 @@ def _cache(client: MetricsClient) -> CacheConfig:
     return cache
 
 
-def _server_check(client: MetricsClient, expected: CacheConfig) -> Callable[[], None]:
+def _server_check(client: MetricsClient, spec: NodeSpec, server: str) -> Callable[[], None]:
+    """Raises PolicyError where there is another server at the same address."""
+    expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
+
     def check() -> None:
-        found = _cache(client)
+        cache = _cache(client)
+        found = cache.block_size, cache.num_gpu_blocks, served_model(server)
         if found != expected:
-            raise PolicyError(f"the server is another one: {found}, it was {expected}")
+            raise PolicyError(
+                "the server is another one: block size, blocks and model are "
+                f"{', '.join(map(str, found))}; they were {', '.join(map(str, expected))}"
+            )
 
     return check
 

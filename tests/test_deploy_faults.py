@@ -166,8 +166,17 @@ def test_a_server_that_comes_back_with_another_block_size_is_left_alone_until_it
     stub.at(14, block_size=16)
     events = run(windows=20)
     errors = [str(error) for error, _ in events.of("detached")]
-    assert "block_size=32" in errors[0] and any("trained for KV block size 16" in error for error in errors)
+    assert "another one" in errors[0] and any("trained for KV block size 16" in error for error in errors)
     assert all(clock_mhz is None for _, clock_mhz in events.of("detached"))
+    assert run.last_window_is_controlled()
+
+
+def test_a_server_that_comes_back_with_another_model_is_left_alone_until_it_fits(run, stub):
+    stub.script[8] = [stub.restart, lambda: setattr(stub, "model", "other")]
+    stub.at(14, model="tiny")
+    events = run(windows=20)
+    errors = [str(error) for error, _ in events.of("detached")]
+    assert "other; they were" in errors[0] and any("trained for model tiny" in error for error in errors)
     assert run.last_window_is_controlled()
 
 
