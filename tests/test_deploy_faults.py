@@ -20,6 +20,7 @@ from fuel_ray.deployment import Attached, Deployment
 from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import NodeError, PolicyError
 from fuel_ray.guard import Guard
+from fuel_ray.live import node
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import StepLog
@@ -70,6 +71,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(deployment, "PATIENCE_S", 0.4)
     monkeypatch.setattr(deployment, "RETRY_S", (0.05, 0.2))
     monkeypatch.setattr(build_deploy, "SCRAPE_S", 0.3)
+    monkeypatch.setattr(node, "GPU_INTERVAL_S", 0.01)  # a window of 50 ms needs some readings
 
 
 @pytest.fixture
@@ -166,7 +168,9 @@ def test_a_server_that_comes_back_with_another_block_size_is_left_alone_until_it
     stub.at(14, block_size=16)
     events = run(windows=20)
     errors = [str(error) for error, _ in events.of("detached")]
-    assert "another one" in errors[0] and any("trained for KV block size 16" in error for error in errors)
+    assert any("another one" in error for error in errors) and any(
+        "trained for KV block size 16" in error for error in errors
+    )
     assert all(clock_mhz is None for _, clock_mhz in events.of("detached"))
     assert run.last_window_is_controlled()
 
@@ -176,7 +180,9 @@ def test_a_server_that_comes_back_with_another_model_is_left_alone_until_it_fits
     stub.at(14, model="tiny")
     events = run(windows=20)
     errors = [str(error) for error, _ in events.of("detached")]
-    assert "other; they were" in errors[0] and any("trained for model tiny" in error for error in errors)
+    assert any("other; they were" in error for error in errors) and any(
+        "trained for model tiny" in error for error in errors
+    )
     assert run.last_window_is_controlled()
 
 
