@@ -74,6 +74,8 @@ def attach(
             limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
         spec = _spec(target, folder, gpus, cache, limiter)
         check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
+        if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
+            logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
         policy: Policy = folder.policy(spec)
         if trial is not None:
