@@ -29,7 +29,7 @@ from fuel_ray.objective import Energy
 from fuel_ray.policies.canary import Canary
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import Node, NodeSpec, Policy
+from fuel_ray.types import Knobs, Node, NodeSpec, Policy
 
 MISS_PRICE_J = 200.0  # as in training
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
@@ -117,12 +117,18 @@ def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
     slo, tuned = folder.codec.slo, folder.manifest.tuned_static
     if config.max_wait_s is None:
         config = replace(config, max_wait_s=slo.ttft_s or slo.e2e_s)
-    if config.fallback is None and tuned is not None:
+    if config.fallback is None and tuned is not None and _can_be_set(Knobs(**tuned), spec):
         config = replace(config, fallback=f"{tuned['batch_limit']}@{tuned['gpu_clock_mhz']}")
     drift = None
     if config.drift:
         drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
     return Guard(config.rules(slo, spec), drift=drift)
+
+
+def _can_be_set(knobs: Knobs, spec: NodeSpec) -> bool:
+    """Whether the node has these knobs; its one clock, if it has one, is not chosen."""
+    clocks, (lowest, highest) = spec.gpu_clocks_mhz, spec.batch_limits
+    return lowest <= knobs.batch_limit <= highest and (len(clocks) == 1 or knobs.gpu_clock_mhz in clocks)
 
 
 def _saving(folder: PolicyFolder, spec: NodeSpec) -> Callable[[StepRecord], float | None]:

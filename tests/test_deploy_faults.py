@@ -112,7 +112,7 @@ class Run:
         (self.gpu,) = nvml.gpus
         self.limit_file = tmp_path / "limit"
         folder = read_policy(write_policy(tmp_path / "policy", best=LOW))
-        target = Target(
+        self.target = Target(
             server=stub.url,
             gpu_ids=("0",),
             limit_file=self.limit_file,
@@ -122,7 +122,7 @@ class Run:
             allow_mismatch=False,
             guard=GuardConfig(fallback="16@1500"),
         )
-        self._attach = lambda: attach(target, folder, interval_s=0.05)
+        self._attach = lambda: attach(self.target, folder, interval_s=0.05)
         self.events = Events(self.gpu)
 
     def __call__(self, *, windows):
@@ -140,6 +140,19 @@ class Run:
 @pytest.fixture
 def run(stub, nvml, tmp_path):
     return Run(stub, nvml, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "fallback"),
+    [((16, 1500), (16, 1500)), ((64, 1500), (32, 1980)), ((16, 1001), (32, 1980)), (None, (32, 1980))],
+)
+def test_the_fallback_is_the_tuned_pair_where_the_node_has_it(run, stub, tmp_path, tuned, fallback):
+    knobs = None if tuned is None else {"batch_limit": tuned[0], "gpu_clock_mhz": tuned[1]}
+    folder = read_policy(write_policy(tmp_path / "tuned", best=LOW, tuned_static=knobs))
+    run._attach = lambda: attach(replace(run.target, guard=GuardConfig()), folder, interval_s=0.05)
+    stub.script[6] = [stub.restart]
+    (stale,) = [r for r in run(windows=9).of("measured") if r.verdict.reasons == ("stale",)]
+    assert stale.applied == Knobs(*fallback)
 
 
 def test_a_server_that_restarts_costs_a_window_and_nothing_is_made_of_its_counters(run, stub):
