@@ -29,7 +29,7 @@ from fuel_ray.objective import Energy
 from fuel_ray.policies.canary import Canary
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import Node, NodeSpec, Policy
+from fuel_ray.types import Knobs, Node, NodeSpec, Policy
 
 MISS_PRICE_J = 200.0  # as in training
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
@@ -74,6 +74,8 @@ def attach(
             limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
         spec = _spec(target, folder, gpus, cache, limiter)
         check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
+        if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
+            logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
         policy: Policy = folder.policy(spec)
         if trial is not None:
@@ -85,7 +87,7 @@ def attach(
     return Attached(
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=policy,
-        check=_server_check(client, cache),
+        check=_server_check(client, spec, target.server),
         saved_j=_saving(folder, spec),
     )
 
@@ -115,12 +117,18 @@ def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
     slo, tuned = folder.codec.slo, folder.manifest.tuned_static
     if config.max_wait_s is None:
         config = replace(config, max_wait_s=slo.ttft_s or slo.e2e_s)
-    if config.fallback is None and tuned is not None:
+    if config.fallback is None and tuned is not None and _can_be_set(Knobs(**tuned), spec):
         config = replace(config, fallback=f"{tuned['batch_limit']}@{tuned['gpu_clock_mhz']}")
     drift = None
     if config.drift:
         drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
     return Guard(config.rules(slo, spec), drift=drift)
+
+
+def _can_be_set(knobs: Knobs, spec: NodeSpec) -> bool:
+    """Whether the node has these knobs; its one clock, if it has one, is not chosen."""
+    clocks, (lowest, highest) = spec.gpu_clocks_mhz, spec.batch_limits
+    return lowest <= knobs.batch_limit <= highest and (len(clocks) == 1 or knobs.gpu_clock_mhz in clocks)
 
 
 def _saving(folder: PolicyFolder, spec: NodeSpec) -> Callable[[StepRecord], float | None]:
@@ -188,11 +196,18 @@ def _cache(client: MetricsClient) -> CacheConfig:
     return cache
 
 
-def _server_check(client: MetricsClient, expected: CacheConfig) -> Callable[[], None]:
+def _server_check(client: MetricsClient, spec: NodeSpec, server: str) -> Callable[[], None]:
+    """Raises PolicyError where there is another server at the same address."""
+    expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
+
     def check() -> None:
-        found = _cache(client)
+        cache = _cache(client)
+        found = cache.block_size, cache.num_gpu_blocks, served_model(server)
         if found != expected:
-            raise PolicyError(f"the server is another one: {found}, it was {expected}")
+            raise PolicyError(
+                "the server is another one: block size, blocks and model are "
+                f"{', '.join(map(str, found))}; they were {', '.join(map(str, expected))}"
+            )
 
     return check
 

@@ -89,9 +89,9 @@ class Guard:
     def _loads(self, window: WindowMetrics) -> dict[Reason, float]:
         """How near each bound is: above 1 it is passed, below 0.5 it is calm."""
         rules, found = self._rules, dict[Reason, float]()
-        if rules.max_wait_s is not None:
+        if rules.max_wait_s:
             found["wait"] = window.oldest_wait_s / rules.max_wait_s
-        if rules.max_waiting is not None:
+        if rules.max_waiting:
             found["queue"] = window.waiting / rules.max_waiting
         if rules.slo is not None:
             found["latency"] = self._latency.update(window) / 2

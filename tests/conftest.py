@@ -28,3 +28,10 @@ def two_hosts():
         with Hosts(2) as hosts:
             patch.setenv("RAY_ADDRESS", hosts.address)
             yield hosts
+
+
+def pytest_collection_modifyitems(items):
+    """What starts real servers, clusters or trainings may take longer than pyproject.toml's timeout."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("slow", "vllm", "cluster")):
+            item.add_marker(pytest.mark.timeout(1800))

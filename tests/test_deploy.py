@@ -86,6 +86,12 @@ def test_without_clock_control_the_policy_chooses_among_limits_at_the_highest_cl
     assert "reset" not in gpu.calls
 
 
+def test_a_deployment_that_can_set_nothing_says_so(stub, gpu, policy, tmp_path, caplog):
+    _, lines, _ = deploy(stub, policy, tmp_path, "--clock-control", "off")
+    assert "this only watches" in caplog.text
+    assert {line["applied"]["batch_limit"] for line in lines} == {32}
+
+
 def test_a_canary_reports_the_measured_difference(stub, gpu, policy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fuel_ray.policies.canary.WASHOUT_S", 0.0)
     flags = ["--canary", "0.5", "--canary-block-s", "1", "--max-steps", "42"]

@@ -72,21 +72,25 @@ class Faults:
 
 
 class Watch:
-    """Looks ten times a second whether a clock is locked although nobody has measured for long."""
+    """Looks ten times a second how long a clock has been locked although nobody has measured."""
 
-    def __init__(self, gpu, folder):
-        self.gpu, self.folder, self.unsafe_s, self.stop = gpu, folder, [], threading.Event()
-        self.can_set = lambda: True
+    def __init__(self, gpu, folder, can_set):
+        self.gpu, self.folder, self.can_set = gpu, folder, can_set
+        self.unsafe_s, self.resident_mb, self.stop = [], [], threading.Event()
 
     def run(self):
-        last, since_s = None, time.monotonic()
+        good, since_s = 0, time.monotonic()
+        began_s = since_s
         while not self.stop.wait(0.1):
             path = next(self.folder.glob("out/deploy-*/steps.jsonl"), None)
-            good = path.read_text().count('"reward"') if path else 0
-            if good != last or not self.can_set():
-                last, since_s = good, time.monotonic()
-            if time.monotonic() - since_s > SAFE_S and self.gpu.locked_mhz is not None:
-                self.unsafe_s.append(time.monotonic() - since_s)
+            before, good = good, path.read_text().count('"reward"') if path else 0
+            now_s = time.monotonic()
+            if good != before or self.gpu.locked_mhz is None or not self.can_set():
+                since_s = now_s
+            if now_s - since_s > SAFE_S:
+                self.unsafe_s.append(now_s - since_s)
+            if now_s - began_s > 60.0 * len(self.resident_mb):
+                self.resident_mb.append(round(resources()[0]))
 
 
 def resources():
@@ -95,6 +99,9 @@ def resources():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a signal amid psutil's open()
 def test_a_soak_ends_with_everything_given_back_and_every_window_accounted_for(tmp_path, monkeypatch, capsys):
     state = tmp_path / "state"
     monkeypatch.setenv("FUEL_RAY_STATE_DIR", str(state))
@@ -106,8 +113,8 @@ def test_a_soak_ends_with_everything_given_back_and_every_window_accounted_for(t
     with serving(TrafficStub()) as stub:
         faults = Faults(stub, nvml, tmp_path, state)
         _fill_disks(monkeypatch, faults)
-        watch = Watch(gpu, tmp_path)
-        watch.can_set = lambda: nvml.privileged and not gpu.lost and not faults.full_disk
+        can_set = lambda: nvml.privileged and not gpu.lost and not faults.full_disk  # noqa: E731
+        watch = Watch(gpu, tmp_path, can_set)
         rng = np.random.default_rng(SEED)
         threads = [
             threading.Thread(target=faults.run, args=(SECONDS,), kwargs={"rng": rng}),
@@ -135,6 +142,7 @@ def test_a_soak_ends_with_everything_given_back_and_every_window_accounted_for(t
         figures = {name: summary[name] for name in ("windows", "lost_windows", "lost_lines", "overruled")}
         print(f"\nsoak {SECONDS:g} s, seed {SEED}: {figures}, faults {faults.count}")
         print(f"MB, threads, files: {before} before, {resources()} after; unsafe {watch.unsafe_s[:3]}")
+        print(f"resident MB each minute, stub and pytest included: {watch.resident_mb}")
         print(f"decision p50 {summary['decision']['p50_s']}, p99 {summary['decision']['p99_s']} s")
     assert end.value.code == 128 + signal.SIGTERM
     assert gpu.locked_mhz is None and not (tmp_path / "limit").exists()

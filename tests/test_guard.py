@@ -33,6 +33,11 @@ def test_without_rules_nothing_is_overruled():
     assert reasons(checked(Guard(), bad)) == [()] and checked(Guard(), bad)[0].knobs == LOW
 
 
+def test_a_bound_of_zero_leaves_its_rule_out():
+    waiting = replace(CALM, oldest_wait_s=9.0, waiting=9)
+    assert reasons(checked(Guard(Rules(max_wait_s=0.0, max_waiting=0)), waiting)) == [()]
+
+
 @pytest.mark.parametrize(
     ("rules", "trouble", "reason"),
     [
