@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ import pytest
 
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.types import Knobs
+from tests.test_lease import FAKE_PYNVML
 from tests.test_node_contract import simulated
 
 pytestmark = pytest.mark.ray
@@ -208,6 +210,34 @@ def test_what_a_node_has_started_ends_with_its_killed_actor(two_hosts, tmp_path)
     (pid,) = [pid for host in two_hosts.hosts for pid in actors_of(host)]
     os.kill(pid, signal.SIGKILL)
     assert server.wait(20) is None or not server.is_running()
+    node.close()
+
+
+def test_clocks_are_given_back_when_the_actor_that_pinned_them_is_killed(two_hosts, tmp_path):
+    (tmp_path / "pynvml.py").write_text(FAKE_PYNVML)
+    log = tmp_path / "nvml.log"
+
+    def build(gpu_ids):
+        os.environ.update(FAKE_NVML_LOG=str(log), FUEL_RAY_STATE_DIR=str(tmp_path / "state"))
+        sys.path.insert(0, str(tmp_path))
+        from fuel_ray.live.lease import ClockLease
+        from fuel_ray.live.nvml import Gpus
+
+        node = simulated()
+        node.gpus = Gpus(["GPU-0"])
+        node.lease = ClockLease(node.gpus.uuids)
+        node.lease.renew()
+        node.gpus.pin(1200)
+        return node
+
+    node = remote_node(build)
+    assert "set GPU-0" in log.read_text() and "reset GPU-0" not in log.read_text()
+    (pid,) = [pid for host in two_hosts.hosts for pid in actors_of(host)]
+    os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + 30
+    while "reset GPU-0" not in log.read_text():
+        assert time.monotonic() < deadline_s, "the clock stays pinned"
+        time.sleep(0.1)
     node.close()
 
 

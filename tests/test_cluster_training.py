@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,3 +124,19 @@ def test_two_nodes_make_the_rollouts_of_a_trial(two_hosts, tmp_path):
     kill(two_hosts.hosts[:1], "ray::NodeActor")
     training.end()
     assert training.results()[-1][0] >= STEPS
+
+
+def test_a_run_in_storage_goes_on_on_a_machine_that_has_not_its_folder(two_hosts, tmp_path):
+    storage = ["--storage", f"file://{tmp_path}/shared"]
+    training = Training(tmp_path, *storage)
+    training.wait_for(3)
+    training.process.kill()
+    training.process.wait()
+    name = training.run_dir.name
+    shutil.rmtree(tmp_path / "results")
+    resumed = Training(tmp_path, "--resume", f"results/{name}", *storage)
+    resumed.end()
+    assert (tmp_path / "shared" / name / "policies/block_16/weights.safetensors").is_file()
+    (path,) = tmp_path.glob(f"shared/{name}/tune/*/result.json")
+    steps = [json.loads(line)["num_env_steps_sampled_lifetime"] for line in path.read_text().splitlines()]
+    assert steps[-1] == STEPS and min(steps) < STEPS

@@ -98,7 +98,11 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_its_head_restarted(clus
 def results(cluster):
     """Env steps of each training result."""
     paths = list(cluster.home("fuelt1").glob("interrupted/*/tune/*/result.json"))
-    return [json.loads(line)["num_env_steps_sampled_lifetime"] for p in paths for line in p.open()]
+    return [
+        json.loads(line)["num_env_steps_sampled_lifetime"]
+        for p in paths
+        for line in p.read_text().splitlines()
+    ]
 
 
 def wait_for_results(cluster, count):

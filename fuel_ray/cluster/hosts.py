@@ -66,8 +66,19 @@ def _running_here() -> str | None:
 
 
 def driver_resource() -> dict[str, float]:
-    """What binds a task or a trial to this machine, whose disk has the run's files."""
-    return {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    """What binds a task or a trial to this machine, whose disk has the run's files.
+
+    The head is named as such: a run may be resumed when it has another address.
+
+    Raises:
+        ConfigError: Ray has no core on this machine to run them.
+    """
+    own_id = ray.get_runtime_context().get_node_id()
+    own = next(host["Resources"] for host in ray.nodes() if host["NodeID"] == own_id)
+    if own.get("CPU", 0) < 1:
+        raise ConfigError("Ray has no CPU here for trials: start it with --num-cpus=2, or give --storage")
+    head = "node:__internal_head__"
+    return {head if head in own else f"node:{ray.util.get_node_ip_address()}": 0.001}
 
 
 def num_nodes(gpus: int = 0) -> int:

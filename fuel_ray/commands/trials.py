@@ -93,21 +93,9 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
         )
         tuner._local_tuner._run_config.callbacks = callbacks
     else:
-        tuner = tune.Tuner(
-            FastDqn,
-            param_space=space,
-            tune_config=tune.TuneConfig(max_concurrent_trials=1 if config.node == "live" else None),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=folder,
-                stop={"num_env_steps_sampled_lifetime": config.steps},
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
-                failure_config=tune.FailureConfig(max_failures=_restarts(config)),
-                callbacks=callbacks,
-                progress_reporter=progress_table(),
-                verbose=1 if config.node == "ray" else 0,
-            ),
-        )
+        one = tune.TuneConfig(max_concurrent_trials=1 if config.node == "live" else None)
+        settings = _run_settings(config, folder, callbacks)
+        tuner = tune.Tuner(FastDqn, param_space=space, tune_config=one, run_config=settings)
     results = tuner.fit()
     for error in results.errors:
         raise FuelRayError(f"training failed: {reason(error)}")
@@ -115,6 +103,21 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
     if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
         raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far
     return trained
+
+
+def _run_settings(config: LearnConfig, folder: str, callbacks: list[tune.Callback]) -> tune.RunConfig:
+    """Of a new run; on a cluster a trial that lost its process or nodes goes on from its last checkpoint."""
+    on_cluster = config.node == "ray"
+    return tune.RunConfig(
+        name="tune",
+        storage_path=folder,
+        stop={"num_env_steps_sampled_lifetime": config.steps},
+        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
+        failure_config=tune.FailureConfig(max_failures=config.node_failures if on_cluster else 0),
+        callbacks=callbacks,
+        progress_reporter=progress_table(),
+        verbose=1 if on_cluster else 0,
+    )
 
 
 def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
@@ -204,11 +207,6 @@ def _node_bundles(config: LearnConfig) -> list[dict[str, float]]:
     gpus = gpus_per_node(config)
     bundle = {NODE_RESOURCE: 1.0, "GPU": float(gpus)} if gpus else {NODE_RESOURCE: 1.0}
     return [bundle] * config.nodes_per_trial
-
-
-def _restarts(config: LearnConfig) -> int:
-    """How often a trial whose process or whose nodes were lost goes on from its last checkpoint."""
-    return config.node_failures if config.node == "ray" else 0
 
 
 def _trained(result: Any) -> Trained:
