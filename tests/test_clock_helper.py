@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -177,6 +178,44 @@ class FakeCredentials:
 
     def unpack(self, raw):
         return 1, 1234, 1234
+
+
+AS_ANOTHER_USER = """
+import os, sys
+sys.path[:] = [path for path in sys.path if path]
+from pathlib import Path
+from fuel_ray.live.clock_client import ClockClient
+os.setgid(65534)
+os.setuid(65534)
+try:
+    ClockClient(Path(sys.argv[1])).pin("GPU-0", 990)
+    print("pinned")
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("mode", "uids", "answer"),
+    [
+        (0o660, {65534}, "Permission denied"),
+        (0o666, set(), "user 65534 may not set clocks here"),
+        (0o666, {65534}, "pinned"),
+    ],
+)
+def test_the_kernel_says_who_asks(gpus, mode, uids, answer):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        helper = Helper(Path(folder) / "clocks.sock", uids=frozenset(uids))
+        try:
+            helper.path.chmod(mode)
+            command = [sys.executable, "-c", AS_ANOTHER_USER, str(helper.path)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        finally:
+            helper.close()
+    assert answer in done.stdout, done.stderr
+    assert gpus[0].locked_mhz is None and (gpus[0].calls == ["reset"]) == (answer == "pinned")
 
 
 def test_a_lease_works_through_the_helper_and_unlock_too(gpus, helper, capsys, tmp_path, monkeypatch):
