@@ -83,7 +83,8 @@ class Deployment:
         """Control until ``max_steps`` windows are over; by default until a signal ends the process.
 
         Raises:
-            NodeError: clocks or limit could not be given back at the end.
+            NodeError: the node could not be set or measured at first, or clocks or limit could not be given
+                back at the end.
         """
         attached = first
         while True:
@@ -93,7 +94,7 @@ class Deployment:
                     self._control(attached, max_steps)
                 return
             except (NodeError, PolicyError) as error:
-                if self._over(max_steps):
+                if not self._step or self._over(max_steps):
                     raise
                 self._observer.detached(error)
             attached = self._attached_again()

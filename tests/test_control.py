@@ -10,7 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from fuel_ray.build import build_env, build_loop
-from fuel_ray.config import PRESETS
+from fuel_ray.config import PRESETS, GuardConfig
 from fuel_ray.control import ControlLoop, run_policy
 from fuel_ray.errors import NodeError
 from fuel_ray.guard import Guard, Rules
@@ -187,3 +187,12 @@ def test_the_loop_drives_a_simulated_node():
     loop.reset(seed=0)
     record = loop.step(Knobs(500, 1234))  # neither is supported as it is
     assert record.applied == Knobs(128, 1230) == record.metrics.knobs
+
+
+def test_training_has_the_guard_of_a_deployment_in_its_plant():
+    guard = GuardConfig(floor_mhz=1500, max_wait_s=1e-9, release_s=0.0)
+    env = build_env(replace(PRESETS["default"], guard=guard), [16])
+    env.reset(seed=0)
+    lowest = env.codec.grid.encode(Knobs(128, env.codec.grid.gpu_clocks_mhz[0]))
+    clocks = {env.step(np.int64(lowest))[4]["gpu_clock_mhz"] for _ in range(100)}
+    assert clocks == {1500, 1980}, "the floor, and the shield while a request waits"

@@ -253,6 +253,13 @@ def test_a_permission_that_is_revoked_stops_control_and_its_return_brings_it_bac
     assert any("run as root" in error for error in errors) and run.last_window_is_controlled()
 
 
+def test_a_driver_that_refuses_at_first_ends_the_deployment_with_its_words(run, nvml):
+    nvml.privileged = False  # as under a hypervisor: nothing says so beforehand
+    with pytest.raises(NodeError, match="run as root"):
+        run(windows=5)
+    assert run.events.of("detached") == [] and not run.limit_file.exists()
+
+
 def test_clocks_that_were_left_locked_are_not_taken_for_clocks_that_are_left_alone(
     run, nvml, monkeypatch, state_folder
 ):
