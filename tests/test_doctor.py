@@ -42,7 +42,7 @@ def lines(capsys):
 
 def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
-    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
     command = vllm()
     flags = ["--vllm", command, "--block-sizes", "16", "32", "--out", str(tmp_path / "not/yet")]
     assert main(["doctor", *flags]) == 0
@@ -70,7 +70,7 @@ def test_block_sizes_that_no_node_can_serve_fail(vllm, capsys, monkeypatch):
 
 def test_clocks_that_may_not_be_set_are_a_note(vllm, capsys, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
-    monkeypatch.setattr("fuel_ray.live.nvml._holds_sys_admin", lambda proc: False)
+    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: False)
     assert main(["doctor", "--vllm", vllm()]) == 0
     mark, text = lines(capsys)["clocks"]
     assert mark == "note" and "SYS_ADMIN" in text
