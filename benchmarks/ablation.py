@@ -22,7 +22,7 @@ from fuel_ray.arena.episodes import HELD_OUT_SEED
 from fuel_ray.arena.runs import Runs
 from fuel_ray.arena.scenarios import SCENARIOS, SloName
 from fuel_ray.build import build_codec
-from fuel_ray.commands.trials import averaged, run_trials
+from fuel_ray.commands.trials import averaged, run_trials, start_ray
 from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.policies.baselines import Static
 from fuel_ray.policies.learned import LearnedPolicy
@@ -105,6 +105,7 @@ def main() -> None:
         config = replace(
             VARIANTS[name], steps=given.steps, train=replace(VARIANTS[name].train, average_results=1)
         )
+        start_ray(config)
         with tempfile.TemporaryDirectory() as folder:
             (trained,) = run_trials(config, Path(folder))
         ends = {"": averaged(trained.results, last=3)[-1].arrays}

@@ -23,7 +23,7 @@ from fuel_ray.arena.runs import Runs
 from fuel_ray.arena.scenarios import INTERACTIVE
 from fuel_ray.build import build_codec, build_loop
 from fuel_ray.codec import SEED_FEATURES
-from fuel_ray.commands.trials import Trained, run_trials
+from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.policies.baselines import Score
 from fuel_ray.policies.learned import LearnedPolicy
@@ -82,6 +82,7 @@ class Row:
 def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) -> Iterator[Row]:
     """Train once and evaluate at every size."""
     config = replace(config, block_sizes=sizes, steps=given.steps)
+    start_ray(config)
     with tempfile.TemporaryDirectory() as folder:
         (trained,) = run_trials(config, Path(folder))
     for size in sizes:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 
@@ -31,8 +32,8 @@ def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         change = [row["vs_tuned_static_pct"] for row in own]
         low = [c - (row["vs_tuned_static_low"] or c) for c, row in zip(change, own, strict=True)]
         high = [(row["vs_tuned_static_high"] or c) - c for c, row in zip(change, own, strict=True)]
-        bars = axes.errorbar(change, height, xerr=[low, high], fmt="none", capsize=2, linewidth=1)
-        colour = bars[2][0].get_color()[0]
+        colour = colormaps["tab20"](2 * k % 20 + 2 * k // 20)
+        axes.errorbar(change, height, xerr=[low, high], fmt="none", capsize=2, linewidth=1, ecolor=colour)
         for x, y, filled in zip(change, height, kept, strict=True):
             axes.plot(x, y, "o", color=colour, markersize=5, markerfacecolor=colour if filled else "white")
         axes.plot([], [], "o", color=colour, label=policy)
@@ -43,5 +44,5 @@ def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("change of energy per request in % (hollow: misses the SLO that tuned static keeps)")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, loc="upper right")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
