@@ -1,7 +1,7 @@
 """One scenario: tune everybody on training seeds, evaluate everybody on held-out ones."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fuel_ray.workload import parse_workload
 
 LIMITS_SCARCE, LIMITS_AMPLE = (24, 32, 40, 48, 64), (48,)  # with ample KV the limit moves energy by 0.1 %
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
+CHOSEN = "chosen: learned or static"  # by ``choose``
 HALVINGS = 3  # of the distance between settings
 TABLE_BUDGET = 30  # runs spent on single moves
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
@@ -112,6 +113,8 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     for contender in _contenders(contest, practice.slos[slo], spec, static):
         policies[contender.name], settings[contender.name] = tuned(contender, practice, slo, share=share)
     rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
+    chosen = choose(practice, slo, {name: policies[name] for name in _deployable(contest)}, share=share)
+    rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen and contest.policies]
     if contest.oracle:
         rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
     return {
@@ -122,9 +125,20 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
         "static": asdict(static),
         "table": {"rates_rps": table.rates_rps, "clocks_mhz": [k.gpu_clock_mhz for k in table.knobs]},
         "settings": settings,
+        "chosen": chosen,
         "rows": rows,
         "frontier": frontier(alone, slo, {static.batch_limit, spec.batch_limits[-1]}),
     }
+
+
+def _deployable(contest: Contest) -> tuple[str, ...]:
+    return ("tuned static", *(folder.name for folder in contest.policies))
+
+
+def choose(practice: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
+    """The name of the policy that ranks best on the tuning seeds: what would be deployed."""
+    ranks = {name: practice.score(policy, slo, share=share).rank(share) for name, policy in policies.items()}
+    return min(ranks, key=lambda name: ranks[name])
 
 
 def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence[int]) -> tuple[Knobs, float]:
