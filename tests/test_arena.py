@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.arena.cell import tuned
+from fuel_ray.arena.cell import CHOSEN, choose, tuned
 from fuel_ray.arena.contenders import Contender
 from fuel_ray.arena.runs import Runs, score_of
 from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, promise, scenarios_of, serving
@@ -93,6 +93,14 @@ def test_tuning_halves_the_distance_to_the_setting_where_the_promise_breaks():
     policy, setting = tuned(contender, Practice(), "a", share=0.97)
     assert setting == pytest.approx(1.3125)  # 1.5, 1.25 breaks, 1.375, 1.3125
     assert policy.knobs.gpu_clock_mhz == 1312
+
+
+def test_what_would_be_deployed_is_chosen_on_the_tuning_seeds():
+    clocks = {"tuned static": 1500, "good": 1400, "breaks": 900}
+    policies = {name: Static(Knobs(1, clock_mhz)) for name, clock_mhz in clocks.items()}
+    assert choose(Practice(), "a", policies, share=0.97) == "good"
+    del policies["good"]
+    assert choose(Practice(), "a", policies, share=0.97) == "tuned static"
 
 
 def test_a_contender_without_a_choice_is_not_run():
@@ -202,12 +210,8 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
     (run / "cells/steady-60.interactive.json").unlink()
     assert main(["arena", "--resume", str(run)]) == 0
     after = json.loads((run / "cells/steady-60.interactive.json").read_text())
-    assert {row["policy"] for row in after["rows"]} == {
-        "max performance",
-        "tuned static",
-        "load table",
-        "mine",
-    }
+    ran = {"max performance", "tuned static", "load table", "mine", CHOSEN}
+    assert {row["policy"] for row in after["rows"]} == ran
     assert "1 to do" in capsys.readouterr().out
     assert {**before, "wall_s": 0} == {**after, "wall_s": 0}
 
