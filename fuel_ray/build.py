@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,11 @@ from fuel_ray.workload import parse_workload
 # Mean output and prompt length for which the energy reward's reference is computed
 _REFERENCE_SEQS, _REFERENCE_CONTEXT = 16, 16 * 700
 _SCALE_EPISODES = 20
+# What a generalist is trained on: KV pools (tokens; None: the pack's) with the highest rate of each, which is
+# a little beyond what the pool serves within the SLO; TPOT limits; prices of a miss
+_POOLS = ((14_000, 8.0), (26_000, 14.0), (None, 24.0))
+_TPOTS_S = (0.0095, 0.011, 0.0125, 0.015, 0.018, 0.021, 0.03, 0.05)
+_PRICES_J = (10.0, 30.0, 70.0, 150.0, 300.0, 700.0, 1500.0, 4000.0)
 
 Settings = TypeVar("Settings", bound=ServingConfig)
 
@@ -191,6 +197,8 @@ def _random_episodes(
 ) -> tuple[Codec, NodeSpec, Iterator[Iterator[WindowMetrics]]]:
     """Windows of the twin under random actions, and the codec of fixed scales for them."""
     plain = replace(twin_of(config), normalisation="fixed")
+    if config.generalist:
+        plain = replace(plain, workload=f"mixed:high_rps={dict(_POOLS).get(config.kv_tokens, 14.0)}")
     rng = np.random.default_rng(config.seed)
     steps = config.train.episode_steps
     loop = build_loop(plain, kv_block_size, horizon_s=float(steps + 1), random_start=True)
@@ -244,8 +252,28 @@ def build_loop(
 def build_env(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
     """A training environment over these block sizes; episodes begin at a random point of the workload."""
     steps, failures = config.train.episode_steps, config.node_failures if config.node == "ray" else 1
+    if config.generalist:
+        return _any_load(config, block_sizes)
     loops = [build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes]
     return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=failures)
+
+
+def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
+    """Loads, pools, TPOT limits and prices in every combination; combinations on one pool share its node."""
+    steps = config.train.episode_steps
+    loops, codecs = [], []
+    for size, (kv_tokens, high_rps) in product(block_sizes, _POOLS):
+        own = replace(config, kv_tokens=kv_tokens)
+        node = build_node(own, size, horizon_s=float(steps + 1), workload=f"mixed:high_rps={high_rps}")
+        codec = build_codec(config, node.spec)
+        for tpot_s, price_j in product(_TPOTS_S, _PRICES_J):
+            told = replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j)
+            objective = build_objective(told)
+            if isinstance(objective, Energy):  # rewards of one size, whatever the price
+                objective = replace(objective, scale_w=objective.scale_w * (1.0 + price_j / 200.0))
+            loops.append(ControlLoop(node, objective, guard=Guard(config.guard.rules(told.slo, node.spec))))
+            codecs.append(replace(codec, slo=told.slo, miss_price_j=price_j))
+    return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs)
 
 
 def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:

@@ -13,6 +13,8 @@ VERBS = {
     "train": ("train", "TrainVerbConfig", "train one policy per KV block size"),
     "evaluate": ("evaluate", "EvaluateConfig", "compare policies on a simulated or a live node"),
     "profile": ("profile", "ProfileConfig", "measure a node for `calibrate`: steps, prefills, idle power"),
+    "arena": ("arena", "ArenaConfig", "compare every policy on every workload, with intervals"),
+    "recommend": ("recommend", "RecommendConfig", "name the block size and policy to deploy for a load"),
     "validate": ("validate", "ValidateConfig", "compare the simulator with recorded traces"),
     "calibrate": ("calibrate", "CalibrateConfig", "fit a calibration pack from a profile of your server"),
     "benchmark": (

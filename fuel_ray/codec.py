@@ -21,6 +21,7 @@ class Context:
     spec: NodeSpec
     slo: Slo
     arrival_rate_ewma_rps: float
+    miss_price_j: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,17 @@ def _wait_of_slo(w: WindowMetrics, c: Context) -> float:
 def _inference_of_slo(w: WindowMetrics, c: Context) -> float:
     limit_s = c.slo.e2e_s or c.slo.ttft_s
     return sum(w.e2es_s) / len(w.e2es_s) / limit_s if w.e2es_s and limit_s else 0.0
+
+
+def _token_gap_of_slo(w: WindowMetrics, c: Context) -> float:
+    """Time between a request's tokens while the window lasted, by the TPOT limit."""
+    if not w.output_tokens or c.slo.tpot_s is None:
+        return 0.0
+    return w.running * w.duration_s / w.output_tokens / c.slo.tpot_s
+
+
+def _free_kv_tokens(w: WindowMetrics, c: Context) -> float:
+    return (1.0 - w.kv_usage) * (c.spec.num_kv_blocks or 0) * c.spec.kv_block_size
 
 
 FEATURES: dict[str, Feature] = {
@@ -67,6 +79,18 @@ FEATURES: dict[str, Feature] = {
     "arrival_rate": Feature(20.0, lambda w, c: w.arrivals / w.duration_s),
     "arrival_rate_ewma": Feature(20.0, lambda w, c: c.arrival_rate_ewma_rps),
     "oldest_wait": Feature(1.0, _wait_of_slo),
+    # What a policy for any load and promise needs
+    "running_of_capacity": Feature(1.0, lambda w, c: w.running / c.spec.batch_limits[-1]),
+    "waiting_of_capacity": Feature(1.0, lambda w, c: w.waiting / c.spec.batch_limits[-1]),
+    "arrival_rate_trend": Feature(
+        1.0, lambda w, c: 0.5 + (w.arrivals / w.duration_s - c.arrival_rate_ewma_rps) / 20.0
+    ),
+    "prompt_token_throughput": Feature(20_000.0, lambda w, c: w.prompt_tokens / w.duration_s),
+    "output_token_throughput": Feature(8_000.0, lambda w, c: w.output_tokens / w.duration_s),
+    "free_kv_tokens": Feature(26_000.0, _free_kv_tokens),
+    "token_gap": Feature(2.0, _token_gap_of_slo),
+    "tpot_limit": Feature(5.0, lambda w, c: math.log((c.slo.tpot_s or 0.05) / 0.005)),
+    "miss_price": Feature(10.0, lambda w, c: math.log1p(c.miss_price_j)),
     # GreenDLS's four (llm/src/scheduler.py): 10 x value, rounded to 3 places
     "greendls_power": Feature(0.1, lambda w, c: round(w.energy_j / w.duration_s / 250, 4), high=100.0),
     "greendls_wait": Feature(0.1, lambda w, c: round(min(_wait_of_slo(w, c), 1.0), 4), high=10.0),
@@ -74,6 +98,11 @@ FEATURES: dict[str, Feature] = {
     "greendls_rate": Feature(0.1, lambda w, c: round(w.arrivals / w.duration_s / 10, 4), high=100.0),
 }
 SEED_FEATURES = tuple(FEATURES)[:10]
+PRICED_FEATURES = (
+    "running_of_capacity", "waiting_of_capacity", "kv_usage", "free_kv_tokens", "arrival_rate_ewma",
+    "arrival_rate_trend", "prompt_token_throughput", "output_token_throughput", "token_gap", "gpu_clock",
+    "oldest_wait", "tpot_limit", "miss_price",
+)  # fmt: skip
 GREENDLS_FEATURES = tuple(name for name in FEATURES if name.startswith("greendls_"))
 DEFAULT_FEATURES = (*SEED_FEATURES, "arrival_rate_ewma", "gpu_clock", "oldest_wait")
 
@@ -187,6 +216,7 @@ class Codec:
     grid: ActionGrid
     slo: Slo
     running_scale: RunningScale | None = None  # fixed scales of the feature table if None
+    miss_price_j: float = 0.0  # what the policy is told that a missed limit costs
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.features if name not in FEATURES]
@@ -218,6 +248,7 @@ class Codec:
             grid=ActionGrid(tuple(raw["grid"]["batch_limits"]), tuple(raw["grid"]["gpu_clocks_mhz"])),
             slo=Slo(**raw["slo"]),
             running_scale=RunningScale(**scale) if scale else None,
+            miss_price_j=float(raw.get("miss_price_j", 0.0)),
         )
 
 
@@ -240,6 +271,18 @@ class ArrivalRate:
         return rate_rps
 
 
+def smoothed_rates(arrivals: np.ndarray, *, window_s: float = 1.0) -> list[float]:
+    """What ``ArrivalRate`` says after each of these windows."""
+    share = -math.expm1(-window_s / EWMA_S)
+    rates: list[float] = []
+    for count in arrivals.tolist():
+        rate_rps = count / window_s
+        if rates:
+            rate_rps = rates[-1] + (rate_rps - rates[-1]) * share
+        rates.append(rate_rps)
+    return rates
+
+
 class Encoder:
     """A codec at work on one node: remembers the arrival rate of the last seconds."""
 
@@ -256,7 +299,9 @@ class Encoder:
 
     def encode(self, window: WindowMetrics) -> np.ndarray:
         """The observation after a window: (features,) float32 within the codec's bounds."""
-        context = Context(self._spec, self._codec.slo, self._arrival_rate.update(window))
+        context = Context(
+            self._spec, self._codec.slo, self._arrival_rate.update(window), self._codec.miss_price_j
+        )
         values = []
         for feature in self._features:
             value = (feature.value(window, context) or 0.0) / feature.scale

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fuel_ray.codec import DEFAULT_FEATURES, SEED_FEATURES, GridName, parse_knobs
+from fuel_ray.codec import DEFAULT_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
 from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Rules
 from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
-Preset = Literal["default", "seed"]
+Preset = Literal["default", "seed", "generalist"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
 
@@ -44,18 +44,26 @@ class TrainConfig:
     """Rewards summed before bootstrapping."""
     hidden: tuple[int, ...] = (128, 128)
     """Units per hidden layer."""
-    head: Literal["joint", "additive"] = "additive"
-    """Advantages: free per (limit, clock), or the sum of one per limit and one per clock."""
+    head: Literal["joint", "additive", "smooth"] = "additive"
+    """Advantages: free per (limit, clock); one per limit plus one per clock; so, and smooth in the clock."""
     epsilon_initial: float = 1.0
     """Share of random actions at the start."""
     epsilon_final: float = 0.05
     """Share of random actions at the end."""
     epsilon_share: float = 0.5
     """Share of the training over which random actions fall from epsilon_initial to epsilon_final."""
+    priority: float = 0.6
+    """Exponent of the temporal-difference error in drawing from the replay buffer; 0 draws uniformly."""
+    lr_final_share: float = 0.1
+    """Step size at the end, as a share of lr; it falls linearly."""
+    hold_steps: int = 1
+    """Mean number of windows for which a random action is held."""
     target_update_updates: int = 200
     """Updates between copies of the network into the target network."""
     iterations: int = 16
     """Training results, each with a checkpoint."""
+    average_results: int = 1
+    """A policy is the average of the weights at this many results up to the chosen one."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class ServingConfig:
     """A node, the load that it serves and what is promised."""
 
     preset: Preset = "default"
-    """default: what we recommend. seed: 187 actions, 10 features, GreenDLS reward, mean e2e within 10 s."""
+    """default: one policy per load. generalist: one for any load and promise. seed: seed.md to the letter."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     node: NodeKind = "sim"
@@ -216,6 +224,8 @@ class LearnConfig(ServingConfig):
     """One policy for all block sizes, which it sees as a feature."""
     start_from: Path | None = None
     """Policy folder whose weights training begins with, such as one that was trained on the twin."""
+    generalist: bool = False
+    """Train on random loads, KV pools, TPOT limits and prices of a miss; the price is then tuned."""
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
@@ -258,8 +268,28 @@ SEED_PRESET = SweepConfig(
         epsilon_final=0.1,
     ),
 )
+GENERALIST_PRESET = SweepConfig(
+    preset="generalist",
+    steps=700_000,
+    generalist=True,
+    features=PRICED_FEATURES,
+    grid_clock_step_mhz=15,
+    train=TrainConfig(
+        gamma=0.93,
+        n_step=5,
+        lr_final_share=0.05,
+        head="smooth",
+        hold_steps=6,
+        iterations=10,
+        average_results=3,
+    ),
+)
 _ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings
-PRESETS: dict[str, SweepConfig] = {"default": SweepConfig(), "seed": SEED_PRESET}
+PRESETS: dict[str, SweepConfig] = {
+    "default": SweepConfig(),
+    "seed": SEED_PRESET,
+    "generalist": GENERALIST_PRESET,
+}
 
 Serving = TypeVar("Serving", bound=ServingConfig)
 
@@ -270,7 +300,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+    return {key: _text(value) for key, value in items}
+
+
+def _text(value: Any) -> Any:
+    """Paths as text, alone or in a tuple; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_text, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def load_config(path: Path, *, base: Serving) -> Serving:
@@ -320,7 +357,8 @@ def _changes(config_class: type, raw: dict[str, Any], source: str) -> dict[str, 
         if not _fits(value, kind):
             raise ConfigError(f"{source}: {key} is {value!r}; allowed is {kind}")
         is_path = isinstance(value, str) and Path in (kind, *typing.get_args(kind))
-        changes[key] = Path(value) if is_path else value
+        paths = isinstance(value, tuple) and Path in typing.get_args(kind)
+        changes[key] = tuple(map(Path, value)) if paths else Path(value) if is_path else value
     return changes
 
 

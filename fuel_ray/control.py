@@ -32,6 +32,11 @@ class ControlLoop:
         self._last: WindowMetrics | None = None
         self._step = 0
 
+    @property
+    def guarded(self) -> bool:
+        """Whether the guard may override a policy."""
+        return not self._guard.passive
+
     def reset(self, *, seed: int) -> WindowMetrics:
         """Start the node afresh and measure a first window at maximum performance."""
         self.node.reset(seed=seed)

@@ -34,9 +34,19 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and type)
 
-    def __init__(self, loops: Sequence[ControlLoop], codec: Codec, *, steps: int, failures: int = 1) -> None:
+    def __init__(
+        self,
+        loops: Sequence[ControlLoop],
+        codec: Codec,
+        *,
+        steps: int,
+        failures: int = 1,
+        codecs: Sequence[Codec] = (),
+    ) -> None:
+        """``codecs``, one per loop, may differ from ``codec`` in their promises; not in features or grid."""
         self.codec = codec
-        self._loops = [(loop, Encoder(codec, loop.node.spec)) for loop in loops]
+        pairs = zip(loops, codecs or [codec] * len(loops), strict=True)
+        self._loops = [(loop, Encoder(own, loop.node.spec)) for loop, own in pairs]
         self._loop, self._encoder = self._loops[0]
         self._steps = steps
         self._step = 0

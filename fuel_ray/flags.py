@@ -49,14 +49,18 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("canary",), (0.001, 0.5)),
     **dict.fromkeys(("canary_block_s",), (1.0, 3600.0)),
     **dict.fromkeys(
-        ("grid_lowest_clock_share", "train.gamma", "train.epsilon_initial", "train.epsilon_final"), _SHARE
+        (
+            *("grid_lowest_clock_share", "train.gamma", "train.priority"),
+            *("train.epsilon_initial", "train.epsilon_final"),
+        ),
+        _SHARE,
     ),
     **dict.fromkeys(("max_num_seqs", "gpu_clocks_mhz", "live.vocab_size"), _COUNT),
     **dict.fromkeys(("episodes", "steps_per_episode"), _COUNT),
     **dict.fromkeys(("batches", "contexts", "prompts", "output_tokens", "windows"), _COUNT),
     "node_wait_s": (0.0, 86_400.0),
     **dict.fromkeys(("live.request_timeout_s", "live.start_timeout_s"), (1.0, 86_400.0)),
-    **dict.fromkeys(("train.lr", "train.epsilon_share"), (1e-9, 1.0)),
+    **dict.fromkeys(("train.lr", "train.epsilon_share", "train.lr_final_share"), (1e-9, 1.0)),
     **dict.fromkeys(
         (f"train.{f.name}" for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])),
         _COUNT,

@@ -44,6 +44,11 @@ class Guard:
         self._drift = drift
         self.reset()
 
+    @property
+    def passive(self) -> bool:
+        """Whether it has no rule to overrule a policy by."""
+        return self._rules == Rules() and self._drift is None
+
     def reset(self) -> None:
         """Forget the past."""
         self._now_s, self._changed_s, self._calm_since_s = 0.0, -math.inf, -math.inf

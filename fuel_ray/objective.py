@@ -14,6 +14,14 @@ class Objective(Protocol):
     def reward(self, window: WindowMetrics) -> float: ...
 
 
+class Unscored:
+    """For loops whose rewards nobody reads."""
+
+    def reward(self, window: WindowMetrics) -> float:
+        """Nothing."""
+        return 0.0
+
+
 def greendls_reward(delay_ms: float, energy_mj: float, slo_target_ms: float, k: float = GREENDLS_K) -> float:
     """GreenDLS: k delay / energy within the SLO, SLO - delay (ms) beyond it.
 

@@ -13,7 +13,7 @@ LAYERS = [
     ("types", "errors"),
     (
         *("metrics", "objective", "codec", "drift", "guard", "estimate", "stats", "workload", "sim"),
-        *("policies.baselines", "policies.canary", "policies.network", "policies.replay"),
+        *("policies.baselines", "policies.canary", "policies.network", "policies.replay", "policies.sampler"),
     ),
     ("control",),
     (
@@ -29,6 +29,7 @@ LAYERS = [
         "cluster",
     ),
     ("config", "flags", "build", "build_live", "build_deploy", "build_cluster"),
+    ("arena",),
     ("commands",),
     ("cli", "__main__"),
 ]
@@ -41,7 +42,7 @@ HOMES = {
     "gymnasium": ("env",),
     "numba": ("sim",),
     "safetensors": ("policies.learned",),
-    "matplotlib": ("commands.report_figures",),
+    "matplotlib": ("commands.report_figures", "arena.figures"),
     "pandas": ("commands",),
     "tyro": ("flags", "commands"),
     "fsspec": ("record",),

@@ -333,14 +333,14 @@ def toy(policy):
 
 
 def test_the_oracle_finds_the_lowest_clock_of_each_segment():
-    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.0, stride=4, budget=60)
-    assert all(0 <= clock - best <= 30 for clock, best in zip(found.clocks_mhz, BEST_MHZ, strict=True))
+    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.0, strides=(4, 2))
+    assert all(0 <= clock - best <= 30 for clock, best in zip(found.clocks_mhz[5::10], BEST_MHZ, strict=True))
     (result,) = toy(found)
     assert result.mean_badness == 0.0
 
 
 def test_the_oracle_spends_the_misses_that_are_allowed():
-    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.25, budget=60)
+    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.25)
     (result,) = toy(found)
     assert 0.2 < result.mean_badness <= 0.25
     assert result.energy_j.sum() < toy(Static(Knobs(64, 1500)))[0].energy_j.sum()
@@ -379,17 +379,22 @@ def make_voltana(spec, tpot_s=0.014):
     return VoltanaLlm(models, ttft_s=1.0, tpot_s=tpot_s, batch_limit=128, kv_tokens=tokens)
 
 
-def test_voltana_lowers_the_clock_at_low_load():
-    low, high = steady_clock(make_voltana, 2)[0], steady_clock(make_voltana, 14)[0]
-    assert low < 1200 and high > low + 100
+def test_voltana_follows_the_load_from_the_lowest_clock_to_the_highest():
+    # 200 s with a TPOT limit of 14 ms gave 1006, 1198, 1587 and 1939 MHz
+    clocks = [steady_clock(make_voltana, rate_rps, steps=200) for rate_rps in (2, 11, 14, 20)]
+    means = [mean for mean, _ in clocks]
+    assert means == sorted(means) and means[0] < 1050 and means[-1] > 1850
+    tpots_s = [tpot_s for record in clocks[2][1] for tpot_s in record.metrics.tpots_s]
+    assert 0.010 < np.mean(tpots_s) < 0.014
 
 
-def test_dwell_makes_voltana_switch_less():
+def test_dwell_makes_voltana_switch_less_than_half_as_often():
     def switches(make):
-        clocks = [record.applied.gpu_clock_mhz for record in steady_clock(make, 8)[1]]
+        clocks = [record.applied.gpu_clock_mhz for record in steady_clock(make, 11, steps=200)[1]]
         return sum(a != b for a, b in itertools.pairwise(clocks))
 
-    assert switches(lambda spec: Dwell(make_voltana(spec), dwell_s=5.0)) < 0.8 * switches(make_voltana)
+    # 60 against 158 in 200 s: of two switches, the way down has to wait
+    assert switches(lambda spec: Dwell(make_voltana(spec), dwell_s=5.0)) < 0.5 * switches(make_voltana)
 
 
 def test_feedback_finds_a_lower_clock_at_low_load():
@@ -443,7 +448,7 @@ def simulated(seeds, *, slo=SLO, workload="piecewise:rates=2@60+16@60"):
 
 def test_the_oracle_beats_every_fixed_clock_where_the_load_changes():
     run = simulated([5], slo=Slo(ttft_s=1.0, tpot_s=0.016))
-    found = find_schedule(run, CLOCKS, segment_s=20.0, batch_limit=128, allowed=0.05, stride=8, budget=10)
+    found = find_schedule(run, CLOCKS, segment_s=20.0, batch_limit=128, allowed=0.05, strides=(8,))
     fixed = [run(Static(Knobs(128, clock)))[0] for clock in CLOCKS[::8]]
     (result,) = run(found)
     kept = [t.energy_j.sum() for t in fixed if t.mean_badness <= 0.05]

@@ -9,28 +9,27 @@ from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.cell import LIMITS_SCARCE, TABLE_STRIDE, tune_static_pair
+from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS, run_episode
+from fuel_ray.arena.runs import Runs
 from fuel_ray.build import build_codec, build_loop, build_spec
 from fuel_ray.codec import parse_knobs
 from fuel_ray.config import LearnConfig, ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.flags import parse_serving
-from fuel_ray.metrics import EpisodeTotals, latency
-from fuel_ray.policies.baselines import LoadTable, Score, Scorer, Static, tune_load_table, tune_static
+from fuel_ray.policies.baselines import LoadTable, Score, Static, find_load_table
+from fuel_ray.policies.baselines.profile import allowed_badness
 from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest
 from fuel_ray.record import new_folder, origin, step_line, summary_fields, write_csv, write_json, write_lines
 from fuel_ray.stats import paired_ratio
-from fuel_ray.types import Knobs, NodeSpec, Policy, RequestRecords
+from fuel_ray.types import Knobs, NodeSpec, Policy
 from fuel_ray.workload import parse_workload
 
 logger = logging.getLogger(__name__)
 
-EPISODE_S = 1200  # one period of the default workload
-DRAIN_S = 120  # windows after the last arrival in which requests may finish
-TUNING_SEEDS = tuple(range(1_000, 1_008))
-HELD_OUT_SEED = 2_000_000_000  # first of the held-out seeds; no training or tuning seed is one of them
-STATIC_LIMITS = (24, 32, 40, 48, 64)
-TABLE_ROWS = 8
+_ASKED = "asked"  # the promise of the settings
+_LOG_PRICES = (1.5, 2.0, 2.3, 2.6, 2.9, 3.2, 3.5)  # log10 of the prices of a miss that are tried, in J
 
 
 @dataclass(frozen=True)
@@ -206,23 +205,41 @@ def _static(text: str, spec: NodeSpec) -> Static:
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds."""
-    score = _scorer(config, kv_block_size, workload)
-    score_static = _scorer(config, kv_block_size, workload, interval_s=60.0)  # nothing changes in between
-    spec = build_spec(config, kv_block_size)
-    static = tune_static(score_static, spec, share=config.tune_share, limits=STATIC_LIMITS)
-    peak_rps = 2.0 * parse_workload(workload).mean_rate_rps
-    rates = [peak_rps * row / TABLE_ROWS for row in range(1, TABLE_ROWS)]
-    table = tune_load_table(score, spec, share=config.tune_share, start=static, rates_rps=rates)
+    practice = _practice(config, kv_block_size, workload)
+    static, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
+    table = find_load_table(
+        practice.runner(_ASKED),
+        practice.loop.node.spec.gpu_clocks_mhz,
+        batch_limit=static.batch_limit,
+        allowed=allowed_badness(config.slo, share),
+        stride=TABLE_STRIDE,
+    )
     return Tuned(static, table)
 
 
-def score_weights(config: LearnConfig, block_sizes: Sequence[int], arrays: Mapping[str, np.ndarray]) -> Score:
-    """What the policy with these weights does on the tuning seeds, averaged over block sizes."""
+def score_weights(
+    config: LearnConfig, block_sizes: Sequence[int], arrays: Mapping[str, np.ndarray]
+) -> tuple[Score, float]:
+    """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
+
+    A policy that was trained for many prices of a miss is scored at the best of a few; others are told none.
+    """
+    prices_j = [10.0**x for x in _LOG_PRICES] if "miss_price" in config.features else [0.0]
+    scores = {price_j: _score_at(config, block_sizes, arrays, price_j) for price_j in prices_j}
+    best = min(scores, key=lambda price_j: scores[price_j].rank(config.tune_share))
+    return scores[best], best
+
+
+def _score_at(
+    config: LearnConfig, block_sizes: Sequence[int], arrays: Mapping[str, np.ndarray], miss_price_j: float
+) -> Score:
     scores = []
     for size in block_sizes:
         spec = build_spec(config, size)
-        policy = LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
-        scores.append(_scorer(config, size, config.workload)(policy))
+        codec = replace(build_codec(config, spec), miss_price_j=miss_price_j)
+        policy = LearnedPolicy(arrays, codec, spec, head=config.train.head)
+        practice = _practice(config, size, config.workload)
+        scores.append(practice.score(policy, _ASKED, share=config.tune_share))
     return Score(
         energy_j_per_request=float(np.mean([score.energy_j_per_request for score in scores])),
         slo_attainment=min(score.slo_attainment for score in scores),
@@ -290,30 +307,6 @@ def _progress(row: Mapping[str, Any]) -> str:
     )
 
 
-def run_episode(
-    loop: ControlLoop,
-    policy: Policy,
-    *,
-    seed: int,
-    seconds: float = EPISODE_S,
-    observe: Callable[[StepRecord], None] | None = None,
-) -> tuple[EpisodeTotals, RequestRecords]:
-    """Let a policy serve ``seconds`` of arrivals and then drain the queue; totals and request records."""
-    totals = EpisodeTotals()
-    policy.reset()
-    window = loop.reset(seed=seed)
-    totals.add(window)
-    while totals.seconds < seconds + DRAIN_S:
-        if totals.seconds >= seconds and not window.running and not window.waiting:
-            break
-        record = loop.step(policy.decide(window))
-        window = record.metrics
-        totals.add(window)
-        if observe is not None:
-            observe(record)
-    return totals, loop.node.take_records()
-
-
 def _persistently(
     config: ServingConfig,
     loop: ControlLoop,
@@ -356,8 +349,8 @@ def _evaluate(
         if lines is not None:
             lines.append(step_line(record, time_s=float(record.step), labels=labels))
 
-    totals, records = run_episode(loop, policy, seed=labels["seed"], seconds=seconds, observe=observe)
-    return summary_fields(totals.summary(records, config.slo))
+    episode = run_episode(loop, policy, seed=labels["seed"], seconds=seconds, observe=observe)
+    return summary_fields(episode.totals.summary(episode.records, config.slo))
 
 
 def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Policy]:
@@ -369,30 +362,7 @@ def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Po
     }
 
 
-def _scorer(config: LearnConfig, kv_block_size: int, workload: str, *, interval_s: float = 1.0) -> Scorer:
-    """Scores a policy on a workload, pooled over the tuning seeds."""
-    loop = build_loop(
-        config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload, interval_s=interval_s
-    )
-
-    def score(policy: Policy) -> Score:
-        energy_j = requests = kept = 0.0
-        for seed in TUNING_SEEDS:
-            totals, records = run_episode(loop, policy, seed=seed)
-            energy_j += totals.energy_j
-            requests += totals.arrivals
-            kept += _kept(records, config)
-        return Score(energy_j / requests, kept / requests)
-
-    return score
-
-
-def _kept(records: RequestRecords, config: LearnConfig) -> float:
-    """Requests that kept the SLO; for a promise on means, a number whose share passes if it is kept."""
-    slo = config.slo
-    if slo.share is not None:
-        return float(records.keeps(slo).sum())
-    pairs = ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s))
-    means = [(latency(values).mean_s, limit) for values, limit in pairs if limit]
-    ratios = [limit / mean_s for mean_s, limit in means if mean_s]
-    return len(records) * min(1.0, config.tune_share * min(ratios, default=1.0))
+def _practice(config: LearnConfig, kv_block_size: int, workload: str) -> Runs:
+    """The tuning seeds of a workload."""
+    loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
+    return Runs(loop, seeds=TUNING_SEEDS, seconds=EPISODE_S, slos={_ASKED: config.slo})

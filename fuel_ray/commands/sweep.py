@@ -6,16 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fuel_ray.arena.episodes import HELD_OUT_SEED
 from fuel_ray.build import twin_of
 from fuel_ray.build_cluster import gpus_per_node
 from fuel_ray.cluster.hosts import num_nodes
-from fuel_ray.commands.evaluate import (
-    HELD_OUT_SEED,
-    Evaluation,
-    Tuned,
-    evaluate_block_size,
-    tune_baselines,
-)
+from fuel_ray.commands.evaluate import Evaluation, Tuned, evaluate_block_size, tune_baselines
 from fuel_ray.commands.report import summary_table, write_report
 from fuel_ray.commands.train import in_parallel, parse_run, policy_folder, prepare, resumable, train_policies
 from fuel_ray.config import SweepConfig

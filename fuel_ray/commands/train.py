@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import ray
 
+from fuel_ray.arena.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
 from fuel_ray.cluster.hosts import answer_of, driver_resource
-from fuel_ray.commands.evaluate import EPISODE_S, TUNING_SEEDS, score_weights
+from fuel_ray.commands.evaluate import score_weights
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
@@ -134,7 +135,7 @@ def train_policies(config: LearnConfig, run_dir: Path) -> None:
     curve = []
     for trial in trained:
         ranked = []
-        for result, score in zip(trial.results, scores, strict=False):
+        for k, (result, (score, price_j)) in enumerate(zip(trial.results, scores, strict=False)):
             curve.append(
                 {
                     "block_size": "/".join(map(str, trial.block_sizes)),
@@ -144,8 +145,9 @@ def train_policies(config: LearnConfig, run_dir: Path) -> None:
                     "slo_attainment": score.slo_attainment,
                 }
             )
-            ranked.append(score.rank(config.tune_share))
-        _save(config, run_dir, trial, ranked.index(min(ranked)))
+            ranked.append((score.rank(config.tune_share), k, price_j))
+        _, best, price_j = min(ranked)
+        _save(config, run_dir, trial, best, miss_price_j=price_j)
     write_csv(run_dir / "learning.csv", curve)
 
 
@@ -243,9 +245,11 @@ def _engine(config: LearnConfig) -> dict[str, Any]:
     return {"engine": engine, "unsupported": unsupported}
 
 
-def _save(config: LearnConfig, run_dir: Path, trial: Trained, best: int) -> None:
+def _save(
+    config: LearnConfig, run_dir: Path, trial: Trained, best: int, *, miss_price_j: float = 0.0
+) -> None:
     """Write a policy folder."""
     size = trial.block_sizes[0]
     manifest = build_manifest(config, trial.block_sizes, read_json(run_dir / "run.json")["engine"])
-    codec = build_codec(config, build_spec(config, size))
+    codec = replace(build_codec(config, build_spec(config, size)), miss_price_j=miss_price_j)
     save_policy(policy_folder(config, run_dir, size), trial.results[best].arrays, codec, manifest)

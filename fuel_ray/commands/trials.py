@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class Checkpointed:
 
     env_steps: int
     reward: float | None  # mean per window of the training episodes, with their random actions
-    arrays: dict[str, np.ndarray]  # the Q network, by the names of ``network.q_values``
+    arrays: dict[str, np.ndarray]  # of ``checkpoint.q_network``
 
 
 def start_ray(config: LearnConfig) -> None:
@@ -144,11 +144,19 @@ def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
         updates_per_round=settings.updates_per_round,
         total_steps=config.steps,
         node_bundles=_node_bundles(config),
+        make_env=_make_env if config.node == "sim" else None,
+        num_envs=settings.num_envs,
+        hold_steps=settings.hold_steps,
+        priority=settings.priority,
+        lr_final_share=settings.lr_final_share,
+        epsilon_initial=settings.epsilon_initial,
+        epsilon_final=settings.epsilon_final,
+        epsilon_share=settings.epsilon_share,
     )
     dqn.environment(_ENV_NAME, env_config={"config": _learning_settings(config), "block_sizes": block_sizes})
     dqn.env_runners(
         num_env_runners=0,
-        num_envs_per_env_runner=settings.num_envs,
+        num_envs_per_env_runner=1 if config.node == "sim" else settings.num_envs,
         rollout_fragment_length=settings.fragment_steps,
         gym_env_vectorize_mode="vector_entry_point" if config.nodes_per_trial > 1 else "sync",
     )
@@ -214,8 +222,23 @@ def _trained(result: Any) -> Trained:
         Checkpointed(row["env_steps"], row["reward"], _arrays(checkpoint))
         for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
     ]
-    sizes = tuple(result.config["env_config"]["block_sizes"])
-    return Trained(sizes, tuple(sorted(found, key=lambda c: c.env_steps)))
+    settings = result.config["env_config"]
+    found.sort(key=lambda checkpointed: checkpointed.env_steps)
+    last = settings["config"]["train"]["average_results"]
+    return Trained(tuple(settings["block_sizes"]), tuple(averaged(found, last=last)))
+
+
+def averaged(results: Sequence[Checkpointed], *, last: int) -> list[Checkpointed]:
+    """Each with the mean of its own weights and those just before it, ``last`` together.
+
+    Izmailov et al., UAI 2018: the average of what a noisy training passes through is better than its end.
+    """
+    means = []
+    for k, result in enumerate(results):
+        near = [r.arrays for r in results[max(0, k + 1 - last) : k + 1]]
+        arrays = {name: np.asarray(np.mean([a[name] for a in near], axis=0)) for name in result.arrays}
+        means.append(replace(result, arrays=arrays))
+    return means
 
 
 def _arrays(checkpoint: tune.Checkpoint) -> dict[str, np.ndarray]:

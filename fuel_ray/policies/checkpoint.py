@@ -10,6 +10,7 @@ from fuel_ray.errors import PolicyError
 
 MODULE_STATE = Path("learner_group/learner/rl_module/default_policy/module_state.pkl")
 MAX_BYTES = 2**28
+_TARGET = "_target_q."
 
 # All that numpy's arrays in a dict need; the module is numpy.core before numpy 2
 _ALLOWED = {
@@ -36,7 +37,9 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def q_network(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The Q network of a checkpoint, by the names of ``network.q_values``.
+    """The target network of a checkpoint: the average of the last Q networks, by their parameters' names.
+
+    A checkpoint without one gives the Q network itself.
 
     Raises:
         PolicyError: there is none, or its file holds more than arrays.
@@ -47,7 +50,9 @@ def q_network(checkpoint: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
         with path.open("rb") as file:
             state = _ArraysOnly(file).load()
-        arrays = {name[2:]: np.asarray(array) for name, array in state.items() if name.startswith("q.")}
+        prefix = _TARGET if any(name.startswith(_TARGET) for name in state) else "q."
+        found = {name: array for name, array in state.items() if name.startswith(prefix)}
+        arrays = {name.removeprefix(prefix): np.asarray(array) for name, array in found.items()}
     except (OSError, ValueError, TypeError, AttributeError, EOFError, KeyError, IndexError) as error:
         raise PolicyError(f"{path}: {error}") from error
     except (pickle.UnpicklingError, ImportError, MemoryError, RecursionError) as error:

@@ -6,7 +6,7 @@ optimiser, checkpoints, callbacks and Tune are RLlib's. It needs one local learn
 fastest on a small machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,25 +27,31 @@ from ray.tune import PlacementGroupFactory
 
 from fuel_ray.env import NODE_FAILURE
 from fuel_ray.policies.replay import Batch, ReplayBuffer
+from fuel_ray.policies.sampler import Env, Exploration, Sampler
 
 
 class FastDqnConfig(DQNConfig):
-    """DQNConfig with the number of updates per round of sampling and the length of the training."""
+    """DQNConfig with what the loop below needs to know besides."""
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or FastDqn)
         self.updates_per_round = 8
         self.total_steps = 100_000
         self.lr_final_share = 0.1
+        self.priority = 0.6
         self.node_bundles: list[dict[str, float]] = []
+        self.make_env: Callable[[Any], Env] | None = None
+        self.num_envs, self.hold_steps = 32, 1
+        self.epsilon_initial, self.epsilon_final, self.epsilon_share = 1.0, 0.05, 0.5
 
-    def fast(
-        self, *, updates_per_round: int, total_steps: int, node_bundles: Sequence[dict[str, float]] = ()
-    ) -> "FastDqnConfig":
-        """Set what DQNConfig does not know; ``node_bundles`` are resources of actors that a trial makes."""
-        self.updates_per_round = updates_per_round
-        self.total_steps = total_steps
-        self.node_bundles = list(node_bundles)
+    def fast(self, **settings: Any) -> "FastDqnConfig":
+        """Set what DQNConfig does not know, by the names of ``__init__``.
+
+        ``node_bundles`` are resources of actors that a trial makes. With ``make_env`` the loop samples
+        ``num_envs`` environments of its own, and RLlib's runner only says what the spaces are.
+        """
+        for name, value in settings.items():
+            setattr(self, name, value)
         return self
 
 
@@ -64,29 +70,56 @@ class FastDqn(DQN):
         return PlacementGroupFactory([*request.bundles, *config["node_bundles"]], strategy=request.strategy)
 
     def setup(self, config: Any) -> None:
-        """RLlib's hook: build everything, then the replay buffer."""
+        """RLlib's hook: build everything, then the environments and the replay buffer."""
         super().setup(config)
         c = self.config
+        self._sampler = None if c.make_env is None else self._own_sampler()
         self._buffer = ReplayBuffer(
             c.replay_buffer_config["capacity"],
             self.env_runner.module.observation_space.shape[0],
             gamma=c.gamma,
             n_step=c.n_step,
             rng=np.random.default_rng(c.seed),
+            alpha=c.priority,
         )
-        self._updates = 0
+
+    def _own_sampler(self) -> Sampler:
+        c, rng = self.config, np.random.default_rng(self.config.seed)
+        envs = [c.make_env(c.env_config) for _ in range(c.num_envs)]
+        actions = int(envs[0].action_space.n)
+        exploration = Exploration(len(envs), actions, hold_steps=c.hold_steps, rng=rng)
+        return Sampler(envs, exploration, seed=int(rng.integers(2**31)))
 
     def training_step(self) -> None:
         """One round: sample, update ``updates_per_round`` times, hand the weights to the sampler."""
         c = self.config
+        sampled = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
+        progress = min(sampled / c.total_steps, 1.0)
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            episodes, results = synchronous_parallel_sample(
-                worker_set=self.env_runner_group,
-                concat=True,
-                sample_timeout_s=c.sample_timeout_s,
-                _uses_new_env_runners=True,
-                _return_metrics=True,
-            )
+            if self._sampler is None:
+                self._sample_by_runner()
+            else:
+                self._sample(self._sampler, progress)
+        if len(self._buffer) < c.num_steps_sampled_before_learning_starts:
+            return
+        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+            figures = self._update(progress)
+        self.metrics.log_dict(figures, key=(LEARNER_RESULTS, DEFAULT_MODULE_ID), window=20)
+        if self._sampler is None:
+            with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+                self.env_runner_group.sync_weights(
+                    from_worker_or_learner_group=self.learner_group, inference_only=True
+                )
+
+    def _sample_by_runner(self) -> None:
+        """Live nodes, whose windows pass at the same time and may fail, are RLlib's runner's to step."""
+        episodes, results = synchronous_parallel_sample(
+            worker_set=self.env_runner_group,
+            concat=True,
+            sample_timeout_s=self.config.sample_timeout_s,
+            _uses_new_env_runners=True,
+            _return_metrics=True,
+        )
         self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
         for episode in episodes:
             steps = len(episode)
@@ -98,22 +131,39 @@ class FastDqn(DQN):
                     np.asarray(episode.get_actions())[:steps],
                     np.asarray(episode.get_rewards(), np.float32)[:steps],
                 )
-        if len(self._buffer) < c.num_steps_sampled_before_learning_starts:
-            return
-        sampled = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            figures = self._update(min(sampled / c.total_steps, 1.0))
-        self.metrics.log_dict(figures, key=(LEARNER_RESULTS, DEFAULT_MODULE_ID), window=20)
-        with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-            self.env_runner_group.sync_weights(
-                from_worker_or_learner_group=self.learner_group, inference_only=True
-            )
+
+    def _sample(self, sampler: Sampler, progress: float) -> None:
+        """Simulated nodes are stepped here, in a quarter of the time; counts what a runner counts."""
+        c = self.config
+        left = max(0.0, 1.0 - progress / c.epsilon_share)
+        epsilon = c.epsilon_final + (c.epsilon_initial - c.epsilon_final) * left
+        fragments = sampler.sample(self._greedy, steps=c.get_rollout_fragment_length(), epsilon=epsilon)
+        for fragment in fragments:
+            self._buffer.add(fragment.observations, fragment.actions, fragment.rewards)
+        infos = [info for fragment in fragments for info in fragment.infos]
+        steps = {NUM_ENV_STEPS_SAMPLED_LIFETIME: len(infos)}
+        self.metrics.log_dict(steps, key=ENV_RUNNER_RESULTS, reduce="lifetime_sum")
+        arrivals = sum(info["arrivals"] for info in infos)
+        figures = {
+            "reward": float(np.mean(np.concatenate([fragment.rewards for fragment in fragments]))),
+            "energy_j_per_request": sum(info["energy_j"] for info in infos) / max(arrivals, 1),
+            "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
+            "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
+        }
+        self.metrics.log_dict(figures, key=(ENV_RUNNER_RESULTS, "fuel"), window=20)
+
+    def _greedy(self, observations: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return np.asarray(self._module().q(torch.from_numpy(observations)).argmax(-1))
+
+    def _module(self) -> Any:
+        return self.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped()
 
     def _update(self, progress: float) -> dict[str, float]:
         """A round of gradient updates; ``progress`` through the training lowers the step size."""
         c = self.config
         learner = self.learner_group._learner
-        module = learner.module[DEFAULT_MODULE_ID].unwrapped()
+        module = self._module()
         ((_, optimizer),) = learner.get_optimizers_for_module(DEFAULT_MODULE_ID)
         for group in optimizer.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_final_share))
@@ -126,14 +176,18 @@ class FastDqn(DQN):
             torch.nn.utils.clip_grad_norm_(module.q.parameters(), 10.0)
             optimizer.step()
             self._buffer.set_priorities(batch.index, errors)
-            self._updates += 1
-            if self._updates % c.target_network_update_freq == 0:
-                module._target_q.load_state_dict(module.q.state_dict())
+            _follow(module._target_q, module.q, 1.0 / c.target_network_update_freq)
         return {
             "loss": float(loss),
             "td_error_mean": float(np.abs(errors).mean()),
             "learning_rate": group["lr"],
         }
+
+
+def _follow(target: torch.nn.Module, online: torch.nn.Module, share: float) -> None:
+    """Move the target network by this share of the way to the online one."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), share)
 
 
 def _loss(module: Any, batch: Batch) -> tuple[np.ndarray, torch.Tensor]:

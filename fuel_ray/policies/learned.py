@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from fuel_ray.codec import ActionGrid, Codec, Encoder
 from fuel_ray.errors import ConfigError, PolicyError
-from fuel_ray.policies.network import Head, q_values
-from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
+from fuel_ray.policies.network import Head, folded, q_values
+from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 FORMAT = 1
 MAX_JSON_BYTES = 2**20
@@ -50,11 +50,24 @@ class LearnedPolicy:
     """Takes the action of highest Q in every window; on an observe-only node, among those of its clock."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec, *, head: Head) -> None:
-        self._arrays = arrays
+        self._arrays = folded(arrays, clocks=len(codec.grid.gpu_clocks_mhz))
         self._head = head
         self._codec = codec
+        self._spec = spec
         self._encoder = Encoder(codec, spec)
         self._actions = _actions(codec.grid, spec)
+
+    @property
+    def priced(self) -> bool:
+        """Whether it was trained for many prices of a miss, so that one can be chosen."""
+        return "miss_price" in self._codec.features
+
+    def promising(self, slo: Slo, *, miss_price_j: float) -> "LearnedPolicy":
+        """The same policy, told another promise and price; limits that it knows none of stay as they were."""
+        own = self._codec.slo
+        told = replace(own, ttft_s=slo.ttft_s or own.ttft_s, tpot_s=slo.tpot_s or own.tpot_s)
+        codec = replace(self._codec, slo=told, miss_price_j=miss_price_j)
+        return LearnedPolicy(self._arrays, codec, self._spec, head=self._head)
 
     def reset(self) -> None:
         """Forget the past."""
@@ -62,7 +75,20 @@ class LearnedPolicy:
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """Knobs for the next window."""
-        q = q_values(self._arrays, self._encoder.encode(window), head=self._head)[self._actions]
+        return self.act(self.observe(window))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What it sees, by name."""
+        return self._codec.features
+
+    def observe(self, window: WindowMetrics) -> np.ndarray:
+        """What it sees of a window: (features,) float32."""
+        return self._encoder.encode(window)
+
+    def act(self, observation: np.ndarray) -> Knobs:
+        """The knobs of highest Q."""
+        q = q_values(self._arrays, observation, head=self._head)[self._actions]
         return self._codec.grid.decode(self._actions[int(q.argmax())])
 
 
@@ -171,7 +197,8 @@ def read_policy(folder: Path) -> PolicyFolder:
         _check_codec(codec)
         arrays = load_file(folder / "weights.safetensors")
         _expect(all(np.isfinite(array).all() for array in arrays.values()), "some weights are not finite")
-        q = q_values(arrays, np.zeros(len(codec.features), np.float32), head=manifest.head)
+        acting = folded(arrays, clocks=len(codec.grid.gpu_clocks_mhz))
+        q = q_values(acting, np.zeros(len(codec.features), np.float32), head=manifest.head)
         _expect(q.shape == (len(codec.grid),), f"weights for {q.shape} actions, not {len(codec.grid)}")
     except _MALFORMED as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error

@@ -5,15 +5,33 @@ from typing import Literal
 
 import numpy as np
 
-Head = Literal["joint", "additive"]
+Head = Literal["joint", "additive", "smooth"]
+BUMPS = 10  # that a smooth head has across the clocks
+
+
+def bumps(clocks: int) -> np.ndarray:
+    """Overlapping Gaussian bumps over the clock index: (clocks, bumps), rows of unit sum."""
+    centres = np.linspace(0.0, clocks - 1, BUMPS)
+    width = max((clocks - 1) / (BUMPS - 1), 0.5)
+    basis = np.exp(-0.5 * ((np.arange(clocks)[:, None] - centres) / width) ** 2)
+    return np.asarray(basis / basis.sum(axis=1, keepdims=True), np.float32)
+
+
+def folded(arrays: Mapping[str, np.ndarray], *, clocks: int) -> dict[str, np.ndarray]:
+    """The weights as ``q_values`` reads them: those of a smooth head become the additive head's it equals."""
+    kept = {name: array for name, array in arrays.items() if not name.startswith("clock_bumps.")}
+    for kind in ("weight", "bias"):
+        if f"clock_bumps.{kind}" in arrays:
+            kept[f"clock_advantage.{kind}"] = bumps(clocks) @ arrays[f"clock_bumps.{kind}"]
+    return kept
 
 
 def q_values(arrays: Mapping[str, np.ndarray], observation: np.ndarray, *, head: Head) -> np.ndarray:
     """Q of every action: (features,) -> (actions,).
 
     Args:
-        arrays: weights by name: ``trunk.{0,2,..}.{weight,bias}``, ``value.*`` and ``advantage.*`` or, for an
-        additive     head, ``limit_advantage.*`` and ``clock_advantage.*``.
+        arrays: weights by name: ``trunk.{0,2,..}.{weight,bias}``, ``value.*`` and ``advantage.*`` or, for all
+            but a joint head, ``limit_advantage.*`` and ``clock_advantage.*``.
         observation: (features,) float32.
         head: as the network was trained.
     """

@@ -13,14 +13,15 @@ from ray.rllib.utils.schedules.scheduler import Scheduler
 from torch import nn
 
 from fuel_ray.policies.learned import read_policy
-from fuel_ray.policies.network import Head
+from fuel_ray.policies.network import BUMPS, Head, bumps
 
 
 class DuelingQNet(nn.Module):
-    """State value plus advantages; an additive head learns one per limit and one per clock, and sums them.
+    """State value plus advantages; all heads but the joint one add one per limit and one per clock.
 
     Duelling: Wang et al., ICML 2016. Additive advantages share what is learned of a clock across limits
-    (Tavakoli et al., AAAI 2018, call the idea action branching).
+    (Tavakoli et al., AAAI 2018, call the idea action branching). A smooth head is an additive one whose
+    advantages of the clocks are sums of a few bumps.
     """
 
     def __init__(
@@ -34,21 +35,26 @@ class DuelingQNet(nn.Module):
             width = units
         self.trunk = nn.Sequential(*layers)
         self.value = nn.Linear(width, 1)
-        self.additive = head == "additive"
-        if self.additive:
-            self.limit_advantage = nn.Linear(width, limits)
-            self.clock_advantage = nn.Linear(width, clocks)
-        else:
+        self.head = head
+        if head == "joint":
             self.advantage = nn.Linear(width, limits * clocks)
+        else:
+            self.limit_advantage = nn.Linear(width, limits)
+        if head == "additive":
+            self.clock_advantage = nn.Linear(width, clocks)
+        elif head == "smooth":
+            self.clock_bumps = nn.Linear(width, BUMPS)
+            self.register_buffer("basis", torch.from_numpy(bumps(clocks).T.copy()), persistent=False)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """Q of every action: (batch, features) -> (batch, actions)."""
         hidden = self.trunk(observations)
-        if self.additive:
-            limits, clocks = self.limit_advantage(hidden), self.clock_advantage(hidden)
-            advantage = (limits.unsqueeze(-1) + clocks.unsqueeze(-2)).flatten(-2)
-        else:
+        if self.head == "joint":
             advantage = self.advantage(hidden)
+        else:
+            smooth = self.head == "smooth"
+            clocks = self.clock_bumps(hidden) @ self.basis if smooth else self.clock_advantage(hidden)
+            advantage = (self.limit_advantage(hidden).unsqueeze(-1) + clocks.unsqueeze(-2)).flatten(-2)
         q: torch.Tensor = self.value(hidden) + advantage - advantage.mean(-1, keepdim=True)
         return q
 

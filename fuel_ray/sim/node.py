@@ -5,7 +5,7 @@ import numpy as np
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.perf_model import Pack
-from fuel_ray.sim.scheduler import Engine, State, advance, new_state
+from fuel_ray.sim.scheduler import Engine, State, advance, advance_windows, new_state
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetrics
 from fuel_ray.workload import Workload
 
@@ -120,6 +120,27 @@ class SimulatedNode:
         until_s = s.clock[rules.NOW] + duration_s
         advance(s, self._engine, self._pack.perf, until_s, self._knobs.batch_limit, self._knobs.gpu_clock_mhz)
         return self._window(s, duration_s, before)
+
+    def arrivals_to_come(self, windows: int, *, window_s: float = 1.0) -> np.ndarray:
+        """How many requests will arrive in each of the next windows, whatever the knobs: (windows,)."""
+        s = self._running()
+        seen_s = s.time_s[:, rules.ARRIVAL] + self._pack.perf.frontend_in_s
+        ends_s = s.clock[rules.NOW] + window_s * np.arange(windows + 1)
+        return np.diff(np.searchsorted(seen_s, ends_s, side="right"))
+
+    def play(
+        self, batch_limits: np.ndarray, clocks_mhz: np.ndarray, *, at_least: int, window_s: float = 1.0
+    ) -> np.ndarray:
+        """Energy per window (J) under knobs known beforehand, as ``apply`` and ``measure`` would have it.
+
+        Ends with the knobs, or after ``at_least`` windows once nothing runs or waits. The clocks must be
+        supported. Three times as fast as window by window.
+        """
+        s, energy_j = self._running(), np.zeros(len(clocks_mhz))
+        ran = advance_windows(
+            s, self._engine, self._pack.perf, window_s, batch_limits, clocks_mhz, at_least, energy_j
+        )
+        return energy_j[:ran]
 
     def take_records(self) -> RequestRecords:
         """Records of the requests that finished since the last call, in order of finish."""

@@ -164,6 +164,30 @@ def advance(s: State, e: Engine, m: PerfModel, until_s: float, batch_limit: int,
     s.clock[OLDEST_WAIT] = _oldest_wait(s)
 
 
+@_compiled
+def advance_windows(
+    s: State,
+    e: Engine,
+    m: PerfModel,
+    window_s: float,
+    batch_limits: np.ndarray,
+    clocks_mhz: np.ndarray,
+    at_least: int,
+    energy_j: np.ndarray,
+) -> int:
+    """Let the engine run window after window under knobs that are known beforehand; returns how many ran.
+
+    Stops after ``at_least`` windows once nothing runs or waits. ``energy_j`` is filled per window.
+    """
+    for k in range(len(clocks_mhz)):
+        advance(s, e, m, s.clock[NOW] + window_s, batch_limits[k], clocks_mhz[k])
+        energy_j[k] = s.clock[ENERGY]
+        busy = s.count[RUNNING] + s.count[PREEMPTED] + s.count[ARRIVED] - s.count[ADMITTED]
+        if k + 1 >= at_least and busy == 0:
+            return k + 1
+    return len(clocks_mhz)
+
+
 @_inlined
 def _start_step(s: State, m: PerfModel, clock_mhz: int, stall_w: float) -> None:
     """Let the GPU work on the composed step as soon as the one before it is done and kernels arrive."""

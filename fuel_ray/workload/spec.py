@@ -15,6 +15,7 @@ from fuel_ray.workload.lengths import (
     Resampled,
     SharedPrefixes,
 )
+from fuel_ray.workload.mixed import Mixed
 from fuel_ray.workload.options import Options, as_number
 from fuel_ray.workload.synthetic import Synthetic
 from fuel_ray.workload.trace import (
@@ -42,6 +43,11 @@ class Workload(Protocol):
     @property
     def mean_rate_rps(self) -> float: ...
 
+    @property
+    def recorded(self) -> bool:
+        """Whether it is the same for every random generator, and differs only by where it begins."""
+        ...
+
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         """Requests of [start_s, start_s + duration_s) of the workload's own time, counted from start_s."""
         ...
@@ -62,11 +68,13 @@ def parse_workload(text: str) -> Workload:
     workload: Workload
     if name in _READERS or name in _EXCERPTS:
         workload = _replay(options)
+    elif name == "mixed":
+        workload = Mixed(options.text, options.number("high_rps", 13, low=0.001, high=10_000))
     elif name in _ARRIVALS:
         arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
         workload = Synthetic(options.text, arrivals, lengths, prefixes)
     else:
-        names = ", ".join((*_ARRIVALS, *_EXCERPTS, *_READERS))
+        names = ", ".join((*_ARRIVALS, "mixed", *_EXCERPTS, *_READERS))
         raise ConfigError(f"workload {name!r} is unknown; one of {names}")
     options.refuse_the_rest()
     return workload

@@ -27,6 +27,10 @@ class Synthetic:
     def mean_rate_rps(self) -> float:
         return self.arrivals.mean_rate_rps
 
+    @property
+    def recorded(self) -> bool:
+        return False
+
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         arrival_s = self.arrivals.sample(duration_s, rng=rng, start_s=start_s)
         n = len(arrival_s)

@@ -44,6 +44,10 @@ class Replay:
     def mean_rate_rps(self) -> float:
         return len(self.requests) / self.period_s
 
+    @property
+    def recorded(self) -> bool:
+        return True
+
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         recorded = self.requests
         arrival_s, index = repeated(recorded.arrival_s, self.period_s, duration_s=duration_s, start_s=start_s)

@@ -7,8 +7,8 @@ from fuel_ray.policies.baselines.feedback import Feedback
 from fuel_ray.policies.baselines.greendls import GreenDlsNet
 from fuel_ray.policies.baselines.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
 from fuel_ray.policies.baselines.oracle import find_load_table, find_schedule
-from fuel_ray.policies.baselines.static import ClockSchedule, LoadTable, Static
-from fuel_ray.policies.baselines.tuning import Score, Scorer, tune_load_table, tune_static
+from fuel_ray.policies.baselines.static import ClockSchedule, LoadTable, Planned, Static
+from fuel_ray.policies.baselines.tuning import Score, Scorer, tune_static
 from fuel_ray.policies.baselines.voltana import Dwell, VoltanaLlm
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Feedback",
     "GreenDlsNet",
     "LoadTable",
+    "Planned",
     "Score",
     "Scorer",
     "Static",
@@ -31,6 +32,5 @@ __all__ = [
     "fit_batches",
     "fit_steps",
     "token_limits",
-    "tune_load_table",
     "tune_static",
 ]

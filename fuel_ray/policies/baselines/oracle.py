@@ -17,35 +17,39 @@ def find_schedule(
     segment_s: float,
     batch_limit: int,
     allowed: float,
-    stride: int = 4,
-    budget: int = 24,
+    strides: Sequence[int] = (4,),
+    starts: Sequence[Sequence[int]] = (),
 ) -> ClockSchedule:
-    """The schedule of least energy found for exactly the arrivals that ``run`` plays.
+    """The schedule of least energy found for exactly the arrivals that ``run`` plays, in windows of 1 s.
 
-    A bound by search, not a proof: the best fixed clocks per segment by ``profile``, then ``budget`` moves of
-    single segments. FACTS.md, section 7: a local search over clock sequences beat the load table by at most
-    1.1 points.
+    A bound by search, not a proof: the best of the fixed clocks per segment by ``profile`` and of ``starts``,
+    improved by moving segments up and down.
 
     Args:
-        run: plays a policy against the arrivals that are known, windows of 1 s.
+        run: plays a policy against the arrivals that are known.
         supported_mhz: clocks of the GPU, ascending.
-        segment_s: seconds per clock.
+        segment_s: seconds that are moved together.
         batch_limit: in all windows.
         allowed: mean badness that keeps the SLO.
-        stride: places in ``supported_mhz`` between the clocks that are profiled.
-        budget: runs spent on moves of single segments.
+        strides: places in ``supported_mhz`` by which segments are moved, in turn; clocks are profiled as far
+            apart as the first.
+        starts: clocks per window, such as those that other policies chose.
     """
-    clocks, traces = profile(run, _every(supported_mhz, stride), batch_limit=batch_limit)
+    clocks, traces = profile(run, _every(supported_mhz, strides[0]), batch_limit=batch_limit)
 
     def cell_of(t: Trace) -> np.ndarray:
         return (np.arange(len(t.energy_j)) / segment_s + 1e-9).astype(int)
 
-    make = partial(ClockSchedule, segment_s=segment_s, batch_limit=batch_limit)
-    grid = grid_of(clocks, traces, cell_of)
+    by_segment = partial(ClockSchedule, segment_s=segment_s, batch_limit=batch_limit)
+    coarse = Attempts(run, by_segment, allowed=allowed)
+    coarse.bisect_price(grid_of(clocks, traces, cell_of))
+    make = partial(ClockSchedule, segment_s=1.0, batch_limit=batch_limit)
     attempts = Attempts(run, make, allowed=allowed)
-    attempts.bisect_price(grid)
-    attempts.descend(supported_mhz, stride=stride, budget=budget // 2)
-    attempts.descend(supported_mhz, stride=max(1, stride // 2), budget=budget - budget // 2)
+    segment_of = cell_of(max((per_seed[0] for per_seed in traces), key=lambda t: len(t.energy_j)))
+    for start in ([coarse.best()[segment] for segment in segment_of], *starts):
+        attempts.cost(tuple([*start, *[start[-1]] * len(segment_of)][: len(segment_of)]))
+    for stride in strides:
+        attempts.exchange(supported_mhz, segment_of, stride=stride)
     return make(attempts.best())
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuel_ray.codec import ArrivalRate
+from fuel_ray.codec import smoothed_rates
 from fuel_ray.policies.baselines.static import Static
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo, WindowMetrics
 
@@ -52,17 +52,21 @@ def allowed_badness(slo: Slo, share: float) -> float:
 
 def trace(windows: Sequence[WindowMetrics], records: RequestRecords, slo: Slo) -> Trace:
     """A trace of an episode's windows and its requests; one without a record is as bad as can be."""
-    ends_s = np.cumsum([window.duration_s for window in windows])
-    bad = np.zeros(len(windows))
-    at = np.minimum(np.searchsorted(ends_s, records.arrival_s, side="right"), len(windows) - 1)
+    energy_j = np.array([window.energy_j for window in windows])
+    arrivals = np.array([window.arrivals for window in windows])
+    return trace_of(energy_j, arrivals, records, slo, window_s=windows[0].duration_s)
+
+
+def trace_of(
+    energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords, slo: Slo, *, window_s: float = 1.0
+) -> Trace:
+    """The same from energy and arrivals per window of equal length."""
+    bad = np.zeros(len(energy_j))
+    at = np.minimum((records.arrival_s / window_s + 1e-9).astype(int), len(bad) - 1)
     np.add.at(bad, at, badness(records, slo))
-    arrivals = sum(window.arrivals for window in windows)
-    bad[-1] += (arrivals - len(records)) * (1.0 if slo.share is not None else 10.0)
-    average = ArrivalRate()
-    rates = [average.update(window) for window in windows]
-    return Trace(
-        np.array([window.energy_j for window in windows]), bad, np.array([0.0, *rates[:-1]]), arrivals
-    )
+    bad[-1] += (int(arrivals.sum()) - len(records)) * (1.0 if slo.share is not None else 10.0)
+    rates = np.array([0.0, *smoothed_rates(arrivals, window_s=window_s)[:-1]])
+    return Trace(energy_j, bad, rates, int(arrivals.sum()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,6 +145,30 @@ class Attempts:
                 moved = _moved(best, cell, step, supported_mhz)
                 if moved is not None and self.rank(moved) < self.rank(best):
                     best = moved
+
+    def exchange(self, supported_mhz: Sequence[int], cell_of: np.ndarray, *, stride: int) -> None:
+        """Move many groups of clocks at once: up where that buys most, down where it costs least.
+
+        Each group, the clocks of one cell, is moved by itself; then, for prices between which the allowed
+        badness lies, every group makes its best move of the three (down, none, up) together.
+        """
+        base = self.best()
+        clocks, supported = np.array(base), np.array(supported_mhz)
+        at = np.searchsorted(supported, clocks)
+        energy_j, bad = self.cost(base)
+        moves = np.zeros((2, cell_of.max() + 1, 3))
+        for cell in range(moves.shape[1]):
+            for k, step in ((0, -stride), (2, stride)):
+                moved = np.where(cell_of == cell, np.clip(at + step, 0, len(supported) - 1), at)
+                cost = self.cost(tuple(supported[moved].tolist()))
+                moves[:, cell, k] = cost[0] - energy_j, cost[1] - bad
+        low, high = energy_j * 1e-3, energy_j * 1e3  # J per unit of mean badness
+        for _ in range(_BISECTIONS):
+            price_j = (low * high) ** 0.5
+            steps = (moves[0] + price_j * moves[1]).argmin(axis=1)[cell_of] - 1
+            moved = np.clip(at + stride * steps, 0, len(supported) - 1)
+            _, reached = self.cost(tuple(supported[moved].tolist()))
+            low, high = (price_j, high) if reached > self._allowed else (low, price_j)
 
     def best(self) -> tuple[int, ...]:
         """The candidate of lowest rank."""

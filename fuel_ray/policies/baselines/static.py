@@ -3,9 +3,21 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from fuel_ray.codec import ArrivalRate
+import numpy as np
+
+from fuel_ray.codec import ArrivalRate, smoothed_rates
 from fuel_ray.types import Knobs, WindowMetrics
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A policy that looks only at arrivals, which no policy can change, so that it can be planned ahead."""
+
+    def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Batch limits and clocks for the windows of 1 s after each of those with these arrivals."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +32,12 @@ class Static:
     def decide(self, window: WindowMetrics) -> Knobs:
         """The knobs."""
         return self.knobs
+
+    def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Planned``."""
+        return np.full(len(arrivals), self.knobs.batch_limit), np.full(
+            len(arrivals), self.knobs.gpu_clock_mhz
+        )
 
 
 class LoadTable:
@@ -39,6 +57,13 @@ class LoadTable:
         row = bisect_left(self.rates_rps, self._arrival_rate.update(window))
         return self.knobs[min(row, len(self.knobs) - 1)]
 
+    def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Planned``."""
+        rows = np.searchsorted(self.rates_rps, smoothed_rates(arrivals))
+        limits, clocks_mhz = np.array([(k.batch_limit, k.gpu_clock_mhz) for k in self.knobs]).T
+        last = len(self.knobs) - 1
+        return limits[np.minimum(rows, last)], clocks_mhz[np.minimum(rows, last)]
+
 
 class ClockSchedule:
     """A clock for each segment of time, the last one beyond the end: how an oracle plays what it found."""
@@ -57,3 +82,9 @@ class ClockSchedule:
         self._now_s += window.duration_s
         segment = int(self._now_s / self._segment_s + 1e-9)
         return Knobs(self._batch_limit, self.clocks_mhz[min(segment, len(self.clocks_mhz) - 1)])
+
+    def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Planned``."""
+        segments = (np.arange(1, len(arrivals) + 1) / self._segment_s + 1e-9).astype(int)
+        clocks_mhz = np.array(self.clocks_mhz)[np.minimum(segments, len(self.clocks_mhz) - 1)]
+        return np.full(len(arrivals), self._batch_limit), clocks_mhz

@@ -1,0 +1,156 @@
+"""The questions that the design leaves open, each answered by trainings that differ in one thing.
+
+    python benchmarks/questions.py [--only features ...] [--steps 120000] [--seeds 10] [--out FILE]
+
+Every row is one DQN of the default preset, trained on the default workload or the one named; the best of its
+last four checkpoints taken on tuning seeds, evaluated on held-out seeds. Changes are against the first row of
+their table, paired by seed, 95 % bootstrap intervals. One training per row: what two trainings of the same
+settings differ by is in the table "seeds".
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.arena.cell import exam
+from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
+from fuel_ray.arena.runs import Runs
+from fuel_ray.arena.scenarios import INTERACTIVE
+from fuel_ray.build import build_codec, build_loop
+from fuel_ray.codec import SEED_FEATURES
+from fuel_ray.commands.trials import Trained, run_trials, start_ray
+from fuel_ray.config import PRESETS, SweepConfig
+from fuel_ray.policies.baselines import Score
+from fuel_ray.policies.learned import LearnedPolicy
+from fuel_ray.stats import paired_ratio
+from fuel_ray.types import Slo
+
+DEFAULT = replace(PRESETS["default"], block_sizes=(16,))
+TEN = replace(DEFAULT, features=SEED_FEATURES)
+CHAT = replace(DEFAULT, workload="chat-prefix:high_rps=20")
+AMPLE = replace(DEFAULT, workload="diurnal:high_rps=20", kv_tokens=None, slo_tpot_s=0.018)
+SIZES = (8, 16, 32, 64)
+
+
+def _more(*names: str) -> SweepConfig:
+    return replace(TEN, features=(*SEED_FEATURES, *names))
+
+
+# table: rows of (label, settings, block sizes that share the policy, the one evaluated)
+QUESTIONS: dict[str, list[tuple[str, SweepConfig, tuple[int, ...]]]] = {
+    "seeds": [(f"default, training seed {seed}", replace(DEFAULT, seed=seed), (16,)) for seed in (0, 1, 2)],
+    "features": [
+        ("10, those of the seed", TEN, (16,)),
+        ("11, and prefix hit rate", _more("prefix_cache_hit_rate"), (16,)),
+        ("12, and prefix hit rate, SLO attainment", _more("prefix_cache_hit_rate", "slo_attainment"), (16,)),
+        ("12, and used and free KV share", _more("kv_used_share", "kv_free_share"), (16,)),
+        ("13, default: and rate average, clock, oldest wait", DEFAULT, (16,)),
+    ],
+    "normalisation": [
+        ("fixed scales", TEN, (16,)),
+        ("running mean and spread", replace(TEN, normalisation="running"), (16,)),
+    ],
+    "reward": [
+        ("energy", DEFAULT, (16,)),
+        ("greendls_kv_normalized", replace(DEFAULT, reward="greendls_kv_normalized", slo_e2e_s=10.0), (16,)),
+    ],
+    "prefix caching": [
+        ("on", CHAT, (16,)),
+        ("off", replace(CHAT, prefix_caching=False), (16,)),
+    ],
+    "scarce KV": [(f"block {size}", DEFAULT, (size,)) for size in SIZES],
+    "conditional": [("one for 8, 16, 32, 64", replace(DEFAULT, block_sizes=SIZES, conditional=True), SIZES)],
+    "ample KV": [(f"block {size}", AMPLE, (size,)) for size in SIZES],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A policy at one block size, per held-out seed."""
+
+    label: str
+    energy_j: np.ndarray
+    requests: np.ndarray
+    attained: float
+
+
+def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) -> Iterator[Row]:
+    """Train once and evaluate at every size."""
+    config = replace(config, block_sizes=sizes, steps=given.steps)
+    start_ray(config)
+    with tempfile.TemporaryDirectory() as folder:
+        (trained,) = run_trials(config, Path(folder))
+    for size in sizes:
+        arrays = _best(config, trained, size)
+        policy = _policy(config, arrays, size)
+        runs = [_runs(config, size, [HELD_OUT_SEED + i], config.slo) for i in range(given.seeds)]
+        rows = exam(label, policy, runs, "asked")
+        requests = np.array([row["requests"] for row in rows])
+        attained = np.average([row["slo_attainment"] for row in rows], weights=requests)
+        name = label if len(sizes) == 1 else f"{label}, at {size}"
+        yield Row(name, np.array([row["energy_j"] for row in rows]), requests, float(attained))
+
+
+def _best(config: SweepConfig, trained: Trained, size: int) -> dict[str, np.ndarray]:
+    practice = _runs(config, size, TUNING_SEEDS[:4], config.slo)
+
+    def rank(arrays: dict[str, np.ndarray]) -> tuple[bool, float]:
+        score: Score = practice.score(_policy(config, arrays, size), "asked", share=config.tune_share)
+        return score.rank(config.tune_share)
+
+    return min((result.arrays for result in trained.results[-4:]), key=rank)
+
+
+def _policy(config: SweepConfig, arrays: dict[str, np.ndarray], size: int) -> LearnedPolicy:
+    spec = build_loop(config, size, horizon_s=1.0).node.spec
+    return LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
+
+
+def _runs(config: SweepConfig, size: int, seeds: Sequence[int], slo: Slo) -> Runs:
+    loop = build_loop(config, size, horizon_s=float(EPISODE_S))
+    asked = replace(slo, e2e_s=None) if slo.ttft_s else INTERACTIVE
+    return Runs(loop, seeds=seeds, seconds=float(EPISODE_S), slos={"asked": asked})
+
+
+def table(title: str, rows: Sequence[Row]) -> str:
+    lines = [
+        f"\n**{title}**\n",
+        "| | J/request | against the first, % (95 %) | of SLO |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        change = paired_ratio(row.energy_j, rows[0].energy_j, rng=np.random.default_rng(0))
+        low, high = change.low or change.mean, change.high or change.mean
+        shown = (
+            "-"
+            if row is rows[0]
+            else f"{100 * change.mean - 100:+.1f} ({100 * low - 100:+.1f}..{100 * high - 100:+.1f})"
+        )
+        lines.append(
+            f"| {row.label} | {row.energy_j.sum() / row.requests.sum():.2f} | {shown} | {row.attained:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--only", nargs="*", default=list(QUESTIONS), choices=list(QUESTIONS))
+    arguments.add_argument("--steps", type=int, default=120_000)
+    arguments.add_argument("--seeds", type=int, default=10)
+    arguments.add_argument("--out", type=Path)
+    given = arguments.parse_args()
+    for title in given.only:
+        rows = [row for question in QUESTIONS[title] for row in answer(*question, given)]
+        print(table(title, rows), flush=True)
+        if given.out is not None:
+            with given.out.open("a") as file:
+                file.write(table(title, rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""One scenario: tune everybody on training seeds, evaluate everybody on held-out ones."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.arena.contenders import Contender, learned, published
+from fuel_ray.arena.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
+from fuel_ray.arena.runs import Runs
+from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serving
+from fuel_ray.build import build_node
+from fuel_ray.config import ServingConfig
+from fuel_ray.control import ControlLoop
+from fuel_ray.objective import Unscored
+from fuel_ray.policies.baselines import AgftLinUcb, Score, Static, find_load_table, find_schedule, tune_static
+from fuel_ray.policies.baselines.profile import allowed_badness
+from fuel_ray.record import summary_fields
+from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
+from fuel_ray.workload import parse_workload
+
+LIMITS_SCARCE, LIMITS_AMPLE = (24, 32, 40, 48, 64), (48,)  # with ample KV the limit moves energy by 0.1 %
+SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
+CHOSEN = "chosen: learned or static"  # by ``choose``
+HALVINGS = 3  # of the distance between settings
+TABLE_BUDGET = 30  # runs spent on single moves
+TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
+_RECORDED = ("slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s", "preemptions",
+             "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What a scenario is run with."""
+
+    config: ServingConfig
+    scenario: Scenario
+    slos: tuple[SloName, ...]
+    kv_block_size: int
+    policies: tuple[Path, ...]
+    seeds: int  # held out
+    tuning_seeds: int
+    seconds: int
+    tune_share: float
+    peers: bool  # with the published rules
+    oracle: bool
+    oracle_segment_s: float
+
+
+def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
+    """A cell per promise that is not ``done``, as plain data."""
+    home = SCENARIOS[contest.scenario.tuned_on or contest.scenario.name]
+    practice = practice_of(contest, loop_of(contest, home))
+    stage = practice.loop if home is contest.scenario else loop_of(contest, contest.scenario)
+    alone = [
+        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=contest.seconds, slos=practice.slos)
+        for i in range(contest.seeds)
+    ]
+    for slo in contest.slos:
+        if slo not in done:
+            began_s = time.monotonic()
+            cell = _cell(contest, slo, practice, alone)
+            yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
+
+
+def loop_of(contest: Contest, scenario: Scenario) -> ControlLoop:
+    """A node under the scenario's load; a recorded trace begins at another point with each seed."""
+    config = serving(scenario, contest.config)
+    node = build_node(
+        config,
+        contest.kv_block_size,
+        horizon_s=float(contest.seconds),
+        random_start=parse_workload(config.workload).recorded,
+    )
+    return ControlLoop(node, Unscored())
+
+
+def practice_of(contest: Contest, loop: ControlLoop) -> Runs:
+    """The tuning seeds, and the promises that are made about this load."""
+    seeds = TUNING_SEEDS[: contest.tuning_seeds]
+    fastest = Static(loop.node.spec.max_performance)
+    episodes = [run_episode(loop, fastest, seed=seed, seconds=contest.seconds) for seed in seeds]
+    tpots_s = np.concatenate([episode.records.tpot_s for episode in episodes])
+    tpot_p95_s = float(np.nanpercentile(tpots_s, 95))
+    slos: dict[str, Slo] = {name: promise(name, tpot_p95_s) for name in contest.slos}
+    return Runs(loop, seeds=seeds, seconds=contest.seconds, slos=slos)
+
+
+def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
+    spec = practice.loop.node.spec
+    limits = LIMITS_AMPLE if contest.scenario.kv_tokens is None else LIMITS_SCARCE
+    static, share = tune_static_pair(practice, slo, share=contest.tune_share, limits=limits)
+    allowed = allowed_badness(practice.slos[slo], share)
+    table = find_load_table(
+        practice.runner(slo),
+        spec.gpu_clocks_mhz,
+        batch_limit=static.batch_limit,
+        allowed=allowed,
+        stride=TABLE_STRIDE,
+        budget=TABLE_BUDGET,
+    )
+    known: list[Policy] = [Static(static), table]
+    policies: dict[str, Policy] = {
+        "max performance": Static(spec.max_performance),
+        "tuned static": known[0],
+        "load table": table,
+    }
+    settings: dict[str, float] = {}
+    for contender in _contenders(contest, practice.slos[slo], spec, static):
+        policies[contender.name], settings[contender.name] = tuned(contender, practice, slo, share=share)
+    rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
+    chosen = choose(practice, slo, {name: policies[name] for name in _deployable(contest)}, share=share)
+    rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen and contest.policies]
+    if contest.oracle:
+        rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
+    return {
+        "scenario": contest.scenario.name,
+        "slo": slo,
+        "limits": asdict(practice.slos[slo]),
+        "share": share,
+        "static": asdict(static),
+        "table": {"rates_rps": table.rates_rps, "clocks_mhz": [k.gpu_clock_mhz for k in table.knobs]},
+        "settings": settings,
+        "chosen": chosen,
+        "rows": rows,
+        "frontier": frontier(alone, slo, {static.batch_limit, spec.batch_limits[-1]}),
+    }
+
+
+def _deployable(contest: Contest) -> tuple[str, ...]:
+    return ("tuned static", *(folder.name for folder in contest.policies))
+
+
+def choose(practice: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
+    """The name of the policy that ranks best on the tuning seeds: what would be deployed."""
+    ranks = {name: practice.score(policy, slo, share=share).rank(share) for name, policy in policies.items()}
+    return min(ranks, key=lambda name: ranks[name])
+
+
+def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence[int]) -> tuple[Knobs, float]:
+    """The best pair, and the share of requests that is asked of everybody.
+
+    Where no pair keeps the promise for ``share``, everybody is asked for what the best one keeps, less
+    ``SLACK``.
+    """
+    spec = practice.loop.node.spec
+
+    def score(policy: Policy) -> Score:
+        return practice.score(policy, slo, share=share)
+
+    fastest = [Knobs(limit, spec.gpu_clocks_mhz[-1]) for limit in (*limits, spec.batch_limits[-1])]
+    reachable = max(score(Static(knobs)).slo_attainment for knobs in fastest)
+    asked = share if reachable >= share else reachable - SLACK
+    return tune_static(score, spec, share=asked, limits=limits), asked
+
+
+def _contenders(contest: Contest, slo: Slo, spec: NodeSpec, static: Knobs) -> list[Contender]:
+    peers = published(spec, slo, load_pack(contest.config.pack), static=static) if contest.peers else []
+    return [*peers, *learned(contest.policies, spec, slo)]
+
+
+def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
+    """The contender with the setting that ranks best on the tuning seeds.
+
+    The settings listed are tried, then halfway to those beside the best, a few times: the promise is often
+    kept on one side of a setting between them and broken on the other.
+    """
+    settings = contender.settings
+    if len(settings) == 1:
+        policy = contender.make(settings[0])
+        if isinstance(policy, AgftLinUcb):
+            for seed in practice.seeds:
+                practice.episode(policy, seed)
+                policy.keep()
+        return policy, settings[0]
+    ranks: dict[float, tuple[bool, float]] = {}
+
+    def rank(setting: float) -> tuple[bool, float]:
+        if setting not in ranks:
+            ranks[setting] = practice.score(contender.make(setting), slo, share=share).rank(share)
+        return ranks[setting]
+
+    best = min(settings, key=rank)
+    for _ in range(HALVINGS):
+        tried = sorted(ranks)
+        at = tried.index(best)
+        beside = [(best + tried[k]) / 2 for k in (at - 1, at + 1) if 0 <= k < len(tried)]
+        best = min((best, *beside), key=rank)
+    return contender.make(best), best
+
+
+def exam(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
+    """One row per held-out seed."""
+    return [_row(name, policy, runs, slo) for runs in alone]
+
+
+def _row(name: str, policy: Policy, runs: Runs, slo: str) -> dict[str, Any]:
+    (seed,) = runs.seeds
+    episode = runs.episode(policy, seed)
+    fields = summary_fields(episode.totals.summary(episode.records, runs.slos[slo]))
+    return {
+        "policy": name,
+        "seed": seed,
+        "energy_j": fields["energy_j"],
+        "requests": fields["requests"],
+        **{key: fields[key] for key in _RECORDED},
+    }
+
+
+def _oracle_row(
+    contest: Contest, runs: Runs, slo: SloName, policies: Sequence[Policy], allowed: float
+) -> dict[str, Any]:
+    """The best schedule found for one seed, from those that the policies chose on it.
+
+    It may miss as often as the worst of these policies did, so that it is a bound at equal attainment.
+    """
+    (seed,) = runs.seeds
+    for policy in policies:
+        (own,) = runs.traces(policy, slo)
+        allowed = max(allowed, own.mean_badness)
+    episodes = [runs.episode(policy, seed) for policy in policies]
+    found = find_schedule(
+        runs.runner(slo),
+        runs.loop.node.spec.gpu_clocks_mhz,
+        segment_s=contest.oracle_segment_s,
+        batch_limit=episodes[0].windows[-1].knobs.batch_limit,
+        allowed=allowed,
+        strides=(TABLE_STRIDE,),
+        starts=[[window.knobs.gpu_clock_mhz for window in episode.windows] for episode in episodes],
+    )
+    return _row("oracle", found, runs, slo)
+
+
+def frontier(alone: Sequence[Runs], slo: str, batch_limits: Iterable[int]) -> list[dict[str, Any]]:
+    """What fixed pairs do on the held-out seeds, per seed: energy, requests and badness."""
+    clocks = alone[0].loop.node.spec.gpu_clocks_mhz[::-1][::TABLE_STRIDE]
+    rows = []
+    for knobs in (Knobs(limit, clock_mhz) for limit in sorted(batch_limits) for clock_mhz in clocks):
+        traces = [t for runs in alone for t in runs.traces(Static(knobs), slo)]
+        rows.append(
+            {
+                **asdict(knobs),
+                "energy_j": [float(t.energy_j.sum()) for t in traces],
+                "requests": [t.arrivals for t in traces],
+                "badness": [float(t.badness.sum()) for t in traces],
+            }
+        )
+    return rows

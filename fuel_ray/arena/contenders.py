@@ -1,0 +1,79 @@
+"""Who takes part: the published rules, each with the one number in it that may be tuned, and the learned."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuel_ray.policies.baselines import (
+    AgftLinUcb,
+    Clipper,
+    Dwell,
+    Eais,
+    Feedback,
+    VoltanaLlm,
+    fit_batches,
+    fit_steps,
+    token_limits,
+)
+from fuel_ray.policies.learned import load_policy
+from fuel_ray.sim.perf_model import Pack
+from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
+
+MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
+BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
+LOG_PRICES = (0.7, 1.2, 1.6, 2.0, 2.3, 2.6, 2.9, 3.3, 3.7)  # log10 of J per missed limit, of a priced policy
+DWELL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A policy by name, and the values that its one free number is tuned over."""
+
+    name: str
+    make: Callable[[float], Policy]
+    settings: tuple[float, ...] = (0.0,)
+
+
+def published(spec: NodeSpec, slo: Slo, pack: Pack, *, static: Knobs) -> list[Contender]:
+    """The peers' rules for this node and promise; those that leave the limit alone use tuned static's."""
+    ttft_s, tpot_s = token_limits(slo)
+    clocks, limit, capacity = spec.gpu_clocks_mhz, static.batch_limit, spec.batch_limits[-1]
+    coarse = clocks[::-1][::4][::-1]
+    steps = fit_steps(pack.perf, coarse, max_num_seqs=capacity)
+    batches = fit_batches(pack.perf, clocks[::-1][::8][::-1], max_batch=capacity)
+    kv_tokens = (spec.num_kv_blocks or 0) * spec.kv_block_size
+
+    def voltana(margin: float) -> VoltanaLlm:
+        return VoltanaLlm(
+            steps, ttft_s=ttft_s, tpot_s=tpot_s, batch_limit=limit, kv_tokens=kv_tokens, margin=margin
+        )
+
+    def feedback(high: float) -> Feedback:
+        return Feedback(spec, ttft_s=ttft_s, tpot_s=tpot_s, batch_limit=limit, low=0.9 * high, high=high)
+
+    e2e_s = slo.e2e_s or ttft_s + 220.0 * tpot_s  # the default workload's mean output
+    return [
+        Contender("Clipper", lambda _: Clipper(spec, slo)),
+        Contender("Clipper, if binding", lambda _: Clipper(spec, slo, only_while_binding=True)),
+        Contender("EAIS", lambda _: Eais(batches, slo_s=e2e_s, max_batch=capacity)),
+        Contender("VoltanaLLM", voltana, MARGINS),
+        Contender("VoltanaLLM, dwell", lambda x: Dwell(voltana(x), dwell_s=DWELL_S), MARGINS),
+        Contender("feedback", feedback, BOUNDS),
+        Contender("AGFT", lambda _: AgftLinUcb(spec, slo, batch_limit=limit, clocks_mhz=coarse)),
+    ]
+
+
+def learned(folders: Sequence[Path], spec: NodeSpec, slo: Slo) -> list[Contender]:
+    """Policies from folders; the price of a miss is tuned where a policy was trained for many prices.
+
+    Raises:
+        PolicyError: a folder is malformed, or made for another node.
+    """
+    return [_learned(folder, spec, slo) for folder in folders]
+
+
+def _learned(folder: Path, spec: NodeSpec, slo: Slo) -> Contender:
+    policy = load_policy(folder, spec)
+    if not policy.priced:
+        return Contender(folder.name, lambda _: policy)
+    return Contender(folder.name, lambda x: policy.promising(slo, miss_price_j=10.0**x), LOG_PRICES)

@@ -1,0 +1,48 @@
+"""The arena's pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+
+def draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write ``savings_SLO.png``: energy against tuned static per workload and policy, with intervals."""
+    for slo in dict.fromkeys(row["slo"] for row in summaries):
+        rows = [row for row in summaries if row["slo"] == slo]
+        figure = _forest(rows, f"{slo} SLO: energy per request against tuned static (95 % intervals)")
+        figure.savefig(folder / f"savings_{slo}.png", dpi=110)
+
+
+def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    policies = [
+        p
+        for p in dict.fromkeys(row["policy"] for row in rows)
+        if p not in ("tuned static", "max performance")
+    ]
+    figure = Figure(figsize=(11, 1.2 + 0.75 * len(scenarios)), layout="constrained")
+    axes = figure.subplots()
+    for k, policy in enumerate(policies):
+        own = [row for row in rows if row["policy"] == policy]
+        height = [scenarios.index(row["scenario"]) + 0.8 * (k + 0.5) / len(policies) - 0.4 for row in own]
+        kept = [row["kept"] for row in own]
+        change = [row["vs_tuned_static_pct"] for row in own]
+        low = [c - (row["vs_tuned_static_low"] or c) for c, row in zip(change, own, strict=True)]
+        high = [(row["vs_tuned_static_high"] or c) - c for c, row in zip(change, own, strict=True)]
+        colour = colormaps["tab20"](2 * k % 20 + 2 * k // 20)
+        axes.errorbar(change, height, xerr=[low, high], fmt="none", capsize=2, linewidth=1, ecolor=colour)
+        for x, y, filled in zip(change, height, kept, strict=True):
+            axes.plot(x, y, "o", color=colour, markersize=5, markerfacecolor=colour if filled else "white")
+        axes.plot([], [], "o", color=colour, label=policy)
+    axes.set_yticks(range(len(scenarios)), scenarios)
+    axes.set_xlim(-45, 45)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("change of energy per request in % (hollow: misses the SLO that tuned static keeps)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure

@@ -1,0 +1,87 @@
+"""Runs of policies over fixed seeds; what a fixed pair of knobs does is run once and remembered."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from fuel_ray.arena.episodes import DRAIN_S, Episode, run_episode
+from fuel_ray.control import ControlLoop
+from fuel_ray.policies.baselines import Planned, Score, Static
+from fuel_ray.policies.baselines.profile import Runner, Trace, trace_of
+from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
+
+Played = tuple[np.ndarray, np.ndarray, RequestRecords]  # energy (J) and arrivals per window of 1 s
+
+
+class Runs:
+    """Plays policies against the same arrivals and judges them by several promises at once."""
+
+    def __init__(
+        self, loop: ControlLoop, *, seeds: Sequence[int], seconds: float, slos: Mapping[str, Slo]
+    ) -> None:
+        self.loop, self.slos = loop, dict(slos)
+        self.seeds, self._seconds = tuple(seeds), seconds
+        self._static: dict[Knobs, dict[str, list[Trace]]] = {}
+
+    def episode(self, policy: Policy, seed: int) -> Episode:
+        """One episode, not remembered."""
+        return run_episode(self.loop, policy, seed=seed, seconds=self._seconds)
+
+    def traces(self, policy: Policy, slo: str) -> list[Trace]:
+        """One trace per seed."""
+        if not isinstance(policy, Static):
+            return self._play(policy, (slo,))[slo]
+        if policy.knobs not in self._static:
+            self._static[policy.knobs] = self._play(policy, tuple(self.slos))
+        return self._static[policy.knobs][slo]
+
+    def runner(self, slo: str) -> Runner:
+        """``traces`` for one promise."""
+        return partial(self.traces, slo=slo)
+
+    def score(self, policy: Policy, slo: str, *, share: float) -> Score:
+        """Energy per request and attainment, pooled over the seeds.
+
+        For a promise on means, attainment is ``share`` or more if the mean is at ``share`` of its limit.
+        """
+        return score_of(self.traces(policy, slo), self.slos[slo], share=share)
+
+    def _play(self, policy: Policy, slos: Sequence[str]) -> dict[str, list[Trace]]:
+        traces: dict[str, list[Trace]] = {name: [] for name in slos}
+        for seed in self.seeds:
+            energy_j, arrivals, records = self._fast(policy, seed) or self._slow(policy, seed)
+            for name in slos:
+                traces[name].append(trace_of(energy_j, arrivals, records, self.slos[name]))
+        return traces
+
+    def _slow(self, policy: Policy, seed: int) -> Played:
+        episode = self.episode(policy, seed)
+        energy_j = np.array([window.energy_j for window in episode.windows])
+        return energy_j, np.array([window.arrivals for window in episode.windows]), episode.records
+
+    def _fast(self, policy: Policy, seed: int) -> Played | None:
+        """The same without looking at windows, for a policy that need not; None for any other."""
+        node = self.loop.node
+        if not isinstance(policy, Planned) or not isinstance(node, SimulatedNode) or self.loop.guarded:
+            return None
+        node.reset(seed=seed)
+        arrivals = node.arrivals_to_come(int(self._seconds) + DRAIN_S)
+        limits, clocks_mhz = policy.plan(arrivals[:-1])
+        first = node.spec.max_performance  # as ``ControlLoop.reset`` has it
+        energy_j = node.play(
+            np.array([first.batch_limit, *limits]),
+            np.array([first.gpu_clock_mhz, *clocks_mhz]),
+            at_least=int(self._seconds),
+        )
+        return energy_j, arrivals[: len(energy_j)], node.take_records()
+
+
+def score_of(traces: Sequence[Trace], slo: Slo, *, share: float) -> Score:
+    """What these traces amount to."""
+    arrivals = max(sum(t.arrivals for t in traces), 1)
+    energy_j = float(np.sum([t.energy_j.sum() for t in traces])) / arrivals
+    bad = float(np.sum([t.badness.sum() for t in traces])) / arrivals
+    attained = 1.0 - bad if slo.share is not None else min(1.0, share * share / max(bad, 1e-9))
+    return Score(energy_j, attained)

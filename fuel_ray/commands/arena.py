@@ -1,0 +1,202 @@
+"""Every policy on every workload: tuned on training seeds, compared on held-out ones, side by side."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fuel_ray.arena.cell import Contest, run_scenario
+from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
+from fuel_ray.arena.figures import draw
+from fuel_ray.arena.scenarios import SloName, scenarios_of
+from fuel_ray.arena.tables import headline, markdown, summarise, text
+from fuel_ray.build import build_spec
+from fuel_ray.config import ServingConfig, to_dict
+from fuel_ray.errors import ConfigError
+from fuel_ray.flags import parse_serving
+from fuel_ray.policies.learned import load_policy
+from fuel_ray.record import make_folder, new_folder, origin, read_json, write_csv, write_json, write_lines
+from fuel_ray.sim.perf_model import load_pack
+
+
+@dataclass(frozen=True)
+class ArenaConfig(ServingConfig):
+    """Compare policies on simulated nodes under many workloads, with baselines tuned for each."""
+
+    block_sizes: tuple[int, ...] = (16,)
+    """KV block size in tokens; one."""
+    policies: tuple[Path, ...] = ()
+    """Policy folders that take part besides the published rules."""
+    scenarios: tuple[str, ...] = ()
+    """Workloads by name; empty: all."""
+    slos: tuple[SloName, ...] = ("interactive",)
+    """Promises. interactive: TTFT 1 s, TPOT 50 ms. tight: TPOT 1.1 x p95 at maximum. seed: mean e2e 10 s."""
+    seeds: int = 10
+    """Held-out episodes per policy, each with its own arrivals."""
+    tuning_seeds: int = 6
+    """Episodes that everything is tuned on."""
+    seconds: int = EPISODE_S
+    """Seconds of arrivals per episode."""
+    tune_share: float = 0.97
+    """Share of requests asked for on the tuning seeds; some slips on held-out ones."""
+    peers: bool = True
+    """Whether the published rules take part."""
+    oracle: bool = True
+    """Whether schedules that know the arrivals are searched."""
+    oracle_segment_s: float = 60.0
+    """Seconds of a schedule that the oracle's search moves together."""
+    workers: int = 2
+    """Processes."""
+    resume: Path | None = None
+    """Folder of an interrupted arena to go on with; its settings are taken."""
+
+
+def parse(argv: list[str], *, prog: str) -> ArenaConfig:
+    """Settings from flags; with --resume, those of that run.
+
+    Raises:
+        ConfigError: a flag is wrong.
+        PolicyError: a policy folder does not fit the node.
+    """
+    config = parse_serving(ArenaConfig, argv, prog=prog, default=ArenaConfig())
+    if config.resume is not None:
+        if not (config.resume / "run.json").is_file():
+            raise ConfigError(
+                f"--resume {config.resume}: not the folder of a run, there is no run.json in it"
+            )
+        argv = ["--config", str(config.resume / "run.json"), *_kept(argv)]
+        config = replace(
+            parse_serving(ArenaConfig, argv, prog=prog, default=ArenaConfig()), resume=config.resume
+        )
+    if config.node != "sim" or len(config.block_sizes) != 1:
+        raise ConfigError("the arena needs --node sim and one --block-sizes")
+    _validate(config)
+    return config
+
+
+def _kept(argv: Sequence[str]) -> list[str]:
+    """What may change on resuming: the number of workers."""
+    given = list(argv)
+    return [given[i + k] for i, flag in enumerate(given) if flag == "--workers" for k in (0, 1)]
+
+
+def _validate(config: ArenaConfig) -> None:
+    most = len(TUNING_SEEDS)
+    for flag, value, low, high in (
+        ("--seeds", config.seeds, 1, 10_000),
+        ("--tuning-seeds", config.tuning_seeds, 1, most),
+        ("--seconds", config.seconds, 60, 86_400),
+        ("--workers", config.workers, 1, 256),
+        ("--tune-share", config.tune_share, 0.01, 1),
+        ("--oracle-segment-s", config.oracle_segment_s, 1, 3_600),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(f"{flag} {value}: must be from {low} to {high}")
+    scenarios_of(config.scenarios)
+    if not config.slos:
+        raise ConfigError("--slos: at least one of interactive, tight, seed")
+    names = [folder.name for folder in config.policies]
+    if len(set(names)) < len(names):
+        raise ConfigError("--policies: two folders have the same name; rows are named after folders")
+    for folder in config.policies:
+        load_policy(folder, build_spec(config, config.block_sizes[0]))
+
+
+def run(config: ArenaConfig) -> int:
+    """Run or resume; prints progress and tables, and writes them."""
+    run_dir = config.resume or new_folder(config.out, "arena")
+    make_folder(run_dir / "cells")
+    if config.resume is None:
+        write_json(run_dir / "run.json", _facts(config))
+    cells = _all_cells(config, run_dir)
+    summaries = [row for cell in cells for row in summarise(cell)]
+    write_csv(run_dir / "summary.csv", summaries)
+    write_csv(run_dir / "episodes.csv", [_episode(cell, row) for cell in cells for row in cell["rows"]])
+    heads = [headline(summaries, folder.name) for folder in config.policies]
+    write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries)])])
+    draw(summaries, run_dir)
+    print(f"\n{text(summaries)}\n\nmodelled, pack {config.pack}; wrote {run_dir}")
+    return 0
+
+
+def _facts(config: ArenaConfig) -> dict[str, Any]:
+    return {
+        "config": to_dict(config),
+        **origin("arena"),
+        "origin": "modelled",
+        "pack_sha256": load_pack(config.pack).sha256,
+        "tuning_seeds": list(TUNING_SEEDS[: config.tuning_seeds]),
+        "held_out_seeds": [HELD_OUT_SEED + i for i in range(config.seeds)],
+    }
+
+
+def _episode(cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    return {"scenario": cell["scenario"], "slo": cell["slo"], **row}
+
+
+def _all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
+    """Every cell in order, from its file where there is one."""
+    folder = run_dir / "cells"
+    contests = list(_contests(config))
+    todo = [contest for contest in contests if len(_done(contest, folder)) < len(contest.slos)]
+    print(
+        f"arena  {run_dir}: {len(contests)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True
+    )
+    began_s = time.monotonic()
+    try:
+        for number, name in enumerate(_in_parallel(todo, folder, config.workers), 1):
+            spent_s = time.monotonic() - began_s
+            left_s = spent_s / number * (len(todo) - number)
+            print(f"arena  {number}/{len(todo)}  {name:<16} {spent_s:.0f} s, {left_s:.0f} left", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
+        raise
+    return [read_json(_file(folder, c.scenario.name, slo)) for c in contests for slo in c.slos]
+
+
+def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Iterator[str]:
+    """Run the contests and name each as it is done; what has not begun is dropped on an error."""
+    if workers == 1 or len(contests) < 2:
+        yield from (_run_and_write(contest, folder) for contest in contests)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(contests)), mp_context=get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(_run_and_write, c, folder) for c in contests]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _contests(config: ArenaConfig) -> Iterator[Contest]:
+    for scenario in scenarios_of(config.scenarios):
+        yield Contest(
+            config=config,
+            scenario=scenario,
+            slos=tuple(dict.fromkeys(config.slos)),
+            kv_block_size=config.block_sizes[0],
+            policies=config.policies,
+            seeds=config.seeds,
+            tuning_seeds=config.tuning_seeds,
+            seconds=config.seconds,
+            tune_share=config.tune_share,
+            peers=config.peers,
+            oracle=config.oracle,
+            oracle_segment_s=config.oracle_segment_s,
+        )
+
+
+def _run_and_write(contest: Contest, folder: Path) -> str:
+    for cell in run_scenario(contest, _done(contest, folder)):
+        write_json(_file(folder, cell["scenario"], cell["slo"]), cell)
+    return contest.scenario.name
+
+
+def _done(contest: Contest, folder: Path) -> tuple[SloName, ...]:
+    return tuple(slo for slo in contest.slos if _file(folder, contest.scenario.name, slo).is_file())
+
+
+def _file(folder: Path, scenario: str, slo: str) -> Path:
+    return folder / f"{scenario}.{slo}.json"

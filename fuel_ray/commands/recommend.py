@@ -1,0 +1,213 @@
+"""Which (block size, policy) pair to deploy for a load and a promise; tuned static where none is better."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.arena.cell import LIMITS_SCARCE, SLACK, exam, tune_static_pair, tuned
+from fuel_ray.arena.contenders import learned
+from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
+from fuel_ray.arena.runs import Runs
+from fuel_ray.build import build_loop, build_spec
+from fuel_ray.config import ServingConfig
+from fuel_ray.errors import ConfigError
+from fuel_ray.flags import parse_serving
+from fuel_ray.policies.baselines import Static
+from fuel_ray.policies.learned import load_policy, read_manifest
+from fuel_ray.stats import Interval, paired_ratio
+from fuel_ray.workload import parse_workload
+
+STATIC = "tuned static"
+_ASKED = "asked"
+
+
+@dataclass(frozen=True)
+class RecommendConfig(ServingConfig):
+    """Evaluate policies for a load and a promise on simulated nodes, and name the pair to deploy."""
+
+    policies: tuple[Path, ...] = ()
+    """Policy folders, or folders of policy folders such as a sweep's policies/."""
+    seeds: int = 10
+    """Held-out episodes per pair."""
+    tuning_seeds: int = 6
+    """Episodes on which tuned static and the policies' price of a miss are tuned."""
+    seconds: int = EPISODE_S
+    """Seconds of arrivals per episode."""
+    tune_share: float = 0.97
+    """Share of requests asked for on the tuning seeds."""
+    workers: int = 2
+    """Processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one policy did at one block size, per held-out seed."""
+
+    kv_block_size: int
+    policy: str
+    energy_j: tuple[float, ...]
+    requests: tuple[int, ...]
+    attained: float
+    met: bool  # the promise, on most seeds
+    how: str  # what was tuned
+
+    @property
+    def energy_j_per_request(self) -> float:
+        """Pooled over the seeds."""
+        return sum(self.energy_j) / sum(self.requests)
+
+    def against(self, other: "Pair") -> Interval:
+        """Energy by the other's, paired by seed."""
+        return paired_ratio(self.energy_j, other.energy_j, rng=np.random.default_rng(0))
+
+
+def parse(argv: list[str], *, prog: str) -> RecommendConfig:
+    """Settings from flags.
+
+    Raises:
+        ConfigError: a flag is wrong, or no folder holds a policy for one of the block sizes.
+        PolicyError: a folder is malformed, or made for another model or GPU.
+    """
+    config = parse_serving(RecommendConfig, argv, prog=prog)
+    if config.node != "sim":
+        raise ConfigError("recommend compares on simulated nodes; `fuel-ray evaluate` has live ones")
+    for name, low, high in (
+        ("seeds", 2, 10_000), ("tuning_seeds", 1, len(TUNING_SEEDS)), ("seconds", 60, 86_400),
+        ("workers", 1, 256), ("tune_share", 0.01, 1),
+    ):  # fmt: skip
+        if not low <= getattr(config, name) <= high:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {getattr(config, name)}: must be from {low} to {high}")
+    if not config.policies:
+        raise ConfigError("--policies: give at least one folder, such as results/sweep-.../policies")
+    config = replace(config, policies=tuple(f for folder in config.policies for f in _folders(folder)))
+    parse_workload(config.workload)
+    for size in config.block_sizes:
+        for folder in _of_size(config, size):
+            load_policy(folder, build_spec(config, size))
+    if not any(_of_size(config, size) for size in config.block_sizes):
+        raise ConfigError(f"--policies: none is for block size {', '.join(map(str, config.block_sizes))}")
+    return config
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    if (folder / "manifest.json").is_file():
+        yield folder
+        return
+    inside = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    if not inside:
+        raise ConfigError(f"--policies {folder}: no policy folder, and none in it")
+    yield from inside
+
+
+def _of_size(config: RecommendConfig, kv_block_size: int) -> tuple[Path, ...]:
+    return tuple(f for f in config.policies if kv_block_size in read_manifest(f).kv_block_sizes)
+
+
+def run(config: RecommendConfig) -> int:
+    """Print every pair and the recommendation."""
+    pairs: list[Pair] = []
+    for found in _by_size(config):
+        for pair in found:
+            print(_line(pair), flush=True)
+        pairs += found
+    print("\n" + recommendation(pairs, share=config.slo.share))
+    return 0
+
+
+def _by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
+    """The pairs of one block size after the other."""
+    if config.workers == 1 or len(config.block_sizes) == 1:
+        yield from (_pairs(config, size) for size in config.block_sizes)
+        return
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_pairs, [config] * len(config.block_sizes), config.block_sizes)
+
+
+def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
+    """Tuned static and every policy at one block size."""
+    recorded = parse_workload(config.workload).recorded
+    loop = build_loop(config, kv_block_size, horizon_s=float(config.seconds), random_start=recorded)
+    slos = {_ASKED: config.slo}
+    practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=config.seconds, slos=slos)
+    alone = [
+        Runs(loop, seeds=[HELD_OUT_SEED + i], seconds=config.seconds, slos=slos) for i in range(config.seeds)
+    ]
+    knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
+    how = f"limit {knobs.batch_limit} at {knobs.gpu_clock_mhz} MHz"
+    pairs = [_pair(exam(STATIC, Static(knobs), alone, _ASKED), kv_block_size, how)]
+    for contender in learned(_of_size(config, kv_block_size), loop.node.spec, config.slo):
+        policy, setting = tuned(contender, practice, _ASKED, share=share)
+        how = f"a miss costs {10**setting:.0f} J" if len(contender.settings) > 1 else "as trained"
+        pairs.append(_pair(exam(contender.name, policy, alone, _ASKED), kv_block_size, how))
+    return pairs
+
+
+def _pair(rows: Sequence[dict[str, Any]], kv_block_size: int, how: str) -> Pair:
+    requests = tuple(row["requests"] for row in rows)
+    met = bool(np.mean([row["slo_met"] for row in rows]) > 0.5)
+    return Pair(
+        kv_block_size=kv_block_size,
+        policy=rows[0]["policy"],
+        energy_j=tuple(row["energy_j"] for row in rows),
+        requests=requests,
+        attained=float(np.average([row["slo_attainment"] for row in rows], weights=requests)),
+        met=met,
+        how=how,
+    )
+
+
+def _line(pair: Pair) -> str:
+    return (
+        f"recommend  block {pair.kv_block_size:>3}  {pair.policy:<16}"
+        f" {pair.energy_j_per_request:7.2f} J/request  {pair.attained:.3f} of SLO  ({pair.how})"
+    )
+
+
+def recommendation(pairs: Sequence[Pair], *, share: float | None) -> str:
+    """A sentence or two: the pair of least energy that keeps the promise, if it beats tuned static surely.
+
+    The promise counts as kept at ``SLACK`` below the share, or where no pair keeps it at ``SLACK`` below the
+    best. A learned pair beats the best tuned static when the interval of the difference excludes none.
+    """
+    reachable = max(pair.attained for pair in pairs)
+    asked = min(share, reachable) - SLACK if share is not None else 0.0
+    kept = [pair for pair in pairs if (pair.attained >= asked if share is not None else pair.met)] or list(
+        pairs
+    )
+    ranked = sorted(kept, key=lambda pair: pair.energy_j_per_request)
+    statics = [pair for pair in ranked if pair.policy == STATIC]
+    learned_pairs = [pair for pair in ranked if pair.policy != STATIC]
+    static = (
+        statics[0]
+        if statics
+        else min((pair for pair in pairs if pair.policy == STATIC), key=lambda pair: -pair.attained)
+    )
+    if not learned_pairs:
+        return f"Recommended: {_named(static)}. No learned policy keeps the promise."
+    best = learned_pairs[0]
+    change = best.against(static)
+    if statics and (change.high is None or change.high >= 1.0):
+        return (
+            f"Recommended: {_named(static)}. No learned policy beats it: the best, {_named(best)}, uses "
+            f"{_percent(change)} energy."
+        )
+    others = [pair for pair in ranked if pair is not best]
+    runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(best))}." if others else ""
+    saved = f"{_percent(change)} energy against the best {_named(static)}"
+    return f"Recommended: {_named(best)}: {saved}.{runner_up}"
+
+
+def _named(pair: Pair) -> str:
+    return f"{pair.policy} at block size {pair.kv_block_size} ({pair.how}, {pair.attained:.1%} of SLO)"
+
+
+def _percent(ratio: Interval) -> str:
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.mean - 1:+.1%}"
+    return f"{ratio.mean - 1:+.1%} ({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"

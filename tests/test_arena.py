@@ -1,0 +1,346 @@
+"""The arena: scenarios, tuning by one number, tables with known answers, resuming, recommending."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fuel_ray.arena.cell import CHOSEN, choose, tuned
+from fuel_ray.arena.contenders import Contender
+from fuel_ray.arena.runs import Runs, score_of
+from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, promise, scenarios_of, serving
+from fuel_ray.arena.tables import headline, markdown, summarise, text
+from fuel_ray.build import build_codec, build_env, build_loop, build_spec
+from fuel_ray.cli import main
+from fuel_ray.commands.recommend import STATIC, Pair, recommendation
+from fuel_ray.config import PRESETS
+from fuel_ray.errors import ConfigError
+from fuel_ray.policies.baselines import Clipper, ClockSchedule, LoadTable, Score, Static
+from fuel_ray.policies.baselines.profile import Trace
+from fuel_ray.policies.learned import Manifest, load_policy, save_policy
+from fuel_ray.types import Knobs, Slo
+from fuel_ray.workload import parse_workload
+
+# Scenarios and promises
+
+
+def test_every_scenario_can_be_built_and_is_tuned_on_one_that_exists():
+    for scenario in scenarios_of(()):
+        parse_workload(scenario.workload)
+        assert scenario.tuned_on is None or SCENARIOS[scenario.tuned_on].tuned_on is None
+        assert serving(scenario, PRESETS["default"]).kv_tokens == scenario.kv_tokens
+    assert sum(scenario.control for scenario in SCENARIOS.values()) == 3
+
+
+def test_an_unknown_scenario_is_named():
+    with pytest.raises(ConfigError, match="storm"):
+        scenarios_of(("mmpp", "storm"))
+
+
+def test_the_tight_promise_stretches_what_maximum_performance_has():
+    assert promise("tight", 0.01) == Slo(ttft_s=1.0, tpot_s=pytest.approx(0.011))
+    assert promise("interactive", 0.01) is INTERACTIVE
+    assert promise("seed", 0.01) == Slo(e2e_s=10.0, share=None)
+
+
+# Runs
+
+
+def a_trace(energy_j, bad, arrivals):
+    return Trace(np.array(energy_j), np.array(bad), np.zeros(len(bad)), arrivals)
+
+
+def test_a_score_pools_over_seeds():
+    traces = [a_trace([10.0, 20.0], [1.0, 0.0], 10), a_trace([30.0], [0.0], 30)]
+    assert score_of(traces, INTERACTIVE, share=0.97) == Score(1.5, pytest.approx(0.975))
+
+
+def test_a_score_on_means_reaches_the_share_at_the_share_of_the_limit():
+    means = Slo(e2e_s=10.0, share=None)
+    at_limit, below = ([a_trace([1.0], [bad], 1)] for bad in (0.97, 0.98))
+    assert score_of(at_limit, means, share=0.97).slo_attainment == pytest.approx(0.97)
+    assert score_of(below, means, share=0.97).slo_attainment < 0.97
+
+
+def test_a_fixed_pair_is_run_once():
+    loop = build_loop(PRESETS["default"], 16, horizon_s=60.0)
+    runs = Runs(loop, seeds=[1, 2], seconds=60.0, slos={"a": INTERACTIVE, "b": Slo(e2e_s=0.1)})
+    played = Counter()
+    reset = loop.node.reset
+    loop.node.reset = lambda *, seed: (played.update([seed]), reset(seed=seed))[1]
+    first = runs.traces(Static(Knobs(64, 1500)), "a")
+    again = runs.traces(Static(Knobs(64, 1500)), "b")
+    assert played == {1: 1, 2: 1}
+    assert [t.arrivals for t in first] == [t.arrivals for t in again]
+    assert sum(t.badness.sum() for t in again) > sum(t.badness.sum() for t in first)
+
+
+# Tuning by one number
+
+
+class Practice:
+    """Energy rises with the setting; the promise is kept above 1.3."""
+
+    def score(self, policy, slo, *, share):
+        setting = policy.knobs.gpu_clock_mhz / 1000
+        return Score(setting, 0.98 if setting >= 1.3 else 0.9)
+
+
+def test_tuning_halves_the_distance_to_the_setting_where_the_promise_breaks():
+    contender = Contender("c", lambda x: Static(Knobs(1, round(1000 * x))), (1.0, 1.5, 2.0))
+    policy, setting = tuned(contender, Practice(), "a", share=0.97)
+    assert setting == pytest.approx(1.3125)  # 1.5, 1.25 breaks, 1.375, 1.3125
+    assert policy.knobs.gpu_clock_mhz == 1312
+
+
+def test_what_would_be_deployed_is_chosen_on_the_tuning_seeds():
+    clocks = {"tuned static": 1500, "good": 1400, "breaks": 900}
+    policies = {name: Static(Knobs(1, clock_mhz)) for name, clock_mhz in clocks.items()}
+    assert choose(Practice(), "a", policies, share=0.97) == "good"
+    del policies["good"]
+    assert choose(Practice(), "a", policies, share=0.97) == "tuned static"
+
+
+def test_a_contender_without_a_choice_is_not_run():
+    contender = Contender("c", lambda x: Static(Knobs(1, 1000)))
+    assert tuned(contender, None, "a", share=0.97)[1] == 0.0
+
+
+# Tables
+
+
+def a_cell(**energies_j):
+    rows = [
+        {"policy": name.replace("_", " "), "seed": seed, "energy_j": e * scale, "requests": 100,
+         "slo_met": attained >= 0.95, "slo_attainment": attained, "clock_switches": 2,
+         "mean_gpu_clock_mhz": 1}
+        for name, (e, attained) in energies_j.items() for seed, scale in enumerate((0.9, 1.0, 1.1))
+    ]  # fmt: skip
+    frontier = [
+        {"gpu_clock_mhz": 1980, "energy_j": [8000.0], "requests": [100], "badness": [0.0]},
+        {"gpu_clock_mhz": 1500, "energy_j": [5000.0], "requests": [100], "badness": [4.0]},
+        {"gpu_clock_mhz": 990, "energy_j": [6000.0], "requests": [100], "badness": [50.0]},
+    ]
+    return {
+        "scenario": "s", "slo": "tight", "limits": {"share": 0.95}, "share": 0.97, "rows": rows,
+        "frontier": frontier,
+    }  # fmt: skip
+
+
+CELL = a_cell(max_performance=(8000, 1.0), tuned_static=(5000, 0.97), dqn=(4500, 0.97), cheap=(3000, 0.8))
+
+
+def test_changes_are_paired_so_that_a_common_factor_has_no_spread():
+    by_name = {row["policy"]: row for row in summarise(CELL)}
+    dqn = by_name["dqn"]
+    assert dqn["vs_tuned_static_pct"] == pytest.approx(-10.0)
+    assert dqn["vs_tuned_static_low"] == pytest.approx(-10.0)
+    assert dqn["vs_tuned_static_high"] == pytest.approx(-10.0)
+    assert dqn["vs_max_performance_pct"] == pytest.approx(100 * (4500 / 8000 - 1))
+    assert by_name["tuned static"]["vs_tuned_static_pct"] is None
+    assert dqn["vs_oracle_pct"] is None
+
+
+def test_equal_attainment_compares_with_a_mix_of_the_two_clocks_around_it():
+    by_name = {row["policy"]: row for row in summarise(CELL)}
+    # 97 % is a quarter of the way from 96 % (50 J) to 100 % (80 J): 57.5 J
+    assert by_name["dqn"]["equal_pct"] == pytest.approx(100 * (45 / 57.5 - 1))
+    assert by_name["cheap"]["equal_pct"] == pytest.approx(100 * (30 / 50 - 1))  # 1500 MHz keeps more for less
+
+
+def test_who_misses_what_tuned_static_keeps_is_marked():
+    kept = {row["policy"]: row["kept"] for row in summarise(CELL)}
+    assert kept == {"max performance": True, "tuned static": True, "dqn": True, "cheap": False}
+    rows = markdown(summarise(CELL)).splitlines()
+    assert next(line for line in rows if "cheap" in line).split("|")[3].strip() == "0.800 !"
+    assert "-10.0 (-10.0..-10.0)" in text(summarise(CELL))
+
+
+# The verb
+
+SMALL = [
+    "--seeds",
+    "2",
+    "--tuning-seeds",
+    "1",
+    "--seconds",
+    "60",
+    "--no-peers",
+    "--no-oracle",
+    "--workers",
+    "1",
+]
+
+
+def a_priced_policy(folder):
+    """One that knows nothing, with the features of a generalist."""
+    config = replace(PRESETS["generalist"], block_sizes=(16,))
+    spec = build_spec(config, 16)
+    codec = build_codec(config, spec)
+    shapes = {
+        "trunk.0.weight": (4, 13), "trunk.0.bias": (4,), "value.weight": (1, 4), "value.bias": (1,),
+        "limit_advantage.weight": (3, 4), "limit_advantage.bias": (3,), "clock_bumps.weight": (10, 4),
+        "clock_bumps.bias": (10,),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    facts = dict.fromkeys(("engine", "pack", "pack_sha256", "reward", "workload", "workload_digest"), "x")
+    manifest = Manifest((16,), spec.model, spec.gpu_name, **facts, head="smooth", fuel_ray_version="0")
+    save_policy(folder, arrays, codec, manifest)
+    return folder
+
+
+def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys):
+    policy = a_priced_policy(tmp_path / "mine")
+    flags = ["arena", "--scenarios", "steady-60", "steady-30", "--out", str(tmp_path / "out"), *SMALL]
+    assert main([*flags, "--policies", str(policy)]) == 0
+    (run,) = (tmp_path / "out").iterdir()
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "run.json",
+        "summary.csv",
+        "episodes.csv",
+        "arena.md",
+        "savings_interactive.png",
+        "cells",
+    } <= names
+    before = json.loads((run / "cells/steady-60.interactive.json").read_text())
+    (run / "cells/steady-60.interactive.json").unlink()
+    assert main(["arena", "--resume", str(run)]) == 0
+    after = json.loads((run / "cells/steady-60.interactive.json").read_text())
+    ran = {"max performance", "tuned static", "load table", "mine", CHOSEN}
+    assert {row["policy"] for row in after["rows"]} == ran
+    assert "1 to do" in capsys.readouterr().out
+    assert {**before, "wall_s": 0} == {**after, "wall_s": 0}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--scenarios", "storm"], ["--slos", "loose"], ["--seeds", "0"], ["--tuning-seeds", "9"],
+        ["--policies", "nowhere"], ["--resume", "nowhere"], ["--workers", "0"], ["--seconds", "1"],
+        ["--block-sizes", "16", "32"], ["--tune-share", "1.5"], ["--oracle-segment-s", "0"],
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(flags, capsys):
+    assert main(["arena", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fuel-ray: ") and error.count("\n") == 1
+
+
+# Recommending
+
+
+def pair(policy, size, energies_j, attained=0.96):
+    return Pair(size, policy, tuple(energies_j), (10,) * len(energies_j), attained, attained >= 0.95, "how")
+
+
+NOISY = (100.0, 101.0, 99.0, 100.0)
+
+
+def test_the_policy_that_surely_beats_tuned_static_is_recommended_with_its_runner_up():
+    shares = ((STATIC, 16, 1.0), (STATIC, 32, 1.1), ("dqn", 16, 0.8), ("dqn", 32, 0.85))
+    pairs = [pair(policy, size, [e * share for e in NOISY]) for policy, size, share in shares]
+    said = recommendation(pairs, share=0.95)
+    assert said.startswith("Recommended: dqn at block size 16")
+    assert "-20.0% (-20.0% to -20.0%)" in said
+    assert "Runner-up: dqn at block size 32" in said
+
+
+def test_tuned_static_is_recommended_where_no_policy_surely_beats_it():
+    pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, (90.0, 112.0, 91.0, 105.0))]
+    said = recommendation(pairs, share=0.95)
+    assert (
+        said.startswith("Recommended: tuned static at block size 16") and "No learned policy beats it" in said
+    )
+
+
+def test_a_policy_that_breaks_the_promise_is_not_recommended():
+    pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, [e * 0.5 for e in NOISY], attained=0.9)]
+    assert "No learned policy keeps the promise" in recommendation(pairs, share=0.95)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [], ["--policies", "nowhere"], ["--policies", "tests", "--seeds", "0"], ["--workload", "storm"],
+        ["--policies", "tests", "--node", "live", "--live.model", "m"],
+    ],
+)  # fmt: skip
+def test_recommend_says_what_is_wrong(flags, capsys):
+    assert main(["recommend", *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# Training on any load
+
+
+def test_a_generalist_sees_many_loads_promises_and_prices():
+    config = replace(PRESETS["generalist"], block_sizes=(16,))
+    env = build_env(replace(config, train=replace(config.train, episode_steps=3)), [16])
+    seen = np.stack([env.reset(seed=seed)[0] for seed in range(60)])
+    names = env.codec.features
+    for name in ("miss_price", "tpot_limit", "arrival_rate_ewma"):
+        assert len(set(seen[:, names.index(name)].tolist())) >= 6, name
+    assert all(env.observation_space.contains(x) for x in seen)
+
+
+# What can be planned is run fast, to the same numbers
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Static(Knobs(40, 1500)),
+        LoadTable([3.0, 8.0], [Knobs(32, 990), Knobs(48, 1305), Knobs(64, 1980)]),
+        ClockSchedule((1980, 990, 1500), segment_s=17.0, batch_limit=24),
+    ],
+)
+def test_a_planned_policy_gives_the_same_trace_as_window_by_window(policy):
+    config = replace(PRESETS["default"], kv_tokens=6_000)
+    loop = build_loop(config, 16, horizon_s=90.0, workload="steady:rate_rps=9")
+    runs = Runs(loop, seeds=[3], seconds=90.0, slos={"a": Slo(ttft_s=0.5, tpot_s=0.012)})
+    fast, slow = runs._fast(policy, 3), runs._slow(policy, 3)
+    assert len(fast[0]) > 90  # the queue drains
+    for a, b in zip(fast[:2], slow[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(fast[2].finished_s, slow[2].finished_s)
+
+
+def test_what_looks_at_windows_is_not_planned():
+    loop = build_loop(PRESETS["default"], 16, horizon_s=30.0)
+    runs = Runs(loop, seeds=[3], seconds=30.0, slos={"a": INTERACTIVE})
+    assert runs._fast(Clipper(loop.node.spec, INTERACTIVE), 3) is None
+
+
+def test_the_headline_has_a_row_per_workload_with_the_references():
+    references = {"max_performance": (8000, 1.0), "tuned_static": (5000, 0.97), "load_table": (4800, 0.97)}
+    cell = a_cell(**references, dqn=(4500, 0.97))
+    row = headline(summarise(cell), "dqn").splitlines()[-1]
+    assert row.startswith("| s, tight | 80.0 | 50.0 (0.970) | -4.0 (0.970) | -10.0 (-10.0..-10.0) | 0.970 |")
+    assert row.endswith("| -6.2 | - | -43.8 |")
+
+
+def test_a_priced_policy_is_told_the_promise_and_the_price(tmp_path):
+    policy = load_policy(a_priced_policy(tmp_path / "mine"), build_spec(PRESETS["default"], 16))
+    assert policy.priced
+    told = policy.promising(Slo(tpot_s=0.012), miss_price_j=300.0)
+    loop = build_loop(PRESETS["default"], 16, horizon_s=10.0)
+    window = loop.reset(seed=1)
+    seen, untold = told.observe(window), policy.observe(window)
+    differs = [name for name, a, b in zip(policy.features, seen, untold, strict=True) if a != b]
+    assert set(differs) <= {"tpot_limit", "miss_price", "token_gap"} and {"tpot_limit", "miss_price"} <= set(
+        differs
+    )
+
+
+def test_recommend_names_a_pair_or_tuned_static(tmp_path, capsys):
+    a_priced_policy(tmp_path / "policies/mine")
+    flags = ["--workload", "steady:rate_rps=4", "--seeds", "2", "--tuning-seeds", "1", "--seconds", "60"]
+    more = ["--block-sizes", "16", "--policies", str(tmp_path / "policies"), "--workers", "1"]
+    assert main(["recommend", *flags, *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("recommend  block  16") for line in lines) == 2
+    assert lines[-1].startswith("Recommended: ")
