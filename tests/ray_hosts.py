@@ -1,6 +1,7 @@
 """Several Ray hosts on this machine, that tests may kill."""
 
 import logging
+import time
 
 import ray
 from ray.cluster_utils import Cluster
@@ -30,6 +31,14 @@ class Hosts:
     def lose(self, host) -> None:
         """Kill a host with all that runs on it."""
         self._cluster.remove_node(host, allow_graceful=False)
+
+    def remove(self, host) -> None:
+        """Stop a host and return when the cluster knows it."""
+        self._cluster.remove_node(host, allow_graceful=True)
+        deadline_s = time.monotonic() + 60
+        while any(other["Alive"] and other["NodeID"] == host.node_id for other in ray.nodes()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
 
     def __enter__(self):
         ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
