@@ -182,6 +182,8 @@ def _validate_training(config: LearnConfig) -> None:
 
 
 def _validate_live(config: ServingConfig) -> None:
+    if config.node == "sim" and config.backend == "live":
+        raise ConfigError("--backend live is for --node ray; use --node live here, or --backend sim")
     if not config.live_server:
         return
     if not config.live.model:

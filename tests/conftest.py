@@ -1,3 +1,4 @@
+import logging
 import os
 
 import pytest
@@ -19,7 +20,9 @@ def state_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_hosts():
-    """A Ray cluster of this machine: a head without nodes, and two hosts with one node each."""
+    """A Ray cluster of this machine, joined by this process: a head, and two hosts with one node each."""
+    import ray
+
     from tests.ray_hosts import Hosts
 
     with pytest.MonkeyPatch.context() as patch:
@@ -27,7 +30,9 @@ def two_hosts():
             patch.setenv(name, value)
         with Hosts(2) as hosts:
             patch.setenv("RAY_ADDRESS", hosts.address)
+            ray.init(hosts.address, log_to_driver=False, logging_level=logging.ERROR)
             yield hosts
+            ray.shutdown()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,6 @@
 """Several Ray hosts on this machine, that tests may kill."""
 
-import logging
+import time
 
 import ray
 from ray.cluster_utils import Cluster
@@ -11,7 +11,7 @@ SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 
 
 class Hosts:
-    """A head with CPUs for trials, and ``count`` hosts with one node each, joined by this process."""
+    """A head with CPUs for trials, and ``count`` hosts with one node each."""
 
     def __init__(self, count: int, *, cpus: int = 2):
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, **SMALL})
@@ -31,10 +31,16 @@ class Hosts:
         """Kill a host with all that runs on it."""
         self._cluster.remove_node(host, allow_graceful=False)
 
+    def remove(self, host) -> None:
+        """Stop a host and return when the cluster, which this process has joined, knows it."""
+        self._cluster.remove_node(host, allow_graceful=True)
+        deadline_s = time.monotonic() + 60
+        while any(other["Alive"] and other["NodeID"] == host.node_id for other in ray.nodes()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+
     def __enter__(self):
-        ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR)
         return self
 
     def __exit__(self, *exc):
-        ray.shutdown()
         self._cluster.shutdown()

@@ -63,6 +63,7 @@ WRONG = [
     ["sweep", "--node", "ray", "--conditional"],
     ["sweep", "--node", "ray", "--backend", "live"],
     ["sweep", "--node", "ray", "--backend", "gpu"],
+    ["sweep", "--backend", "live"],
     ["sweep", "--node-failures", "0"],
     ["sweep", "--node-wait-s", "-1"],
     ["sweep", "--storage", "results"],

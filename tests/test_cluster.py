@@ -194,7 +194,7 @@ def test_each_node_has_gpus_of_its_own(two_hosts):
     assert seen == [("0",), ("1",)] and len(actors_of(host)) == 2
     for node in nodes:
         node.close()
-    two_hosts.lose(host)
+    two_hosts.remove(host)
 
 
 def test_what_a_node_has_started_ends_with_its_killed_actor(two_hosts, tmp_path):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 
@@ -20,7 +19,9 @@ from fuel_ray.live.prompts import TokenPrompts
 from fuel_ray.live.vllm_server import VllmServer
 from fuel_ray.objective import Energy
 from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
+from tests.conftest import RAY_SETTINGS
 from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.ray_hosts import Hosts
 from tests.test_lease import FAKE_PYNVML, ROOT
 from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture and the marks)
 
@@ -131,20 +132,33 @@ def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_size
     assert "measured on a live node" in capsys.readouterr().out
 
 
-def test_a_sweep_learns_and_evaluates_on_a_live_node(model, tmp_path):  # noqa: F811
+@pytest.fixture(params=["live", "ray"])
+def live_node_flags(request, tmp_path, monkeypatch):
+    """The flags for a node here, or on a host of a cluster whose actors have the same fake pynvml."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'lib'}:{ROOT}")
+    monkeypatch.setenv("FAKE_NVML_LOG", str(tmp_path / "nvml.log"))
+    monkeypatch.setenv("FUEL_RAY_STATE_DIR", str(tmp_path / "state"))
+    if request.param == "live":
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        yield ["--node", "live"]
+        return
+    for name, value in RAY_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    with Hosts(0) as hosts:
+        hosts.add(gpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", hosts.address)
+        yield ["--node", "ray", "--backend", "live"]
+
+
+def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp_path):  # noqa: F811
     """In processes of its own and of Ray's, whose pynvml is a fake that logs who sets clocks."""
     (tmp_path / "lib").mkdir()
     without_counter = FAKE_PYNVML.replace('FakeGpu("GPU-0")', 'FakeGpu("GPU-0", energy_mj=None)')
     (tmp_path / "lib" / "pynvml.py").write_text(without_counter)
-    env = os.environ | {
-        "PYTHONPATH": f"{tmp_path / 'lib'}:{ROOT}",
-        "FAKE_NVML_LOG": str(tmp_path / "nvml.log"),
-        "FUEL_RAY_STATE_DIR": str(tmp_path / "state"),
-    }
     flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "fuel_ray", "sweep", "--node", "live", "--live.model", str(model)),
+            *(sys.executable, "-m", "fuel_ray", "sweep", *live_node_flags, "--live.model", str(model)),
             *("--live.vllm", f"{BIN}/vllm", "--live.flags=" + " ".join(flags), "--live.vocab-size", "500"),
             *("--max-num-seqs", "32", "--kv-tokens", "65536", "--block-sizes", "8", "32"),
             *("--workload", "steady:rate_rps=4,lengths=fixed,prompt_mean=32,output_mean=16"),
@@ -152,7 +166,6 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, tmp_path):  # noqa: 
             *("--train.iterations", "2", "--train.episode-steps", "8", "--train.fragment-steps", "4"),
             *("--train.batch-size", "4", "--seeds", "1", "--live-seconds", "5", "--out", str(tmp_path)),
         ],
-        env=env,
         capture_output=True,
         text=True,
         timeout=900,

@@ -76,6 +76,8 @@ def test_a_sweep_of_four_block_sizes_on_two_nodes(cluster):
     assert all(name in table[-1] for name in ("block size", "steps", "of SLO", "reward"))
     assert "2.0 fuel_node" in cluster.ray("exec", cluster.path, "ray status")
     assert cluster.ray("exec", cluster.path, "fuel-ray doctor --cluster --backend sim").count(" clock ") == 3
+    page = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8265').read()[:4000])"
+    assert "Ray Dashboard" in cluster.ray("exec", cluster.path, f'python -c "{page}"')
 
 
 def test_a_sweep_goes_on_after_its_driver_was_killed_and_its_head_restarted(cluster):

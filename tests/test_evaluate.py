@@ -1,0 +1,53 @@
+"""Evaluation on nodes that may be lost."""
+
+from dataclasses import replace
+
+import pytest
+
+from fuel_ray.build import build_objective
+from fuel_ray.commands import evaluate
+from fuel_ray.config import SweepConfig
+from fuel_ray.control import ControlLoop
+from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.policies.baselines import Static
+from tests.test_env import Failing
+
+CONFIG = SweepConfig(node="ray", node_failures=2)
+
+
+def evaluated(monkeypatch, config, errors):
+    node = Failing()
+    node.errors = [None] * 10 + errors
+    loop = ControlLoop(node, build_objective(config))
+    monkeypatch.setattr(evaluate, "build_loop", lambda *_, **__: loop)
+    found = evaluate.Evaluation([], [])
+    evaluate.evaluate_policies(
+        config,
+        16,
+        "steady:rate_rps=6",
+        lambda spec: {"max": Static(spec.max_performance)},
+        seeds=1,
+        seconds=20.0,
+        into=found,
+    )
+    return found
+
+
+def test_an_episode_whose_node_was_lost_is_begun_again(monkeypatch):
+    undisturbed = evaluated(monkeypatch, CONFIG, [])
+    assert evaluated(monkeypatch, CONFIG, [NodeError("host lost")]) == undisturbed
+    assert len(undisturbed.lines) > 20
+
+
+@pytest.mark.parametrize(
+    ("config", "errors"),
+    [
+        (CONFIG, [NodeError("lost"), NodeError("lost")]),
+        (CONFIG, [UnsupportedError("block size 8")]),
+        (replace(CONFIG, node="live"), [NodeError("lost")]),
+    ],
+    ids=["in a row", "unsupported", "not on a cluster"],
+)
+def test_what_repetition_cannot_help_ends_the_evaluation(monkeypatch, config, errors):
+    with pytest.raises(type(errors[0]), match=str(errors[0])):
+        evaluated(monkeypatch, config, errors)
