@@ -111,9 +111,9 @@ def _python_of(executable: Path) -> str:
 
 
 def _ask(python: str) -> tuple[str | None, bool, bool]:
-    done = subprocess.run(
-        [python, "-c", _ASK_VLLM], capture_output=True, text=True, timeout=ASK_S, check=True
-    )
+    command = [python, "-c", _ASK_VLLM]
+    # not in this folder: a checkout's egg-info would pass for an installation
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=ASK_S, check=True)
     version, plugin, on_cpu = json.loads(done.stdout)
     return version, plugin, on_cpu
 
