@@ -35,7 +35,7 @@ def checkpoint(tmp_path):
     for head, size in outputs.items():
         state[f"q.{head}.weight"] = rng.normal(size=(size, n)).astype(np.float32)
         state[f"q.{head}.bias"] = rng.normal(size=size).astype(np.float32)
-    state["_target_q.value.bias"] = np.zeros(1, np.float32)
+    state |= {f"_target_{name}": array / 2 for name, array in state.items()}
     folder = tmp_path / "sweep-1" / "tune" / "trial" / "checkpoint_000001"
     (folder / MODULE_STATE).parent.mkdir(parents=True)
     (folder / MODULE_STATE).write_bytes(pickle.dumps(state))
@@ -51,8 +51,10 @@ def test_a_checkpoint_becomes_a_policy_folder(checkpoint, tmp_path):
     assert found.manifest.kv_block_sizes == (16,) and found.manifest.engine == "vLLM 0.20.2"
     low, high = found.manifest.feature_ranges["arrival_rate_ewma"]
     assert 0.0 <= low < 0.1 and 0.5 < high < 1.2, "the default load has 1 to 12 req/s"
+    state = pickle.loads((checkpoint / MODULE_STATE).read_bytes())
     for name, array in q_network(checkpoint).items():
         np.testing.assert_array_equal(found.arrays[name], array)
+        np.testing.assert_array_equal(array, state[f"_target_q.{name}"])
     load_policy(checkpoint / "policy", build_spec(CONFIG, 16))
 
 
