@@ -82,7 +82,7 @@ def _vllm(command: Sequence[str], block_sizes: Sequence[int]) -> Iterator[Check]
         yield Check("vLLM", f"{command[0]} is not a command here", "install vLLM, or name it by --vllm")
         return
     try:
-        version, plugin, on_cpu = _ask(_python_of(Path(executable)))
+        version, plugin, on_cpu = _ask(_python_of(Path(executable).absolute()))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         yield Check(
             "vLLM", f"{executable} does not say its version: {error}", "name its executable by --vllm"
