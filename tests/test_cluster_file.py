@@ -35,3 +35,9 @@ def test_the_aws_part_is_yaml_too():
     settings = yaml.safe_load("\n".join(line[2:] for line in lines))
     assert settings["available_node_types"]["gpu"]["resources"]["fuel_node"] == 1
     assert settings["head_node_type"] in settings["available_node_types"]
+
+
+def test_no_mounted_folder_hides_the_package():
+    """`ray submit` runs scripts in the home folder, where Python would import a checkout named fuel_ray."""
+    settings = yaml.safe_load(PATH.read_text())
+    assert "fuel_ray" not in {Path(target).name for target in settings["file_mounts"]}
