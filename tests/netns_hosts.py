@@ -4,6 +4,7 @@ Each has an address, process ids (`ray stop` sees no others), /tmp/ray, /dev/shm
 rest of the file system is this machine's. Needs root, iproute2, openssh-server and rsync.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -46,6 +47,8 @@ exec "$@"
 def missing() -> list[str]:
     """What this machine lacks for such hosts."""
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        lacking.append("ray[default], for the dashboard")
     return lacking if os.geteuid() == 0 else ["root", *lacking]
 
 
