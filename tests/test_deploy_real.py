@@ -8,12 +8,12 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
-from fuel_ray.live.vllm_server import VllmServer, server_version
+from fuel_ray.live.vllm_server import server_version
 from fuel_ray.types import Knobs
 from fuel_ray.vllm_plugin import create_file, read_file
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import write_policy
-from tests.test_vllm_real import BIN, FLAGS, Load, model, pytestmark  # noqa: F401  (a fixture and the marks)
+from tests.test_vllm_real import BIN, FLAGS, Load, model, pytestmark, vllm_server  # noqa: F401  (a fixture and the marks)
 
 ROOT = Path(__file__).parent.parent
 GRID = ActionGrid((4, 32), (1980,))
@@ -23,15 +23,8 @@ GRID = ActionGrid((4, 32), (1980,))
 def server(model, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("server")
     limit_file = folder / "limit"
-    with VllmServer(
-        str(model),
-        log_path=folder / "vllm.log",
-        kv_block_size=32,
-        executable=f"{BIN}/vllm",
-        flags=FLAGS,
-        env={"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(ROOT)},
-        limit_file=limit_file,
-        start_timeout_s=300.0,
+    with vllm_server(
+        model, folder, env={"PYTHONPATH": str(ROOT)}, kv_block_size=32, limit_file=limit_file
     ) as started:
         yield started, limit_file
 

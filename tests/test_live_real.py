@@ -16,30 +16,20 @@ from fuel_ray.live.loadgen import LoadGenerator
 from fuel_ray.live.node import GpuNode
 from fuel_ray.live.nvml import Gpus
 from fuel_ray.live.prompts import TokenPrompts
-from fuel_ray.live.vllm_server import VllmServer
 from fuel_ray.objective import Energy
 from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.conftest import RAY_SETTINGS
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.ray_hosts import Hosts
 from tests.test_lease import FAKE_PYNVML, ROOT
-from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture and the marks)
+from tests.test_vllm_real import BIN, FLAGS, model, pytestmark, vllm_server  # noqa: F401  (a fixture and the marks)
 
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("server")
     limit_file = folder / "limit"
-    with VllmServer(
-        str(model),
-        log_path=folder / "vllm.log",
-        kv_block_size=32,
-        executable=f"{BIN}/vllm",
-        flags=FLAGS,
-        env={"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        limit_file=limit_file,
-        start_timeout_s=300.0,
-    ) as started:
+    with vllm_server(model, folder, kv_block_size=32, limit_file=limit_file) as started:
         yield started, limit_file
 
 

@@ -34,13 +34,13 @@ def model(tmp_path_factory):
     return folder
 
 
-def _server(model, tmp_path, **options):
+def vllm_server(model, tmp_path, *, env=None, **options):
     return VllmServer(
         str(model),
         log_path=tmp_path / "vllm.log",
         executable=f"{BIN}/vllm",
         flags=FLAGS,
-        env={"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        env={"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | (env or {}),
         start_timeout_s=300.0,
         **options,
     )
@@ -108,7 +108,7 @@ def _never_exceeds(limiter, limit, duration_s):
 def test_the_running_count_follows_the_limit_and_no_request_fails(model, tmp_path):
     with (
         BatchLimiter(tmp_path / "limit") as limiter,
-        _server(model, tmp_path, kv_block_size=32, limit_file=limiter.path) as server,
+        vllm_server(model, tmp_path, kv_block_size=32, limit_file=limiter.path) as server,
     ):
         status = limiter.status()
         assert (status.capacity, status.batch_limit, status.wanted_limit) == (32, 32, None)
@@ -134,11 +134,11 @@ def test_the_running_count_follows_the_limit_and_no_request_fails(model, tmp_pat
 
 def test_an_unsupported_block_size_is_reported_as_such(model, tmp_path):
     with pytest.raises(UnsupportedError, match=r"block size 8: No common block size for 8 \(CPU_ATTN"):
-        _server(model, tmp_path, kv_block_size=8).start()
+        vllm_server(model, tmp_path, kv_block_size=8).start()
 
 
 def test_a_server_killed_mid_way_is_noticed_and_leaves_nothing(model, tmp_path):
-    server = _server(model, tmp_path, kv_block_size=32)
+    server = vllm_server(model, tmp_path, kv_block_size=32)
     with server:
         pids = server.pids()
         assert len(pids) > 1
