@@ -3,9 +3,9 @@
     python benchmarks/importance.py POLICY_FOLDER [--scenario diurnal-scarce] [--slo tight] [--seeds 5]
 
 One feature at a time is replaced, window by window, by its value in another window drawn at random from the
-same episode run with the policy intact. The price of a miss is the one tuned for the policy intact; what is
-shown is what happens to energy and attainment, n held-out episodes, 95 % bootstrap intervals, paired by seed.
-(Breiman, Machine Learning 45, 2001.)
+same episode run with the policy intact. It has no anchor, and the price of a miss is the one tuned for it
+intact; what is shown is what happens to energy and attainment, n held-out episodes, 95 % bootstrap intervals,
+paired by seed. (Breiman, Machine Learning 45, 2001.)
 """
 
 import argparse
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from fuel_ray.arena.cell import Contest, loop_of, practice_of, tune_static_pair, tuned
-from fuel_ray.arena.contenders import learned
+from fuel_ray.arena.contenders import free
 from fuel_ray.arena.episodes import HELD_OUT_SEED, run_episode
 from fuel_ray.arena.scenarios import SCENARIOS, SLO_NAMES
 from fuel_ray.config import PRESETS
-from fuel_ray.policies.learned import LearnedPolicy
+from fuel_ray.policies.learned import LearnedPolicy, load_policy
 from fuel_ray.stats import paired_ratio
 from fuel_ray.types import Knobs, WindowMetrics
 
@@ -60,7 +60,7 @@ def main() -> None:
     practice = practice_of(contest, loop)
     slo = practice.slos[given.slo]
     _, share = tune_static_pair(practice, given.slo, share=0.97, limits=(40, 48))
-    (contender,) = learned((given.policy,), loop.node.spec, slo)
+    contender = free(given.policy.name, load_policy(given.policy, loop.node.spec), slo)
     policy, setting = tuned(contender, practice, given.slo, share=share)
     assert isinstance(policy, LearnedPolicy)
     print(f"{given.policy.name} on {given.scenario}, {given.slo} SLO, a miss costs {10**setting:.0f} J\n")

@@ -224,6 +224,8 @@ class LearnConfig(ServingConfig):
     """One policy for all block sizes, which it sees as a feature."""
     start_from: Path | None = None
     """Policy folder whose weights training begins with, such as one that was trained on the twin."""
+    anchor: bool = True
+    """Keep each policy near the load table that is tuned for its load; how near is tuned too."""
     generalist: bool = False
     """Train on random loads, KV pools, TPOT limits and prices of a miss; the price is then tuned."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -257,6 +259,7 @@ SEED_PRESET = SweepConfig(
     reward="greendls_kv_normalized",
     features=SEED_FEATURES,
     grid="seed",
+    anchor=False,
     train=TrainConfig(
         episode_steps=100,
         batch_size=64,  # GreenDLS

@@ -186,7 +186,8 @@ def a_priced_policy(folder):
     }  # fmt: skip
     rng = np.random.default_rng(0)
     arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    facts = dict.fromkeys(("engine", "pack", "pack_sha256", "reward", "workload", "workload_digest"), "x")
+    facts = dict.fromkeys(("engine", "pack", "pack_sha256", "workload", "workload_digest"), "x")
+    facts["reward"] = "energy"
     manifest = Manifest((16,), spec.model, spec.gpu_name, **facts, head="smooth", fuel_ray_version="0")
     save_policy(folder, arrays, codec, manifest)
     return folder
@@ -210,7 +211,7 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
     (run / "cells/steady-60.interactive.json").unlink()
     assert main(["arena", "--resume", str(run)]) == 0
     after = json.loads((run / "cells/steady-60.interactive.json").read_text())
-    ran = {"max performance", "tuned static", "load table", "mine", CHOSEN}
+    ran = {"max performance", "tuned static", "load table", "mine", "mine, free", CHOSEN}
     assert {row["policy"] for row in after["rows"]} == ran
     assert "1 to do" in capsys.readouterr().out
     assert {**before, "wall_s": 0} == {**after, "wall_s": 0}
@@ -243,23 +244,23 @@ NOISY = (100.0, 101.0, 99.0, 100.0)
 def test_the_policy_that_surely_beats_tuned_static_is_recommended_with_its_runner_up():
     shares = ((STATIC, 16, 1.0), (STATIC, 32, 1.1), ("dqn", 16, 0.8), ("dqn", 32, 0.85))
     pairs = [pair(policy, size, [e * share for e in NOISY]) for policy, size, share in shares]
-    said = recommendation(pairs, share=0.95)
-    assert said.startswith("Recommended: dqn at block size 16")
+    best, said = recommendation(pairs, share=0.95)
+    assert best.policy == "dqn" and said.startswith("Recommended: dqn at block size 16")
     assert "-20.0% (-20.0% to -20.0%)" in said
     assert "Runner-up: dqn at block size 32" in said
 
 
 def test_tuned_static_is_recommended_where_no_policy_surely_beats_it():
     pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, (90.0, 112.0, 91.0, 105.0))]
-    said = recommendation(pairs, share=0.95)
-    assert (
-        said.startswith("Recommended: tuned static at block size 16") and "No learned policy beats it" in said
-    )
+    best, said = recommendation(pairs, share=0.95)
+    assert best.policy == STATIC and said.startswith("Recommended: tuned static at block size 16")
+    assert "No learned policy beats it" in said
 
 
 def test_a_policy_that_breaks_the_promise_is_not_recommended():
     pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, [e * 0.5 for e in NOISY], attained=0.9)]
-    assert "No learned policy keeps the promise" in recommendation(pairs, share=0.95)
+    best, said = recommendation(pairs, share=0.95)
+    assert best.policy == STATIC and "No learned policy keeps the promise" in said
 
 
 @pytest.mark.parametrize(

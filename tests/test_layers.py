@@ -14,6 +14,7 @@ LAYERS = [
     (
         *("metrics", "objective", "codec", "drift", "guard", "estimate", "stats", "workload", "sim"),
         *("policies.baselines", "policies.canary", "policies.network", "policies.replay", "policies.sampler"),
+        *("policies.static", "policies.anchor"),
     ),
     ("control",),
     (

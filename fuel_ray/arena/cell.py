@@ -16,8 +16,17 @@ from fuel_ray.build import build_node
 from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
-from fuel_ray.policies.baselines import AgftLinUcb, Score, Static, find_load_table, find_schedule, tune_static
+from fuel_ray.policies.baselines import (
+    AgftLinUcb,
+    LoadTable,
+    Score,
+    Static,
+    find_load_table,
+    find_schedule,
+    tune_static,
+)
 from fuel_ray.policies.baselines.profile import allowed_badness
+from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.record import summary_fields
 from fuel_ray.sim.perf_model import load_pack
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
@@ -109,9 +118,10 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
         "tuned static": known[0],
         "load table": table,
     }
-    settings: dict[str, float] = {}
-    for contender in _contenders(contest, practice.slos[slo], spec, static):
-        policies[contender.name], settings[contender.name] = tuned(contender, practice, slo, share=share)
+    settings: dict[str, dict[str, float]] = {}
+    for family in _contenders(contest, practice.slos[slo], spec, static, table):
+        name = family[0].name
+        policies[name], settings[name] = best_tuned(family, practice, slo, share=share)
     rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
     chosen = choose(practice, slo, {name: policies[name] for name in _deployable(contest)}, share=share)
     rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen and contest.policies]
@@ -158,9 +168,24 @@ def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence
     return tune_static(score, spec, share=asked, limits=limits), asked
 
 
-def _contenders(contest: Contest, slo: Slo, spec: NodeSpec, static: Knobs) -> list[Contender]:
+def _contenders(
+    contest: Contest, slo: Slo, spec: NodeSpec, static: Knobs, table: LoadTable
+) -> list[tuple[Contender, ...]]:
     peers = published(spec, slo, load_pack(contest.config.pack), static=static) if contest.peers else []
-    return [*peers, *learned(contest.policies, spec, slo)]
+    return [*((peer,) for peer in peers), *learned(contest.policies, spec, slo, table)]
+
+
+def best_tuned(
+    family: Sequence[Contender], practice: Runs, slo: str, *, share: float
+) -> tuple[Policy, dict[str, float]]:
+    """The variant, with its setting, that ranks best on the tuning seeds, and what was tuned."""
+    found = [tuned(contender, practice, slo, share=share) for contender in family]
+    if len(found) == 1:
+        policy, setting = found[0]
+    else:
+        policy, setting = min(found, key=lambda f: practice.score(f[0], slo, share=share).rank(share))
+    anchor = policy.anchor if isinstance(policy, LearnedPolicy) else None
+    return policy, {"setting": setting} if anchor is None else {"setting": setting, "anchor": anchor.weight}
 
 
 def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:

@@ -4,23 +4,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuel_ray.policies.anchor import WEIGHTS, Anchor
 from fuel_ray.policies.baselines import (
     AgftLinUcb,
     Clipper,
     Dwell,
     Eais,
     Feedback,
+    LoadTable,
     VoltanaLlm,
     fit_batches,
     fit_steps,
     token_limits,
 )
-from fuel_ray.policies.learned import load_policy
+from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest
 from fuel_ray.sim.perf_model import Pack
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 
 MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
 BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
+COARSE_LOG_PRICES = (0.8, 1.6, 2.2, 2.8, 3.5)  # of one that is kept near a table too
 LOG_PRICES = (0.7, 1.2, 1.6, 2.0, 2.3, 2.6, 2.9, 3.3, 3.7)  # log10 of J per missed limit, of a priced policy
 DWELL_S = 5.0
 
@@ -63,17 +66,44 @@ def published(spec: NodeSpec, slo: Slo, pack: Pack, *, static: Knobs) -> list[Co
     ]
 
 
-def learned(folders: Sequence[Path], spec: NodeSpec, slo: Slo) -> list[Contender]:
-    """Policies from folders; the price of a miss is tuned where a policy was trained for many prices.
+def learned(
+    folders: Sequence[Path], spec: NodeSpec, slo: Slo, table: LoadTable
+) -> list[tuple[Contender, ...]]:
+    """Policies from folders, each as the variants of which the best on the training seeds takes part.
+
+    The price of a miss is tuned where a policy was trained for many prices. One whose reward is energy is
+    kept near the load table, how near is tuned; where it is priced, it takes part once more without.
 
     Raises:
         PolicyError: a folder is malformed, or made for another node.
     """
-    return [_learned(folder, spec, slo) for folder in folders]
+    families: list[tuple[Contender, ...]] = []
+    for folder in folders:
+        policy, name = load_policy(folder, spec), folder.name
+        if read_manifest(folder).reward != "energy":
+            families.append((free(name, policy, slo),))
+            continue
+        families.append(kept_near(name, policy, slo, table))
+        if policy.priced:
+            families.append((free(f"{name}, free", policy, slo),))
+    return families
 
 
-def _learned(folder: Path, spec: NodeSpec, slo: Slo) -> Contender:
-    policy = load_policy(folder, spec)
+def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
+    """The policy as it was trained, with its price to be tuned."""
+    alone = policy.near(None)
     if not policy.priced:
-        return Contender(folder.name, lambda _: policy)
-    return Contender(folder.name, lambda x: policy.promising(slo, miss_price_j=10.0**x), LOG_PRICES)
+        return Contender(name, lambda _: alone)
+    return Contender(name, lambda x: alone.promising(slo, miss_price_j=10.0**x), LOG_PRICES)
+
+
+def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
+    """The policy near this table, a variant for each weight."""
+
+    def at(weight: float) -> Contender:
+        own = policy.near(Anchor(table, weight))
+        if not policy.priced or weight == WEIGHTS[-1]:
+            return Contender(name, lambda _: own)
+        return Contender(name, lambda x: own.promising(slo, miss_price_j=10.0**x), COARSE_LOG_PRICES)
+
+    return tuple(at(weight) for weight in WEIGHTS)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_SCARCE, TABLE_STRIDE, tune_static_pair
+from fuel_ray.arena.cell import LIMITS_SCARCE, TABLE_STRIDE, best_tuned, tune_static_pair
+from fuel_ray.arena.contenders import kept_near
 from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS, run_episode
 from fuel_ray.arena.runs import Runs
 from fuel_ray.build import build_codec, build_loop, build_spec
@@ -18,9 +19,10 @@ from fuel_ray.config import LearnConfig, ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.flags import parse_serving
+from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.baselines import LoadTable, Score, Static, find_load_table
 from fuel_ray.policies.baselines.profile import allowed_badness
-from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest
+from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder, load_policy, read_manifest
 from fuel_ray.record import new_folder, origin, step_line, summary_fields, write_csv, write_json, write_lines
 from fuel_ray.stats import paired_ratio
 from fuel_ray.types import Knobs, NodeSpec, Policy
@@ -52,19 +54,20 @@ class Tuned:
 
     static: Knobs
     table: LoadTable
+    share: float  # of requests that was asked for
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; the last row of the load table has no upper rate."""
         rates = (*self.table.rates_rps, None)
         rows = [[r, k.batch_limit, k.gpu_clock_mhz] for r, k in zip(rates, self.table.knobs, strict=True)]
-        return {"tuned_static": asdict(self.static), "load_table": rows}
+        return {"tuned_static": asdict(self.static), "load_table": rows, "share": self.share}
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> "Tuned":
         """The inverse of ``to_dict``."""
         rows = raw["load_table"]
         table = LoadTable([row[0] for row in rows[:-1]], [Knobs(row[1], row[2]) for row in rows])
-        return Tuned(Knobs(**raw["tuned_static"]), table)
+        return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +217,19 @@ def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tu
         allowed=allowed_badness(config.slo, share),
         stride=TABLE_STRIDE,
     )
-    return Tuned(static, table)
+    return Tuned(static, table, share)
+
+
+def tune_anchor(
+    config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
+) -> tuple[Anchor, float]:
+    """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
+    practice = _practice(config, kv_block_size, config.workload)
+    variants = kept_near("", policy.policy(practice.loop.node.spec), config.slo, tuned.table)
+    best, _ = best_tuned(variants, practice, _ASKED, share=tuned.share)
+    assert isinstance(best, LearnedPolicy)
+    assert best.anchor is not None
+    return best.anchor, best.codec.miss_price_j
 
 
 def score_weights(

@@ -2,24 +2,28 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_SCARCE, SLACK, exam, tune_static_pair, tuned
+from fuel_ray.arena.cell import LIMITS_SCARCE, SLACK, TABLE_STRIDE, best_tuned, exam, tune_static_pair
 from fuel_ray.arena.contenders import learned
 from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
 from fuel_ray.arena.runs import Runs
 from fuel_ray.build import build_loop, build_spec
+from fuel_ray.codec import Codec
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
-from fuel_ray.policies.baselines import Static
-from fuel_ray.policies.learned import load_policy, read_manifest
+from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.baselines import Static, find_load_table
+from fuel_ray.policies.baselines.profile import allowed_badness
+from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest, read_policy, save_policy
 from fuel_ray.stats import Interval, paired_ratio
+from fuel_ray.types import Knobs
 from fuel_ray.workload import parse_workload
 
 STATIC = "tuned static"
@@ -42,6 +46,18 @@ class RecommendConfig(ServingConfig):
     """Share of requests asked for on the tuning seeds."""
     workers: int = 2
     """Processes."""
+    save: Path | None = None
+    """Where to write the recommended policy, tuned for this load and promise, for `fuel-ray deploy`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A learned policy as it was tuned here: where it came from, and what it is told."""
+
+    folder: Path
+    codec: Codec
+    anchor: Anchor | None
+    static: Knobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,7 @@ class Pair:
     attained: float
     met: bool  # the promise, on most seeds
     how: str  # what was tuned
+    told: Told | None = None  # of a learned policy
 
     @property
     def energy_j_per_request(self) -> float:
@@ -116,8 +133,29 @@ def run(config: RecommendConfig) -> int:
         for pair in found:
             print(_line(pair), flush=True)
         pairs += found
-    print("\n" + recommendation(pairs, share=config.slo.share))
+    best, sentence = recommendation(pairs, share=config.slo.share)
+    print("\n" + sentence)
+    if config.save is not None and best.told is not None:
+        _save(best, best.told, config)
+        print(f"wrote {config.save}; to deploy: fuel-ray deploy --policy {config.save} ...")
+    elif config.save is not None:
+        print(f"nothing written to {config.save}: a static pair needs no policy")
     return 0
+
+
+def _save(pair: Pair, told: Told, config: RecommendConfig) -> None:
+    """The policy, told what was tuned; for its block size alone, since the static pair and the table are."""
+    assert config.save is not None
+    policy = read_policy(told.folder)
+    manifest = replace(
+        policy.manifest,
+        kv_block_sizes=(pair.kv_block_size,),
+        workload=config.workload,
+        workload_digest=parse_workload(config.workload).digest(),
+        tuned_static=asdict(told.static),
+        anchor=None if told.anchor is None else told.anchor.to_dict(),
+    )
+    save_policy(config.save, policy.arrays, told.codec, manifest)
 
 
 def _by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
@@ -139,16 +177,33 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
         Runs(loop, seeds=[HELD_OUT_SEED + i], seconds=config.seconds, slos=slos) for i in range(config.seeds)
     ]
     knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
+    table = find_load_table(
+        practice.runner(_ASKED),
+        loop.node.spec.gpu_clocks_mhz,
+        batch_limit=knobs.batch_limit,
+        allowed=allowed_badness(config.slo, share),
+        stride=TABLE_STRIDE,
+    )
     how = f"limit {knobs.batch_limit} at {knobs.gpu_clock_mhz} MHz"
     pairs = [_pair(exam(STATIC, Static(knobs), alone, _ASKED), kv_block_size, how)]
-    for contender in learned(_of_size(config, kv_block_size), loop.node.spec, config.slo):
-        policy, setting = tuned(contender, practice, _ASKED, share=share)
-        how = f"a miss costs {10**setting:.0f} J" if len(contender.settings) > 1 else "as trained"
-        pairs.append(_pair(exam(contender.name, policy, alone, _ASKED), kv_block_size, how))
+    for folder in _of_size(config, kv_block_size):
+        (family, *_) = learned((folder,), loop.node.spec, config.slo, table)
+        policy, _ = best_tuned(family, practice, _ASKED, share=share)
+        assert isinstance(policy, LearnedPolicy)
+        told = Told(folder, policy.codec, policy.anchor, knobs)
+        rows = exam(folder.name, policy, alone, _ASKED)
+        pairs.append(_pair(rows, kv_block_size, _how(policy), told))
     return pairs
 
 
-def _pair(rows: Sequence[dict[str, Any]], kv_block_size: int, how: str) -> Pair:
+def _how(policy: LearnedPolicy) -> str:
+    parts = [f"a miss costs {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
+    if policy.anchor is not None and policy.anchor.weight > 0.0:
+        parts.append(f"{policy.anchor.weight:g} per 100 MHz off the load table")
+    return ", ".join(parts) or "as trained"
+
+
+def _pair(rows: Sequence[dict[str, Any]], kv_block_size: int, how: str, told: Told | None = None) -> Pair:
     requests = tuple(row["requests"] for row in rows)
     met = bool(np.mean([row["slo_met"] for row in rows]) > 0.5)
     return Pair(
@@ -159,6 +214,7 @@ def _pair(rows: Sequence[dict[str, Any]], kv_block_size: int, how: str) -> Pair:
         attained=float(np.average([row["slo_attainment"] for row in rows], weights=requests)),
         met=met,
         how=how,
+        told=told,
     )
 
 
@@ -169,9 +225,10 @@ def _line(pair: Pair) -> str:
     )
 
 
-def recommendation(pairs: Sequence[Pair], *, share: float | None) -> str:
-    """A sentence or two: the pair of least energy that keeps the promise, if it beats tuned static surely.
+def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair, str]:
+    """The pair to deploy and a sentence or two: that of least energy that keeps the promise.
 
+    A learned one only if it beats tuned static surely, else the best static one.
     The promise counts as kept at ``SLACK`` below the share, or where no pair keeps it at ``SLACK`` below the
     best. A learned pair beats the best tuned static when the interval of the difference excludes none.
     """
@@ -189,18 +246,18 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> str:
         else min((pair for pair in pairs if pair.policy == STATIC), key=lambda pair: -pair.attained)
     )
     if not learned_pairs:
-        return f"Recommended: {_named(static)}. No learned policy keeps the promise."
+        return static, f"Recommended: {_named(static)}. No learned policy keeps the promise."
     best = learned_pairs[0]
     change = best.against(static)
     if statics and (change.high is None or change.high >= 1.0):
-        return (
+        return static, (
             f"Recommended: {_named(static)}. No learned policy beats it: the best, {_named(best)}, uses "
             f"{_percent(change)} energy."
         )
     others = [pair for pair in ranked if pair is not best]
     runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(best))}." if others else ""
     saved = f"{_percent(change)} energy against the best {_named(static)}"
-    return f"Recommended: {_named(best)}: {saved}.{runner_up}"
+    return best, f"Recommended: {_named(best)}: {saved}.{runner_up}"
 
 
 def _named(pair: Pair) -> str:

@@ -2,19 +2,23 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from fuel_ray.arena.episodes import HELD_OUT_SEED
-from fuel_ray.build import twin_of
 from fuel_ray.build_cluster import gpus_per_node
 from fuel_ray.cluster.hosts import num_nodes
-from fuel_ray.commands.evaluate import Evaluation, Tuned, evaluate_block_size, tune_baselines
+from fuel_ray.commands.evaluate import Evaluation, Tuned, evaluate_block_size
 from fuel_ray.commands.report import summary_table, write_report
-from fuel_ray.commands.train import in_parallel, parse_run, policy_folder, prepare, resumable, train_policies
+from fuel_ray.commands.train import (
+    in_parallel,
+    parse_run,
+    policy_folder,
+    prepare,
+    resumable,
+    train_policies,
+    tune_baselines_of,
+)
 from fuel_ray.config import SweepConfig
-from fuel_ray.policies.learned import amend_manifest
 from fuel_ray.record import read_json, write_csv, write_json, write_lines
 
 
@@ -42,10 +46,7 @@ def _stages(config: SweepConfig, run_dir: Path) -> None:
     """Train and choose checkpoints, tune the baselines, evaluate; each leaves its files."""
     began_s = time.monotonic()
     train_policies(config, run_dir)
-    tuned = _tune(config, run_dir)
-    for size, by_load in tuned.items():
-        static = asdict(by_load[config.workload].static)
-        amend_manifest(policy_folder(config, run_dir, size), tuned_static=static)
+    tuned = tune_baselines_of(config, run_dir, _workloads(config))
     _evaluate(config, run_dir, tuned)
     facts = read_json(run_dir / "run.json")
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
@@ -56,23 +57,6 @@ def _stages(config: SweepConfig, run_dir: Path) -> None:
 def _workloads(config: SweepConfig) -> list[str]:
     loads = (config.workload, config.control_workload)
     return list(dict.fromkeys(load for load in loads if load is not None))
-
-
-def _tune(config: SweepConfig, run_dir: Path) -> dict[int, dict[str, Tuned]]:
-    """Baselines by block size and workload, on the twin; from an earlier call if there was one."""
-    path = run_dir / "baselines.json"
-    if not path.exists():
-        twin = twin_of(config)
-        jobs = [(twin, size, load) for size in config.block_sizes for load in _workloads(config)]
-        found = in_parallel("tune baselines", tune_baselines, jobs)
-        raw: dict[str, dict[str, Any]] = {str(size): {} for size in config.block_sizes}
-        for (_, size, workload), tuned in zip(jobs, found, strict=True):
-            raw[str(size)][workload] = tuned.to_dict()
-        write_json(path, raw)
-    return {
-        int(size): {workload: Tuned.from_dict(tuned) for workload, tuned in by_load.items()}
-        for size, by_load in read_json(path).items()
-    }
 
 
 def _evaluate(config: SweepConfig, run_dir: Path, tuned: Mapping[int, Mapping[str, Tuned]]) -> None:

@@ -1,9 +1,9 @@
 """fuel-ray train: a policy per KV block size, without the comparison that a sweep adds."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +12,12 @@ import ray
 from fuel_ray.arena.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
 from fuel_ray.cluster.hosts import answer_of, driver_resource
-from fuel_ray.commands.evaluate import score_weights
+from fuel_ray.commands.evaluate import Tuned, score_weights, tune_anchor, tune_baselines
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving
+from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
@@ -55,6 +56,7 @@ def run(config: TrainVerbConfig) -> int:
     config, run_dir = prepare(config, "train", [config.workload], held_out=())
     with resumable("train", run_dir, config.storage):
         train_policies(config, run_dir)
+        tune_baselines_of(config, run_dir, [config.workload])
     print(f"\npolicies  {run_dir / 'policies'}")
     return 0
 
@@ -149,6 +151,50 @@ def train_policies(config: LearnConfig, run_dir: Path) -> None:
         _, best, price_j = min(ranked)
         _save(config, run_dir, trial, best, miss_price_j=price_j)
     write_csv(run_dir / "learning.csv", curve)
+
+
+def tune_baselines_of(
+    config: LearnConfig, run_dir: Path, workloads: Sequence[str]
+) -> dict[int, dict[str, Tuned]]:
+    """Baselines by block size and workload, on the twin; policies are told those of their own load.
+
+    They are read from the run's folder if an earlier call left them there.
+    """
+    path = run_dir / "baselines.json"
+    if not path.exists():
+        twin = twin_of(config)
+        jobs = [(twin, size, load) for size in config.block_sizes for load in workloads]
+        found = in_parallel("tune baselines", tune_baselines, jobs)
+        raw: dict[str, dict[str, Any]] = {str(size): {} for size in config.block_sizes}
+        for (_, size, workload), tuned in zip(jobs, found, strict=True):
+            raw[str(size)][workload] = tuned.to_dict()
+        write_json(path, raw)
+    by_size = {
+        int(size): {workload: Tuned.from_dict(tuned) for workload, tuned in by_load.items()}
+        for size, by_load in read_json(path).items()
+    }
+    _tell(config, run_dir, {size: by_load[config.workload] for size, by_load in by_size.items()})
+    return by_size
+
+
+def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:
+    """Write into the policies what was tuned for their load: the static pair and, of one size, the anchor."""
+    folders = {size: policy_folder(config, run_dir, size) for size in tuned}
+    policies = {size: read_policy(folder) for size, folder in folders.items()}
+    anchors: dict[int, tuple[Anchor | None, float]] = {
+        size: (None, policy.codec.miss_price_j) for size, policy in policies.items()
+    }
+    if config.anchor and not config.conditional:
+        jobs = [(twin_of(config), size, policies[size], own) for size, own in tuned.items()]
+        anchors = dict(zip(tuned, in_parallel("tune anchors", tune_anchor, jobs), strict=True))
+    for size, policy in policies.items():
+        anchor, price_j = anchors[size]
+        manifest = replace(
+            policy.manifest,
+            tuned_static=asdict(tuned[size].static),
+            anchor=None if anchor is None else anchor.to_dict(),
+        )
+        save_policy(folders[size], policy.arrays, replace(policy.codec, miss_price_j=price_j), manifest)
 
 
 def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Path:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fuel_ray.codec import ActionGrid, Codec, Encoder
 from fuel_ray.errors import ConfigError, PolicyError
+from fuel_ray.policies.anchor import Anchor, Tether
 from fuel_ray.policies.network import Head, folded, q_values
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
@@ -43,19 +44,33 @@ class Manifest:
     evaluation: dict[str, Any] = field(default_factory=dict)
     tuned_static: dict[str, int] | None = None  # the Knobs that were tuned for the same load
     feature_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # seen in training
+    anchor: dict[str, Any] | None = None  # an ``Anchor`` that was tuned for the same load
     format: int = FORMAT
 
 
 class LearnedPolicy:
-    """Takes the action of highest Q in every window; on an observe-only node, among those of its clock."""
+    """Takes the action of highest Q in every window; on an observe-only node, among those of its clock.
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec, *, head: Head) -> None:
+    With an anchor, Q less what the anchor charges.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        codec: Codec,
+        spec: NodeSpec,
+        *,
+        head: Head,
+        anchor: Anchor | None = None,
+    ) -> None:
         self._arrays = folded(arrays, clocks=len(codec.grid.gpu_clocks_mhz))
         self._head = head
         self._codec = codec
         self._spec = spec
         self._encoder = Encoder(codec, spec)
         self._actions = _actions(codec.grid, spec)
+        self._anchor = anchor
+        self._tether = None if anchor is None else Tether(anchor, codec.grid)
 
     @property
     def priced(self) -> bool:
@@ -67,15 +82,36 @@ class LearnedPolicy:
         own = self._codec.slo
         told = replace(own, ttft_s=slo.ttft_s or own.ttft_s, tpot_s=slo.tpot_s or own.tpot_s)
         codec = replace(self._codec, slo=told, miss_price_j=miss_price_j)
-        return LearnedPolicy(self._arrays, codec, self._spec, head=self._head)
+        return LearnedPolicy(self._arrays, codec, self._spec, head=self._head, anchor=self._anchor)
+
+    def near(self, anchor: Anchor | None) -> "LearnedPolicy":
+        """The same policy, kept near this anchor or none."""
+        return LearnedPolicy(self._arrays, self._codec, self._spec, head=self._head, anchor=anchor)
+
+    @property
+    def codec(self) -> Codec:
+        """What it sees and is told, and may choose."""
+        return self._codec
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """What it is kept near."""
+        return self._anchor
 
     def reset(self) -> None:
         """Forget the past."""
         self._encoder.reset()
+        if self._tether is not None:
+            self._tether.reset()
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """Knobs for the next window."""
-        return self.act(self.observe(window))
+        observation = self.observe(window)
+        if self._tether is None:
+            return self.act(observation)
+        base = self._tether.decide(window)
+        q = q_values(self._arrays, observation, head=self._head) - self._tether.charge(base)
+        return self._tether.decode(self._actions[int(q[self._actions].argmax())], base)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -87,7 +123,7 @@ class LearnedPolicy:
         return self._encoder.encode(window)
 
     def act(self, observation: np.ndarray) -> Knobs:
-        """The knobs of highest Q."""
+        """The knobs of highest Q, without an anchor."""
         q = q_values(self._arrays, observation, head=self._head)[self._actions]
         return self._codec.grid.decode(self._actions[int(q.argmax())])
 
@@ -106,12 +142,6 @@ def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, ma
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / "weights.safetensors")
     (folder / "codec.json").write_text(json.dumps(codec.to_dict(), indent=2))
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
-
-
-def amend_manifest(folder: Path, **changes: Any) -> None:
-    """Write what was found out about a policy after it was saved."""
-    manifest = replace(read_manifest(folder), **changes)
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
 
 
@@ -150,6 +180,8 @@ def _check_manifest(manifest: Manifest) -> None:
     if tuned is not None:
         _expect(set(tuned) == {"batch_limit", "gpu_clock_mhz"}, "tuned_static is not a pair of knobs")
         _expect(_are_counts(tuple(tuned.values())), "tuned_static is not a pair of knobs")
+    if manifest.anchor is not None:
+        Anchor.from_dict(manifest.anchor)
     for name, (low, high) in manifest.feature_ranges.items():
         _expect(-math.inf < low <= high < math.inf, f"the range of {name} is not one")
 
@@ -182,7 +214,8 @@ class PolicyFolder:
 
     def policy(self, spec: NodeSpec) -> LearnedPolicy:
         """The policy, at work on a node."""
-        return LearnedPolicy(self.arrays, self.codec, spec, head=self.manifest.head)
+        anchor = None if self.manifest.anchor is None else Anchor.from_dict(self.manifest.anchor)
+        return LearnedPolicy(self.arrays, self.codec, spec, head=self.manifest.head, anchor=anchor)
 
 
 def read_policy(folder: Path) -> PolicyFolder:

@@ -7,9 +7,9 @@ from fuel_ray.policies.baselines.feedback import Feedback
 from fuel_ray.policies.baselines.greendls import GreenDlsNet
 from fuel_ray.policies.baselines.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
 from fuel_ray.policies.baselines.oracle import find_load_table, find_schedule
-from fuel_ray.policies.baselines.static import ClockSchedule, LoadTable, Planned, Static
 from fuel_ray.policies.baselines.tuning import Score, Scorer, tune_static
 from fuel_ray.policies.baselines.voltana import Dwell, VoltanaLlm
+from fuel_ray.policies.static import ClockSchedule, LoadTable, Planned, Static
 
 __all__ = [
     "AgftLinUcb",

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from fuel_ray.policies.baselines.profile import Attempts, Runner, Trace, grid_of, profile
-from fuel_ray.policies.baselines.static import ClockSchedule, LoadTable
+from fuel_ray.policies.static import ClockSchedule, LoadTable
 from fuel_ray.types import Knobs
 
 

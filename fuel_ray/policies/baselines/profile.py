@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuel_ray.codec import smoothed_rates
-from fuel_ray.policies.baselines.static import Static
+from fuel_ray.policies.static import Static
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo, WindowMetrics
 
 _BISECTIONS = 8

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fuel_ray.policies.baselines.static import Static
+from fuel_ray.policies.static import Static
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
 

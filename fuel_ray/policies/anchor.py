@@ -1,0 +1,87 @@
+"""What a learned policy is kept near: the load table of its own load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.codec import ActionGrid
+from fuel_ray.policies.static import LoadTable
+from fuel_ray.types import Knobs, WindowMetrics
+
+WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 10.0)  # that are tried; the last leaves the table as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A load table, and how much Q an action loses per 100 MHz or per batch limit away from its knobs.
+
+    The table is tuned for the load; the network leaves it where it expects to gain more than that. With
+    weight 0 the network is free, with a large one the policy is the table.
+    """
+
+    table: LoadTable
+    weight: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        knobs = [[k.batch_limit, k.gpu_clock_mhz] for k in self.table.knobs]
+        return {"rates_rps": list(self.table.rates_rps), "knobs": knobs, "weight": self.weight}
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> "Anchor":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: it is not an anchor.
+        """
+        rates, knobs, weight = raw["rates_rps"], [Knobs(*pair) for pair in raw["knobs"]], raw["weight"]
+        values = [value for k in knobs for value in (k.batch_limit, k.gpu_clock_mhz)]
+        if not all(type(value) is int and 0 < value < 2**31 for value in values):
+            raise ValueError("the anchor's knobs are not knobs")
+        if len(knobs) != len(rates) + 1 or rates != sorted(rates) or not np.isfinite([*rates, weight]).all():
+            raise ValueError("the anchor's rates or its weight are malformed")
+        return Anchor(LoadTable(rates, knobs), float(weight))
+
+
+class Tether:
+    """An anchor at work on one grid: finds the table's knobs in it and charges the way from them."""
+
+    def __init__(self, anchor: Anchor, grid: ActionGrid) -> None:
+        self._table = LoadTable(anchor.table.rates_rps, anchor.table.knobs)  # with a memory of its own
+        self._grid = grid
+        self._charged = {knobs: self._charge(knobs, anchor.weight) for knobs in anchor.table.knobs}
+
+    def reset(self) -> None:
+        """Forget the past."""
+        self._table.reset()
+
+    def decide(self, window: WindowMetrics) -> Knobs:
+        """The table's knobs."""
+        return self._table.decide(window)
+
+    def charge(self, base: Knobs) -> np.ndarray:
+        """What each action loses: (actions,)."""
+        return self._charged[base]
+
+    def decode(self, action: int, base: Knobs) -> Knobs:
+        """The knobs of an action; the grid's nearest values to the table's stand for these themselves."""
+        limit, clock = divmod(action, len(self._grid.gpu_clocks_mhz))
+        at_limit, at_clock = self._nearest(base)
+        return Knobs(
+            base.batch_limit if limit == at_limit else self._grid.batch_limits[limit],
+            base.gpu_clock_mhz if clock == at_clock else self._grid.gpu_clocks_mhz[clock],
+        )
+
+    def _nearest(self, base: Knobs) -> tuple[int, int]:
+        limits, clocks = np.array(self._grid.batch_limits), np.array(self._grid.gpu_clocks_mhz)
+        limit = int(np.abs(limits - base.batch_limit).argmin())
+        return limit, int(np.abs(clocks - base.gpu_clock_mhz).argmin())
+
+    def _charge(self, base: Knobs, weight: float) -> np.ndarray:
+        limit, clock = self._nearest(base)
+        clocks = np.array(self._grid.gpu_clocks_mhz)
+        by_limit = np.abs(np.arange(len(self._grid.batch_limits)) - limit)
+        by_clock = np.abs(clocks - clocks[clock]) / 100.0
+        return np.asarray(weight * (by_limit[:, None] + by_clock).ravel())

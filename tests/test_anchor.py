@@ -1,0 +1,125 @@
+"""A learned policy near a load table."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fuel_ray.arena.cell import Contest, best_tuned, loop_of, practice_of
+from fuel_ray.arena.contenders import kept_near
+from fuel_ray.arena.scenarios import SCENARIOS
+from fuel_ray.build import build_loop, build_spec
+from fuel_ray.config import PRESETS
+from fuel_ray.errors import PolicyError
+from fuel_ray.policies.anchor import Anchor, Tether
+from fuel_ray.policies.baselines import LoadTable, Static, find_load_table
+from fuel_ray.policies.learned import read_policy
+from fuel_ray.types import Knobs, Slo
+from tests.policy_folders import GRID, write_policy
+
+SPEC = build_spec(PRESETS["default"], 16)
+BASE = Knobs(batch_limit=20, gpu_clock_mhz=1485)  # neither is in GRID; the nearest are 16 and 1500
+TABLE = LoadTable([2.0], [BASE, Knobs(32, 1980)])
+
+
+def decisions(policy, workload="steady:rate_rps=8", windows=20):
+    loop = build_loop(PRESETS["default"], 16, horizon_s=windows + 1.0, workload=workload)
+    window = loop.reset(seed=3)
+    policy.reset()
+    chosen = []
+    for _ in range(windows):
+        chosen.append(policy.decide(window))
+        window = loop.step(chosen[-1]).metrics
+    return chosen
+
+
+def test_a_heavy_anchor_leaves_the_table_to_the_letter_even_off_the_grid(tmp_path):
+    policy = read_policy(write_policy(tmp_path / "p", best=Knobs(32, 990))).policy(SPEC)
+    table = LoadTable(TABLE.rates_rps, TABLE.knobs)
+    assert decisions(policy.near(Anchor(TABLE, 10.0))) == decisions(table)
+    assert set(decisions(table)) == {Knobs(32, 1980)}  # and BASE where it is calm:
+    assert set(decisions(policy.near(Anchor(TABLE, 10.0)), "steady:rate_rps=0.5")) == {BASE}
+
+
+def test_the_network_leaves_the_table_where_it_gains_more_than_that_costs(tmp_path):
+    """Its best action, 1.0 better than all others, is 5.1 x 100 MHz and one limit away from the table."""
+    policy = read_policy(write_policy(tmp_path / "p", best=Knobs(32, 990))).policy(SPEC)
+    calm = "steady:rate_rps=0.5"
+    assert set(decisions(policy.near(Anchor(TABLE, 0.9 / 6.1)), calm)) == {Knobs(32, 990)}
+    assert set(decisions(policy.near(Anchor(TABLE, 1.1 / 6.1)), calm)) == {BASE}
+    assert set(decisions(policy.near(Anchor(TABLE, 0.0)), calm)) == {Knobs(32, 990)}
+
+
+def test_the_charge_grows_with_the_way_from_the_tables_knobs():
+    charge = Tether(Anchor(TABLE, 0.1), GRID).charge(BASE).reshape(3, 3)
+    np.testing.assert_allclose(charge[1], [0.51, 0.0, 0.48])
+    np.testing.assert_allclose(charge[:, 1], [0.1, 0.0, 0.1])
+
+
+def test_two_policies_on_one_anchor_do_not_share_its_memory(tmp_path):
+    folder = read_policy(write_policy(tmp_path / "p"))
+    one, other = (folder.policy(SPEC).near(Anchor(TABLE, 10.0)) for _ in range(2))
+    alone = decisions(one)
+    loop = build_loop(PRESETS["default"], 16, horizon_s=30.0, workload="steady:rate_rps=0.5")
+    other.decide(loop.reset(seed=1))
+    assert decisions(one) == alone
+
+
+def test_the_promise_and_the_price_can_be_told_without_losing_the_anchor(tmp_path):
+    policy = read_policy(write_policy(tmp_path / "p")).policy(SPEC).near(Anchor(TABLE, 0.1))
+    assert policy.promising(Slo(tpot_s=0.01), miss_price_j=3.0).anchor == Anchor(TABLE, 0.1)
+
+
+def test_a_policy_folder_keeps_its_anchor(tmp_path):
+    folder = write_policy(tmp_path / "p", best=Knobs(32, 990), anchor=Anchor(TABLE, 10.0).to_dict())
+    policy = read_policy(folder).policy(SPEC)
+    assert policy.anchor is not None and policy.anchor.weight == 10.0
+    assert set(decisions(policy)) == {Knobs(32, 1980)}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"weight": float("nan")},
+        {"weight": "much"},
+        {"rates_rps": [2.0, 1.0]},
+        {"rates_rps": [3.0, 2.0], "knobs": [[4, 990]] * 3},
+        {"knobs": [[4, 990]]},
+        {"knobs": [[4, 990], [4, -1]]},
+        {"knobs": [[4, 990], [4]]},
+        {"knobs": 5},
+        {"knobs": None},
+    ],
+)
+def test_a_malformed_anchor_is_refused(tmp_path, damage):
+    folder = write_policy(tmp_path / "p")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["anchor"] = {**Anchor(TABLE, 0.1).to_dict(), **damage}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PolicyError, match="not a policy folder"):
+        read_policy(folder)
+
+
+def test_a_policy_that_knows_nothing_is_kept_near_the_table(tmp_path):
+    """Its best action breaks the promise, so that it is not let free, and is no worse than the table."""
+    scenario = SCENARIOS["diurnal-scarce"]
+    contest = Contest(
+        config=PRESETS["default"], scenario=scenario, slos=("tight",), kv_block_size=16, policies=(),
+        seeds=1, tuning_seeds=1, seconds=240, tune_share=0.97, peers=False, oracle=False,
+        oracle_segment_s=60.0,
+    )  # fmt: skip
+    practice = practice_of(contest, loop_of(contest, scenario))
+    fast = Knobs(128, 1980)
+    allowed = 1.0 - practice.score(Static(fast), "tight", share=0.97).slo_attainment + 0.005
+    clocks = practice.loop.node.spec.gpu_clocks_mhz
+    table = find_load_table(
+        practice.runner("tight"), clocks, batch_limit=128, allowed=allowed, stride=8, budget=4
+    )
+    share = practice.score(table, "tight", share=0.97).slo_attainment
+    policy = read_policy(write_policy(tmp_path / "p", best=Knobs(4, 990))).policy(SPEC)
+    best, found = best_tuned(
+        kept_near("p", policy, practice.slos["tight"], table), practice, "tight", share=share
+    )
+    kept, plain = (practice.score(p, "tight", share=share) for p in (best, table))
+    assert found["anchor"] > 0.0
+    assert kept.slo_attainment >= share and kept.energy_j_per_request <= plain.energy_j_per_request
