@@ -1,6 +1,7 @@
 """A learned policy near a load table."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from fuel_ray.arena.cell import Contest, best_tuned, loop_of, practice_of
 from fuel_ray.arena.contenders import kept_near
 from fuel_ray.arena.scenarios import SCENARIOS
 from fuel_ray.build import build_loop, build_spec
+from fuel_ray.commands.recommend import Pair, RecommendConfig, Told, save
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import PolicyError
 from fuel_ray.policies.anchor import Anchor, Tether
 from fuel_ray.policies.baselines import LoadTable, Static, find_load_table
-from fuel_ray.policies.learned import read_policy
+from fuel_ray.policies.learned import load_policy, read_policy
 from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import GRID, write_policy
 
@@ -123,3 +125,17 @@ def test_a_policy_that_knows_nothing_is_kept_near_the_table(tmp_path):
     kept, plain = (practice.score(p, "tight", share=share) for p in (best, table))
     assert found["anchor"] > 0.0
     assert kept.slo_attainment >= share and kept.energy_j_per_request <= plain.energy_j_per_request
+
+
+def test_what_is_recommended_is_saved_as_it_was_tuned(tmp_path):
+    folder = write_policy(tmp_path / "p", sizes=(8, 16), best=Knobs(32, 990))
+    codec = replace(read_policy(folder).codec, miss_price_j=70.0, slo=Slo(ttft_s=1.0, tpot_s=0.02))
+    told = Told(folder, codec, Anchor(TABLE, 10.0), static=BASE)
+    pair = Pair(16, "p", (1.0,), (1,), 0.97, True, "tuned", told)
+    config = RecommendConfig(workload="mmpp", save=tmp_path / "saved")
+    save(pair, told, config)
+    saved = read_policy(tmp_path / "saved")
+    assert saved.codec == codec
+    assert saved.manifest.kv_block_sizes == (16,) and saved.manifest.workload == "mmpp"
+    assert saved.manifest.tuned_static == {"batch_limit": 20, "gpu_clock_mhz": 1485}
+    assert set(decisions(load_policy(tmp_path / "saved", replace(SPEC, model="tiny")))) == {Knobs(32, 1980)}

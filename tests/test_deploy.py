@@ -11,6 +11,8 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
+from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.static import LoadTable
 from fuel_ray.types import Knobs
 from fuel_ray.vllm_plugin import read_file
 from tests.fake_nvml import FakeGpu, FakeNvml
@@ -260,6 +262,10 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_set(flags, stub, g
     assert gpu.locked_mhz is None and not (tmp_path / "out").exists()
 
 
+def near(knobs):
+    return Anchor(LoadTable([], [knobs]), 0.1).to_dict()
+
+
 MISFITS = [
     ({"sizes": (32,)}, "trained for KV block size 32, the server has 16"),
     ({"model": "Llama"}, "trained for model Llama, the server has tiny"),
@@ -267,6 +273,8 @@ MISFITS = [
     ({"engine": "vLLM 0.20.2"}, "trained for vLLM 0.20.2, the server is vLLM 0.32.0"),
     ({"grid": ActionGrid((4,), (990, 1007))}, "the GPU does not support its clocks 1007 MHz"),
     ({"grid": ActionGrid((4, 64), (990,))}, "its highest batch limit is 64, the server's 32"),
+    ({"anchor": near(Knobs(4, 1007))}, "the GPU does not support its clocks 1007 MHz"),
+    ({"anchor": near(Knobs(64, 990))}, "its highest batch limit is 64, the server's 32"),
 ]
 
 

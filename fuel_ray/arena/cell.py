@@ -35,7 +35,6 @@ from fuel_ray.workload import parse_workload
 LIMITS_SCARCE, LIMITS_AMPLE = (24, 32, 40, 48, 64), (48,)  # with ample KV the limit moves energy by 0.1 %
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
 CHOSEN = "chosen: learned or static"  # by ``choose``
-HALVINGS = 3  # of the distance between settings
 TABLE_BUDGET = 30  # runs spent on single moves
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 _RECORDED = ("slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s", "preemptions",
@@ -210,7 +209,7 @@ def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tu
         return ranks[setting]
 
     best = min(settings, key=rank)
-    for _ in range(HALVINGS):
+    for _ in range(contender.halvings):
         tried = sorted(ranks)
         at = tried.index(best)
         beside = [(best + tried[k]) / 2 for k in (at - 1, at + 1) if 0 <= k < len(tried)]

@@ -136,14 +136,14 @@ def run(config: RecommendConfig) -> int:
     best, sentence = recommendation(pairs, share=config.slo.share)
     print("\n" + sentence)
     if config.save is not None and best.told is not None:
-        _save(best, best.told, config)
+        save(best, best.told, config)
         print(f"wrote {config.save}; to deploy: fuel-ray deploy --policy {config.save} ...")
     elif config.save is not None:
         print(f"nothing written to {config.save}: a static pair needs no policy")
     return 0
 
 
-def _save(pair: Pair, told: Told, config: RecommendConfig) -> None:
+def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
     """The policy, told what was tuned; for its block size alone, since the static pair and the table are."""
     assert config.save is not None
     policy = read_policy(told.folder)

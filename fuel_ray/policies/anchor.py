@@ -10,7 +10,7 @@ from fuel_ray.codec import ActionGrid
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.types import Knobs, WindowMetrics
 
-WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 10.0)  # that are tried; the last leaves the table as it is
+WEIGHTS = (0.0, 0.02, 0.06, 0.2, 10.0)  # that are tried; the last leaves the table as it is
 
 
 @dataclass(frozen=True, slots=True)
