@@ -22,6 +22,7 @@ from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.baselines import Static, find_load_table
 from fuel_ray.policies.baselines.profile import allowed_badness
 from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest, read_policy, save_policy
+from fuel_ray.record import make_folder
 from fuel_ray.stats import Interval, paired_ratio
 from fuel_ray.types import Knobs
 from fuel_ray.workload import parse_workload
@@ -128,6 +129,8 @@ def _of_size(config: RecommendConfig, kv_block_size: int) -> tuple[Path, ...]:
 
 def run(config: RecommendConfig) -> int:
     """Print every pair and the recommendation."""
+    if config.save is not None:
+        make_folder(config.save)
     pairs: list[Pair] = []
     for found in _by_size(config):
         for pair in found:

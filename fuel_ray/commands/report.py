@@ -36,7 +36,7 @@ _POLICIES = {
     "max_performance": "highest clock, no batch limit: a server without control",
     "tuned_static": "the one (clock, limit) pair with the least energy within the SLO on the training seeds",
     "load_table": "a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
-    LEARNED: "the DQN that this run trained, one per KV block size",
+    LEARNED: "the DQN that this run trained, one per KV block size, held to the load table where that helped",
 }
 _TERMS = {
     "J/request": "GPU energy divided by requests that arrived; lower is better",
@@ -44,6 +44,7 @@ _TERMS = {
     "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
     "limit": "batch limit: requests that may run at once; the others wait",
+    "weight on it": "reward per 100 MHz that the DQN must gain to leave the load table; at 10 it never does",
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
     "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed",
 }

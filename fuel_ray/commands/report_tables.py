@@ -80,6 +80,7 @@ def chosen_pairs(run: Run) -> str:
             Cell(size),
             Cell(_pair(tuned.get("tuned_static")), style="text"),
             Cell(_rates(tuned), style="text wrap"),
+            Cell(_held(tuned.get("anchor_weight")), style="text"),
         ]
         for size, tuned in (run.info.get("tuned") or {}).items()
     ]
@@ -87,8 +88,13 @@ def chosen_pairs(run: Run) -> str:
         Cell("block size"),
         Cell("tuned static", style="text"),
         Cell("load table, by arrival rate", style="text"),
+        Cell("DQN's weight on it", style="text"),
     )
     return table(head, [[row] for row in rows]) if rows else ""
+
+
+def _held(weight: float | None) -> str:
+    return "free" if not weight else f"{weight:g}"
 
 
 def key_values(tree: Mapping[str, Any]) -> str:

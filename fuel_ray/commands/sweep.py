@@ -19,6 +19,7 @@ from fuel_ray.commands.train import (
     tune_baselines_of,
 )
 from fuel_ray.config import SweepConfig
+from fuel_ray.policies.learned import read_manifest
 from fuel_ray.record import read_json, write_csv, write_json, write_lines
 
 
@@ -50,8 +51,17 @@ def _stages(config: SweepConfig, run_dir: Path) -> None:
     _evaluate(config, run_dir, tuned)
     facts = read_json(run_dir / "run.json")
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
-    facts["tuned"] = {str(size): by_load[config.workload].to_dict() for size, by_load in tuned.items()}
+    facts["tuned"] = {
+        str(size): {**by_load[config.workload].to_dict(), "anchor_weight": _weight(config, run_dir, size)}
+        for size, by_load in tuned.items()
+    }
     write_json(run_dir / "run.json", facts)
+
+
+def _weight(config: SweepConfig, run_dir: Path, kv_block_size: int) -> float | None:
+    """How much holds the policy to its load table; None if it is free."""
+    anchor = read_manifest(policy_folder(config, run_dir, kv_block_size)).anchor
+    return None if anchor is None else float(anchor["weight"])
 
 
 def _workloads(config: SweepConfig) -> list[str]:
