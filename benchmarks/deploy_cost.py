@@ -20,7 +20,9 @@ from fuel_ray.commands import deploy  # noqa: F401  (its imports are part of the
 from fuel_ray.config import GuardConfig
 from fuel_ray.drift import DriftDetector
 from fuel_ray.guard import Guard
+from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import LearnedPolicy
+from fuel_ray.policies.static import LoadTable
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 SPEC = NodeSpec("n", "gpu", (), "model", 16, 1625, (1, 128), tuple(range(990, 1981, 15)))
@@ -48,11 +50,11 @@ def policies(rng: np.random.Generator) -> dict[str, tuple[LearnedPolicy, Codec]]
         "limit_advantage": len(grid.batch_limits),
         "clock_advantage": len(grid.gpu_clocks_mhz),
     }
+    free = LearnedPolicy(arrays(len(DEFAULT_FEATURES), 128, heads, rng), default, SPEC, head="additive")
+    table = LoadTable([1.0 + row for row in range(9)], [Knobs(40, 990 + 105 * row) for row in range(10)])
     return {
-        "default (128-128, additive)": (
-            LearnedPolicy(arrays(len(DEFAULT_FEATURES), 128, heads, rng), default, SPEC, head="additive"),
-            default,
-        ),
+        "default (128-128, additive)": (free, default),
+        "default near a load table": (free.near(Anchor(table, 0.06)), default),
         "seed (256-256, 187 actions)": (
             LearnedPolicy(arrays(10, 256, {"value": 1, "advantage": 187}, rng), seed, SPEC, head="joint"),
             seed,

@@ -51,7 +51,8 @@ class Tether:
     def __init__(self, anchor: Anchor, grid: ActionGrid) -> None:
         self._table = LoadTable(anchor.table.rates_rps, anchor.table.knobs)  # with a memory of its own
         self._grid = grid
-        self._charged = {knobs: self._charge(knobs, anchor.weight) for knobs in anchor.table.knobs}
+        self._at = {knobs: self._nearest(knobs) for knobs in anchor.table.knobs}
+        self._charges = {knobs: self._charge(knobs, anchor.weight) for knobs in anchor.table.knobs}
 
     def reset(self) -> None:
         """Forget the past."""
@@ -63,12 +64,12 @@ class Tether:
 
     def charge(self, base: Knobs) -> np.ndarray:
         """What each action loses: (actions,)."""
-        return self._charged[base]
+        return self._charges[base]
 
     def decode(self, action: int, base: Knobs) -> Knobs:
         """The knobs of an action; the grid's nearest values to the table's stand for these themselves."""
         limit, clock = divmod(action, len(self._grid.gpu_clocks_mhz))
-        at_limit, at_clock = self._nearest(base)
+        at_limit, at_clock = self._at[base]
         return Knobs(
             base.batch_limit if limit == at_limit else self._grid.batch_limits[limit],
             base.gpu_clock_mhz if clock == at_clock else self._grid.gpu_clocks_mhz[clock],
@@ -80,7 +81,7 @@ class Tether:
         return limit, int(np.abs(clocks - base.gpu_clock_mhz).argmin())
 
     def _charge(self, base: Knobs, weight: float) -> np.ndarray:
-        limit, clock = self._nearest(base)
+        limit, clock = self._at[base]
         clocks = np.array(self._grid.gpu_clocks_mhz)
         by_limit = np.abs(np.arange(len(self._grid.batch_limits)) - limit)
         by_clock = np.abs(clocks - clocks[clock]) / 100.0
