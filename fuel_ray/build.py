@@ -18,6 +18,7 @@ from fuel_ray.env import ServingEnv
 from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Guard
 from fuel_ray.objective import Energy, GreenDls, Objective
+from fuel_ray.policies.anchor import Anchor, Tether
 from fuel_ray.policies.learned import Manifest
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.perf_model import load_pack, step_cost
@@ -249,11 +250,16 @@ def build_loop(
     return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=guard)
 
 
-def build_env(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
-    """A training environment over these block sizes; episodes begin at a random point of the workload."""
+def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor | None = None) -> ServingEnv:
+    """A training environment over these block sizes; episodes begin at a random point of the workload.
+
+    ``anchor`` is what a specialist, on one block size, explores near to.
+    """
     steps, failures = config.train.episode_steps, config.node_failures if config.node == "ray" else 1
     if config.generalist:
         return _any_load(config, block_sizes)
+    if config.specialist:
+        return _any_price(config, block_sizes, anchor)
     loops = [build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes]
     return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=failures)
 
@@ -265,15 +271,34 @@ def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
     for size, (kv_tokens, high_rps) in product(block_sizes, _POOLS):
         own = replace(config, kv_tokens=kv_tokens)
         node = build_node(own, size, horizon_s=float(steps + 1), workload=f"mixed:high_rps={high_rps}")
-        codec = build_codec(config, node.spec)
         for tpot_s, price_j in product(_TPOTS_S, _PRICES_J):
-            told = replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j)
-            objective = build_objective(told)
-            if isinstance(objective, Energy):  # rewards of one size, whatever the price
-                objective = replace(objective, scale_w=objective.scale_w * (1.0 + price_j / 200.0))
-            loops.append(ControlLoop(node, objective, guard=Guard(config.guard.rules(told.slo, node.spec))))
-            codecs.append(replace(codec, slo=told.slo, miss_price_j=price_j))
+            loop, codec = _priced(replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j), node)
+            loops.append(loop)
+            codecs.append(codec)
     return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs)
+
+
+def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor | None) -> ServingEnv:
+    """The load of the settings at every price."""
+    steps = config.train.episode_steps
+    loops, codecs = [], []
+    for size in block_sizes:
+        node = build_node(config, size, horizon_s=float(steps + 1), random_start=True)
+        for price_j in _PRICES_J:
+            loop, codec = _priced(replace(config, miss_price_j=price_j), node)
+            loops.append(loop)
+            codecs.append(codec)
+    tether = None if anchor is None else Tether(anchor, codecs[0].grid)
+    return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs, tether=tether)
+
+
+def _priced(told: LearnConfig, node: Node) -> tuple[ControlLoop, Codec]:
+    """A node under control at the price and the promise of the settings, and the codec that says them."""
+    objective = build_objective(told)
+    if isinstance(objective, Energy):  # rewards of one size, whatever the price
+        objective = replace(objective, scale_w=objective.scale_w * (1.0 + told.miss_price_j / 200.0))
+    loop = ControlLoop(node, objective, guard=Guard(told.guard.rules(told.slo, node.spec)))
+    return loop, replace(build_codec(told, node.spec), miss_price_j=told.miss_price_j)
 
 
 def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:

@@ -13,7 +13,7 @@ from fuel_ray.guard import Rules
 from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
-Preset = Literal["default", "seed", "generalist"]
+Preset = Literal["default", "seed", "generalist", "specialist"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
 
@@ -144,7 +144,8 @@ class ServingConfig:
     """A node, the load that it serves and what is promised."""
 
     preset: Preset = "default"
-    """default: one policy per load. generalist: one for any load and promise. seed: seed.md to the letter."""
+    """default: one policy per load. generalist: one for any load and promise. specialist: one per load and
+    promise, trained near its load table. seed: seed.md to the letter."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     node: NodeKind = "sim"
@@ -228,6 +229,8 @@ class LearnConfig(ServingConfig):
     """Keep each policy near the load table that is tuned for its load; how near is tuned too."""
     generalist: bool = False
     """Train on random loads, KV pools, TPOT limits and prices of a miss; the price is then tuned."""
+    specialist: bool = False
+    """Train on this load at many prices of a miss, which is then tuned, and near its load table."""
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
@@ -287,11 +290,20 @@ GENERALIST_PRESET = SweepConfig(
         average_results=3,
     ),
 )
+SPECIALIST_PRESET = replace(
+    GENERALIST_PRESET,
+    preset="specialist",
+    steps=200_000,
+    generalist=False,
+    specialist=True,
+    train=replace(GENERALIST_PRESET.train, epsilon_initial=0.6, epsilon_final=0.15, iterations=5),
+)
 _ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings
 PRESETS: dict[str, SweepConfig] = {
     "default": SweepConfig(),
     "seed": SEED_PRESET,
     "generalist": GENERALIST_PRESET,
+    "specialist": SPECIALIST_PRESET,
 }
 
 Serving = TypeVar("Serving", bound=ServingConfig)

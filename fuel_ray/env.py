@@ -13,6 +13,7 @@ from fuel_ray.codec import Codec, Encoder
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.metrics import window_attainment
+from fuel_ray.policies.anchor import Tether
 from fuel_ray.types import WindowMetrics
 
 NODE_FAILURE = "node_failure"  # in the info of a step whose window could not be measured
@@ -42,13 +43,20 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         steps: int,
         failures: int = 1,
         codecs: Sequence[Codec] = (),
+        tether: Tether | None = None,
     ) -> None:
-        """``codecs``, one per loop, may differ from ``codec`` in their promises; not in features or grid."""
+        """``codecs``, one per loop, may differ from ``codec`` in their promises; not in features or grid.
+
+        ``tether`` is what the policy will be held by: ``base`` and ``charge`` say what it says.
+        """
         self.codec = codec
         pairs = zip(loops, codecs or [codec] * len(loops), strict=True)
         self._loops = [(loop, Encoder(own, loop.node.spec)) for loop, own in pairs]
         self._loop, self._encoder = self._loops[0]
         self._steps = steps
+        self._tether = tether
+        self.base: int | None = None  # the action that the load table would take next
+        self.charge: np.ndarray | float = 0.0  # what Q loses for leaving it: (actions,)
         self._step = 0
         self._failures, self._failed = failures, 0
         self._seen = np.zeros(len(codec.low), np.float32)
@@ -63,8 +71,16 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         self._loop, self._encoder = self._loops[int(self.np_random.integers(len(self._loops)))]
         self._encoder.reset()
         self._step = 0
-        self._seen = self._encoder.encode(self._first_window())
+        if self._tether is not None:
+            self._tether.reset()
+        self._look(self._first_window())
         return self._seen, {}
+
+    def _look(self, window: WindowMetrics) -> None:
+        self._seen = self._encoder.encode(window)
+        if self._tether is not None:
+            knobs = self._tether.decide(window)
+            self.base, self.charge = self._tether.action(knobs), self._tether.charge(knobs)
 
     def _first_window(self) -> WindowMetrics:
         while True:
@@ -89,7 +105,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
             "slo_attainment": window_attainment(window, self.codec.slo),
             "gpu_clock_mhz": record.applied.gpu_clock_mhz,
         }
-        self._seen = self._encoder.encode(window)
+        self._look(window)
         return self._seen, record.reward, False, self._step >= self._steps, info
 
     def _count(self, error: NodeError) -> None:

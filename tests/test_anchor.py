@@ -9,7 +9,7 @@ import pytest
 from fuel_ray.arena.cell import Contest, best_tuned, loop_of, practice_of
 from fuel_ray.arena.contenders import kept_near
 from fuel_ray.arena.scenarios import SCENARIOS
-from fuel_ray.build import build_loop, build_spec
+from fuel_ray.build import build_env, build_loop, build_spec
 from fuel_ray.commands.recommend import Pair, RecommendConfig, Told, save
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import PolicyError
@@ -139,3 +139,18 @@ def test_what_is_recommended_is_saved_as_it_was_tuned(tmp_path):
     assert saved.manifest.kv_block_sizes == (16,) and saved.manifest.workload == "mmpp"
     assert saved.manifest.tuned_static == {"batch_limit": 20, "gpu_clock_mhz": 1485}
     assert set(decisions(load_policy(tmp_path / "saved", replace(SPEC, model="tiny")))) == {Knobs(32, 1980)}
+
+
+def test_a_specialist_is_trained_at_every_price_and_knows_what_the_table_would_do():
+    config = replace(PRESETS["specialist"], workload="steady:rate_rps=6")
+    env = build_env(config, [16], anchor=Anchor(TABLE, 0.03))
+    prices = set()
+    for seed in range(20):
+        observation, _ = env.reset(seed=seed)
+        prices.add(float(observation[env.codec.features.index("miss_price")]))
+        assert env.codec.grid.decode(env.base).gpu_clock_mhz in (1485, 1980)
+        assert env.charge.shape == (len(env.codec.grid),) and env.charge[env.base] == 0.0
+        assert env.charge.max() > 0.1
+    assert len(prices) > 4
+    observation, reward, *_ = env.step(env.base)
+    assert np.isfinite(reward) and env.codec.grid.decode(env.base).gpu_clock_mhz == 1980

@@ -20,7 +20,7 @@ from fuel_ray.policies.learned import LearnedPolicy, Manifest, load_policy, save
 from fuel_ray.policies.network import folded, q_values
 from fuel_ray.policies.replay import ReplayBuffer
 from fuel_ray.policies.rl_module import DuelingQNet
-from fuel_ray.policies.sampler import Exploration, Sampler
+from fuel_ray.policies.sampler import Exploration, Sampler, near
 from fuel_ray.types import Knobs, Slo
 from tests.test_codec import SPEC, WINDOW
 
@@ -359,6 +359,8 @@ def test_exploration_takes_random_actions_for_a_share_of_the_time_and_holds_them
 class Counting:
     """Observes how many steps the episode has had; ends after three."""
 
+    base, charge = None, 0.0
+
     def reset(self, *, seed=None):
         self.steps = 0
         return np.zeros(1, np.float32), {}
@@ -374,9 +376,23 @@ class Counting:
 def test_fragments_are_consecutive_steps_of_one_episode():
     exploration = Exploration(2, 2, hold_steps=1, rng=np.random.default_rng(0))
     sampler = Sampler([Counting(), Counting()], exploration, seed=0)
-    first = sampler.sample(lambda seen: seen[:, 0].astype(int), steps=4, epsilon=0.0)
-    again = sampler.sample(lambda seen: seen[:, 0].astype(int), steps=2, epsilon=0.0)
+    first = sampler.sample(lambda seen, _: seen[:, 0].astype(int), steps=4, epsilon=0.0)
+    again = sampler.sample(lambda seen, _: seen[:, 0].astype(int), steps=2, epsilon=0.0)
     assert [f.observations[:, 0].tolist() for f in first] == [[0, 1, 2, 3]] * 2 + [[0, 1]] * 2
     assert first[0].rewards.tolist() == first[0].actions.tolist() == [0, 1, 2]
     assert [f.observations[:, 0].tolist() for f in again] == [[1, 2, 3]] * 2
     assert [info["n"] for info in again[0].infos] == [2, 3]
+
+
+def test_near_a_load_table_random_actions_stay_within_300_mhz_of_its_clock():
+    grid = ActionGrid((4, 16, 32), tuple(range(990, 1981, 30)))
+    base = Knobs(16, 1080)
+    around = near(grid)[grid.encode(base)]
+    drawn = [grid.decode(action) for action in around]
+    assert {knobs.gpu_clock_mhz for knobs in drawn} == set(range(990, 1381, 30))
+    assert sum(knobs.batch_limit == 16 for knobs in drawn) == 4 * len(drawn) / 6
+    exploration = Exploration(500, len(grid), hold_steps=1, rng=np.random.default_rng(0), near=near(grid))
+    bases = np.full(500, grid.encode(base))
+    taken = exploration.choose(np.zeros(500, np.int64), 1.0, bases)
+    assert set(taken) <= set(around) and len(set(taken)) > 20
+    assert len(set(exploration.choose(np.zeros(500, np.int64), 1.0))) > len(set(around))

@@ -16,7 +16,6 @@ from fuel_ray.commands.train import (
     prepare,
     resumable,
     train_policies,
-    tune_baselines_of,
 )
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.learned import read_manifest
@@ -46,8 +45,7 @@ def run(config: SweepConfig) -> int:
 def _stages(config: SweepConfig, run_dir: Path) -> None:
     """Train and choose checkpoints, tune the baselines, evaluate; each leaves its files."""
     began_s = time.monotonic()
-    train_policies(config, run_dir)
-    tuned = tune_baselines_of(config, run_dir, _workloads(config))
+    tuned = train_policies(config, run_dir, _workloads(config))
     _evaluate(config, run_dir, tuned)
     facts = read_json(run_dir / "run.json")
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s

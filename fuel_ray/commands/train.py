@@ -22,6 +22,7 @@ from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
 
+TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
 ANSWER_S = 60.0  # to fetch what a finished job has left
 _PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
 
@@ -55,8 +56,7 @@ def run(config: TrainVerbConfig) -> int:
     """Train, or resume a training; prints where the policies are."""
     config, run_dir = prepare(config, "train", [config.workload], held_out=())
     with resumable("train", run_dir, config.storage):
-        train_policies(config, run_dir)
-        tune_baselines_of(config, run_dir, [config.workload])
+        train_policies(config, run_dir, [config.workload])
     print(f"\npolicies  {run_dir / 'policies'}")
     return 0
 
@@ -127,10 +127,21 @@ def resumable(verb: str, run_dir: Path, storage: str | None) -> Iterator[None]:
         raise
 
 
-def train_policies(config: LearnConfig, run_dir: Path) -> None:
-    """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders."""
+def train_policies(
+    config: LearnConfig, run_dir: Path, workloads: Sequence[str]
+) -> dict[int, dict[str, Tuned]]:
+    """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders.
+
+    Returns the baselines by block size and workload, which specialists are trained near to and all policies
+    are told of.
+    """
     start_ray(config)
-    trained = run_trials(config, run_dir)
+    if config.specialist:
+        by_size = tuned_baselines(config, run_dir, workloads)
+        anchors = {size: Anchor(own[config.workload].table, TRAINING_WEIGHT) for size, own in by_size.items()}
+        trained = run_trials(config, run_dir, anchors)
+    else:
+        trained = run_trials(config, run_dir)
     twin = twin_of(config)
     jobs = [(twin, t.block_sizes, result.arrays) for t in trained for result in t.results]
     scores = iter(in_parallel("score checkpoints", score_weights, jobs))
@@ -151,15 +162,15 @@ def train_policies(config: LearnConfig, run_dir: Path) -> None:
         _, best, price_j = min(ranked)
         _save(config, run_dir, trial, best, miss_price_j=price_j)
     write_csv(run_dir / "learning.csv", curve)
+    by_size = tuned_baselines(config, run_dir, workloads)
+    _tell(config, run_dir, {size: own[config.workload] for size, own in by_size.items()})
+    return by_size
 
 
-def tune_baselines_of(
+def tuned_baselines(
     config: LearnConfig, run_dir: Path, workloads: Sequence[str]
 ) -> dict[int, dict[str, Tuned]]:
-    """Baselines by block size and workload, on the twin; policies are told those of their own load.
-
-    They are read from the run's folder if an earlier call left them there.
-    """
+    """Baselines by block size and workload, on the twin; from the run's folder if they are there already."""
     path = run_dir / "baselines.json"
     if not path.exists():
         twin = twin_of(config)
@@ -169,12 +180,10 @@ def tune_baselines_of(
         for (_, size, workload), tuned in zip(jobs, found, strict=True):
             raw[str(size)][workload] = tuned.to_dict()
         write_json(path, raw)
-    by_size = {
+    return {
         int(size): {workload: Tuned.from_dict(tuned) for workload, tuned in by_load.items()}
         for size, by_load in read_json(path).items()
     }
-    _tell(config, run_dir, {size: by_load[config.workload] for size, by_load in by_size.items()})
-    return by_size
 
 
 def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from fuel_ray.commands.trials_watch import (
 from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
 from fuel_ray.env import ParallelServingEnv, ServingEnv
 from fuel_ray.errors import FuelRayError
+from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.checkpoint import q_network
 from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
 from fuel_ray.policies.rl_module import DuelingDqnModule
@@ -71,8 +73,12 @@ def trial_block_sizes(config: LearnConfig) -> list[list[int]]:
     return [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
 
 
-def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
+def run_trials(
+    config: LearnConfig, run_dir: Path, anchors: Mapping[int, Anchor] | None = None
+) -> list[Trained]:
     """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
+
+    ``anchors`` by block size are what specialists explore near to.
 
     Simulated nodes train side by side, live ones, which share the GPUs, one after the other.
 
@@ -82,7 +88,7 @@ def run_trials(config: LearnConfig, run_dir: Path) -> list[Trained]:
     """
     register_env(_ENV_NAME, _make_env)
     sizes = trial_block_sizes(config)
-    space = dqn_config(config, tune.grid_search(sizes))
+    space = dqn_config(config, tune.grid_search(sizes), anchors or {})
     callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
     if config.node == "ray":
         callbacks.append(NodeWatch(config))
@@ -120,7 +126,9 @@ def _run_settings(config: LearnConfig, folder: str, callbacks: list[tune.Callbac
     )
 
 
-def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
+def dqn_config(
+    config: LearnConfig, block_sizes: Any, anchors: Mapping[int, Anchor] = MappingProxyType({})
+) -> FastDqnConfig:
     """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
     settings = _train_settings(config)
     grid = build_codec(config, build_spec(config, config.block_sizes[0])).grid
@@ -153,7 +161,12 @@ def dqn_config(config: LearnConfig, block_sizes: Any) -> FastDqnConfig:
         epsilon_final=settings.epsilon_final,
         epsilon_share=settings.epsilon_share,
     )
-    dqn.environment(_ENV_NAME, env_config={"config": _learning_settings(config), "block_sizes": block_sizes})
+    env_config = {
+        "config": _learning_settings(config),
+        "block_sizes": block_sizes,
+        "anchors": {str(size): anchor.to_dict() for size, anchor in anchors.items()},
+    }
+    dqn.environment(_ENV_NAME, env_config=env_config)
     dqn.env_runners(
         num_env_runners=0,
         num_envs_per_env_runner=1 if config.node == "sim" else settings.num_envs,
@@ -202,7 +215,10 @@ def _learning_settings(config: LearnConfig) -> dict[str, Any]:
 
 def _make_env(settings: Mapping[str, Any]) -> ServingEnv | ParallelServingEnv:
     config = from_dict(settings["config"], base=LearnConfig(), source="env_config")
-    make_env = partial(build_env, config, settings["block_sizes"])
+    size = settings["block_sizes"][0]
+    raw = settings.get("anchors", {}).get(str(size))
+    anchor = None if raw is None else Anchor.from_dict(raw)
+    make_env = partial(build_env, config, settings["block_sizes"], anchor=anchor)
     return (
         ParallelServingEnv(make_env, num_envs=settings["num_envs"]) if "num_envs" in settings else make_env()
     )

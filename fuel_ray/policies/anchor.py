@@ -62,6 +62,11 @@ class Tether:
         """The table's knobs."""
         return self._table.decide(window)
 
+    def action(self, base: Knobs) -> int:
+        """The action nearest to these knobs of the table."""
+        limit, clock = self._at[base]
+        return limit * len(self._grid.gpu_clocks_mhz) + clock
+
     def charge(self, base: Knobs) -> np.ndarray:
         """What each action loses: (actions,)."""
         return self._charges[base]

@@ -27,7 +27,7 @@ from ray.tune import PlacementGroupFactory
 
 from fuel_ray.env import NODE_FAILURE
 from fuel_ray.policies.replay import Batch, ReplayBuffer
-from fuel_ray.policies.sampler import Env, Exploration, Sampler
+from fuel_ray.policies.sampler import Env, Exploration, Sampler, near
 
 
 class FastDqnConfig(DQNConfig):
@@ -86,8 +86,8 @@ class FastDqn(DQN):
     def _own_sampler(self) -> Sampler:
         c, rng = self.config, np.random.default_rng(self.config.seed)
         envs = [c.make_env(c.env_config) for _ in range(c.num_envs)]
-        actions = int(envs[0].action_space.n)
-        exploration = Exploration(len(envs), actions, hold_steps=c.hold_steps, rng=rng)
+        grid = envs[0].codec.grid
+        exploration = Exploration(len(envs), len(grid), hold_steps=c.hold_steps, rng=rng, near=near(grid))
         return Sampler(envs, exploration, seed=int(rng.integers(2**31)))
 
     def training_step(self) -> None:
@@ -152,9 +152,10 @@ class FastDqn(DQN):
         }
         self.metrics.log_dict(figures, key=(ENV_RUNNER_RESULTS, "fuel"), window=20)
 
-    def _greedy(self, observations: np.ndarray) -> np.ndarray:
+    def _greedy(self, observations: np.ndarray, charges: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return np.asarray(self._module().q(torch.from_numpy(observations)).argmax(-1))
+            q = self._module().q(torch.from_numpy(observations)).numpy()
+        return np.asarray((q - charges.reshape(len(q), -1)).argmax(-1))
 
     def _module(self) -> Any:
         return self.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped()

@@ -6,9 +6,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fuel_ray.codec import ActionGrid
+
+NEAR_MHZ = 300.0  # how far from the table's clock random actions go
+
 
 class Env(Protocol):
-    """What the sampler needs of a Gymnasium environment."""
+    """What the sampler needs of a Gymnasium environment, and of one whose policy is held to a load table."""
+
+    @property
+    def base(self) -> int | None: ...
+
+    @property
+    def charge(self) -> np.ndarray | float: ...
 
     def reset(self, *, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]: ...
 
@@ -34,16 +44,29 @@ class Exploration:
     clock says little about it.
     """
 
-    def __init__(self, envs: int, actions: int, *, hold_steps: int, rng: np.random.Generator) -> None:
-        self._actions, self._hold, self._rng = actions, hold_steps, rng
+    def __init__(
+        self,
+        envs: int,
+        actions: int,
+        *,
+        hold_steps: int,
+        rng: np.random.Generator,
+        near: np.ndarray | None = None,
+    ) -> None:
+        """``near[a]`` are the actions, padded by repeating some, that random ones around a are drawn from."""
+        self._actions, self._hold, self._rng, self._near = actions, hold_steps, rng, near
         self._held, self._left = np.zeros(envs, np.int64), np.zeros(envs, np.int64)
 
-    def choose(self, greedy: np.ndarray, epsilon: float) -> np.ndarray:
-        """The greedy actions (envs,), or the random ones that are held."""
+    def choose(self, greedy: np.ndarray, epsilon: float, bases: np.ndarray | None = None) -> np.ndarray:
+        """The greedy actions (envs,), or the random ones that are held; drawn near ``bases`` if there are."""
         n = len(greedy)
         begin = epsilon / (epsilon + (1.0 - epsilon) * self._hold)
         start = (self._left == 0) & (self._rng.random(n) < begin)
-        self._held = np.where(start, self._rng.integers(self._actions, size=n), self._held)
+        if bases is None or self._near is None:
+            drawn = self._rng.integers(self._actions, size=n)
+        else:
+            drawn = self._near[bases, self._rng.integers(self._near.shape[1], size=n)]
+        self._held = np.where(start, drawn, self._held)
         self._left = np.where(start, self._rng.integers(1, 2 * self._hold, size=n), self._left)
         chosen = np.where(self._left > 0, self._held, greedy)
         self._left = np.maximum(self._left - 1, 0)
@@ -58,13 +81,16 @@ class Sampler:
         self._seen = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
 
     def sample(
-        self, greedy: Callable[[np.ndarray], np.ndarray], *, steps: int, epsilon: float
+        self, greedy: Callable[[np.ndarray, np.ndarray], np.ndarray], *, steps: int, epsilon: float
     ) -> list[Fragment]:
-        """Let every environment take ``steps`` steps; ``greedy`` maps observations to actions."""
+        """Let every environment take ``steps`` steps; ``greedy`` maps observations and charges to actions."""
         open_: list[_Open] = [_Open(observation) for observation in self._seen]
         done = []
         for _ in range(steps):
-            actions = self._exploration.choose(greedy(self._seen), epsilon)
+            charges = np.array([env.charge for env in self._envs], np.float32)
+            bases = [env.base for env in self._envs]
+            around = None if None in bases else np.array(bases)
+            actions = self._exploration.choose(greedy(self._seen, charges), epsilon, around)
             for i, env in enumerate(self._envs):
                 observation, reward, _, truncated, info = env.step(actions[i])
                 open_[i].add(observation, actions[i], reward, info)
@@ -98,3 +124,16 @@ class _Open:
             np.array(self.rewards, np.float32),
             self.infos,
         )
+
+
+def near(grid: ActionGrid) -> np.ndarray:
+    """Per action, those whose clock is within ``NEAR_MHZ``: (actions, the most that any has).
+
+    Those of its own batch limit are there four times, and rows with fewer repeat theirs.
+    """
+    clocks, limits = np.array(grid.gpu_clocks_mhz), len(grid.batch_limits)
+    within = [np.flatnonzero(np.abs(clocks - clock) <= NEAR_MHZ) for clock in clocks]
+    width = max(map(len, within))
+    rows = np.stack([np.resize(places, width) for places in within])
+    drawn = [[*range(limits), *[limit] * 3] for limit in range(limits)]
+    return np.concatenate([np.hstack([k * len(clocks) + rows for k in own]) for own in drawn])
