@@ -296,7 +296,7 @@ SPECIALIST_PRESET = replace(
     steps=200_000,
     generalist=False,
     specialist=True,
-    train=replace(GENERALIST_PRESET.train, epsilon_initial=0.6, epsilon_final=0.15, iterations=5),
+    train=replace(GENERALIST_PRESET.train, epsilon_initial=0.6, epsilon_final=0.15, average_results=4),
 )
 _ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings
 PRESETS: dict[str, SweepConfig] = {

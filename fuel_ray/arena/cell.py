@@ -1,7 +1,7 @@
 """One scenario: tune everybody on training seeds, evaluate everybody on held-out ones."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from fuel_ray.workload import parse_workload
 LIMITS_SCARCE, LIMITS_AMPLE = (24, 32, 40, 48, 64), (48,)  # with ample KV the limit moves energy by 0.1 %
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
 CHOSEN = "chosen: learned or static"  # by ``choose``
+HALVINGS = 3  # of the distance between settings
+BISECTIONS = 8
 TABLE_BUDGET = 30  # runs spent on single moves
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 _RECORDED = ("slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s", "preemptions",
@@ -191,7 +193,7 @@ def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tu
     """The contender with the setting that ranks best on the tuning seeds.
 
     The settings listed are tried, then halfway to those beside the best, a few times: the promise is often
-    kept on one side of a setting between them and broken on the other.
+    kept on one side of a setting between them and broken on the other. A monotone one is bisected.
     """
     settings = contender.settings
     if len(settings) == 1:
@@ -208,13 +210,27 @@ def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tu
             ranks[setting] = practice.score(contender.make(setting), slo, share=share).rank(share)
         return ranks[setting]
 
+    if contender.monotone:
+        best = bisected(rank, *settings)
+        return contender.make(best), best
     best = min(settings, key=rank)
-    for _ in range(contender.halvings):
+    for _ in range(HALVINGS):
         tried = sorted(ranks)
         at = tried.index(best)
         beside = [(best + tried[k]) / 2 for k in (at - 1, at + 1) if 0 <= k < len(tried)]
         best = min((best, *beside), key=rank)
     return contender.make(best), best
+
+
+def bisected(rank: Callable[[float], tuple[bool, float]], low: float, high: float) -> float:
+    """The best setting seen while looking for the lowest one that keeps the promise."""
+    ranks: dict[float, tuple[bool, float]] = {}
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        ranks[middle] = rank(middle)
+        missed, _ = ranks[middle]
+        low, high = (middle, high) if missed else (low, middle)
+    return min(ranks, key=lambda setting: ranks[setting])
 
 
 def exam(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:

@@ -23,19 +23,21 @@ from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 
 MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
 BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
-COARSE_LOG_PRICES = (0.8, 1.6, 2.4, 3.2)  # of one for which a weight is tuned too
-LOG_PRICES = (0.7, 1.2, 1.6, 2.0, 2.3, 2.6, 2.9, 3.3, 3.7)  # log10 of J per missed limit, of a priced policy
+LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced policy's is searched
 DWELL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A policy by name, and the values that its one free number is tuned over."""
+    """A policy by name, and the values that its one free number is tuned over.
+
+    With ``monotone`` a higher number keeps the promise more often and costs more: it is found by bisection.
+    """
 
     name: str
     make: Callable[[float], Policy]
     settings: tuple[float, ...] = (0.0,)
-    halvings: int = 3  # of the distance between settings
+    monotone: bool = False
 
 
 def published(spec: NodeSpec, slo: Slo, pack: Pack, *, static: Knobs) -> list[Contender]:
@@ -95,7 +97,7 @@ def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
     alone = policy.near(None)
     if not policy.priced:
         return Contender(name, lambda _: alone)
-    return Contender(name, lambda x: alone.promising(slo, miss_price_j=10.0**x), LOG_PRICES)
+    return Contender(name, lambda x: alone.promising(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
 
 def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
@@ -105,6 +107,6 @@ def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> t
         own = policy.near(Anchor(table, weight))
         if not policy.priced or weight == WEIGHTS[-1]:
             return Contender(name, lambda _: own)
-        return Contender(name, lambda x: own.promising(slo, miss_price_j=10.0**x), COARSE_LOG_PRICES, 2)
+        return Contender(name, lambda x: own.promising(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
     return tuple(at(weight) for weight in WEIGHTS)

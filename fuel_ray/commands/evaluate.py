@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_SCARCE, TABLE_STRIDE, best_tuned, tune_static_pair
-from fuel_ray.arena.contenders import kept_near
+from fuel_ray.arena.cell import LIMITS_SCARCE, TABLE_STRIDE, best_tuned, bisected, tune_static_pair
+from fuel_ray.arena.contenders import LOG_PRICES, kept_near
 from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS, run_episode
 from fuel_ray.arena.runs import Runs
 from fuel_ray.build import build_codec, build_loop, build_spec
@@ -31,7 +31,6 @@ from fuel_ray.workload import parse_workload
 logger = logging.getLogger(__name__)
 
 _ASKED = "asked"  # the promise of the settings
-_LOG_PRICES = (1.5, 2.0, 2.3, 2.6, 2.9, 3.2, 3.5)  # log10 of the prices of a miss that are tried, in J
 
 
 @dataclass(frozen=True)
@@ -233,26 +232,40 @@ def tune_anchor(
 
 
 def score_weights(
-    config: LearnConfig, block_sizes: Sequence[int], arrays: Mapping[str, np.ndarray]
+    config: LearnConfig,
+    block_sizes: Sequence[int],
+    arrays: Mapping[str, np.ndarray],
+    anchor: Anchor | None = None,
 ) -> tuple[Score, float]:
     """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
 
-    A policy that was trained for many prices of a miss is scored at the best of a few; others are told none.
+    A policy that was trained for many prices of a miss is scored at the best that is found; others are told
+    none.
     """
-    prices_j = [10.0**x for x in _LOG_PRICES] if "miss_price" in config.features else [0.0]
-    scores = {price_j: _score_at(config, block_sizes, arrays, price_j) for price_j in prices_j}
-    best = min(scores, key=lambda price_j: scores[price_j].rank(config.tune_share))
-    return scores[best], best
+    scores: dict[float, Score] = {}
+
+    def rank(log_price: float) -> tuple[bool, float]:
+        scores[log_price] = _score_at(config, block_sizes, arrays, anchor, 10.0**log_price)
+        return scores[log_price].rank(config.tune_share)
+
+    if "miss_price" not in config.features:
+        return _score_at(config, block_sizes, arrays, anchor, 0.0), 0.0
+    best = bisected(rank, *LOG_PRICES)
+    return scores[best], 10.0**best
 
 
 def _score_at(
-    config: LearnConfig, block_sizes: Sequence[int], arrays: Mapping[str, np.ndarray], miss_price_j: float
+    config: LearnConfig,
+    block_sizes: Sequence[int],
+    arrays: Mapping[str, np.ndarray],
+    anchor: Anchor | None,
+    miss_price_j: float,
 ) -> Score:
     scores = []
     for size in block_sizes:
         spec = build_spec(config, size)
         codec = replace(build_codec(config, spec), miss_price_j=miss_price_j)
-        policy = LearnedPolicy(arrays, codec, spec, head=config.train.head)
+        policy = LearnedPolicy(arrays, codec, spec, head=config.train.head, anchor=anchor)
         practice = _practice(config, size, config.workload)
         scores.append(practice.score(policy, _ASKED, share=config.tune_share))
     return Score(

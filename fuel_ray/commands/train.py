@@ -136,14 +136,17 @@ def train_policies(
     are told of.
     """
     start_ray(config)
+    anchors: dict[int, Anchor] = {}
     if config.specialist:
         by_size = tuned_baselines(config, run_dir, workloads)
         anchors = {size: Anchor(own[config.workload].table, TRAINING_WEIGHT) for size, own in by_size.items()}
-        trained = run_trials(config, run_dir, anchors)
-    else:
-        trained = run_trials(config, run_dir)
+    trained = run_trials(config, run_dir, anchors)
     twin = twin_of(config)
-    jobs = [(twin, t.block_sizes, result.arrays) for t in trained for result in t.results]
+    jobs = [
+        (twin, t.block_sizes, result.arrays, anchors.get(t.block_sizes[0]))
+        for t in trained
+        for result in t.results
+    ]
     scores = iter(in_parallel("score checkpoints", score_weights, jobs))
     curve = []
     for trial in trained:

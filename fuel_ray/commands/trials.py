@@ -74,7 +74,7 @@ def trial_block_sizes(config: LearnConfig) -> list[list[int]]:
 
 
 def run_trials(
-    config: LearnConfig, run_dir: Path, anchors: Mapping[int, Anchor] | None = None
+    config: LearnConfig, run_dir: Path, anchors: Mapping[int, Anchor] = MappingProxyType({})
 ) -> list[Trained]:
     """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
 
@@ -88,7 +88,7 @@ def run_trials(
     """
     register_env(_ENV_NAME, _make_env)
     sizes = trial_block_sizes(config)
-    space = dqn_config(config, tune.grid_search(sizes), anchors or {})
+    space = dqn_config(config, tune.grid_search(sizes), anchors)
     callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
     if config.node == "ray":
         callbacks.append(NodeWatch(config))

@@ -129,11 +129,11 @@ class _Open:
 def near(grid: ActionGrid) -> np.ndarray:
     """Per action, those whose clock is within ``NEAR_MHZ``: (actions, the most that any has).
 
-    Those of its own batch limit are there four times, and rows with fewer repeat theirs.
+    Those of its own batch limit are there eighteen times, and rows with fewer repeat theirs.
     """
     clocks, limits = np.array(grid.gpu_clocks_mhz), len(grid.batch_limits)
     within = [np.flatnonzero(np.abs(clocks - clock) <= NEAR_MHZ) for clock in clocks]
     width = max(map(len, within))
     rows = np.stack([np.resize(places, width) for places in within])
-    drawn = [[*range(limits), *[limit] * 3] for limit in range(limits)]
+    drawn = [[*range(limits), *[limit] * 17] for limit in range(limits)]
     return np.concatenate([np.hstack([k * len(clocks) + rows for k in own]) for own in drawn])
