@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.arena.cell import CHOSEN, choose, tuned
+from fuel_ray.arena.cell import CHOSEN, bisected, choose, tuned
 from fuel_ray.arena.contenders import Contender
 from fuel_ray.arena.runs import Runs, score_of
 from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, promise, scenarios_of, serving
@@ -93,6 +93,22 @@ def test_tuning_halves_the_distance_to_the_setting_where_the_promise_breaks():
     policy, setting = tuned(contender, Practice(), "a", share=0.97)
     assert setting == pytest.approx(1.3125)  # 1.5, 1.25 breaks, 1.375, 1.3125
     assert policy.knobs.gpu_clock_mhz == 1312
+
+
+def test_a_price_is_bisected_to_where_the_promise_breaks():
+    contender = Contender("c", lambda x: Static(Knobs(1, round(1000 * x))), (0.7, 3.7), monotone=True)
+    _, setting = tuned(contender, Practice(), "a", share=0.97)
+    assert 1.3 <= setting < 1.3 + 3.0 / 2**7
+
+
+def test_where_no_price_keeps_the_promise_the_one_that_comes_nearest_is_taken():
+    asked = []
+
+    def rank(setting):
+        asked.append(setting)
+        return True, -setting  # attainment rises with the price, never enough
+
+    assert bisected(rank, 0.7, 3.7) == max(asked) > 3.6
 
 
 def test_what_would_be_deployed_is_chosen_on_the_tuning_seeds():
