@@ -1,10 +1,13 @@
 """The arena: scenarios, tuning by one number, tables with known answers, resuming, recommending."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
 from fuel_ray.arena.cell import CHOSEN, bisected, choose, tuned
@@ -22,6 +25,7 @@ from fuel_ray.policies.baselines.profile import Trace
 from fuel_ray.policies.learned import Manifest, load_policy, save_policy
 from fuel_ray.types import Knobs, Slo
 from fuel_ray.workload import parse_workload
+from tests.test_lease import until
 
 # Scenarios and promises
 
@@ -351,6 +355,24 @@ def test_a_priced_policy_is_told_the_promise_and_the_price(tmp_path):
     assert set(differs) <= {"tpot_limit", "miss_price", "token_gap"} and {"tpot_limit", "miss_price"} <= set(
         differs
     )
+
+
+def test_a_stopped_arena_takes_its_workers_with_it(tmp_path):
+    flags = ["--scenarios", "steady-60", "steady-90", "--workers", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "fuel_ray", "arena", *flags]
+    arena = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    children = psutil.Process(arena.pid).children
+
+    def workers():
+        found = [c for c in children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
+        return [c for c in found if "spawn_main" in " ".join(c.cmdline())]
+
+    until(lambda: [c.cpu_times().user > 3.0 for c in workers()] == [True] * 2, within_s=100)
+    running = workers()
+    arena.terminate()
+    assert arena.wait(timeout=20) != 0
+    _, alive = psutil.wait_procs(running, timeout=5)
+    assert not alive
 
 
 def test_recommend_names_a_pair_or_tuned_static(tmp_path, capsys):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,8 @@ def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Ite
             yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        for child in active_children():  # in the middle of a cell, if this ends early
+            child.terminate()
 
 
 def _contests(config: ArenaConfig) -> Iterator[Contest]:
