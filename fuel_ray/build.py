@@ -271,10 +271,11 @@ def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
     for size, (kv_tokens, high_rps) in product(block_sizes, _POOLS):
         own = replace(config, kv_tokens=kv_tokens)
         node = build_node(own, size, horizon_s=float(steps + 1), workload=f"mixed:high_rps={high_rps}")
+        codec = build_codec(config, node.spec)
         for tpot_s, price_j in product(_TPOTS_S, _PRICES_J):
-            loop, codec = _priced(replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j), node)
-            loops.append(loop)
-            codecs.append(codec)
+            told = replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j)
+            loops.append(_priced(told, node))
+            codecs.append(replace(codec, slo=told.slo, miss_price_j=price_j))
     return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs)
 
 
@@ -284,21 +285,20 @@ def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor |
     loops, codecs = [], []
     for size in block_sizes:
         node = build_node(config, size, horizon_s=float(steps + 1), random_start=True)
+        codec = build_codec(config, node.spec)
         for price_j in _PRICES_J:
-            loop, codec = _priced(replace(config, miss_price_j=price_j), node)
-            loops.append(loop)
-            codecs.append(codec)
+            loops.append(_priced(replace(config, miss_price_j=price_j), node))
+            codecs.append(replace(codec, miss_price_j=price_j))
     tether = None if anchor is None else Tether(anchor, codecs[0].grid)
     return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs, tether=tether)
 
 
-def _priced(told: LearnConfig, node: Node) -> tuple[ControlLoop, Codec]:
-    """A node under control at the price and the promise of the settings, and the codec that says them."""
+def _priced(told: LearnConfig, node: Node) -> ControlLoop:
+    """A node under control at the price and the promise of the settings."""
     objective = build_objective(told)
     if isinstance(objective, Energy):  # rewards of one size, whatever the price
         objective = replace(objective, scale_w=objective.scale_w * (1.0 + told.miss_price_j / 200.0))
-    loop = ControlLoop(node, objective, guard=Guard(told.guard.rules(told.slo, node.spec)))
-    return loop, replace(build_codec(told, node.spec), miss_price_j=told.miss_price_j)
+    return ControlLoop(node, objective, guard=Guard(told.guard.rules(told.slo, node.spec)))
 
 
 def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:
