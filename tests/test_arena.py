@@ -367,7 +367,7 @@ def test_a_stopped_arena_takes_its_workers_with_it(tmp_path):
         found = [c for c in children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
         return [c for c in found if "spawn_main" in " ".join(c.cmdline())]
 
-    until(lambda: [c.cpu_times().user > 3.0 for c in workers()] == [True] * 2, within_s=100)
+    until(lambda: [c.cpu_times().user > 1.5 for c in workers()] == [True] * 2, within_s=100)
     running = workers()
     arena.terminate()
     assert arena.wait(timeout=20) != 0
