@@ -26,7 +26,6 @@ from fuel_ray.live.shadow import ShadowNode
 from fuel_ray.live.vllm_metrics import CacheConfig
 from fuel_ray.live.vllm_server import served_model, server_version
 from fuel_ray.objective import Energy
-from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.canary import Canary
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import load_pack
@@ -178,7 +177,7 @@ def _mismatches(folder: PolicyFolder, spec: NodeSpec, engine: str) -> Iterator[s
         yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
     if _plain(manifest.engine) != _plain(f"vLLM {engine}"):
         yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
-    anchored = () if manifest.anchor is None else Anchor.from_dict(manifest.anchor).table.knobs
+    anchored = () if folder.anchor is None else folder.anchor.table.knobs
     highest = max(grid.batch_limits[-1], *(knobs.batch_limit for knobs in anchored), 0)
     if highest > spec.batch_limits[-1]:
         yield f"its highest batch limit is {highest}, the server's {spec.batch_limits[-1]}"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,7 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     limits = LIMITS_AMPLE if contest.scenario.kv_tokens is None else LIMITS_SCARCE
     static, share = tune_static_pair(practice, slo, share=contest.tune_share, limits=limits)
     allowed = allowed_badness(practice.slos[slo], share)
-    table = find_load_table(
-        practice.runner(slo),
-        spec.gpu_clocks_mhz,
-        batch_limit=static.batch_limit,
-        allowed=allowed,
-        stride=TABLE_STRIDE,
-        budget=TABLE_BUDGET,
-    )
+    table = tune_table(practice, slo, static, share=share, budget=TABLE_BUDGET)
     known: list[Policy] = [Static(static), table]
     policies: dict[str, Policy] = {
         "max performance": Static(spec.max_performance),
@@ -169,6 +163,18 @@ def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence
     return tune_static(score, spec, share=asked, limits=limits), asked
 
 
+def tune_table(practice: Runs, slo: str, static: Knobs, *, share: float, budget: int = 60) -> LoadTable:
+    """The best load table at this pair's limit; ``budget`` runs are spent on single moves."""
+    return find_load_table(
+        practice.runner(slo),
+        practice.loop.node.spec.gpu_clocks_mhz,
+        batch_limit=static.batch_limit,
+        allowed=allowed_badness(practice.slos[slo], share),
+        stride=TABLE_STRIDE,
+        budget=budget,
+    )
+
+
 def _contenders(
     contest: Contest, slo: Slo, spec: NodeSpec, static: Knobs, table: LoadTable
 ) -> list[tuple[Contender, ...]]:
@@ -180,46 +186,54 @@ def best_tuned(
     family: Sequence[Contender], practice: Runs, slo: str, *, share: float
 ) -> tuple[Policy, dict[str, float]]:
     """The variant, with its setting, that ranks best on the tuning seeds, and what was tuned."""
-    found = [tuned(contender, practice, slo, share=share) for contender in family]
-    if len(found) == 1:
-        policy, setting = found[0]
+    if len(family) == 1:
+        policy, setting = tuned(family[0], practice, slo, share=share)
     else:
-        policy, setting = min(found, key=lambda f: practice.score(f[0], slo, share=share).rank(share))
+        ranks = [_ranker(contender, practice, slo, share) for contender in family]
+        settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
+        best = min(range(len(family)), key=lambda k: ranks[k](settings[k]))
+        policy, setting = family[best].make(settings[best]), settings[best]
     anchor = policy.anchor if isinstance(policy, LearnedPolicy) else None
     return policy, {"setting": setting} if anchor is None else {"setting": setting, "anchor": anchor.weight}
 
 
 def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
-    """The contender with the setting that ranks best on the tuning seeds.
+    """The contender with the setting that ranks best on the tuning seeds; AGFT has learned on them."""
+    best = _search(contender, _ranker(contender, practice, slo, share))
+    policy = contender.make(best)
+    if isinstance(policy, AgftLinUcb):
+        for seed in practice.seeds:
+            practice.episode(policy, seed)
+            policy.keep()
+    return policy, best
+
+
+def _ranker(
+    contender: Contender, practice: Runs, slo: str, share: float
+) -> Callable[[float], tuple[bool, float]]:
+    """How the contender ranks with a setting, run once per setting."""
+    return cache(lambda setting: practice.score(contender.make(setting), slo, share=share).rank(share))
+
+
+def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:
+    """The setting of lowest rank; where there is only one, it is not run.
 
     The settings listed are tried, then halfway to those beside the best, a few times: the promise is often
     kept on one side of a setting between them and broken on the other. A monotone one is bisected.
     """
-    settings = contender.settings
-    if len(settings) == 1:
-        policy = contender.make(settings[0])
-        if isinstance(policy, AgftLinUcb):
-            for seed in practice.seeds:
-                practice.episode(policy, seed)
-                policy.keep()
-        return policy, settings[0]
-    ranks: dict[float, tuple[bool, float]] = {}
-
-    def rank(setting: float) -> tuple[bool, float]:
-        if setting not in ranks:
-            ranks[setting] = practice.score(contender.make(setting), slo, share=share).rank(share)
-        return ranks[setting]
-
+    if len(contender.settings) == 1:
+        return contender.settings[0]
     if contender.monotone:
-        best = bisected(rank, *settings)
-        return contender.make(best), best
-    best = min(settings, key=rank)
+        return bisected(rank, *contender.settings)
+    tried = set(contender.settings)
+    best = min(contender.settings, key=rank)
     for _ in range(HALVINGS):
-        tried = sorted(ranks)
-        at = tried.index(best)
-        beside = [(best + tried[k]) / 2 for k in (at - 1, at + 1) if 0 <= k < len(tried)]
+        ascending = sorted(tried)
+        at = ascending.index(best)
+        beside = [(best + ascending[k]) / 2 for k in (at - 1, at + 1) if 0 <= k < len(ascending)]
+        tried.update(beside)
         best = min((best, *beside), key=rank)
-    return contender.make(best), best
+    return best
 
 
 def bisected(rank: Callable[[float], tuple[bool, float]], low: float, high: float) -> float:

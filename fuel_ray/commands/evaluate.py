@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_SCARCE, TABLE_STRIDE, best_tuned, bisected, tune_static_pair
+from fuel_ray.arena.cell import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
 from fuel_ray.arena.contenders import LOG_PRICES, kept_near
 from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS, run_episode
 from fuel_ray.arena.runs import Runs
@@ -20,8 +20,7 @@ from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.baselines import LoadTable, Score, Static, find_load_table
-from fuel_ray.policies.baselines.profile import allowed_badness
+from fuel_ray.policies.baselines import LoadTable, Score, Static
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder, load_policy, read_manifest
 from fuel_ray.record import new_folder, origin, step_line, summary_fields, write_csv, write_json, write_lines
 from fuel_ray.stats import paired_ratio
@@ -209,14 +208,7 @@ def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tu
     """Tune the static pair and the load table for a workload on the tuning seeds."""
     practice = _practice(config, kv_block_size, workload)
     static, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
-    table = find_load_table(
-        practice.runner(_ASKED),
-        practice.loop.node.spec.gpu_clocks_mhz,
-        batch_limit=static.batch_limit,
-        allowed=allowed_badness(config.slo, share),
-        stride=TABLE_STRIDE,
-    )
-    return Tuned(static, table, share)
+    return Tuned(static, tune_table(practice, _ASKED, static, share=share), share)
 
 
 def tune_anchor(

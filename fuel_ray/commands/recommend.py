@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_SCARCE, SLACK, TABLE_STRIDE, best_tuned, exam, tune_static_pair
+from fuel_ray.arena.cell import LIMITS_SCARCE, SLACK, best_tuned, exam, tune_static_pair, tune_table
 from fuel_ray.arena.contenders import learned
 from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
 from fuel_ray.arena.runs import Runs
@@ -19,8 +19,7 @@ from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.baselines import Static, find_load_table
-from fuel_ray.policies.baselines.profile import allowed_badness
+from fuel_ray.policies.baselines import Static
 from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest, read_policy, save_policy
 from fuel_ray.record import make_folder
 from fuel_ray.stats import Interval, paired_ratio
@@ -180,13 +179,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
         Runs(loop, seeds=[HELD_OUT_SEED + i], seconds=config.seconds, slos=slos) for i in range(config.seeds)
     ]
     knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
-    table = find_load_table(
-        practice.runner(_ASKED),
-        loop.node.spec.gpu_clocks_mhz,
-        batch_limit=knobs.batch_limit,
-        allowed=allowed_badness(config.slo, share),
-        stride=TABLE_STRIDE,
-    )
+    table = tune_table(practice, _ASKED, knobs, share=share)
     how = f"limit {knobs.batch_limit} at {knobs.gpu_clock_mhz} MHz"
     pairs = [_pair(exam(STATIC, Static(knobs), alone, _ASKED), kv_block_size, how)]
     for folder in _of_size(config, kv_block_size):

@@ -131,23 +131,8 @@ def dqn_config(
 ) -> FastDqnConfig:
     """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
     settings = _train_settings(config)
-    grid = build_codec(config, build_spec(config, config.block_sizes[0])).grid
     round_steps = settings.num_envs * settings.fragment_steps
     rounds = math.ceil(config.steps / settings.iterations / round_steps)
-    module = RLModuleSpec(
-        module_class=DuelingDqnModule,
-        model_config={
-            "limits": len(grid.batch_limits),
-            "clocks": len(grid.gpu_clocks_mhz),
-            "hidden": settings.hidden,
-            "head": settings.head,
-            "start_from": None if config.start_from is None else str(config.start_from.resolve()),
-            "epsilon": [
-                [0, settings.epsilon_initial],
-                [int(config.steps * settings.epsilon_share), settings.epsilon_final],
-            ],
-        },
-    )
     dqn = FastDqnConfig().fast(
         updates_per_round=settings.updates_per_round,
         total_steps=config.steps,
@@ -186,7 +171,7 @@ def dqn_config(
         num_steps_sampled_before_learning_starts=settings.learning_starts,
         replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": settings.buffer_size},
     )
-    dqn.rl_module(rl_module_spec=module)
+    dqn.rl_module(rl_module_spec=_module_spec(config))
     dqn.callbacks(EpisodeMetrics)
     dqn.reporting(
         min_sample_timesteps_per_iteration=rounds * round_steps,
@@ -195,6 +180,26 @@ def dqn_config(
     )
     dqn.debugging(seed=config.seed, log_level="ERROR")
     return dqn
+
+
+def _module_spec(config: LearnConfig) -> RLModuleSpec:
+    """The Q network for these settings, and how it explores where RLlib's runner steps it."""
+    settings = _train_settings(config)
+    grid = build_codec(config, build_spec(config, config.block_sizes[0])).grid
+    return RLModuleSpec(
+        module_class=DuelingDqnModule,
+        model_config={
+            "limits": len(grid.batch_limits),
+            "clocks": len(grid.gpu_clocks_mhz),
+            "hidden": settings.hidden,
+            "head": settings.head,
+            "start_from": None if config.start_from is None else str(config.start_from.resolve()),
+            "epsilon": [
+                [0, settings.epsilon_initial],
+                [int(config.steps * settings.epsilon_share), settings.epsilon_final],
+            ],
+        },
+    )
 
 
 def _train_settings(config: LearnConfig) -> TrainConfig:

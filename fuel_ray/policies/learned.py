@@ -212,10 +212,14 @@ class PolicyFolder:
     codec: Codec
     arrays: Mapping[str, np.ndarray]
 
+    @property
+    def anchor(self) -> Anchor | None:
+        """What the policy is kept near."""
+        return None if self.manifest.anchor is None else Anchor.from_dict(self.manifest.anchor)
+
     def policy(self, spec: NodeSpec) -> LearnedPolicy:
         """The policy, at work on a node."""
-        anchor = None if self.manifest.anchor is None else Anchor.from_dict(self.manifest.anchor)
-        return LearnedPolicy(self.arrays, self.codec, spec, head=self.manifest.head, anchor=anchor)
+        return LearnedPolicy(self.arrays, self.codec, spec, head=self.manifest.head, anchor=self.anchor)
 
 
 def read_policy(folder: Path) -> PolicyFolder:
