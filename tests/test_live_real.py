@@ -135,10 +135,7 @@ def live_node_flags(request, tmp_path, monkeypatch):
     for name, value in RAY_SETTINGS.items():
         monkeypatch.setenv(name, value)
     with Hosts(0) as hosts:
-        try:
-            hosts.add(gpus=1)
-        except SystemExit:  # Ray's own way to say so; tests/test_cluster.py fails if it never starts
-            pytest.skip("Ray's GCS did not start in time on this machine")
+        hosts.add(gpus=1)
         monkeypatch.setenv("RAY_ADDRESS", hosts.address)
         yield ["--node", "ray", "--backend", "live"]
 
@@ -164,8 +161,6 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp
         timeout=900,
         check=False,
     )
-    if "task_manager.cc" in done.stderr and "Tried to complete task" in done.stderr:
-        pytest.xfail("Ray 2.60 ended the driver by a check of its own (task_manager.cc:1329)")
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.glob("sweep-*")
     run = json.loads((folder / "run.json").read_text())
