@@ -47,6 +47,9 @@ def build_node(
 ) -> Node:
     """A node as the settings describe it; a live one starts its server, which takes a minute or two.
 
+    ``random_start`` begins each episode at a random point of the workload's period. A recorded trace always
+    does: nothing else in it would differ from seed to seed.
+
     Raises:
         ConfigError: pack or workload is unknown or malformed.
         UnsupportedError: the live server cannot have this block size.
@@ -58,6 +61,7 @@ def build_node(
         build = partial(build_node, horizon_s=horizon_s, workload=workload, random_start=random_start)
         return remote_node(config, partial(build, kv_block_size=kv_block_size))
     load = parse_workload(config.workload if workload is None else workload)
+    random_start = random_start or load.recorded
     if config.node == "live":
         return live_node(config, kv_block_size, load, horizon_s=horizon_s, random_start=random_start)
     return SimulatedNode(

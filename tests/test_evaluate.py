@@ -10,6 +10,7 @@ from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.policies.baselines import Static
+from fuel_ray.types import Knobs
 from tests.test_env import Failing
 
 CONFIG = SweepConfig(node="ray", node_failures=2)
@@ -51,3 +52,15 @@ def test_an_episode_whose_node_was_lost_is_begun_again(monkeypatch):
 def test_what_repetition_cannot_help_ends_the_evaluation(monkeypatch, config, errors):
     with pytest.raises(type(errors[0]), match=str(errors[0])):
         evaluated(monkeypatch, config, errors)
+
+
+def test_seeds_of_a_recorded_trace_are_different_episodes():
+    """Else n = 10 of them is n = 1, and the interval has no width."""
+    found = evaluate.Evaluation([], [])
+    static = {"max": Static(Knobs(64, 1980))}
+    config = replace(SweepConfig(), kv_tokens=None)
+    evaluate.evaluate_policies(config, 16, "azure-conv", lambda _: static, seeds=3, seconds=60.0, into=found)
+    assert len({row["energy_j"] for row in found.rows}) == 3
+    again = evaluate.Evaluation([], [])
+    evaluate.evaluate_policies(config, 16, "azure-conv", lambda _: static, seeds=3, seconds=60.0, into=again)
+    assert again.rows == found.rows

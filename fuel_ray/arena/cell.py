@@ -31,7 +31,6 @@ from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.record import summary_fields
 from fuel_ray.sim.perf_model import load_pack
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
-from fuel_ray.workload import parse_workload
 
 LIMITS_SCARCE, LIMITS_AMPLE = (24, 32, 40, 48, 64), (48,)  # with ample KV the limit moves energy by 0.1 %
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
@@ -79,14 +78,9 @@ def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dic
 
 
 def loop_of(contest: Contest, scenario: Scenario) -> ControlLoop:
-    """A node under the scenario's load; a recorded trace begins at another point with each seed."""
+    """A node under the scenario's load."""
     config = serving(scenario, contest.config)
-    node = build_node(
-        config,
-        contest.kv_block_size,
-        horizon_s=float(contest.seconds),
-        random_start=parse_workload(config.workload).recorded,
-    )
+    node = build_node(config, contest.kv_block_size, horizon_s=float(contest.seconds))
     return ControlLoop(node, Unscored())
 
 

@@ -171,8 +171,7 @@ def _by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
 
 def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     """Tuned static and every policy at one block size."""
-    recorded = parse_workload(config.workload).recorded
-    loop = build_loop(config, kv_block_size, horizon_s=float(config.seconds), random_start=recorded)
+    loop = build_loop(config, kv_block_size, horizon_s=float(config.seconds))
     slos = {_ASKED: config.slo}
     practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=config.seconds, slos=slos)
     alone = [
