@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fuel_ray.codec import DEFAULT_FEATURES, SEED_FEATURES, SEED_GRID, Codec, node_grid
+from fuel_ray.codec import PLAIN_FEATURES, SEED_FEATURES, SEED_GRID, Codec, node_grid
 from fuel_ray.commands import deploy  # noqa: F401  (its imports are part of the memory)
 from fuel_ray.config import GuardConfig
 from fuel_ray.drift import DriftDetector
@@ -44,13 +44,13 @@ def arrays(
 
 def policies(rng: np.random.Generator) -> dict[str, tuple[LearnedPolicy, Codec]]:
     grid = node_grid(SPEC, clock_step_mhz=75, lowest_clock_share=0.5, batch_limits=(32, 40, 128))
-    default, seed = Codec(DEFAULT_FEATURES, grid, SLO), Codec(SEED_FEATURES, SEED_GRID, SLO)
+    default, seed = Codec(PLAIN_FEATURES, grid, SLO), Codec(SEED_FEATURES, SEED_GRID, SLO)
     heads = {
         "value": 1,
         "limit_advantage": len(grid.batch_limits),
         "clock_advantage": len(grid.gpu_clocks_mhz),
     }
-    free = LearnedPolicy(arrays(len(DEFAULT_FEATURES), 128, heads, rng), default, SPEC, head="additive")
+    free = LearnedPolicy(arrays(len(PLAIN_FEATURES), 128, heads, rng), default, SPEC, head="additive")
     table = LoadTable([1.0 + row for row in range(9)], [Knobs(40, 990 + 105 * row) for row in range(10)])
     return {
         "default (128-128, additive)": (free, default),

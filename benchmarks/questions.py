@@ -2,7 +2,7 @@
 
     python benchmarks/questions.py [--only features ...] [--steps 120000] [--seeds 10] [--out FILE]
 
-Every row is one DQN of the default preset, trained on the default workload or the one named; the best of its
+Every row is one DQN of the plain preset, trained on the default workload or the one named; the best of its
 last four checkpoints taken on tuning seeds, evaluated on held-out seeds. Changes are against the first row of
 their table, paired by seed, 95 % bootstrap intervals. One training per row: what two trainings of the same
 settings differ by is in the table "seeds".
@@ -30,10 +30,10 @@ from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.stats import paired_ratio
 from fuel_ray.types import Slo
 
-DEFAULT = replace(PRESETS["default"], block_sizes=(16,))
-TEN = replace(DEFAULT, features=SEED_FEATURES)
-CHAT = replace(DEFAULT, workload="chat-prefix:high_rps=20")
-AMPLE = replace(DEFAULT, workload="diurnal:high_rps=20", kv_tokens=None, slo_tpot_s=0.018)
+PLAIN = replace(PRESETS["plain"], block_sizes=(16,))
+TEN = replace(PLAIN, features=SEED_FEATURES)
+CHAT = replace(PLAIN, workload="chat-prefix:high_rps=20")
+AMPLE = replace(PLAIN, workload="diurnal:high_rps=20", kv_tokens=None, slo_tpot_s=0.018)
 SIZES = (8, 16, 32, 64)
 
 
@@ -43,28 +43,28 @@ def _more(*names: str) -> SweepConfig:
 
 # table: rows of (label, settings, block sizes that share the policy, the one evaluated)
 QUESTIONS: dict[str, list[tuple[str, SweepConfig, tuple[int, ...]]]] = {
-    "seeds": [(f"default, training seed {seed}", replace(DEFAULT, seed=seed), (16,)) for seed in (0, 1, 2)],
+    "seeds": [(f"plain, training seed {seed}", replace(PLAIN, seed=seed), (16,)) for seed in (0, 1, 2)],
     "features": [
         ("10, those of the seed", TEN, (16,)),
         ("11, and prefix hit rate", _more("prefix_cache_hit_rate"), (16,)),
         ("12, and prefix hit rate, SLO attainment", _more("prefix_cache_hit_rate", "slo_attainment"), (16,)),
         ("12, and used and free KV share", _more("kv_used_share", "kv_free_share"), (16,)),
-        ("13, default: and rate average, clock, oldest wait", DEFAULT, (16,)),
+        ("13, plain: and rate average, clock, oldest wait", PLAIN, (16,)),
     ],
     "normalisation": [
         ("fixed scales", TEN, (16,)),
         ("running mean and spread", replace(TEN, normalisation="running"), (16,)),
     ],
     "reward": [
-        ("energy", DEFAULT, (16,)),
-        ("greendls_kv_normalized", replace(DEFAULT, reward="greendls_kv_normalized", slo_e2e_s=10.0), (16,)),
+        ("energy", PLAIN, (16,)),
+        ("greendls_kv_normalized", replace(PLAIN, reward="greendls_kv_normalized", slo_e2e_s=10.0), (16,)),
     ],
     "prefix caching": [
         ("on", CHAT, (16,)),
         ("off", replace(CHAT, prefix_caching=False), (16,)),
     ],
-    "scarce KV": [(f"block {size}", DEFAULT, (size,)) for size in SIZES],
-    "conditional": [("one for 8, 16, 32, 64", replace(DEFAULT, block_sizes=SIZES, conditional=True), SIZES)],
+    "scarce KV": [(f"block {size}", PLAIN, (size,)) for size in SIZES],
+    "conditional": [("one for 8, 16, 32, 64", replace(PLAIN, block_sizes=SIZES, conditional=True), SIZES)],
     "ample KV": [(f"block {size}", AMPLE, (size,)) for size in SIZES],
 }
 

@@ -257,15 +257,20 @@ def build_loop(
 def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor | None = None) -> ServingEnv:
     """A training environment over these block sizes; episodes begin at a random point of the workload.
 
-    ``anchor`` is what a specialist, on one block size, explores near to.
+    ``anchor`` is what a specialist, on one block size of a simulated node, explores near to.
     """
-    steps, failures = config.train.episode_steps, config.node_failures if config.node == "ray" else 1
     if config.generalist:
         return _any_load(config, block_sizes)
     if config.specialist:
         return _any_price(config, block_sizes, anchor)
+    steps = config.train.episode_steps
     loops = [build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes]
-    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=failures)
+    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=_patience(config))
+
+
+def _patience(config: ServingConfig) -> int:
+    """Failures of a node in a row after which training on it is given up."""
+    return config.node_failures if config.node == "ray" else 1
 
 
 def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
@@ -294,7 +299,7 @@ def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor |
             loops.append(_priced(replace(config, miss_price_j=price_j), node))
             codecs.append(replace(codec, miss_price_j=price_j))
     tether = None if anchor is None else Tether(anchor, codecs[0].grid)
-    return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs, tether=tether)
+    return ServingEnv(loops, codecs[0], steps=steps, failures=_patience(config), codecs=codecs, tether=tether)
 
 
 def _priced(told: LearnConfig, node: Node) -> ControlLoop:

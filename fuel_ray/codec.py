@@ -104,7 +104,7 @@ PRICED_FEATURES = (
     "oldest_wait", "tpot_limit", "miss_price",
 )  # fmt: skip
 GREENDLS_FEATURES = tuple(name for name in FEATURES if name.startswith("greendls_"))
-DEFAULT_FEATURES = (*SEED_FEATURES, "arrival_rate_ewma", "gpu_clock", "oldest_wait")
+PLAIN_FEATURES = (*SEED_FEATURES, "arrival_rate_ewma", "gpu_clock", "oldest_wait")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fuel_ray.codec import DEFAULT_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
+from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
 from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Rules
 from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
-Preset = Literal["default", "seed", "generalist", "specialist"]
+Preset = Literal["default", "plain", "generalist", "seed"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
 
@@ -38,31 +38,31 @@ class TrainConfig:
     """Windows before the first update."""
     lr: float = 5e-4
     """Adam's step size."""
-    gamma: float = 0.9
+    gamma: float = 0.93
     """Discount per window."""
-    n_step: int = 3
+    n_step: int = 5
     """Rewards summed before bootstrapping."""
     hidden: tuple[int, ...] = (128, 128)
     """Units per hidden layer."""
-    head: Literal["joint", "additive", "smooth"] = "additive"
+    head: Literal["joint", "additive", "smooth"] = "smooth"
     """Advantages: free per (limit, clock); one per limit plus one per clock; so, and smooth in the clock."""
-    epsilon_initial: float = 1.0
+    epsilon_initial: float = 0.6
     """Share of random actions at the start."""
-    epsilon_final: float = 0.05
+    epsilon_final: float = 0.15
     """Share of random actions at the end."""
     epsilon_share: float = 0.5
     """Share of the training over which random actions fall from epsilon_initial to epsilon_final."""
     priority: float = 0.6
     """Exponent of the temporal-difference error in drawing from the replay buffer; 0 draws uniformly."""
-    lr_final_share: float = 0.1
+    lr_final_share: float = 0.05
     """Step size at the end, as a share of lr; it falls linearly."""
-    hold_steps: int = 1
+    hold_steps: int = 6
     """Mean number of windows for which a random action is held."""
     target_update_updates: int = 200
     """Updates between copies of the network into the target network."""
-    iterations: int = 16
+    iterations: int = 10
     """Training results, each with a checkpoint."""
-    average_results: int = 1
+    average_results: int = 4
     """A policy is the average of the weights at this many results up to the chosen one."""
 
 
@@ -144,8 +144,8 @@ class ServingConfig:
     """A node, the load that it serves and what is promised."""
 
     preset: Preset = "default"
-    """default: one policy per load. generalist: one for any load and promise. specialist: one per load and
-    promise, trained near its load table. seed: seed.md to the letter."""
+    """default: one policy per load and promise, trained near its load table. plain: at one price of a miss.
+    generalist: one for any load and promise. seed: seed.md to the letter."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     node: NodeKind = "sim"
@@ -205,17 +205,17 @@ class ServingConfig:
 class LearnConfig(ServingConfig):
     """What a DQN sees, may choose and is trained on."""
 
-    steps: int = 120_000
+    steps: int = 200_000
     """Control windows (1 s each) to train each policy on."""
     tune_share: float = 0.97
     """Share that baselines and checkpoints are tuned to on training seeds; some slips on held-out ones."""
-    features: tuple[str, ...] = DEFAULT_FEATURES
+    features: tuple[str, ...] = PRICED_FEATURES
     """Entries of the observation, by name."""
     normalisation: Literal["fixed", "running"] = "fixed"
     """Scales of the feature table, or mean and spread under random actions, stored with the policy."""
     grid: GridName = "node"
     """Action grid: derived from the node, the seed preset's 187 or GreenDLS's 198 actions."""
-    grid_clock_step_mhz: int = 75
+    grid_clock_step_mhz: int = 15
     """Distance of the clocks of the node grid in MHz."""
     grid_lowest_clock_share: float = 0.5
     """Lowest clock of the node grid as a share of the highest."""
@@ -229,8 +229,8 @@ class LearnConfig(ServingConfig):
     """Keep each policy near the load table that is tuned for its load; how near is tuned too."""
     generalist: bool = False
     """Train on random loads, KV pools, TPOT limits and prices of a miss; the price is then tuned."""
-    specialist: bool = False
-    """Train on this load at many prices of a miss, which is then tuned, and near its load table."""
+    specialist: bool = True
+    """Train on this load at many prices of a miss, of which the best is then found, near its load table."""
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
@@ -252,7 +252,26 @@ class SweepConfig(LearnConfig):
     """Seconds of arrivals per policy and seed when a live node is evaluated."""
 
 
-SEED_PRESET = SweepConfig(
+PLAIN_PRESET = SweepConfig(
+    preset="plain",
+    steps=120_000,
+    features=PLAIN_FEATURES,
+    grid_clock_step_mhz=75,
+    specialist=False,
+    train=TrainConfig(
+        gamma=0.9,
+        n_step=3,
+        head="additive",
+        epsilon_initial=1.0,
+        epsilon_final=0.05,
+        lr_final_share=0.1,
+        hold_steps=1,
+        iterations=16,
+        average_results=1,
+    ),
+)
+SEED_PRESET = replace(
+    PLAIN_PRESET,
     preset="seed",
     steps=50_000,  # 500 episodes of 100 steps
     slo_ttft_s=None,
@@ -263,7 +282,8 @@ SEED_PRESET = SweepConfig(
     features=SEED_FEATURES,
     grid="seed",
     anchor=False,
-    train=TrainConfig(
+    train=replace(
+        PLAIN_PRESET.train,
         episode_steps=100,
         batch_size=64,  # GreenDLS
         lr=1e-4,
@@ -278,32 +298,15 @@ GENERALIST_PRESET = SweepConfig(
     preset="generalist",
     steps=700_000,
     generalist=True,
-    features=PRICED_FEATURES,
-    grid_clock_step_mhz=15,
-    train=TrainConfig(
-        gamma=0.93,
-        n_step=5,
-        lr_final_share=0.05,
-        head="smooth",
-        hold_steps=6,
-        iterations=10,
-        average_results=3,
-    ),
-)
-SPECIALIST_PRESET = replace(
-    GENERALIST_PRESET,
-    preset="specialist",
-    steps=200_000,
-    generalist=False,
-    specialist=True,
-    train=replace(GENERALIST_PRESET.train, epsilon_initial=0.6, epsilon_final=0.15, average_results=4),
+    specialist=False,
+    train=TrainConfig(epsilon_initial=1.0, epsilon_final=0.05, average_results=3),
 )
 _ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings
 PRESETS: dict[str, SweepConfig] = {
     "default": SweepConfig(),
-    "seed": SEED_PRESET,
+    "plain": PLAIN_PRESET,
     "generalist": GENERALIST_PRESET,
-    "specialist": SPECIALIST_PRESET,
+    "seed": SEED_PRESET,
 }
 
 Serving = TypeVar("Serving", bound=ServingConfig)

@@ -173,8 +173,7 @@ def _validate_training(config: LearnConfig) -> None:
         raise ConfigError(
             "--conditional needs all block sizes at once; a live node or one of a cluster has one"
         )
-    if config.specialist:
-        _validate_specialist(config)
+    _validate_prices(config)
     if config.storage is not None and "://" not in config.storage and not config.storage.startswith("/"):
         raise ConfigError(
             f"--storage {config.storage}: an absolute path, or a URL such as s3://bucket/folder"
@@ -183,13 +182,17 @@ def _validate_training(config: LearnConfig) -> None:
         raise ConfigError("--nodes-per-trial is for --node ray")
 
 
-def _validate_specialist(config: LearnConfig) -> None:
-    if config.node != "sim":
-        raise ConfigError("--preset specialist is trained on the twin: --node sim")
-    if config.generalist or config.conditional:
-        raise ConfigError("--specialist has one load and one block size: no --generalist, no --conditional")
-    if config.reward != "energy" or "miss_price" not in config.features:
-        raise ConfigError("--specialist needs --reward energy and miss_price among --features")
+def _validate_prices(config: LearnConfig) -> None:
+    priced = config.generalist or config.specialist
+    if config.generalist and config.specialist:
+        raise ConfigError("--specialist is for one load, --generalist for all: --no-specialist, or not both")
+    if priced and (config.reward != "energy" or "miss_price" not in config.features):
+        raise ConfigError(
+            f"--reward {config.reward}: this preset trains at many prices of a miss, so it needs --reward "
+            "energy and miss_price among --features; --preset plain takes any"
+        )
+    if not priced and "miss_price" in config.features:
+        raise ConfigError("--no-specialist trains at one price: without miss_price among --features")
 
 
 def _validate_live(config: ServingConfig) -> None:

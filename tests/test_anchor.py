@@ -142,7 +142,7 @@ def test_what_is_recommended_is_saved_as_it_was_tuned(tmp_path):
 
 
 def test_a_specialist_is_trained_at_every_price_and_knows_what_the_table_would_do():
-    config = replace(PRESETS["specialist"], workload="steady:rate_rps=6")
+    config = replace(PRESETS["default"], workload="steady:rate_rps=6")
     env = build_env(config, [16], anchor=Anchor(TABLE, 0.03))
     prices = set()
     for seed in range(20):

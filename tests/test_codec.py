@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuel_ray.codec import (
-    DEFAULT_FEATURES,
     FEATURES,
     GREENDLS_FEATURES,
     GREENDLS_GRID,
+    PLAIN_FEATURES,
     SEED_FEATURES,
     SEED_GRID,
     Codec,
@@ -138,7 +138,7 @@ def test_running_scale_is_the_sample_mean_and_spread():
 
 @pytest.mark.parametrize("scale", [None, RunningScale(2, [1.0] * 13, [0.5] * 13)])
 def test_a_codec_survives_json(scale):
-    codec = Codec(DEFAULT_FEATURES, SEED_GRID, Slo(1.0, 0.05), scale)
+    codec = Codec(PLAIN_FEATURES, SEED_GRID, Slo(1.0, 0.05), scale)
     assert Codec.from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
 
 

@@ -137,7 +137,7 @@ def train_policies(
     """
     start_ray(config)
     anchors: dict[int, Anchor] = {}
-    if config.specialist:
+    if config.specialist and not config.conditional:
         by_size = tuned_baselines(config, run_dir, workloads)
         anchors = {size: Anchor(own[config.workload].table, TRAINING_WEIGHT) for size, own in by_size.items()}
     trained = run_trials(config, run_dir, anchors)
