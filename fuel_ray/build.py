@@ -289,17 +289,30 @@ def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
 
 
 def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor | None) -> ServingEnv:
-    """The load of the settings at every price."""
+    """The load of the settings at every price, beside its load table if that is given."""
     steps = config.train.episode_steps
-    loops, codecs = [], []
+    loops, codecs, shadows = [], [], []
     for size in block_sizes:
-        node = build_node(config, size, horizon_s=float(steps + 1), random_start=True)
+        node, *other = (
+            build_node(config, size, horizon_s=float(steps + 1), random_start=True)
+            for _ in range(1 if anchor is None else 2)
+        )
         codec = build_codec(config, node.spec)
         for price_j in _PRICES_J:
-            loops.append(_priced(replace(config, miss_price_j=price_j), node))
+            told = replace(config, miss_price_j=price_j)
+            loops.append(_priced(told, node))
             codecs.append(replace(codec, miss_price_j=price_j))
+            shadows += [_priced(told, shadow) for shadow in other]
     tether = None if anchor is None else Tether(anchor, codecs[0].grid)
-    return ServingEnv(loops, codecs[0], steps=steps, failures=_patience(config), codecs=codecs, tether=tether)
+    return ServingEnv(
+        loops,
+        codecs[0],
+        steps=steps,
+        failures=_patience(config),
+        codecs=codecs,
+        tether=tether,
+        shadows=shadows,
+    )
 
 
 def _priced(told: LearnConfig, node: Node) -> ControlLoop:

@@ -14,7 +14,7 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.policies.anchor import Tether
-from fuel_ray.types import WindowMetrics
+from fuel_ray.types import Knobs, WindowMetrics
 
 NODE_FAILURE = "node_failure"  # in the info of a step whose window could not be measured
 
@@ -44,17 +44,23 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         failures: int = 1,
         codecs: Sequence[Codec] = (),
         tether: Tether | None = None,
+        shadows: Sequence[ControlLoop] = (),
     ) -> None:
         """``codecs``, one per loop, may differ from ``codec`` in their promises; not in features or grid.
 
         ``tether`` is what the policy will be held by: ``base`` and ``charge`` say what it says.
+
+        On ``shadows``, one per loop, its load table serves the same arrivals, and rewards are less what it
+        earns. That depends on arrivals alone, so no optimum is moved; it takes out of the rewards what
+        arrivals put into them (input-dependent baselines: Mao et al., ICLR 2019).
         """
         self.codec = codec
-        pairs = zip(loops, codecs or [codec] * len(loops), strict=True)
-        self._loops = [(loop, Encoder(own, loop.node.spec)) for loop, own in pairs]
-        self._loop, self._encoder = self._loops[0]
+        pairs = zip(loops, codecs or [codec] * len(loops), shadows or [None] * len(loops), strict=True)
+        self._loops = [(loop, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in pairs]
+        self._loop, self._encoder, self._shadow = self._loops[0]
         self._steps = steps
         self._tether = tether
+        self._table = loops[0].node.spec.max_performance  # what the load table would set next
         self.base: int | None = None  # the action that the load table would take next
         self.charge: np.ndarray | float = 0.0  # what Q loses for leaving it: (actions,)
         self._step = 0
@@ -68,7 +74,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode on a node drawn by chance, with requests drawn by chance."""
         super().reset(seed=seed)
-        self._loop, self._encoder = self._loops[int(self.np_random.integers(len(self._loops)))]
+        self._loop, self._encoder, self._shadow = self._loops[int(self.np_random.integers(len(self._loops)))]
         self._encoder.reset()
         self._step = 0
         if self._tether is not None:
@@ -79,26 +85,31 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
     def _look(self, window: WindowMetrics) -> None:
         self._seen = self._encoder.encode(window)
         if self._tether is not None:
-            knobs = self._tether.decide(window)
-            self.base, self.charge = self._tether.action(knobs), self._tether.charge(knobs)
+            self._table = self._tether.decide(window)
+            self.base, self.charge = self._tether.action(self._table), self._tether.charge(self._table)
 
     def _first_window(self) -> WindowMetrics:
         while True:
+            seed = int(self.np_random.integers(2**31))
             try:
-                return self._loop.reset(seed=int(self.np_random.integers(2**31)))
+                if self._shadow is not None:
+                    self._shadow.reset(seed=seed)
+                return self._loop.reset(seed=seed)
             except NodeError as error:
                 self._count(error)
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Apply an action for one window; ``info`` has what a trainer wants to log."""
         try:
-            record = self._loop.step(self.codec.grid.decode(int(action)))
+            record = self._loop.step(self._decode(int(action)))
         except NodeError as error:
             self._count(error)
             return self._seen, 0.0, False, True, {NODE_FAILURE: str(error)}
         self._failed = 0
         self._step += 1
-        window = record.metrics
+        window, reward = record.metrics, record.reward
+        if self._shadow is not None:
+            reward -= self._shadow.step(self._table).reward
         info = {
             "energy_j": window.energy_j,
             "arrivals": window.arrivals,
@@ -106,7 +117,13 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
             "gpu_clock_mhz": record.applied.gpu_clock_mhz,
         }
         self._look(window)
-        return self._seen, record.reward, False, self._step >= self._steps, info
+        return self._seen, reward, False, self._step >= self._steps, info
+
+    def _decode(self, action: int) -> Knobs:
+        """As the policy will, whose table may have knobs that the grid has not."""
+        if self._tether is None:
+            return self.codec.grid.decode(action)
+        return self._tether.decode(action, self._table)
 
     def _count(self, error: NodeError) -> None:
         """Go on after a failure of the node unless it was one too many."""
@@ -119,8 +136,10 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     def close(self) -> None:
         """Release the nodes."""
-        for loop, _ in self._loops:
+        for loop, _, shadow in self._loops:
             loop.node.close()
+            if shadow is not None:
+                shadow.node.close()
 
 
 class ParallelServingEnv(gymnasium.vector.SyncVectorEnv):

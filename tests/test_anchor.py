@@ -154,3 +154,14 @@ def test_a_specialist_is_trained_at_every_price_and_knows_what_the_table_would_d
     assert len(prices) > 4
     observation, reward, *_ = env.step(env.base)
     assert np.isfinite(reward) and env.codec.grid.decode(env.base).gpu_clock_mhz == 1980
+
+
+def test_a_specialist_earns_what_it_does_better_than_the_table():
+    """Else the reward says more of the arrivals than of the actions. The table's limit is not in the grid."""
+    config = replace(PRESETS["default"], workload="steady:rate_rps=1")
+    env = build_env(config, [16], anchor=Anchor(TABLE, 0.03))
+    env.reset(seed=1)
+    assert [env.step(np.int64(env.base))[1] for _ in range(100)] == [0.0] * 100
+    env.reset(seed=1)
+    fastest = np.int64(len(env.codec.grid) - 1)
+    assert np.mean([env.step(fastest)[1] for _ in range(100)]) < -0.05, "it draws more power than the table"

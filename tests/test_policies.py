@@ -196,7 +196,7 @@ def manifest(**changes):
 @pytest.fixture
 def saved(tmp_path):
     loop = build_loop(PRESETS["default"], 16, horizon_s=60.0)
-    codec = build_codec(PRESETS["default"], loop.node.spec)
+    codec = build_codec(PRESETS["plain"], loop.node.spec)
     grid = codec.grid
     net = DuelingQNet(
         13, limits=len(grid.batch_limits), clocks=len(grid.gpu_clocks_mhz), hidden=(), head="additive"
@@ -305,7 +305,7 @@ def test_a_loaded_policy_controls_a_node_as_the_saved_one(saved):
 
 
 def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
-    config = replace(PRESETS["default"], normalisation="running")
+    config = replace(PRESETS["plain"], normalisation="running")
     loop = build_loop(config, 16, horizon_s=30.0)
     net = DuelingQNet(13, limits=3, clocks=14, hidden=(), head="additive")
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
