@@ -55,8 +55,9 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         arrivals put into them (input-dependent baselines: Mao et al., ICLR 2019).
         """
         self.codec = codec
-        pairs = zip(loops, codecs or [codec] * len(loops), shadows or [None] * len(loops), strict=True)
-        self._loops = [(loop, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in pairs]
+        beside: Sequence[ControlLoop | None] = shadows or [None] * len(loops)
+        of_all = zip(loops, codecs or [codec] * len(loops), beside, strict=True)
+        self._loops = [(loop, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in of_all]
         self._loop, self._encoder, self._shadow = self._loops[0]
         self._steps = steps
         self._tether = tether

@@ -112,14 +112,23 @@ def run(config: ArenaConfig) -> int:
     if config.resume is None:
         write_json(run_dir / "run.json", _facts(config))
     cells = _all_cells(config, run_dir)
+    print(f"\n{publish(cells, run_dir, names=[folder.name for folder in config.policies])}")
+    print(f"\nmodelled, pack {config.pack}; wrote {run_dir}")
+    return 0
+
+
+def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[str]) -> str:
+    """Write what came of the cells as tables, pictures and CSV files; the text table is returned.
+
+    ``names`` of policies get a table of their own, a line per cell.
+    """
     summaries = [row for cell in cells for row in summarise(cell)]
     write_csv(run_dir / "summary.csv", summaries)
     write_csv(run_dir / "episodes.csv", [_episode(cell, row) for cell in cells for row in cell["rows"]])
-    heads = [headline(summaries, folder.name) for folder in config.policies]
+    heads = [headline(summaries, name) for name in names]
     write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries)])])
     draw(summaries, run_dir)
-    print(f"\n{text(summaries)}\n\nmodelled, pack {config.pack}; wrote {run_dir}")
-    return 0
+    return text(summaries)
 
 
 def _facts(config: ArenaConfig) -> dict[str, Any]:
