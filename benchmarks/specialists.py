@@ -27,10 +27,19 @@ from fuel_ray.record import make_folder, read_json, write_json
 
 def contest(scenario: str, slo: SloName, policies: tuple[Path, ...], given: argparse.Namespace) -> Contest:
     return Contest(
-        config=ServingConfig(), scenario=SCENARIOS[scenario], slos=(slo,), policies=policies,
-        kv_block_size=16, seeds=10, tuning_seeds=6, seconds=EPISODE_S, tune_share=0.97, peers=given.peers, oracle=given.oracle,
+        config=ServingConfig(),
+        scenario=SCENARIOS[scenario],
+        slos=(slo,),
+        kv_block_size=16,
+        policies=policies,
+        seeds=10,
+        tuning_seeds=6,
+        seconds=EPISODE_S,
+        tune_share=0.97,
+        peers=given.peers,
+        oracle=given.oracle,
         oracle_segment_s=60.0,
-    )  # fmt: skip
+    )
 
 
 def train(scenario: str, slo: SloName, given: argparse.Namespace) -> Path:
