@@ -289,8 +289,10 @@ def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
 
 
 def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor | None) -> ServingEnv:
-    """The load of the settings at every price, beside its load table if that is given."""
+    """The load of the settings at every price; on the twin, beside its load table if that is given."""
     steps = config.train.episode_steps
+    if config.node != "sim":
+        anchor = None  # a real node has no second one beside it
     loops, codecs, shadows = [], [], []
     for size in block_sizes:
         node, *other = (

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from fuel_ray import build_live
-from fuel_ray.build import build_codec, build_spec, twin_of, twinned
+from fuel_ray import build, build_live
+from fuel_ray.build import build_codec, build_env, build_node, build_spec, twin_of, twinned
 from fuel_ray.config import PRESETS, LiveConfig
 from fuel_ray.errors import ConfigError
+from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.static import LoadTable
+from fuel_ray.types import Knobs
 from fuel_ray.workload import parse_workload
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import Stub, serving
@@ -60,3 +64,20 @@ def test_episodes_of_one_seed_have_the_same_lengths_and_no_tokens_in_common(gpu)
 
 def test_a_simulated_node_is_its_own_twin():
     assert twinned(PRESETS["default"]) == PRESETS["default"] == twin_of(PRESETS["default"])
+
+
+@pytest.mark.parametrize(("kind", "nodes"), [("sim", 2), ("ray", 1), ("live", 1)])
+def test_only_a_simulated_node_has_its_load_table_beside_it(monkeypatch, kind, nodes):
+    """A live one would start a second server, one of a cluster wait for a second host."""
+    made = []
+
+    def simulated(config, *args, **kwargs):
+        made.append(build_node(twin_of(config), *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(build, "build_node", simulated)
+    anchor = Anchor(LoadTable([], [Knobs(32, 1500)]), 0.03)
+    env = build_env(replace(PRESETS["default"], node=kind), [16], anchor=anchor)
+    env.reset(seed=0)
+    assert np.isfinite(env.step(np.int64(5))[1])
+    assert len(made) == nodes
