@@ -43,11 +43,11 @@ def contest(scenario: str, slo: SloName, policies: tuple[Path, ...], given: argp
 
 
 def train(scenario: str, slo: SloName, given: argparse.Namespace) -> Path:
-    """The policy folder for a cell, trained unless it is there."""
-    folder = given.out / "policies" / f"{scenario}.{slo}" / "DQN"
+    """The policy folder for a cell, trained unless it is there; its anchor is left to the arena."""
+    home = SCENARIOS[SCENARIOS[scenario].tuned_on or scenario]
+    folder = given.out / "policies" / f"{home.name}.{slo}" / "DQN"
     if folder.exists():
         return folder
-    home = SCENARIOS[SCENARIOS[scenario].tuned_on or scenario]
     own = contest(home.name, slo, (), given)
     promise = practice_of(own, loop_of(own, home)).slos[slo]
     flags = ["--workload", home.workload, "--kv-tokens", str(home.kv_tokens), "--block-sizes", "16"]
@@ -55,7 +55,7 @@ def train(scenario: str, slo: SloName, given: argparse.Namespace) -> Path:
         flags += [f"--slo-{name.replace('_', '-')}", str(getattr(promise, name))]
     runs = folder.parent / "runs"
     make_folder(runs)
-    command = [sys.executable, "-m", "fuel_ray", "train", *flags, "--out", str(runs)]
+    command = [sys.executable, "-m", "fuel_ray", "train", *flags, "--no-anchor", "--out", str(runs)]
     with (folder.parent / "train.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     newest = max(runs.glob("train-*/policies/block_16"), key=lambda path: path.stat().st_mtime)
