@@ -101,10 +101,9 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     static, share = tune_static_pair(practice, slo, share=contest.tune_share, limits=limits)
     allowed = allowed_badness(practice.slos[slo], share)
     table = tune_table(practice, slo, static, share=share, budget=TABLE_BUDGET)
-    known: list[Policy] = [Static(static), table]
     policies: dict[str, Policy] = {
         "max performance": Static(spec.max_performance),
-        "tuned static": known[0],
+        "tuned static": Static(static),
         "load table": table,
     }
     settings: dict[str, dict[str, float]] = {}
@@ -115,6 +114,7 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     chosen = choose(practice, slo, {name: policies[name] for name in _deployable(contest)}, share=share)
     rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen and contest.policies]
     if contest.oracle:
+        known = [policies[name] for name in dict.fromkeys(("tuned static", "load table", chosen))]
         rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
     return {
         "scenario": contest.scenario.name,
