@@ -18,7 +18,6 @@ from fuel_ray.policies.baselines import (
     Dwell,
     Eais,
     Feedback,
-    GreenDlsNet,
     Static,
     StepModel,
     VoltanaLlm,
@@ -28,7 +27,6 @@ from fuel_ray.policies.baselines import (
     fit_steps,
     token_limits,
 )
-from fuel_ray.policies.baselines.greendls import SHAPES
 from fuel_ray.policies.baselines.profile import Trace, allowed_badness, badness, trace
 from fuel_ray.sim.perf_model import load_pack, step_cost
 from fuel_ray.types import Knobs, RequestRecords, Slo
@@ -284,27 +282,6 @@ def test_linucb_forgets_on_reset_what_it_was_not_told_to_keep():
     policy.decide(BUSY)
     policy.reset()
     assert policy._tries.sum() == 19
-
-
-# GreenDLS
-
-
-def test_greendls_has_four_inputs_a_relu_a_tanh_and_198_actions():
-    rng = np.random.default_rng(0)
-    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
-    slow = replace(WINDOW, e2es_s=(2.0, 4.0))
-    x = np.array([10 * 450 / 250, 10 * 0.05, 10 * 0.3, 10 * 6 / 10])  # power, wait, inference, rate
-    hidden = np.maximum(arrays["trunk.0.weight"] @ x + arrays["trunk.0.bias"], 0)
-    hidden = np.tanh(arrays["trunk.2.weight"] @ hidden + arrays["trunk.2.bias"])
-    action = int((arrays["advantage.weight"] @ hidden + arrays["advantage.bias"]).argmax())
-    limits = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36)
-    expected = Knobs(limits[action // 18], 517 + 60 * (action % 18))
-    assert GreenDlsNet(arrays, SPEC).decide(slow) == expected
-
-
-def test_greendls_refuses_weights_of_another_shape():
-    with pytest.raises(ValueError, match=r"trunk\.0\.weight"):
-        GreenDlsNet({}, SPEC)
 
 
 # Oracle

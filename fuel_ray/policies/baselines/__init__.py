@@ -4,7 +4,6 @@ from fuel_ray.policies.baselines.agft import AgftLinUcb
 from fuel_ray.policies.baselines.clipper import Clipper
 from fuel_ray.policies.baselines.eais import Eais
 from fuel_ray.policies.baselines.feedback import Feedback
-from fuel_ray.policies.baselines.greendls import GreenDlsNet
 from fuel_ray.policies.baselines.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
 from fuel_ray.policies.baselines.oracle import find_load_table, find_schedule
 from fuel_ray.policies.baselines.tuning import Score, Scorer, tune_static
@@ -19,7 +18,6 @@ __all__ = [
     "Dwell",
     "Eais",
     "Feedback",
-    "GreenDlsNet",
     "LoadTable",
     "Planned",
     "Score",
