@@ -185,7 +185,7 @@ def _validate_training(config: LearnConfig) -> None:
 def _validate_prices(config: LearnConfig) -> None:
     priced = config.generalist or config.specialist
     if config.generalist and config.specialist:
-        raise ConfigError("--specialist is for one load, --generalist for all: --no-specialist, or not both")
+        raise ConfigError("--generalist is for all loads, --specialist for one: --preset generalist")
     if priced and (config.reward != "energy" or "miss_price" not in config.features):
         raise ConfigError(
             f"--reward {config.reward}: this preset trains at many prices of a miss, so it needs --reward "
