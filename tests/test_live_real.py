@@ -153,7 +153,7 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp
             *("--max-num-seqs", "32", "--kv-tokens", "65536", "--block-sizes", "8", "32"),
             *("--workload", "steady:rate_rps=4,lengths=fixed,prompt_mean=32,output_mean=16"),
             *("--control-workload", "None", "--grid-batch-limits", "4", "16", "--steps", "24"),
-            *("--train.iterations", "2", "--train.episode-steps", "8", "--train.fragment-steps", "4"),
+            *("--train.iterations", "2", "--train.episode-steps", "8", "--train.fragment-steps", "5"),
             *("--train.batch-size", "4", "--seeds", "1", "--live-seconds", "5", "--out", str(tmp_path)),
         ],
         capture_output=True,
