@@ -44,17 +44,17 @@ def arrays(
 
 def policies(rng: np.random.Generator) -> dict[str, tuple[LearnedPolicy, Codec]]:
     grid = node_grid(SPEC, clock_step_mhz=75, lowest_clock_share=0.5, batch_limits=(32, 40, 128))
-    default, seed = Codec(PLAIN_FEATURES, grid, SLO), Codec(SEED_FEATURES, SEED_GRID, SLO)
+    plain, seed = Codec(PLAIN_FEATURES, grid, SLO), Codec(SEED_FEATURES, SEED_GRID, SLO)
     heads = {
         "value": 1,
         "limit_advantage": len(grid.batch_limits),
         "clock_advantage": len(grid.gpu_clocks_mhz),
     }
-    free = LearnedPolicy(arrays(len(PLAIN_FEATURES), 128, heads, rng), default, SPEC, head="additive")
+    free = LearnedPolicy(arrays(len(PLAIN_FEATURES), 128, heads, rng), plain, SPEC, head="additive")
     table = LoadTable([1.0 + row for row in range(9)], [Knobs(40, 990 + 105 * row) for row in range(10)])
     return {
-        "default (128-128, additive)": (free, default),
-        "default near a load table": (free.near(Anchor(table, 0.06)), default),
+        "plain (128-128, additive)": (free, plain),
+        "plain near a load table": (free.near(Anchor(table, 0.06)), plain),
         "seed (256-256, 187 actions)": (
             LearnedPolicy(arrays(10, 256, {"value": 1, "advantage": 187}, rng), seed, SPEC, head="joint"),
             seed,

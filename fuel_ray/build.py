@@ -295,16 +295,14 @@ def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor |
         anchor = None  # a real node has no second one beside it
     loops, codecs, shadows = [], [], []
     for size in block_sizes:
-        node, *other = (
-            build_node(config, size, horizon_s=float(steps + 1), random_start=True)
-            for _ in range(1 if anchor is None else 2)
-        )
+        make_node = partial(build_node, config, size, horizon_s=float(steps + 1), random_start=True)
+        node, shadow = make_node(), None if anchor is None else make_node()
         codec = build_codec(config, node.spec)
         for price_j in _PRICES_J:
             told = replace(config, miss_price_j=price_j)
             loops.append(_priced(told, node))
             codecs.append(replace(codec, miss_price_j=price_j))
-            shadows += [_priced(told, shadow) for shadow in other]
+            shadows.append(None if shadow is None else _priced(told, shadow))
     tether = None if anchor is None else Tether(anchor, codecs[0].grid)
     return ServingEnv(
         loops,

@@ -44,7 +44,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         failures: int = 1,
         codecs: Sequence[Codec] = (),
         tether: Tether | None = None,
-        shadows: Sequence[ControlLoop] = (),
+        shadows: Sequence[ControlLoop | None] = (),
     ) -> None:
         """``codecs``, one per loop, may differ from ``codec`` in their promises; not in features or grid.
 
@@ -55,8 +55,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         arrivals put into them (input-dependent baselines: Mao et al., ICLR 2019).
         """
         self.codec = codec
-        beside: Sequence[ControlLoop | None] = shadows or [None] * len(loops)
-        of_all = zip(loops, codecs or [codec] * len(loops), beside, strict=True)
+        of_all = zip(loops, codecs or [codec] * len(loops), shadows or [None] * len(loops), strict=True)
         self._loops = [(loop, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in of_all]
         self._loop, self._encoder, self._shadow = self._loops[0]
         self._steps = steps

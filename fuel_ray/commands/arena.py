@@ -149,7 +149,7 @@ def _episode(cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 def _all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     """Every cell in order, from its file where there is one."""
     folder = run_dir / "cells"
-    contests = list(_contests(config))
+    contests = list(contests_of(config))
     todo = [contest for contest in contests if len(_done(contest, folder)) < len(contest.slos)]
     print(
         f"arena  {run_dir}: {len(contests)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True
@@ -163,17 +163,17 @@ def _all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     except KeyboardInterrupt:
         print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
         raise
-    return [read_json(_file(folder, c.scenario.name, slo)) for c in contests for slo in c.slos]
+    return [read_json(cell_file(folder, c.scenario.name, slo)) for c in contests for slo in c.slos]
 
 
 def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Iterator[str]:
     """Run the contests and name each as it is done; what has not begun is dropped on an error."""
     if workers == 1 or len(contests) < 2:
-        yield from (_run_and_write(contest, folder) for contest in contests)
+        yield from (run_and_write(contest, folder) for contest in contests)
         return
     pool = ProcessPoolExecutor(min(workers, len(contests)), mp_context=get_context("spawn"))
     try:
-        for future in as_completed([pool.submit(_run_and_write, c, folder) for c in contests]):
+        for future in as_completed([pool.submit(run_and_write, c, folder) for c in contests]):
             yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -181,7 +181,8 @@ def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Ite
             child.terminate()
 
 
-def _contests(config: ArenaConfig) -> Iterator[Contest]:
+def contests_of(config: ArenaConfig) -> Iterator[Contest]:
+    """One per workload."""
     for scenario in scenarios_of(config.scenarios):
         yield Contest(
             config=config,
@@ -199,15 +200,17 @@ def _contests(config: ArenaConfig) -> Iterator[Contest]:
         )
 
 
-def _run_and_write(contest: Contest, folder: Path) -> str:
+def run_and_write(contest: Contest, folder: Path) -> str:
+    """Run what is not yet in the folder, keep each cell as it is done; the workload's name."""
     for cell in run_scenario(contest, _done(contest, folder)):
-        write_json(_file(folder, cell["scenario"], cell["slo"]), cell)
+        write_json(cell_file(folder, cell["scenario"], cell["slo"]), cell)
     return contest.scenario.name
 
 
 def _done(contest: Contest, folder: Path) -> tuple[SloName, ...]:
-    return tuple(slo for slo in contest.slos if _file(folder, contest.scenario.name, slo).is_file())
+    return tuple(slo for slo in contest.slos if cell_file(folder, contest.scenario.name, slo).is_file())
 
 
-def _file(folder: Path, scenario: str, slo: str) -> Path:
+def cell_file(folder: Path, scenario: str, slo: str) -> Path:
+    """Where a cell is kept."""
     return folder / f"{scenario}.{slo}.json"
