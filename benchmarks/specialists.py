@@ -35,7 +35,7 @@ def train(contest: Contest, slo: SloName, out: Path) -> Path:
         flags += [f"--slo-{name.replace('_', '-')}", str(getattr(promise, name))]
     runs = folder.parent / "runs"
     make_folder(runs)
-    command = [sys.executable, "-m", "fuel_ray", "train", *flags, "--no-anchor", "--out", str(runs)]
+    command = [sys.executable, "-m", "fuel_ray", "train", *flags, "--out", str(runs)]
     with (folder.parent / "train.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     newest = max(runs.glob("train-*/policies/block_16"), key=lambda path: path.stat().st_mtime)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,9 @@ _POOLS = ((14_000, 8.0), (26_000, 14.0), (None, 24.0))
 _TPOTS_S = (0.0095, 0.011, 0.0125, 0.015, 0.018, 0.021, 0.03, 0.05)
 _PRICES_J = (10.0, 30.0, 70.0, 150.0, 300.0, 700.0, 1500.0, 4000.0)
 
+# Of a recorded trace, of which there is only one: what is learned from and tuned on, what is reported on
+Part = Literal["whole", "first half", "second half"]
+
 Settings = TypeVar("Settings", bound=ServingConfig)
 
 
@@ -44,11 +47,12 @@ def build_node(
     horizon_s: float,
     workload: str | None = None,
     random_start: bool = False,
+    part: Part = "whole",
 ) -> Node:
     """A node as the settings describe it; a live one starts its server, which takes a minute or two.
 
     ``random_start`` begins each episode at a random point of the workload's period. A recorded trace always
-    does: nothing else in it would differ from seed to seed.
+    does: nothing else in it would differ from seed to seed. ``part`` matters to such a trace alone.
 
     Raises:
         ConfigError: pack or workload is unknown or malformed.
@@ -58,10 +62,12 @@ def build_node(
     if config.node == "ray":
         from fuel_ray.build_cluster import remote_node  # noqa: PLC0415  (only this kind of node waits for Ray)
 
-        build = partial(build_node, horizon_s=horizon_s, workload=workload, random_start=random_start)
-        return remote_node(config, partial(build, kv_block_size=kv_block_size))
+        build = partial(build_node, kv_block_size=kv_block_size, horizon_s=horizon_s)
+        return remote_node(config, partial(build, workload=workload, random_start=random_start, part=part))
     load = parse_workload(config.workload if workload is None else workload)
-    random_start = random_start or load.recorded
+    if load.halves is not None:
+        random_start = True
+        load = load if part == "whole" else load.halves[part == "second half"]
     if config.node == "live":
         return live_node(config, kv_block_size, load, horizon_s=horizon_s, random_start=random_start)
     return SimulatedNode(
@@ -206,7 +212,7 @@ def _random_episodes(
         plain = replace(plain, workload=f"mixed:high_rps={dict(_POOLS).get(config.kv_tokens, 14.0)}")
     rng = np.random.default_rng(config.seed)
     steps = config.train.episode_steps
-    loop = build_loop(plain, kv_block_size, horizon_s=float(steps + 1), random_start=True)
+    loop = build_loop(plain, kv_block_size, horizon_s=float(steps + 1), random_start=True, part="first half")
     codec = build_codec(plain, loop.node.spec)
 
     def episode() -> Iterator[WindowMetrics]:
@@ -244,11 +250,12 @@ def build_loop(
     horizon_s: float,
     workload: str | None = None,
     random_start: bool = False,
+    part: Part = "whole",
     interval_s: float = 1.0,
 ) -> ControlLoop:
     """A node under control."""
     node = build_node(
-        config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start
+        config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start, part=part
     )
     guard = Guard(config.guard.rules(config.slo, node.spec))
     return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=guard)
@@ -264,7 +271,8 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
     if config.specialist:
         return _any_price(config, block_sizes, anchor)
     steps = config.train.episode_steps
-    loops = [build_loop(config, size, horizon_s=float(steps + 1), random_start=True) for size in block_sizes]
+    build = partial(build_loop, config, horizon_s=float(steps + 1), random_start=True, part="first half")
+    loops = [build(size) for size in block_sizes]
     return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=_patience(config))
 
 
@@ -295,7 +303,8 @@ def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor |
         anchor = None  # a real node has no second one beside it
     loops, codecs, shadows = [], [], []
     for size in block_sizes:
-        make_node = partial(build_node, config, size, horizon_s=float(steps + 1), random_start=True)
+        build = partial(build_node, config, size, horizon_s=float(steps + 1))
+        make_node = partial(build, random_start=True, part="first half")
         node, shadow = make_node(), None if anchor is None else make_node()
         codec = build_codec(config, node.spec)
         for price_j in _PRICES_J:

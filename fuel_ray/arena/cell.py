@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fuel_ray.arena.contenders import Contender, learned, published
 from fuel_ray.arena.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
 from fuel_ray.arena.runs import Runs
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serving
-from fuel_ray.build import build_node
+from fuel_ray.build import Part, build_node
 from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
@@ -65,7 +65,7 @@ def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dic
     """A cell per promise that is not ``done``, as plain data."""
     home = SCENARIOS[contest.scenario.tuned_on or contest.scenario.name]
     practice = practice_of(contest, loop_of(contest, home))
-    stage = practice.loop if home is contest.scenario else loop_of(contest, contest.scenario)
+    stage = loop_of(contest, contest.scenario, part="second half")
     alone = [
         Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=contest.seconds, slos=practice.slos)
         for i in range(contest.seeds)
@@ -77,10 +77,10 @@ def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dic
             yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
 
 
-def loop_of(contest: Contest, scenario: Scenario) -> ControlLoop:
-    """A node under the scenario's load."""
+def loop_of(contest: Contest, scenario: Scenario, *, part: Part = "first half") -> ControlLoop:
+    """A node under the scenario's load, by default the part that is tuned on."""
     config = serving(scenario, contest.config)
-    node = build_node(config, contest.kv_block_size, horizon_s=float(contest.seconds))
+    node = build_node(config, contest.kv_block_size, horizon_s=float(contest.seconds), part=part)
     return ControlLoop(node, Unscored())
 
 
@@ -147,14 +147,23 @@ def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence
     ``SLACK``.
     """
     spec = practice.loop.node.spec
+    highest = spec.batch_limits[-1]
+    limits = sorted({highest, *(limit for limit in limits if limit < highest)})
 
-    def score(policy: Policy) -> Score:
+    def score(policy: Policy, share: float) -> Score:
         return practice.score(policy, slo, share=share)
 
-    fastest = [Knobs(limit, spec.gpu_clocks_mhz[-1]) for limit in (*limits, spec.batch_limits[-1])]
-    reachable = max(score(Static(knobs)).slo_attainment for knobs in fastest)
-    asked = share if reachable >= share else reachable - SLACK
-    return tune_static(score, spec, share=asked, limits=limits), asked
+    fastest = [Static(Knobs(limit, spec.gpu_clocks_mhz[-1])) for limit in limits]
+    reachable = max(score(policy, share).slo_attainment for policy in fastest)
+    asked = share if reachable >= share else eased(practice.slos[slo], share, reachable)
+    return tune_static(partial(score, share=asked), spec, share=asked, limits=limits), asked
+
+
+def eased(slo: Slo, share: float, reachable: float) -> float:
+    """What to ask for where the best there is attains only ``reachable`` by ``share``: a little less."""
+    if slo.share is None:  # means, which are at share / reachable of what is asked
+        return share * share / reachable + SLACK
+    return reachable - SLACK
 
 
 def tune_table(practice: Runs, slo: str, static: Knobs, *, share: float, budget: int = 60) -> LoadTable:

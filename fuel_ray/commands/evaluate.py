@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ def score_weights(
     config: LearnConfig,
     block_sizes: Sequence[int],
     arrays: Mapping[str, np.ndarray],
-    anchor: Anchor | None = None,
+    anchor: Anchor | None,
+    share: float,
 ) -> tuple[Score, float]:
     """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
 
@@ -235,13 +237,14 @@ def score_weights(
     none.
     """
     scores: dict[float, Score] = {}
+    score_at = partial(_score_at, config, block_sizes, arrays, anchor, share=share)
 
     def rank(log_price: float) -> tuple[bool, float]:
-        scores[log_price] = _score_at(config, block_sizes, arrays, anchor, 10.0**log_price)
-        return scores[log_price].rank(config.tune_share)
+        scores[log_price] = score_at(miss_price_j=10.0**log_price)
+        return scores[log_price].rank(share)
 
     if "miss_price" not in config.features:
-        return _score_at(config, block_sizes, arrays, anchor, 0.0), 0.0
+        return score_at(miss_price_j=0.0), 0.0
     best = bisected(rank, *LOG_PRICES)
     return scores[best], 10.0**best
 
@@ -251,6 +254,8 @@ def _score_at(
     block_sizes: Sequence[int],
     arrays: Mapping[str, np.ndarray],
     anchor: Anchor | None,
+    *,
+    share: float,
     miss_price_j: float,
 ) -> Score:
     scores = []
@@ -259,7 +264,7 @@ def _score_at(
         codec = replace(build_codec(config, spec), miss_price_j=miss_price_j)
         policy = LearnedPolicy(arrays, codec, spec, head=config.train.head, anchor=anchor)
         practice = _practice(config, size, config.workload)
-        scores.append(practice.score(policy, _ASKED, share=config.tune_share))
+        scores.append(practice.score(policy, _ASKED, share=share))
     return Score(
         energy_j_per_request=float(np.mean([score.energy_j_per_request for score in scores])),
         slo_attainment=min(score.slo_attainment for score in scores),
@@ -305,7 +310,7 @@ def evaluate_policies(
         NodeError: a window could not be measured; what was added before stays.
     """
     horizon_s = float(seconds)
-    loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload)
+    loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="second half")
     digest = parse_workload(workload).digest()
     with contextlib.closing(loop.node):
         there = policies(loop.node.spec)
@@ -384,5 +389,6 @@ def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Po
 
 def _practice(config: LearnConfig, kv_block_size: int, workload: str) -> Runs:
     """The tuning seeds of a workload."""
-    loop = build_loop(config, kv_block_size, horizon_s=float(EPISODE_S), workload=workload)
+    horizon_s = float(EPISODE_S)
+    loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="first half")
     return Runs(loop, seeds=TUNING_SEEDS, seconds=EPISODE_S, slos={_ASKED: config.slo})

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,12 @@ def _by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
 
 def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     """Tuned static and every policy at one block size."""
-    loop = build_loop(config, kv_block_size, horizon_s=float(config.seconds))
+    build = partial(build_loop, config, kv_block_size, horizon_s=float(config.seconds))
+    loop, stage = build(part="first half"), build(part="second half")
     slos = {_ASKED: config.slo}
     practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=config.seconds, slos=slos)
     alone = [
-        Runs(loop, seeds=[HELD_OUT_SEED + i], seconds=config.seconds, slos=slos) for i in range(config.seeds)
+        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=config.seconds, slos=slos) for i in range(config.seeds)
     ]
     knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
     table = tune_table(practice, _ASKED, knobs, share=share)

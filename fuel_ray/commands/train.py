@@ -136,14 +136,17 @@ def train_policies(
     are told of.
     """
     start_ray(config)
+    by_size = tuned_baselines(config, run_dir, workloads)
+    home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
     if config.specialist and not config.conditional:
-        by_size = tuned_baselines(config, run_dir, workloads)
-        anchors = {size: Anchor(own[config.workload].table, TRAINING_WEIGHT) for size, own in by_size.items()}
+        anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
     trained = run_trials(config, run_dir, anchors)
     twin = twin_of(config)
+    near = anchors if config.anchor else {}  # as they will be used
+    asked = {t.block_sizes: min(home[size].share for size in t.block_sizes) for t in trained}
     jobs = [
-        (twin, t.block_sizes, result.arrays, anchors.get(t.block_sizes[0]))
+        (twin, t.block_sizes, result.arrays, near.get(t.block_sizes[0]), asked[t.block_sizes])
         for t in trained
         for result in t.results
     ]
@@ -161,12 +164,11 @@ def train_policies(
                     "slo_attainment": score.slo_attainment,
                 }
             )
-            ranked.append((score.rank(config.tune_share), k, price_j))
+            ranked.append((score.rank(asked[trial.block_sizes]), k, price_j))
         _, best, price_j = min(ranked)
         _save(config, run_dir, trial, best, miss_price_j=price_j)
     write_csv(run_dir / "learning.csv", curve)
-    by_size = tuned_baselines(config, run_dir, workloads)
-    _tell(config, run_dir, {size: own[config.workload] for size, own in by_size.items()})
+    _tell(config, run_dir, home)
     return by_size
 
 

@@ -40,7 +40,7 @@ class ReplayBuffer:
         self._returns = np.zeros(capacity, np.float32)
         self._discounts = np.zeros(capacity, np.float32)
         self._priorities = np.zeros(capacity)
-        self._cumulative = np.zeros(0)
+        self._drawn_by, self._cumulative = np.zeros(0), np.zeros(0)
         self._highest = 1.0
         self._next = 0
         self._size = 0
@@ -69,14 +69,15 @@ class ReplayBuffer:
 
     def refresh(self) -> None:
         """Take the priorities as they are for the draws to come; once per round of updates is enough."""
-        self._cumulative = np.cumsum(self._priorities[: self._size] ** self._alpha)
+        self._drawn_by = self._priorities[: self._size] ** self._alpha
+        self._cumulative = np.cumsum(self._drawn_by)
 
     def sample(self, size: int) -> Batch:
         """Draw ``size`` transitions."""
         total = self._cumulative[-1]
         index = np.searchsorted(self._cumulative, self._rng.random(size) * total, side="right")
         index = np.minimum(index, len(self._cumulative) - 1)
-        share = self._priorities[index] ** self._alpha / total
+        share = self._drawn_by[index] / total
         weights = (self._size * np.maximum(share, 1e-12)) ** -self._beta
         return Batch(
             observations=self._observations[index],

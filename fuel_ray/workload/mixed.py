@@ -33,8 +33,8 @@ class Mixed:
         return self.high_rps / 2
 
     @property
-    def recorded(self) -> bool:
-        return False
+    def halves(self) -> None:
+        return None
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         """Requests of one draw; ``start_s`` is drawn too."""

@@ -44,8 +44,8 @@ class Workload(Protocol):
     def mean_rate_rps(self) -> float: ...
 
     @property
-    def recorded(self) -> bool:
-        """Whether it is the same for every random generator, and differs only by where it begins."""
+    def halves(self) -> tuple["Workload", "Workload"] | None:
+        """Of a recorded trace, which no random generator changes: one to learn from, one to be judged on."""
         ...
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:

@@ -28,8 +28,8 @@ class Synthetic:
         return self.arrivals.mean_rate_rps
 
     @property
-    def recorded(self) -> bool:
-        return False
+    def halves(self) -> None:
+        return None
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         arrival_s = self.arrivals.sample(duration_s, rng=rng, start_s=start_s)

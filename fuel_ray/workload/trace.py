@@ -45,8 +45,21 @@ class Replay:
         return len(self.requests) / self.period_s
 
     @property
-    def recorded(self) -> bool:
-        return True
+    def halves(self) -> tuple["Replay", "Replay"]:
+        middle_s = self.period_s / 2
+        first = int(np.searchsorted(self.requests.arrival_s, middle_s))
+        return self._part(slice(first), 0.0), self._part(slice(first, None), middle_s)
+
+    def _part(self, which: slice, begin_s: float) -> "Replay":
+        r = self.requests
+        requests = Requests(
+            arrival_s=r.arrival_s[which] - begin_s,
+            prompt_tokens=r.prompt_tokens[which],
+            output_tokens=r.output_tokens[which],
+            prefix_id=r.prefix_id[which],
+            prefix_tokens=r.prefix_tokens[which],
+        )
+        return Replay(self.name, requests, self.period_s / 2)
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         recorded = self.requests

@@ -32,7 +32,7 @@ def tune_static(score: Scorer, spec: NodeSpec, *, share: float, limits: Sequence
     search = _Search(lambda knobs: score(Static(knobs)), share)
     clocks = spec.gpu_clocks_mhz
     stride = max(1, len(clocks) // 16)
-    for limit in sorted({*limits, spec.batch_limits[-1]}, reverse=True):
+    for limit in sorted(limits, reverse=True):
         for clock_mhz in clocks[::-1][::stride]:
             if search.score(Knobs(limit, clock_mhz)).slo_attainment < share - 0.05:
                 break
