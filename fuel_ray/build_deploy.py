@@ -114,7 +114,7 @@ def _observed(spec: NodeSpec) -> NodeSpec:
 
 def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
     """The rules that are asked for; where they say None, the promise's own wait and the tuned static pair."""
-    slo, tuned = folder.codec.slo, folder.manifest.tuned_static
+    slo, tuned = folder.slo, folder.manifest.tuned_static
     if config.max_wait_s is None:
         config = replace(config, max_wait_s=slo.ttft_s or slo.e2e_s)
     if config.fallback is None and tuned is not None and _can_be_set(Knobs(**tuned), spec):
@@ -145,7 +145,7 @@ def _saving(folder: PolicyFolder, spec: NodeSpec) -> Callable[[StepRecord], floa
 
 def _objective(folder: PolicyFolder) -> Energy:
     """Negative watts, the price of missed limits included."""
-    slo = folder.codec.slo
+    slo = folder.slo
     return Energy(slo, token_price_j=0.0, miss_price_j=MISS_PRICE_J, scale_w=1.0, lowest=-math.inf)
 
 

@@ -35,7 +35,7 @@ class TrainConfig:
     buffer_size: int = 100_000
     """Transitions in the replay buffer."""
     learning_starts: int = 4_000
-    """Windows before the first update."""
+    """Windows before the first update; at most a tenth of the training."""
     lr: float = 5e-4
     """Adam's step size."""
     gamma: float = 0.93

@@ -56,8 +56,8 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         """
         self.codec = codec
         of_all = zip(loops, codecs or [codec] * len(loops), shadows or [None] * len(loops), strict=True)
-        self._loops = [(loop, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in of_all]
-        self._loop, self._encoder, self._shadow = self._loops[0]
+        self._loops = [(loop, own, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in of_all]
+        self._loop, self._own, self._encoder, self._shadow = self._loops[0]
         self._steps = steps
         self._tether = tether
         self._table = loops[0].node.spec.max_performance  # what the load table would set next
@@ -74,7 +74,8 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode on a node drawn by chance, with requests drawn by chance."""
         super().reset(seed=seed)
-        self._loop, self._encoder, self._shadow = self._loops[int(self.np_random.integers(len(self._loops)))]
+        drawn = int(self.np_random.integers(len(self._loops)))
+        self._loop, self._own, self._encoder, self._shadow = self._loops[drawn]
         self._encoder.reset()
         self._step = 0
         if self._tether is not None:
@@ -113,7 +114,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         info = {
             "energy_j": window.energy_j,
             "arrivals": window.arrivals,
-            "slo_attainment": window_attainment(window, self.codec.slo),
+            "slo_attainment": window_attainment(window, self._own.slo),
             "gpu_clock_mhz": record.applied.gpu_clock_mhz,
         }
         self._look(window)
@@ -136,7 +137,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     def close(self) -> None:
         """Release the nodes."""
-        for loop, _, shadow in self._loops:
+        for loop, _, _, shadow in self._loops:
             loop.node.close()
             if shadow is not None:
                 shadow.node.close()

@@ -108,6 +108,8 @@ def parse_serving(
     base = default or _of_class(config_class, PRESETS[preset or "default"])
     if path is not None:
         base = load_config(Path(path), base=base)
+        if preset is not None and getattr(base, "preset", preset) != preset:
+            raise ConfigError(f"--preset {preset}: --config {path} has settings of preset {base.preset}")
     config = parse_flags(config_class, argv, prog=prog, default=base)
     validate(config)
     return config
@@ -167,8 +169,7 @@ def _validate_training(config: LearnConfig) -> None:
         raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(FEATURES)}")
     if config.train.fragment_steps < config.train.n_step:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
-    if not 0 < config.tune_share <= 1:
-        raise ConfigError(f"--tune-share {config.tune_share}: must be above 0 and at most 1")
+    validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:
         raise ConfigError(
             "--conditional needs all block sizes at once; a live node or one of a cluster has one"
@@ -180,6 +181,21 @@ def _validate_training(config: LearnConfig) -> None:
         )
     if config.node != "ray" and config.nodes_per_trial > 1:
         raise ConfigError("--nodes-per-trial is for --node ray")
+
+
+def validate_tune_share(tune_share: float, slo_share: float | None) -> None:
+    """Check that what is asked for in tuning is no less than what is promised.
+
+    Raises:
+        ConfigError: it is less, or no share.
+    """
+    if not 0 < tune_share <= 1:
+        raise ConfigError(f"--tune-share {tune_share}: must be above 0 and at most 1")
+    if slo_share is not None and tune_share < slo_share:
+        raise ConfigError(
+            f"--tune-share {tune_share}: less than --slo-share {slo_share}, so nobody would be tuned to keep "
+            f"it; a little more leaves room for loads to come, such as {(1 + slo_share) / 2:g}"
+        )
 
 
 def _validate_prices(config: LearnConfig) -> None:

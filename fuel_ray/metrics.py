@@ -71,7 +71,8 @@ class EpisodeTotals:
             met = attainment >= slo.share
         else:
             pairs = ((ttft, slo.ttft_s), (tpot, slo.tpot_s), (e2e, slo.e2e_s))
-            met = all(x.mean_s is None or limit is None or x.mean_s <= limit for x, limit in pairs)
+            within = (x.mean_s is None or limit is None or x.mean_s <= limit for x, limit in pairs)
+            met = len(records) >= self.arrivals and all(within)
         return EpisodeSummary(
             energy_j=self.energy_j,
             energy_j_per_request=self.energy_j / self.arrivals if self.arrivals else None,

@@ -61,10 +61,17 @@ def test_the_charge_grows_with_the_way_from_the_tables_knobs():
 def test_two_policies_on_one_anchor_do_not_share_its_memory(tmp_path):
     folder = read_policy(write_policy(tmp_path / "p"))
     one, other = (folder.policy(SPEC).near(Anchor(TABLE, 10.0)) for _ in range(2))
-    alone = decisions(one)
-    loop = build_loop(PRESETS["default"], 16, horizon_s=30.0, workload="steady:rate_rps=0.5")
-    other.decide(loop.reset(seed=1))
-    assert decisions(one) == alone
+    busy, calm = (
+        build_loop(PRESETS["default"], 16, horizon_s=30.0, workload=f"steady:rate_rps={rate}").reset(seed=3)
+        for rate in (20, 0.5)
+    )
+    for policy in (one, other):
+        policy.reset()
+    chosen = []
+    for _ in range(20):
+        chosen.append(one.decide(busy))
+        assert other.decide(calm) == BASE
+    assert chosen[-1] == Knobs(32, 1980)
 
 
 def test_the_promise_and_the_price_can_be_told_without_losing_the_anchor(tmp_path):
@@ -131,11 +138,11 @@ def test_what_is_recommended_is_saved_as_it_was_tuned(tmp_path):
     folder = write_policy(tmp_path / "p", sizes=(8, 16), best=Knobs(32, 990))
     codec = replace(read_policy(folder).codec, miss_price_j=70.0, slo=Slo(ttft_s=1.0, tpot_s=0.02))
     told = Told(folder, codec, Anchor(TABLE, 10.0), static=BASE)
-    pair = Pair(16, "p", (1.0,), (1,), 0.97, True, "tuned", told)
-    config = RecommendConfig(workload="mmpp", save=tmp_path / "saved")
+    pair = Pair(16, "p", 0.97, (False, 1.0), (1.0,), (1,), 0.97, True, "tuned", told)
+    config = RecommendConfig(workload="mmpp", save=tmp_path / "saved", slo_e2e_s=8.0, slo_ttft_s=None)
     save(pair, told, config)
     saved = read_policy(tmp_path / "saved")
-    assert saved.codec == codec
+    assert saved.codec == codec and saved.slo == Slo(tpot_s=0.05, e2e_s=8.0)
     assert saved.manifest.kv_block_sizes == (16,) and saved.manifest.workload == "mmpp"
     assert saved.manifest.tuned_static == {"batch_limit": 20, "gpu_clock_mhz": 1485}
     assert set(decisions(load_policy(tmp_path / "saved", replace(SPEC, model="tiny")))) == {Knobs(32, 1980)}

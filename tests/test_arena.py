@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from fuel_ray.arena.cell import CHOSEN, bisected, choose, tuned
+from fuel_ray.arena.cell import CHOSEN, bisected, choose, tune_static_pair, tuned
 from fuel_ray.arena.contenders import Contender
 from fuel_ray.arena.runs import Runs, score_of
 from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, promise, scenarios_of, serving
@@ -128,6 +128,28 @@ def test_a_contender_without_a_choice_is_not_run():
     assert tuned(contender, None, "a", share=0.97)[1] == 0.0
 
 
+def a_practice(workload, slo, **settings):
+    config = replace(PRESETS["default"], **settings)
+    loop = build_loop(config, 16, horizon_s=120.0, workload=workload)
+    return Runs(loop, seeds=[1000], seconds=120.0, slos={"asked": slo})
+
+
+def test_tuned_limits_are_those_that_the_server_has():
+    practice = a_practice("steady:rate_rps=3", Slo(ttft_s=1.0, tpot_s=0.05), max_num_seqs=16)
+    knobs, _ = tune_static_pair(practice, "asked", share=0.97, limits=(24, 64))
+    assert knobs.batch_limit == 16
+
+
+def test_of_a_mean_that_nobody_keeps_a_little_less_is_asked():
+    """For means the number asked for is badness, so that less is more."""
+    slo = Slo(e2e_s=1.0, share=None)
+    practice = a_practice("steady:rate_rps=6", slo)
+    knobs, asked = tune_static_pair(practice, "asked", share=0.97, limits=(48,))
+    reached = practice.traces(Static(practice.loop.node.spec.max_performance), "asked")[0].mean_badness
+    assert reached > 1.0 and asked == pytest.approx(reached + 0.005, abs=0.002)
+    assert not practice.score(Static(knobs), "asked", share=asked).rank(asked)[0]
+
+
 # Tables
 
 
@@ -164,10 +186,17 @@ def test_changes_are_paired_so_that_a_common_factor_has_no_spread():
 
 
 def test_equal_attainment_compares_with_a_mix_of_the_two_clocks_around_it():
-    by_name = {row["policy"]: row for row in summarise(CELL)}
+    cell = a_cell(tuned_static=(6000, 0.97), dqn=(4500, 0.97), cheap=(3000, 0.8))
+    by_name = {row["policy"]: row for row in summarise(cell)}
     # 97 % is a quarter of the way from 96 % (50 J) to 100 % (80 J): 57.5 J
     assert by_name["dqn"]["equal_pct"] == pytest.approx(100 * (45 / 57.5 - 1))
     assert by_name["cheap"]["equal_pct"] == pytest.approx(100 * (30 / 50 - 1))  # 1500 MHz keeps more for less
+
+
+def test_tuned_static_is_itself_a_fixed_pair_to_compare_with():
+    by_name = {row["policy"]: row for row in summarise(CELL)}
+    assert by_name["tuned static"]["equal_pct"] == pytest.approx(0.0)
+    assert by_name["dqn"]["equal_pct"] == pytest.approx(-10.0)
 
 
 def test_who_misses_what_tuned_static_keeps_is_marked():
@@ -254,8 +283,10 @@ def test_what_is_wrong_is_said_in_one_line(flags, capsys):
 # Recommending
 
 
-def pair(policy, size, energies_j, attained=0.96):
-    return Pair(size, policy, tuple(energies_j), (10,) * len(energies_j), attained, attained >= 0.95, "how")
+def pair(policy, size, energies_j, attained=0.96, *, asked=0.97, tuned_j=None, missed=False):
+    rank = (missed, np.mean(energies_j) if tuned_j is None else tuned_j)
+    counts = (10,) * len(energies_j)
+    return Pair(size, policy, asked, rank, tuple(energies_j), counts, attained, attained >= 0.95, "how")
 
 
 NOISY = (100.0, 101.0, 99.0, 100.0)
@@ -283,10 +314,32 @@ def test_a_policy_that_breaks_the_promise_is_not_recommended():
     assert best.policy == STATIC and "No learned policy keeps the promise" in said
 
 
+def test_what_is_recommended_is_chosen_on_the_tuning_seeds():
+    """Else the luckiest of many on the held-out ones is, and its interval is of no use."""
+    lucky = pair("lucky", 16, [e * 0.5 for e in NOISY], tuned_j=90.0)
+    good = pair("good", 16, [e * 0.8 for e in NOISY], tuned_j=80.0)
+    best, said = recommendation([pair(STATIC, 16, NOISY), lucky, good], share=0.95)
+    assert best is good and "Runner-up: lucky" in said
+
+
+def test_a_block_size_at_which_less_can_be_asked_is_not_recommended():
+    easy = pair("dqn", 64, [e * 0.5 for e in NOISY], asked=0.9)
+    best, _ = recommendation([pair(STATIC, 16, NOISY), pair(STATIC, 64, NOISY, asked=0.9), easy], share=0.95)
+    assert best.policy == STATIC and best.kv_block_size == 16
+
+
+@pytest.mark.parametrize(("attained", "warned"), [(0.97, False), (0.9, True)])
+def test_a_promise_that_nobody_keeps_is_said(attained, warned):
+    pairs = [pair(STATIC, 16, NOISY, attained), pair("dqn", 16, [e * 0.8 for e in NOISY], attained)]
+    best, said = recommendation(pairs, share=0.95)
+    assert best.policy == "dqn" and ("does not keep the 95% that are promised" in said) == warned
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         [], ["--policies", "nowhere"], ["--policies", "tests", "--seeds", "0"], ["--workload", "storm"],
+        ["--policies", "tests", "--slo-share", "0.99"],
         ["--policies", "tests", "--node", "live", "--live.model", "m"],
     ],
 )  # fmt: skip

@@ -31,6 +31,12 @@ def trial(*, windows, effect, seed=0, share=0.1, missed=0.0, block_s=30.0):
     return canary, chosen
 
 
+@pytest.mark.parametrize("share", [0.4, 0.29])
+def test_no_more_of_the_time_is_the_policys_than_was_given(share):
+    _, chosen = trial(windows=6000, effect=0.0, share=share)
+    assert share - 0.1 < np.mean([knobs == LOW for knobs in chosen]) <= share + 0.01
+
+
 def test_a_tenth_of_the_windows_is_the_policys_in_whole_blocks():
     _, chosen = trial(windows=6000, effect=0.0)
     blocks = [set(chosen[i : i + 30]) for i in range(29, 5969, 30)]

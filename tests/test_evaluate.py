@@ -1,15 +1,17 @@
 """Evaluation on nodes that may be lost."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from fuel_ray.build import build_objective
+from fuel_ray.build import build_loop, build_objective
 from fuel_ray.commands import evaluate
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.policies.baselines import Static
+from fuel_ray.policies.learned import distinct_names
 from fuel_ray.types import Knobs
 from tests.test_env import Failing
 
@@ -52,6 +54,25 @@ def test_an_episode_whose_node_was_lost_is_begun_again(monkeypatch):
 def test_what_repetition_cannot_help_ends_the_evaluation(monkeypatch, config, errors):
     with pytest.raises(type(errors[0]), match=str(errors[0])):
         evaluated(monkeypatch, config, errors)
+
+
+def test_a_recorded_trace_is_judged_on_what_nothing_was_tuned_on():
+    def requests(part):
+        loop = build_loop(config, 16, horizon_s=2000.0, workload="azure-code", part=part)
+        loop.node.reset(seed=1)
+        loop.node.measure(3000.0)
+        records = loop.node.take_records()
+        return {*zip(records.prompt_tokens.tolist(), records.output_tokens.tolist(), strict=True)}
+
+    config = replace(SweepConfig(), kv_tokens=None)
+    first, second = (requests(part) for part in ("first half", "second half"))
+    assert len(first) > 2000 and len(second) > 2000
+    assert len(first & second) < 0.1 * len(second), "lengths that two requests have by chance"
+
+
+def test_policies_of_two_sweeps_are_told_apart():
+    folders = [Path("a/block_16"), Path("b/block_16"), Path("b/block_32")]
+    assert distinct_names(folders) == ["a/block_16", "b/block_16", "block_32"]
 
 
 def test_seeds_of_a_recorded_trace_are_different_episodes():

@@ -16,7 +16,7 @@ from fuel_ray.policies.replay import Batch, ReplayBuffer
 from fuel_ray.policies.rl_module import DuelingQNet
 
 
-@pytest.mark.parametrize("head", ["joint", "additive"])
+@pytest.mark.parametrize("head", ["joint", "additive", "smooth"])
 def test_a_known_optimum_is_learned(head):
     """Three loads, each with one best (limit, clock); the reward of an action falls with its distance."""
     torch.manual_seed(0)

@@ -147,6 +147,17 @@ def test_a_single_step_return_is_the_reward():
     assert (batch.next_observations[:, 0] == batch.observations[:, 0] + 1).all()
 
 
+def test_a_weight_is_that_of_the_draw_whatever_became_of_the_priority_since():
+    replay = buffer(n_step=1)
+    replay.add(np.arange(4.0)[:, None], np.arange(3), np.zeros(3, np.float32))
+    replay.refresh()
+    replay.set_priorities(np.array([0]), np.array([1000.0]))
+    assert (replay.sample(100).weights == 1.0).all(), "all were drawn alike"
+    replay.refresh()
+    batch = replay.sample(1000)
+    assert batch.weights[batch.index == 0].max(initial=0.0) < 0.3 < batch.weights.max()
+
+
 def test_new_transitions_have_the_highest_priority():
     replay = buffer(alpha=1.0)
     replay.add(np.zeros((2, 1)), np.array([0]), np.zeros(1, np.float32))

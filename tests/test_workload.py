@@ -201,6 +201,19 @@ def test_a_trace_digest_follows_the_content_and_not_the_path(tmp_path):
     assert digest("a", "1 2 3") == digest("b", "[1,\n2, 3]") != digest("a", "1 2 4")
 
 
+def test_the_halves_of_a_trace_are_the_trace():
+    whole = parse_workload("azure-conv:rate_scale=2")
+    halves = whole.halves
+    assert [half.period_s for half in halves] == [whole.period_s / 2] * 2
+    rng = np.random.default_rng(0)
+    first, second = (half.generate(half.period_s, rng=rng) for half in halves)
+    both = whole.generate(whole.period_s, rng=rng)
+    arrival_s = [*first.arrival_s, *(second.arrival_s + whole.period_s / 2)]
+    assert arrival_s == pytest.approx(both.arrival_s)
+    assert [*first.output_tokens, *second.output_tokens] == both.output_tokens.tolist()
+    assert parse_workload("diurnal").halves is None and parse_workload("mixed").halves is None
+
+
 def test_azure_rows_become_requests(tmp_path):
     rows = "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9305900,396,109\n"
     requests = generate("azure:" + written(tmp_path / "t.csv", AZURE + rows), 8)

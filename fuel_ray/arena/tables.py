@@ -42,7 +42,9 @@ def _summary(
     static_attained = float(
         np.average([r["slo_attainment"] for r in static], weights=[r["requests"] for r in static])
     )
-    equal_j = _frontier_energy(cell["frontier"], attained) if cell["limits"]["share"] is not None else None
+    equal_j = None
+    if cell["limits"]["share"] is not None:
+        equal_j = _frontier_energy([*cell["frontier"], _as_fixed_pair(static)], attained)
     return {
         "scenario": cell["scenario"],
         "slo": cell["slo"],
@@ -56,6 +58,15 @@ def _summary(
         "clock_switches": float(np.mean([row["clock_switches"] for row in rows])),
         "mean_gpu_clock_mhz": float(np.mean([row["mean_gpu_clock_mhz"] for row in rows])),
         **{f"{key}_{part}": value for key, c in changes.items() for part, value in _percent(c).items()},
+    }
+
+
+def _as_fixed_pair(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Rows of a fixed pair in the form of the frontier."""
+    return {
+        "energy_j": [row["energy_j"] for row in rows],
+        "requests": [row["requests"] for row in rows],
+        "badness": [(1 - row["slo_attainment"]) * row["requests"] for row in rows],
     }
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,18 @@ from fuel_ray.arena.figures import draw
 from fuel_ray.arena.scenarios import SloName, scenarios_of
 from fuel_ray.arena.tables import headline, markdown, summarise, text
 from fuel_ray.build import build_spec
-from fuel_ray.config import ServingConfig, to_dict
+from fuel_ray.config import ServingConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.learned import load_policy
 from fuel_ray.record import make_folder, new_folder, origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.perf_model import load_pack
+
+# Settings of a node that are not the user's here
+_OF_SCENARIOS = (
+    *("preset", "workload", "kv_tokens", "slo_ttft_s", "slo_tpot_s", "slo_e2e_s", "slo_share"),
+    *("reward", "miss_price_j", "guard"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,24 +69,24 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
     """
     config = parse_serving(ArenaConfig, argv, prog=prog, default=ArenaConfig())
     if config.resume is not None:
-        if not (config.resume / "run.json").is_file():
-            raise ConfigError(
-                f"--resume {config.resume}: not the folder of a run, there is no run.json in it"
-            )
-        argv = ["--config", str(config.resume / "run.json"), *_kept(argv)]
-        config = replace(
-            parse_serving(ArenaConfig, argv, prog=prog, default=ArenaConfig()), resume=config.resume
-        )
+        config = _resumed(config.resume, argv, prog)
     if config.node != "sim" or len(config.block_sizes) != 1:
         raise ConfigError("the arena needs --node sim and one --block-sizes")
     _validate(config)
     return config
 
 
-def _kept(argv: Sequence[str]) -> list[str]:
-    """What may change on resuming: the number of workers."""
-    given = list(argv)
-    return [given[i + k] for i, flag in enumerate(given) if flag == "--workers" for k in (0, 1)]
+def _resumed(folder: Path, argv: list[str], prog: str) -> ArenaConfig:
+    """The settings that the run began with; flags may repeat them, and change the number of workers."""
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"--resume {folder}: not the folder of a run, there is no run.json in it")
+    began = load_config(folder / "run.json", base=ArenaConfig())
+    asked = parse_serving(ArenaConfig, argv, prog=prog, default=began)
+    for field in fields(ArenaConfig):
+        old, new = getattr(began, field.name), getattr(asked, field.name)
+        if old != new and field.name not in ("workers", "resume", "out", "config"):
+            raise ConfigError(f"--resume {folder}: that run has {field.name} = {old}, not {new}")
+    return replace(began, workers=asked.workers, resume=folder)
 
 
 def _validate(config: ArenaConfig) -> None:
@@ -95,6 +101,9 @@ def _validate(config: ArenaConfig) -> None:
     ):
         if not low <= value <= high:
             raise ConfigError(f"{flag} {value}: must be from {low} to {high}")
+    for name in _OF_SCENARIOS:
+        if getattr(config, name) != getattr(ArenaConfig(), name):
+            raise ConfigError(f"--{name.replace('_', '-')}: the arena's own scenarios and promises say that")
     scenarios_of(config.scenarios)
     if not config.slos:
         raise ConfigError("--slos: at least one of interactive, tight, seed")

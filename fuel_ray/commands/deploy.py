@@ -103,7 +103,7 @@ def run(config: DeployConfig) -> int:
     trial = None
     if config.canary is not None:
         rng = np.random.default_rng(config.seed)
-        slo = folder.codec.slo
+        slo = folder.slo
         trial = Canary(share=config.canary, block_s=config.canary_block_s, slo=slo, rng=rng)
 
     def attach_again() -> Attached:
@@ -113,12 +113,12 @@ def run(config: DeployConfig) -> int:
         observers: list[Observer] = []
         if config.metrics_port is not None:
             info = {"policy": str(folder.path), "mode": "shadow" if config.shadow else "control"}
-            exporter = Exporter(config.metrics_port, folder.codec.slo, host=config.metrics_host, info=info)
+            exporter = Exporter(config.metrics_port, folder.slo, host=config.metrics_host, info=info)
             opened.callback(exporter.close)
             observers.append(exporter)
         first = attach_again()  # what is wrong at first is the user's to know
         opened.callback(first.loop.node.close)
-        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.codec.slo, trial)
+        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.slo, trial)
         opened.callback(recorder.close)
         deployment = Deployment(attach_again, Observers(recorder, *observers), interval_s=config.interval_s)
         deployment.run(first, max_steps=config.max_steps)
@@ -143,5 +143,5 @@ def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:
         **origin("deploy"),
         "config": to_dict(config),
         "policy": asdict(folder.manifest),
-        "slo": asdict(folder.codec.slo),
+        "slo": asdict(folder.slo),
     }

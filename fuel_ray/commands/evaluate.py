@@ -22,7 +22,13 @@ from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.baselines import LoadTable, Score, Static
-from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder, load_policy, read_manifest
+from fuel_ray.policies.learned import (
+    LearnedPolicy,
+    PolicyFolder,
+    distinct_names,
+    load_policy,
+    read_manifest,
+)
 from fuel_ray.record import new_folder, origin, step_line, summary_fields, write_csv, write_json, write_lines
 from fuel_ray.stats import paired_ratio
 from fuel_ray.types import Knobs, NodeSpec, Policy
@@ -125,7 +131,9 @@ def _one_block_size(
 
     def policies(spec: NodeSpec) -> dict[str, Policy]:
         static = {f"static {text}": _static(text, spec) for text in config.static}
-        return {**static, **{f"dqn {folder.name}": load_policy(folder, spec) for folder in folders}}
+        named = zip(distinct_names(config.policies), config.policies, strict=True)
+        learned = {f"dqn {name}": load_policy(folder, spec) for name, folder in named if folder in folders}
+        return {**static, **learned}
 
     try:
         evaluate_policies(

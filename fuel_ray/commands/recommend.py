@@ -18,13 +18,20 @@ from fuel_ray.build import build_loop, build_spec
 from fuel_ray.codec import Codec
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
-from fuel_ray.flags import parse_serving
+from fuel_ray.flags import parse_serving, validate_tune_share
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.baselines import Static
-from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest, read_policy, save_policy
+from fuel_ray.policies.learned import (
+    LearnedPolicy,
+    distinct_names,
+    load_policy,
+    read_manifest,
+    read_policy,
+    save_policy,
+)
 from fuel_ray.record import make_folder
 from fuel_ray.stats import Interval, paired_ratio
-from fuel_ray.types import Knobs
+from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload import parse_workload
 
 STATIC = "tuned static"
@@ -63,10 +70,12 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What one policy did at one block size, per held-out seed."""
+    """One policy at one block size: what it did on the tuning seeds together and on each held-out seed."""
 
     kv_block_size: int
     policy: str
+    asked: float  # share of requests in tuning; less than the settings say where that is not to be had
+    tuned_rank: tuple[bool, float]  # ``Score.rank`` of that
     energy_j: tuple[float, ...]
     requests: tuple[int, ...]
     attained: float
@@ -96,11 +105,12 @@ def parse(argv: list[str], *, prog: str) -> RecommendConfig:
         raise ConfigError("recommend compares on simulated nodes; `fuel-ray evaluate` has live ones")
     for name, low, high in (
         ("seeds", 2, 10_000), ("tuning_seeds", 1, len(TUNING_SEEDS)), ("seconds", 60, 86_400),
-        ("workers", 1, 256), ("tune_share", 0.01, 1),
+        ("workers", 1, 256),
     ):  # fmt: skip
         if not low <= getattr(config, name) <= high:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} {getattr(config, name)}: must be from {low} to {high}")
+    validate_tune_share(config.tune_share, config.slo_share)
     if not config.policies:
         raise ConfigError("--policies: give at least one folder, such as results/sweep-.../policies")
     config = replace(config, policies=tuple(f for folder in config.policies for f in _folders(folder)))
@@ -156,6 +166,7 @@ def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
         workload=config.workload,
         workload_digest=parse_workload(config.workload).digest(),
         tuned_static=asdict(told.static),
+        slo=asdict(config.slo),
         anchor=None if told.anchor is None else told.anchor.to_dict(),
     )
     save_policy(config.save, policy.arrays, told.codec, manifest)
@@ -182,14 +193,21 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
     table = tune_table(practice, _ASKED, knobs, share=share)
     how = f"limit {knobs.batch_limit} at {knobs.gpu_clock_mhz} MHz"
-    pairs = [_pair(exam(STATIC, Static(knobs), alone, _ASKED), kv_block_size, how)]
+    static = Static(knobs)
+
+    def pair(name: str, policy: Policy, how: str, told: Told | None = None) -> Pair:
+        rank = practice.score(policy, _ASKED, share=share).rank(share)
+        rows = exam(name, policy, alone, _ASKED)
+        return _pair(rows, kv_block_size, how, asked=share, rank=rank, told=told)
+
+    pairs = [pair(STATIC, static, how)]
+    names = dict(zip(config.policies, distinct_names(config.policies), strict=True))
     for folder in _of_size(config, kv_block_size):
         (family, *_) = learned((folder,), loop.node.spec, config.slo, table)
         policy, _ = best_tuned(family, practice, _ASKED, share=share)
         assert isinstance(policy, LearnedPolicy)
         told = Told(folder, policy.codec, policy.anchor, knobs)
-        rows = exam(folder.name, policy, alone, _ASKED)
-        pairs.append(_pair(rows, kv_block_size, _how(policy), told))
+        pairs.append(pair(names[folder], policy, _how(policy), told))
     return pairs
 
 
@@ -200,12 +218,22 @@ def _how(policy: LearnedPolicy) -> str:
     return ", ".join(parts) or "as trained"
 
 
-def _pair(rows: Sequence[dict[str, Any]], kv_block_size: int, how: str, told: Told | None = None) -> Pair:
+def _pair(
+    rows: Sequence[dict[str, Any]],
+    kv_block_size: int,
+    how: str,
+    *,
+    asked: float,
+    rank: tuple[bool, float],
+    told: Told | None,
+) -> Pair:
     requests = tuple(row["requests"] for row in rows)
     met = bool(np.mean([row["slo_met"] for row in rows]) > 0.5)
     return Pair(
         kv_block_size=kv_block_size,
         policy=rows[0]["policy"],
+        asked=asked,
+        tuned_rank=rank,
         energy_j=tuple(row["energy_j"] for row in rows),
         requests=requests,
         attained=float(np.average([row["slo_attainment"] for row in rows], weights=requests)),
@@ -223,38 +251,49 @@ def _line(pair: Pair) -> str:
 
 
 def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair, str]:
-    """The pair to deploy and a sentence or two: that of least energy that keeps the promise.
+    """The pair to deploy and a sentence or two; chosen on the tuning seeds, judged on the held-out ones.
 
-    A learned one only if it beats tuned static surely, else the best static one.
-    The promise counts as kept at ``SLACK`` below the share, or where no pair keeps it at ``SLACK`` below the
-    best. A learned pair beats the best tuned static when the interval of the difference excludes none.
+    A pair is one of least energy that keeps what was asked on the tuning seeds; a block size at which less
+    can be had than at another counts as missing it. The learned one is deployed if on the held-out seeds it
+    keeps the promise, or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval
+    of the difference excludes none.
     """
-    reachable = max(pair.attained for pair in pairs)
-    asked = min(share, reachable) - SLACK if share is not None else 0.0
-    kept = [pair for pair in pairs if (pair.attained >= asked if share is not None else pair.met)] or list(
-        pairs
-    )
-    ranked = sorted(kept, key=lambda pair: pair.energy_j_per_request)
-    statics = [pair for pair in ranked if pair.policy == STATIC]
-    learned_pairs = [pair for pair in ranked if pair.policy != STATIC]
-    static = (
-        statics[0]
-        if statics
-        else min((pair for pair in pairs if pair.policy == STATIC), key=lambda pair: -pair.attained)
-    )
-    if not learned_pairs:
-        return static, f"Recommended: {_named(static)}. No learned policy keeps the promise."
-    best = learned_pairs[0]
+    bar = (min if share is None else max)(pair.asked for pair in pairs)
+
+    def rank(pair: Pair) -> tuple[bool, bool, float]:
+        missed, figure = pair.tuned_rank
+        return pair.asked != bar, missed, figure
+
+    ranked = sorted(pairs, key=rank)
+    static = next(pair for pair in ranked if pair.policy == STATIC)
+    best = next((pair for pair in ranked if pair.policy != STATIC), None)
+    if best is None or any(rank(best)[:2]) or not _keeps(best, static, share):
+        sentence = f"Recommended: {_named(static)}. No learned policy keeps the promise."
+        return static, sentence + _warning(static, share)
     change = best.against(static)
-    if statics and (change.high is None or change.high >= 1.0):
+    if change.high is None or change.high >= 1.0:
         return static, (
             f"Recommended: {_named(static)}. No learned policy beats it: the best, {_named(best)}, uses "
-            f"{_percent(change)} energy."
+            f"{_percent(change)} energy.{_warning(static, share)}"
         )
     others = [pair for pair in ranked if pair is not best]
     runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(best))}." if others else ""
-    saved = f"{_percent(change)} energy against the best {_named(static)}"
-    return best, f"Recommended: {_named(best)}: {saved}.{runner_up}"
+    saved = f"{_percent(change)} energy against {_named(static)}"
+    return best, f"Recommended: {_named(best)}: {saved}.{runner_up}{_warning(best, share)}"
+
+
+def _keeps(pair: Pair, static: Pair, share: float | None) -> bool:
+    """Whether the promise is kept on held-out seeds, or as well as by tuned static."""
+    if share is None:
+        return pair.met or not static.met
+    return pair.attained >= min(share, static.attained) - SLACK
+
+
+def _warning(pair: Pair, share: float | None) -> str:
+    if pair.met if share is None else pair.attained >= share - SLACK:
+        return ""
+    promised = "the promise" if share is None else f"the {share:.0%} that are promised"
+    return f" It does not keep {promised}: the load is more than this node can serve so."
 
 
 def _named(pair: Pair) -> str:

@@ -16,7 +16,7 @@ from fuel_ray.commands.evaluate import Tuned, score_weights, tune_anchor, tune_b
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, load_config, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
-from fuel_ray.flags import parse_serving
+from fuel_ray.flags import parse_serving, validate
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
@@ -49,7 +49,9 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
     config = parse_run(TrainVerbConfig, argv, prog=prog)
     per_episode = config.steps_per_episode or config.train.episode_steps
     steps = config.steps if config.episodes is None else config.episodes * per_episode
-    return replace(config, steps=steps, train=replace(config.train, episode_steps=per_episode))
+    config = replace(config, steps=steps, train=replace(config.train, episode_steps=per_episode))
+    validate(config)
+    return config
 
 
 def run(config: TrainVerbConfig) -> int:
@@ -203,9 +205,10 @@ def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> Non
         anchors = dict(zip(tuned, in_parallel("tune anchors", tune_anchor, jobs), strict=True))
     for size, policy in policies.items():
         anchor, price_j = anchors[size]
+        alike = [tuned[other].static for other, folder in folders.items() if folder == folders[size]]
         manifest = replace(
             policy.manifest,
-            tuned_static=asdict(tuned[size].static),
+            tuned_static=asdict(max(alike, key=lambda knobs: (knobs.gpu_clock_mhz, knobs.batch_limit))),
             anchor=None if anchor is None else anchor.to_dict(),
         )
         save_policy(folders[size], policy.arrays, replace(policy.codec, miss_price_j=price_j), manifest)

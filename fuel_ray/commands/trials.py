@@ -203,13 +203,10 @@ def _module_spec(config: LearnConfig) -> RLModuleSpec:
 
 
 def _train_settings(config: LearnConfig) -> TrainConfig:
-    """Those asked for; a node of its own is one environment, and its windows take time."""
-    if config.node == "sim":
-        return config.train
-    few = max(config.train.batch_size, config.steps // 10)
-    return replace(
-        config.train, num_envs=config.nodes_per_trial, learning_starts=min(config.train.learning_starts, few)
-    )
+    """Those asked for, but that a short training begins to learn sooner; a real node is one environment."""
+    few = min(max(config.train.batch_size, config.steps // 10), config.train.buffer_size)
+    train = replace(config.train, learning_starts=min(config.train.learning_starts, few))
+    return train if config.node == "sim" else replace(train, num_envs=config.nodes_per_trial)
 
 
 def _learning_settings(config: LearnConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A policy on trial: it rules in some blocks of time, drawn by chance, and the difference is measured."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Difference:
 
 
 class Canary:
-    """Applies a policy in one of every ``1 / share`` blocks, drawn by chance, and a reference in the others.
+    """Applies a policy in one of every ``1 / share`` blocks, rounded up, and a reference in the others.
 
     The policy sees every window, so that it has its memory when a block of its own begins.
     """
@@ -40,7 +41,7 @@ class Canary:
     def __init__(self, *, share: float, block_s: float, slo: Slo, rng: np.random.Generator) -> None:
         self._policy: Policy | None = None
         self._reference: Knobs | None = None
-        self._group = max(2, round(1.0 / share))
+        self._group = max(2, math.ceil(1.0 / share - 1e-9))
         self._block_s, self._slo, self._rng = block_s, slo, rng
         self._done: deque[_Block] = deque(maxlen=MAX_BLOCKS)
         self._drawn: list[bool] = []  # sides of the blocks that are left in this group

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -45,6 +45,7 @@ class Manifest:
     tuned_static: dict[str, int] | None = None  # the Knobs that were tuned for the same load
     feature_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # seen in training
     anchor: dict[str, Any] | None = None  # an ``Anchor`` that was tuned for the same load
+    slo: dict[str, float | None] | None = None  # the promise; None: what the network is told of it
     format: int = FORMAT
 
 
@@ -182,14 +183,20 @@ def _check_manifest(manifest: Manifest) -> None:
         _expect(_are_counts(tuple(tuned.values())), "tuned_static is not a pair of knobs")
     if manifest.anchor is not None:
         Anchor.from_dict(manifest.anchor)
+    if manifest.slo is not None:
+        _check_slo(Slo(**manifest.slo))
     for name, (low, high) in manifest.feature_ranges.items():
         _expect(-math.inf < low <= high < math.inf, f"the range of {name} is not one")
 
 
 def _check_codec(codec: Codec) -> None:
-    grid, slo = codec.grid, codec.slo
+    grid = codec.grid
     for name, values in (("batch_limits", grid.batch_limits), ("gpu_clocks_mhz", grid.gpu_clocks_mhz)):
         _expect(_are_counts(values) and values == tuple(sorted(set(values))), f"{name} do not ascend")
+    _check_slo(codec.slo)
+
+
+def _check_slo(slo: Slo) -> None:
     limits = (slo.ttft_s, slo.tpot_s, slo.e2e_s, slo.share)
     _expect(all(limit is None or 0 < limit < math.inf for limit in limits), "the SLO is not a promise")
 
@@ -217,6 +224,11 @@ class PolicyFolder:
         """What the policy is kept near."""
         return None if self.manifest.anchor is None else Anchor.from_dict(self.manifest.anchor)
 
+    @property
+    def slo(self) -> Slo:
+        """What was promised when it was chosen for deployment, or else when it was trained."""
+        return self.codec.slo if self.manifest.slo is None else Slo(**self.manifest.slo)
+
     def policy(self, spec: NodeSpec) -> LearnedPolicy:
         """The policy, at work on a node."""
         return LearnedPolicy(self.arrays, self.codec, spec, head=self.manifest.head, anchor=self.anchor)
@@ -240,6 +252,14 @@ def read_policy(folder: Path) -> PolicyFolder:
     except _MALFORMED as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
     return PolicyFolder(folder, manifest, codec, arrays)
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Names of the folders; the whole path where two have the same name, as those of two sweeps have."""
+    names = [folder.name for folder in folders]
+    return [
+        str(folder) if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)
+    ]
 
 
 def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
