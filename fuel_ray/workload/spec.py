@@ -22,8 +22,8 @@ from fuel_ray.workload.trace import (
     Replay,
     read_azure,
     read_burstgpt,
-    read_excerpt,
     read_mooncake,
+    read_shipped,
     read_speeds,
     replay,
 )
@@ -66,7 +66,7 @@ def parse_workload(text: str) -> Workload:
     name = text.strip().partition(":")[0]
     options = Options(text, defaults=_PRESETS.get(name, ""))
     workload: Workload
-    if name in _READERS or name in _EXCERPTS:
+    if name in _READERS or name in _SHIPPED:
         workload = _replay(options)
     elif name == "mixed":
         workload = Mixed(options.text, options.number("high_rps", 13, low=0.001, high=10_000))
@@ -74,7 +74,7 @@ def parse_workload(text: str) -> Workload:
         arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
         workload = Synthetic(options.text, arrivals, lengths, prefixes)
     else:
-        names = ", ".join((*_ARRIVALS, "mixed", *_EXCERPTS, *_READERS))
+        names = ", ".join((*_ARRIVALS, "mixed", *_SHIPPED, *_READERS))
         raise ConfigError(f"workload {name!r} is unknown; one of {names}")
     options.refuse_the_rest()
     return workload
@@ -125,9 +125,9 @@ def _speeds(options: Options) -> Arrivals:
 
 
 def _lengths(options: Options) -> Lengths:
-    kind = options.choice("lengths", "lognormal", ("lognormal", "sharegpt", "fixed", *_EXCERPTS))
-    if kind in _EXCERPTS:
-        rows = read_excerpt(_EXCERPTS[kind])
+    kind = options.choice("lengths", "lognormal", ("lognormal", "sharegpt", "fixed", *_SHIPPED))
+    if kind in _SHIPPED:
+        rows = read_shipped(_SHIPPED[kind])
         pairs = np.array([(row.prompt_tokens, row.output_tokens) for row in rows])
         return Resampled(pairs[:, 0], pairs[:, 1])
     if kind == "fixed":
@@ -164,9 +164,9 @@ def _prefixes(options: Options) -> SharedPrefixes | None:
 
 
 def _replay(options: Options) -> Replay:
-    if options.name in _EXCERPTS:
-        source = _EXCERPTS[options.name]
-        rows = read_excerpt(source)
+    if options.name in _SHIPPED:
+        source = _SHIPPED[options.name]
+        rows = read_shipped(source)
     else:
         source = _path(options)
         rows = _READERS[options.name](source)
@@ -197,7 +197,7 @@ _ARRIVALS = {
 _PRESETS = {"chat-prefix": "prompt_mean=112,prefixes=8,prefix_tokens=500,prefix_share=0.8"}
 _READERS = {"azure": read_azure, "mooncake": read_mooncake, "burstgpt": read_burstgpt}
 _DATA = Path(__file__).parent / "data"
-_EXCERPTS = {
+_SHIPPED = {
     "azure-conv": _DATA / "azure_conv_2023.csv",
     "azure-code": _DATA / "azure_code_2023.csv",
 }

@@ -110,8 +110,8 @@ def read_burstgpt(path: Path) -> list[TraceRow]:
     return _read_csv(path, ("Timestamp", "Request tokens", "Response tokens"), seconds=float)
 
 
-def read_excerpt(path: Path) -> list[TraceRow]:
-    """The excerpts in ``data/``."""
+def read_shipped(path: Path) -> list[TraceRow]:
+    """Those in ``data/``."""
     return _read_csv(path, ("arrival_s", "prompt_tokens", "output_tokens"), seconds=float)
 
 

@@ -1,0 +1,71 @@
+"""What fuel-ray train makes of finished trials; trials and parallel jobs are stand-ins."""
+
+from dataclasses import replace
+
+import pytest
+
+from fuel_ray.build import build_codec, build_spec
+from fuel_ray.commands import train
+from fuel_ray.commands.trials import Checkpointed, Trained
+from fuel_ray.config import SweepConfig
+from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.baselines import LoadTable, Score
+from fuel_ray.policies.learned import read_policy
+from fuel_ray.record import write_json
+from fuel_ray.types import Knobs
+from tests.policy_folders import write_policy
+
+BASE = Knobs(48, 1500)
+TUNED = train.Tuned(BASE, LoadTable([], [BASE]), share=0.93)  # all that can be had of this load
+
+
+def finished(monkeypatch, tmp_path, scores, *, block_sizes=(16,), **settings):
+    """Two checkpoints per trial and their scores; returns the scoring jobs and the saved policies."""
+    config = replace(
+        SweepConfig(), block_sizes=block_sizes, train=replace(SweepConfig().train, head="joint"), **settings
+    )
+    codec = build_codec(config, build_spec(config, block_sizes[0]))
+    made = write_policy(tmp_path / "weights", grid=codec.grid, features=codec.features)
+    arrays = read_policy(made).arrays
+    results = tuple(Checkpointed(steps, 0.0, arrays) for steps in (1, 2))
+    trials = [block_sizes] if config.conditional else [(size,) for size in block_sizes]
+    jobs = {}
+
+    def in_parallel(what, function, asked, **_):
+        jobs[what] = asked
+        if what == "tune anchors":
+            return [(Anchor(TUNED.table, 0.1), 7.0) for _ in asked]
+        return [scores[k % 2] for k in range(len(asked))]
+
+    monkeypatch.setattr(train, "start_ray", lambda config: None)
+    monkeypatch.setattr(train, "run_trials", lambda *_: [Trained(sizes, results) for sizes in trials])
+    monkeypatch.setattr(train, "in_parallel", in_parallel)
+    write_json(tmp_path / "run.json", {"engine": "e"})
+    tuned = {size: replace(TUNED, static=Knobs(48, 1500 - size)) for size in block_sizes}
+    baselines = {str(size): {config.workload: own.to_dict()} for size, own in tuned.items()}
+    write_json(tmp_path / "baselines.json", baselines)
+    train.train_policies(config, tmp_path, [config.workload])
+    return jobs["score checkpoints"], [read_policy(f) for f in sorted((tmp_path / "policies").iterdir())]
+
+
+def test_checkpoints_are_ranked_by_what_can_be_had_of_the_load(monkeypatch, tmp_path):
+    """At the 97 % that nobody reaches the one of highest attainment would win, whatever its energy."""
+    scores = [(Score(40.0, 0.935), 11.0), (Score(60.0, 0.95), 22.0)]
+    jobs, (policy,) = finished(monkeypatch, tmp_path, scores, anchor=False)
+    assert [job[-1] for job in jobs] == [0.93, 0.93]
+    assert policy.codec.miss_price_j == 11.0
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+def test_checkpoints_are_ranked_as_they_will_be_used(monkeypatch, tmp_path, anchor):
+    scores = [(Score(40.0, 0.98), 11.0), (Score(60.0, 0.98), 22.0)]
+    jobs, (policy,) = finished(monkeypatch, tmp_path, scores, anchor=anchor)
+    assert all((job[3] is not None) == anchor for job in jobs)
+    assert (policy.anchor is not None) == anchor
+
+
+def test_a_conditional_policy_falls_back_to_the_fastest_of_its_static_pairs(monkeypatch, tmp_path):
+    scores = [(Score(40.0, 0.98), 11.0)] * 2
+    settings = {"conditional": True, "specialist": False, "features": ("running", "kv_block_size")}
+    _, (policy,) = finished(monkeypatch, tmp_path, scores, block_sizes=(64, 8), **settings)
+    assert policy.manifest.tuned_static == {"batch_limit": 48, "gpu_clock_mhz": 1492}
