@@ -17,6 +17,7 @@ import numpy as np
 
 from fuel_ray.arena.cell import LIMITS_AMPLE, LIMITS_SCARCE, Contest, exam, loop_of, practice_of, tuned
 from fuel_ray.arena.cell import tune_static_pair as tune_static
+from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.contenders import LOG_PRICES, Contender
 from fuel_ray.arena.episodes import HELD_OUT_SEED
 from fuel_ray.arena.runs import Runs
@@ -57,13 +58,10 @@ class Cell:
 
     def __init__(self, scenario: str, slo: SloName, seeds: int) -> None:
         own = SCENARIOS[scenario]
-        contest = Contest(
-            config=PRESETS["default"], scenario=own, slos=(slo,), kv_block_size=16, policies=(), seeds=seeds,
-            tuning_seeds=4, seconds=1200, tune_share=0.97, peers=False, oracle=False, oracle_segment_s=60.0,
-        )  # fmt: skip
+        contest = Contest(ArenaConfig(slos=(slo,), seeds=seeds, tuning_seeds=4), own)
         self.slo = slo
-        loop = loop_of(contest, own)
-        self.practice = practice_of(contest, loop)
+        self.practice = practice_of(contest, loop_of(contest, own))
+        loop = loop_of(contest, own, part="second half")
         limits = LIMITS_AMPLE if own.kv_tokens is None else LIMITS_SCARCE
         self.static, self.share = tune_static(self.practice, slo, share=0.97, limits=limits)
         slos = self.practice.slos

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from fuel_ray.arena.cell import Contest, loop_of, practice_of, tune_static_pair, tuned
+from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.contenders import free
 from fuel_ray.arena.episodes import HELD_OUT_SEED, run_episode
 from fuel_ray.arena.scenarios import SCENARIOS, SLO_NAMES
-from fuel_ray.config import PRESETS
 from fuel_ray.policies.learned import LearnedPolicy, load_policy
 from fuel_ray.stats import paired_ratio
 from fuel_ray.types import Knobs, WindowMetrics
@@ -51,13 +51,10 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=5)
     given = arguments.parse_args()
     scenario = SCENARIOS[given.scenario]
-    contest = Contest(
-        config=PRESETS["default"], scenario=scenario, slos=(given.slo,), kv_block_size=16,
-        policies=(given.policy,), seeds=given.seeds, tuning_seeds=4, seconds=1200, tune_share=0.97,
-        peers=False, oracle=False, oracle_segment_s=60.0,
-    )  # fmt: skip
+    contest = Contest(ArenaConfig(slos=(given.slo,), tuning_seeds=4), scenario)
     loop = loop_of(contest, scenario)
     practice = practice_of(contest, loop)
+    stage = loop_of(contest, scenario, part="second half")
     slo = practice.slos[given.slo]
     _, share = tune_static_pair(practice, given.slo, share=0.97, limits=(40, 48))
     contender = free(given.policy.name, load_policy(given.policy, loop.node.spec), slo)
@@ -70,7 +67,7 @@ def main() -> None:
     for k in (None, *range(len(policy.features))):
         energies_j, kept, requests = [], 0, 0
         for i in range(given.seeds):
-            episode = run_episode(loop, Shuffled(policy, k, seen[i], i), seed=HELD_OUT_SEED + i)
+            episode = run_episode(stage, Shuffled(policy, k, seen[i], i), seed=HELD_OUT_SEED + i)
             energies_j.append(episode.totals.energy_j)
             kept += int(episode.records.keeps(slo).sum())
             requests += episode.totals.arrivals

@@ -18,8 +18,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from fuel_ray.arena.cell import Contest, loop_of, practice_of
+from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName
-from fuel_ray.commands.arena import ArenaConfig, cell_file, contests_of, parse, publish, run_and_write
+from fuel_ray.commands.arena import cell_file, contests_of, parse, publish, run_and_write
 from fuel_ray.record import make_folder, read_json
 
 
@@ -38,7 +39,8 @@ def train(contest: Contest, slo: SloName, out: Path) -> str:
     folder = policy_folder(home, slo, out)
     promise = practice_of(contest, loop_of(contest, home)).slos[slo]
     flags = ["--workload", home.workload, "--kv-tokens", str(home.kv_tokens), "--pack", contest.config.pack]
-    flags += ["--block-sizes", str(contest.kv_block_size), "--tune-share", str(contest.tune_share)]
+    flags += ["--block-sizes", str(contest.config.block_sizes[0])]
+    flags += ["--tune-share", str(contest.config.tune_share)]
     for name in ("ttft_s", "tpot_s", "e2e_s", "share"):
         flags += [f"--slo-{name.replace('_', '-')}", str(getattr(promise, name))]
     runs = folder.parent / "runs"
@@ -46,15 +48,16 @@ def train(contest: Contest, slo: SloName, out: Path) -> str:
     command = [sys.executable, "-m", "fuel_ray", "train", *flags, "--out", str(runs)]
     with (folder.parent / "train.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    trained = runs.glob(f"train-*/policies/block_{contest.kv_block_size}")
+    trained = runs.glob("train-*/policies/block_*")
     shutil.copytree(max(trained, key=lambda path: path.stat().st_mtime), folder)
     return f"trained for {home.name}, {slo}"
 
 
 def play(contest: Contest, slo: SloName, out: Path) -> str:
     """Run a cell, keep it, and name it."""
-    policies = (policy_folder(home_of(contest), slo, out), *contest.policies)
-    run_and_write(replace(contest, slos=(slo,), policies=policies), out / "cells")
+    policies = (policy_folder(home_of(contest), slo, out), *contest.config.policies)
+    config = replace(contest.config, slos=(slo,), policies=policies)
+    run_and_write(replace(contest, config=config), out / "cells")
     return f"played {contest.scenario.name}, {slo}"
 
 

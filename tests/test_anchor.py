@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fuel_ray.arena.cell import Contest, best_tuned, loop_of, practice_of
+from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.contenders import kept_near
 from fuel_ray.arena.scenarios import SCENARIOS
 from fuel_ray.build import build_env, build_loop, build_spec
@@ -112,11 +113,7 @@ def test_a_malformed_anchor_is_refused(tmp_path, damage):
 def test_a_policy_that_knows_nothing_is_kept_near_the_table(tmp_path):
     """Its best action breaks the promise, so that it is not let free, and is no worse than the table."""
     scenario = SCENARIOS["diurnal-scarce"]
-    contest = Contest(
-        config=PRESETS["default"], scenario=scenario, slos=("tight",), kv_block_size=16, policies=(),
-        seeds=1, tuning_seeds=1, seconds=240, tune_share=0.97, peers=False, oracle=False,
-        oracle_segment_s=60.0,
-    )  # fmt: skip
+    contest = Contest(ArenaConfig(slos=("tight",), tuning_seeds=1, seconds=240), scenario)
     practice = practice_of(contest, loop_of(contest, scenario))
     fast = Knobs(128, 1980)
     allowed = 1.0 - practice.score(Static(fast), "tight", share=0.97).slo_attainment + 0.005

@@ -4,17 +4,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.contenders import Contender, learned, published
 from fuel_ray.arena.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
 from fuel_ray.arena.runs import Runs
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serving
 from fuel_ray.build import Part, build_node
-from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
 from fuel_ray.policies.baselines import (
@@ -45,20 +44,10 @@ _RECORDED = ("slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """What a scenario is run with."""
+    """A scenario and how it is run."""
 
-    config: ServingConfig
+    config: ArenaConfig
     scenario: Scenario
-    slos: tuple[SloName, ...]
-    kv_block_size: int
-    policies: tuple[Path, ...]
-    seeds: int  # held out
-    tuning_seeds: int
-    seconds: int
-    tune_share: float
-    peers: bool  # with the published rules
-    oracle: bool
-    oracle_segment_s: float
 
 
 def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
@@ -67,10 +56,10 @@ def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dic
     practice = practice_of(contest, loop_of(contest, home))
     stage = loop_of(contest, contest.scenario, part="second half")
     alone = [
-        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=contest.seconds, slos=practice.slos)
-        for i in range(contest.seeds)
+        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=contest.config.seconds, slos=practice.slos)
+        for i in range(contest.config.seeds)
     ]
-    for slo in contest.slos:
+    for slo in contest.config.slos:
         if slo not in done:
             began_s = time.monotonic()
             cell = _cell(contest, slo, practice, alone)
@@ -80,25 +69,27 @@ def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dic
 def loop_of(contest: Contest, scenario: Scenario, *, part: Part = "first half") -> ControlLoop:
     """A node under the scenario's load, by default the part that is tuned on."""
     config = serving(scenario, contest.config)
-    node = build_node(config, contest.kv_block_size, horizon_s=float(contest.seconds), part=part)
+    node = build_node(
+        config, contest.config.block_sizes[0], horizon_s=float(contest.config.seconds), part=part
+    )
     return ControlLoop(node, Unscored())
 
 
 def practice_of(contest: Contest, loop: ControlLoop) -> Runs:
     """The tuning seeds, and the promises that are made about this load."""
-    seeds = TUNING_SEEDS[: contest.tuning_seeds]
+    seeds = TUNING_SEEDS[: contest.config.tuning_seeds]
     fastest = Static(loop.node.spec.max_performance)
-    episodes = [run_episode(loop, fastest, seed=seed, seconds=contest.seconds) for seed in seeds]
+    episodes = [run_episode(loop, fastest, seed=seed, seconds=contest.config.seconds) for seed in seeds]
     tpots_s = np.concatenate([episode.records.tpot_s for episode in episodes])
     tpot_p95_s = float(np.nanpercentile(tpots_s, 95))
-    slos: dict[str, Slo] = {name: promise(name, tpot_p95_s) for name in contest.slos}
-    return Runs(loop, seeds=seeds, seconds=contest.seconds, slos=slos)
+    slos: dict[str, Slo] = {name: promise(name, tpot_p95_s) for name in contest.config.slos}
+    return Runs(loop, seeds=seeds, seconds=contest.config.seconds, slos=slos)
 
 
 def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
     spec = practice.loop.node.spec
     limits = LIMITS_AMPLE if contest.scenario.kv_tokens is None else LIMITS_SCARCE
-    static, share = tune_static_pair(practice, slo, share=contest.tune_share, limits=limits)
+    static, share = tune_static_pair(practice, slo, share=contest.config.tune_share, limits=limits)
     allowed = allowed_badness(practice.slos[slo], share)
     table = tune_table(practice, slo, static, share=share, budget=TABLE_BUDGET)
     policies: dict[str, Policy] = {
@@ -112,8 +103,8 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
         policies[name], settings[name] = best_tuned(family, practice, slo, share=share)
     rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
     chosen = choose(practice, slo, {name: policies[name] for name in _deployable(contest)}, share=share)
-    rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen and contest.policies]
-    if contest.oracle:
+    rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen and contest.config.policies]
+    if contest.config.oracle:
         known = [policies[name] for name in dict.fromkeys(("tuned static", "load table", chosen))]
         rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
     return {
@@ -131,7 +122,7 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
 
 
 def _deployable(contest: Contest) -> tuple[str, ...]:
-    return ("tuned static", *(folder.name for folder in contest.policies))
+    return ("tuned static", *(folder.name for folder in contest.config.policies))
 
 
 def choose(practice: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
@@ -181,8 +172,10 @@ def tune_table(practice: Runs, slo: str, static: Knobs, *, share: float, budget:
 def _contenders(
     contest: Contest, slo: Slo, spec: NodeSpec, static: Knobs, table: LoadTable
 ) -> list[tuple[Contender, ...]]:
-    peers = published(spec, slo, load_pack(contest.config.pack), static=static) if contest.peers else []
-    return [*((peer,) for peer in peers), *learned(contest.policies, spec, slo, table)]
+    peers = (
+        published(spec, slo, load_pack(contest.config.pack), static=static) if contest.config.peers else []
+    )
+    return [*((peer,) for peer in peers), *learned(contest.config.policies, spec, slo, table)]
 
 
 def best_tuned(
@@ -283,7 +276,7 @@ def _oracle_row(
     found = find_schedule(
         runs.runner(slo),
         runs.loop.node.spec.gpu_clocks_mhz,
-        segment_s=contest.oracle_segment_s,
+        segment_s=contest.config.oracle_segment_s,
         batch_limit=episodes[0].windows[-1].knobs.batch_limit,
         allowed=allowed,
         strides=(TABLE_STRIDE,),

@@ -3,18 +3,19 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 from fuel_ray.arena.cell import Contest, run_scenario
-from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
+from fuel_ray.arena.config import ArenaConfig
+from fuel_ray.arena.episodes import HELD_OUT_SEED, TUNING_SEEDS
 from fuel_ray.arena.figures import draw
 from fuel_ray.arena.scenarios import SloName, scenarios_of
 from fuel_ray.arena.tables import headline, markdown, summarise, text
 from fuel_ray.build import build_spec
-from fuel_ray.config import ServingConfig, load_config, to_dict
+from fuel_ray.config import load_config, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.learned import load_policy
@@ -26,38 +27,6 @@ _OF_SCENARIOS = (
     *("preset", "workload", "kv_tokens", "slo_ttft_s", "slo_tpot_s", "slo_e2e_s", "slo_share"),
     *("reward", "miss_price_j", "guard"),
 )
-
-
-@dataclass(frozen=True)
-class ArenaConfig(ServingConfig):
-    """Compare policies on simulated nodes under many workloads, with baselines tuned for each."""
-
-    block_sizes: tuple[int, ...] = (16,)
-    """KV block size in tokens; one."""
-    policies: tuple[Path, ...] = ()
-    """Policy folders that take part besides the published rules."""
-    scenarios: tuple[str, ...] = ()
-    """Workloads by name; empty: all."""
-    slos: tuple[SloName, ...] = ("interactive",)
-    """Promises. interactive: TTFT 1 s, TPOT 50 ms. tight: TPOT 1.1 x p95 at maximum. seed: mean e2e 10 s."""
-    seeds: int = 10
-    """Held-out episodes per policy, each with its own arrivals."""
-    tuning_seeds: int = 6
-    """Episodes that everything is tuned on."""
-    seconds: int = EPISODE_S
-    """Seconds of arrivals per episode."""
-    tune_share: float = 0.97
-    """Share of requests asked for on the tuning seeds; some slips on held-out ones."""
-    peers: bool = True
-    """Whether the published rules take part."""
-    oracle: bool = True
-    """Whether schedules that know the arrivals are searched."""
-    oracle_segment_s: float = 60.0
-    """Seconds of a schedule that the oracle's search moves together."""
-    workers: int = 2
-    """Processes."""
-    resume: Path | None = None
-    """Folder of an interrupted arena to go on with; its settings are taken."""
 
 
 def parse(argv: list[str], *, prog: str) -> ArenaConfig:
@@ -73,7 +42,7 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
     if config.node != "sim" or len(config.block_sizes) != 1:
         raise ConfigError("the arena needs --node sim and one --block-sizes")
     _validate(config)
-    return config
+    return replace(config, slos=tuple(dict.fromkeys(config.slos)))
 
 
 def _resumed(folder: Path, argv: list[str], prog: str) -> ArenaConfig:
@@ -159,7 +128,7 @@ def _all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     """Every cell in order, from its file where there is one."""
     folder = run_dir / "cells"
     contests = list(contests_of(config))
-    todo = [contest for contest in contests if len(_done(contest, folder)) < len(contest.slos)]
+    todo = [contest for contest in contests if len(_done(contest, folder)) < len(config.slos)]
     print(
         f"arena  {run_dir}: {len(contests)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True
     )
@@ -172,7 +141,7 @@ def _all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     except KeyboardInterrupt:
         print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
         raise
-    return [read_json(cell_file(folder, c.scenario.name, slo)) for c in contests for slo in c.slos]
+    return [read_json(cell_file(folder, c.scenario.name, slo)) for c in contests for slo in config.slos]
 
 
 def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Iterator[str]:
@@ -192,21 +161,7 @@ def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Ite
 
 def contests_of(config: ArenaConfig) -> Iterator[Contest]:
     """One per workload."""
-    for scenario in scenarios_of(config.scenarios):
-        yield Contest(
-            config=config,
-            scenario=scenario,
-            slos=tuple(dict.fromkeys(config.slos)),
-            kv_block_size=config.block_sizes[0],
-            policies=config.policies,
-            seeds=config.seeds,
-            tuning_seeds=config.tuning_seeds,
-            seconds=config.seconds,
-            tune_share=config.tune_share,
-            peers=config.peers,
-            oracle=config.oracle,
-            oracle_segment_s=config.oracle_segment_s,
-        )
+    return (Contest(config, scenario) for scenario in scenarios_of(config.scenarios))
 
 
 def run_and_write(contest: Contest, folder: Path) -> str:
@@ -217,7 +172,9 @@ def run_and_write(contest: Contest, folder: Path) -> str:
 
 
 def _done(contest: Contest, folder: Path) -> tuple[SloName, ...]:
-    return tuple(slo for slo in contest.slos if cell_file(folder, contest.scenario.name, slo).is_file())
+    return tuple(
+        slo for slo in contest.config.slos if cell_file(folder, contest.scenario.name, slo).is_file()
+    )
 
 
 def cell_file(folder: Path, scenario: str, slo: str) -> Path:

@@ -111,8 +111,7 @@ class LearnedPolicy:
         if self._tether is None:
             return self.act(observation)
         base = self._tether.decide(window)
-        q = q_values(self._arrays, observation, head=self._head) - self._tether.charge(base)
-        return self._tether.decode(self._actions[int(q[self._actions].argmax())], base)
+        return self._tether.decode(self._best(observation, self._tether.charge(base)), base)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -125,8 +124,12 @@ class LearnedPolicy:
 
     def act(self, observation: np.ndarray) -> Knobs:
         """The knobs of highest Q, without an anchor."""
-        q = q_values(self._arrays, observation, head=self._head)[self._actions]
-        return self._codec.grid.decode(self._actions[int(q.argmax())])
+        return self._codec.grid.decode(self._best(observation))
+
+    def _best(self, observation: np.ndarray, charge: np.ndarray | float = 0.0) -> int:
+        """The index of the action of highest Q less charge."""
+        q = q_values(self._arrays, observation, head=self._head) - charge
+        return self._actions[int(q[self._actions].argmax())]
 
 
 def _actions(grid: ActionGrid, spec: NodeSpec) -> list[int]:
