@@ -262,7 +262,7 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
 
     def rank(pair: Pair) -> tuple[bool, bool, float]:
         missed, figure = pair.tuned_rank
-        return pair.asked != bar, missed, figure
+        return abs(pair.asked - bar) > SLACK, missed, figure
 
     ranked = sorted(pairs, key=rank)
     static = next(pair for pair in ranked if pair.policy == STATIC)
