@@ -18,7 +18,8 @@ class Anchor:
     """A load table, and how much Q an action loses per 100 MHz or per batch limit away from its knobs.
 
     The table is tuned for the load; the network leaves it where it expects to gain more than that. With
-    weight 0 the network is free, with a large one the policy is the table.
+    weight 0 the network is free, with a large one the policy is the table. It never has a lower batch limit
+    than the table: behind a queue that is a trap, since what is served more slowly misses less per second.
     """
 
     table: LoadTable
@@ -68,7 +69,7 @@ class Tether:
         return limit * len(self._grid.gpu_clocks_mhz) + clock
 
     def charge(self, base: Knobs) -> np.ndarray:
-        """What each action loses: (actions,)."""
+        """What each action loses, infinitely much with a lower batch limit than the table's: (actions,)."""
         return self._charges[base]
 
     def decode(self, action: int, base: Knobs) -> Knobs:
@@ -90,4 +91,6 @@ class Tether:
         clocks = np.array(self._grid.gpu_clocks_mhz)
         by_limit = np.abs(np.arange(len(self._grid.batch_limits)) - limit)
         by_clock = np.abs(clocks - clocks[clock]) / 100.0
-        return np.asarray(weight * (by_limit[:, None] + by_clock).ravel())
+        charge = weight * (by_limit[:, None] + by_clock)
+        charge[:limit] = np.inf
+        return np.asarray(charge.ravel())
