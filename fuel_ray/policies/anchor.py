@@ -69,7 +69,7 @@ class Tether:
         return limit * len(self._grid.gpu_clocks_mhz) + clock
 
     def charge(self, base: Knobs) -> np.ndarray:
-        """What each action loses, infinitely much with a lower batch limit than the table's: (actions,)."""
+        """What each action loses; infinitely much with a lower batch limit than the table: (actions,)."""
         return self._charges[base]
 
     def decode(self, action: int, base: Knobs) -> Knobs:
