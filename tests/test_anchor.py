@@ -61,7 +61,7 @@ def test_the_charge_grows_with_the_way_from_the_tables_knobs():
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 10.0])
 def test_a_lower_batch_limit_than_the_tables_is_never_taken(tmp_path, weight):
-    """Azure x2: a queue at a low limit kept 6 % of an episode's requests within the promise, the table 96 %."""
+    """Azure x2: behind a queue at a low limit 6 % of an episode kept the promise, by the table 96 %."""
     policy = read_policy(write_policy(tmp_path / "p", best=Knobs(4, 990))).policy(SPEC)
     chosen = decisions(policy.near(Anchor(TABLE, weight)))
     assert {knobs.batch_limit for knobs in chosen} == {32}
