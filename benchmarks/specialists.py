@@ -19,14 +19,9 @@ from pathlib import Path
 
 from fuel_ray.arena.cell import Contest, loop_of, practice_of
 from fuel_ray.arena.config import ArenaConfig
-from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName
+from fuel_ray.arena.scenarios import Scenario, SloName
 from fuel_ray.commands.arena import cell_file, contests_of, parse, publish, run_and_write
 from fuel_ray.record import make_folder, read_json
-
-
-def home_of(contest: Contest) -> Scenario:
-    """What a cell is tuned on."""
-    return SCENARIOS[contest.scenario.tuned_on or contest.scenario.name]
 
 
 def policy_folder(home: Scenario, slo: SloName, out: Path) -> Path:
@@ -35,7 +30,7 @@ def policy_folder(home: Scenario, slo: SloName, out: Path) -> Path:
 
 def train(contest: Contest, slo: SloName, out: Path) -> str:
     """Train the policy for a cell and name it."""
-    home = home_of(contest)
+    home = contest.home
     folder = policy_folder(home, slo, out)
     promise = practice_of(contest, loop_of(contest, home)).slos[slo]
     flags = ["--workload", home.workload, "--kv-tokens", str(home.kv_tokens), "--pack", contest.config.pack]
@@ -55,7 +50,7 @@ def train(contest: Contest, slo: SloName, out: Path) -> str:
 
 def play(contest: Contest, slo: SloName, out: Path) -> str:
     """Run a cell, keep it, and name it."""
-    policies = (policy_folder(home_of(contest), slo, out), *contest.config.policies)
+    policies = (policy_folder(contest.home, slo, out), *contest.config.policies)
     config = replace(contest.config, slos=(slo,), policies=policies)
     run_and_write(replace(contest, config=config), out / "cells")
     return f"played {contest.scenario.name}, {slo}"
@@ -68,7 +63,7 @@ def main() -> None:
     cells = [(contest, slo) for slo in config.slos for contest in contests_of(config)]
     files = [cell_file(folder, contest.scenario.name, slo) for contest, slo in cells]
     todo = [cell for cell, file in zip(cells, files, strict=True) if not file.is_file()]
-    homes = {policy_folder(home_of(contest), slo, config.out): (contest, slo) for contest, slo in todo}
+    homes = {policy_folder(contest.home, slo, config.out): (contest, slo) for contest, slo in todo}
     untrained = [cell for folder, cell in homes.items() if not folder.exists()]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         for task, some in ((train, untrained), (play, todo)):

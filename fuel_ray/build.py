@@ -65,9 +65,9 @@ def build_node(
         build = partial(build_node, kv_block_size=kv_block_size, horizon_s=horizon_s)
         return remote_node(config, partial(build, workload=workload, random_start=random_start, part=part))
     load = parse_workload(config.workload if workload is None else workload)
-    if load.halves is not None:
+    if (halves := load.halves) is not None:
         random_start = True
-        load = load if part == "whole" else load.halves[part == "second half"]
+        load = {"whole": load, "first half": halves[0], "second half": halves[1]}[part]
     if config.node == "live":
         return live_node(config, kv_block_size, load, horizon_s=horizon_s, random_start=random_start)
     return SimulatedNode(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,11 +108,31 @@ def parse_serving(
     base = default or _of_class(config_class, PRESETS[preset or "default"])
     if path is not None:
         base = load_config(Path(path), base=base)
-        if preset is not None and getattr(base, "preset", preset) != preset:
+        if preset is not None and base.preset != preset:
             raise ConfigError(f"--preset {preset}: --config {path} has settings of preset {base.preset}")
     config = parse_flags(config_class, argv, prog=prog, default=base)
     validate(config)
     return config
+
+
+def resumed(folder: Path, argv: list[str], *, prog: str, base: Serving, may_change: Sequence[str]) -> Serving:
+    """The settings that the run in a folder began with, which flags may repeat; some may change.
+
+    Raises:
+        ConfigError: it is not the folder of a run, or a flag differs from its settings.
+    """
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"--resume {folder}: not the folder of a run, there is no run.json in it")
+    began = load_config(folder / "run.json", base=base)
+    asked = parse_serving(type(base), argv, prog=prog, default=began)
+    for f in dataclasses.fields(began):
+        if f.name in ("out", "resume", "config", *may_change):
+            continue
+        old, new = getattr(began, f.name), getattr(asked, f.name)
+        if old != new:
+            raise ConfigError(f"--resume {folder}: that run has {f.name} = {old}, not {new}")
+    changed = {name: getattr(asked, name) for name in ("resume", *may_change)}
+    return dataclasses.replace(began, **changed)
 
 
 def _of_class(config_class: type[Serving], preset: SweepConfig) -> Serving:

@@ -49,11 +49,15 @@ class Contest:
     config: ArenaConfig
     scenario: Scenario
 
+    @property
+    def home(self) -> Scenario:
+        """What is tuned on."""
+        return SCENARIOS[self.scenario.tuned_on or self.scenario.name]
+
 
 def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
     """A cell per promise that is not ``done``, as plain data."""
-    home = SCENARIOS[contest.scenario.tuned_on or contest.scenario.name]
-    practice = practice_of(contest, loop_of(contest, home))
+    practice = practice_of(contest, loop_of(contest, contest.home))
     stage = loop_of(contest, contest.scenario, part="second half")
     alone = [
         Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=contest.config.seconds, slos=practice.slos)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields, replace
+from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from fuel_ray.arena.figures import draw
 from fuel_ray.arena.scenarios import SloName, scenarios_of
 from fuel_ray.arena.tables import headline, markdown, summarise, text
 from fuel_ray.build import build_spec
-from fuel_ray.config import load_config, to_dict
+from fuel_ray.config import to_dict
 from fuel_ray.errors import ConfigError
-from fuel_ray.flags import parse_serving
+from fuel_ray.flags import parse_serving, resumed
 from fuel_ray.policies.learned import load_policy
 from fuel_ray.record import make_folder, new_folder, origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.perf_model import load_pack
@@ -38,24 +38,11 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
     """
     config = parse_serving(ArenaConfig, argv, prog=prog, default=ArenaConfig())
     if config.resume is not None:
-        config = _resumed(config.resume, argv, prog)
+        config = resumed(config.resume, argv, prog=prog, base=ArenaConfig(), may_change=("workers",))
     if config.node != "sim" or len(config.block_sizes) != 1:
         raise ConfigError("the arena needs --node sim and one --block-sizes")
     _validate(config)
     return replace(config, slos=tuple(dict.fromkeys(config.slos)))
-
-
-def _resumed(folder: Path, argv: list[str], prog: str) -> ArenaConfig:
-    """The settings that the run began with; flags may repeat them, and change the number of workers."""
-    if not (folder / "run.json").is_file():
-        raise ConfigError(f"--resume {folder}: not the folder of a run, there is no run.json in it")
-    began = load_config(folder / "run.json", base=ArenaConfig())
-    asked = parse_serving(ArenaConfig, argv, prog=prog, default=began)
-    for field in fields(ArenaConfig):
-        old, new = getattr(began, field.name), getattr(asked, field.name)
-        if old != new and field.name not in ("workers", "resume", "out", "config"):
-            raise ConfigError(f"--resume {folder}: that run has {field.name} = {old}, not {new}")
-    return replace(began, workers=asked.workers, resume=folder)
 
 
 def _validate(config: ArenaConfig) -> None:

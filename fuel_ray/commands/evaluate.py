@@ -1,42 +1,34 @@
-"""Tune the baselines on training seeds, choose among checkpoints, evaluate policies on held-out seeds."""
+"""Evaluate policies on held-out seeds: the verb, and what a sweep calls."""
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
-from fuel_ray.arena.contenders import LOG_PRICES, kept_near
-from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS, run_episode
-from fuel_ray.arena.runs import Runs
-from fuel_ray.build import build_codec, build_loop, build_spec
+from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, run_episode
+from fuel_ray.arena.tuned import Tuned
+from fuel_ray.build import build_loop, build_spec
 from fuel_ray.codec import parse_knobs
-from fuel_ray.config import LearnConfig, ServingConfig, SweepConfig, to_dict
+from fuel_ray.config import ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.flags import parse_serving
-from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.baselines import LoadTable, Score, Static
+from fuel_ray.policies.baselines import Static
 from fuel_ray.policies.learned import (
-    LearnedPolicy,
-    PolicyFolder,
     distinct_names,
     load_policy,
     read_manifest,
 )
 from fuel_ray.record import new_folder, origin, step_line, summary_fields, write_csv, write_json, write_lines
 from fuel_ray.stats import paired_ratio
-from fuel_ray.types import Knobs, NodeSpec, Policy
+from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload import parse_workload
 
 logger = logging.getLogger(__name__)
-
-_ASKED = "asked"  # the promise of the settings
 
 
 @dataclass(frozen=True)
@@ -51,28 +43,6 @@ class EvaluateConfig(ServingConfig):
     """Episodes per policy, each with its own arrivals."""
     seconds: int = EPISODE_S
     """Seconds of arrivals per episode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """The baselines for one block size."""
-
-    static: Knobs
-    table: LoadTable
-    share: float  # of requests that was asked for
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data; the last row of the load table has no upper rate."""
-        rates = (*self.table.rates_rps, None)
-        rows = [[r, k.batch_limit, k.gpu_clock_mhz] for r, k in zip(rates, self.table.knobs, strict=True)]
-        return {"tuned_static": asdict(self.static), "load_table": rows, "share": self.share}
-
-    @staticmethod
-    def from_dict(raw: dict[str, Any]) -> "Tuned":
-        """The inverse of ``to_dict``."""
-        rows = raw["load_table"]
-        table = LoadTable([row[0] for row in rows[:-1]], [Knobs(row[1], row[2]) for row in rows])
-        return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +97,12 @@ def run(config: EvaluateConfig) -> int:
 def _one_block_size(
     config: EvaluateConfig, kv_block_size: int, evaluation: Evaluation, unsupported: dict[str, str]
 ) -> None:
-    folders = [f for f in config.policies if kv_block_size in read_manifest(f).kv_block_sizes]
+    named = zip(distinct_names(config.policies), config.policies, strict=True)
+    own = {name: f for name, f in named if kv_block_size in read_manifest(f).kv_block_sizes}
 
     def policies(spec: NodeSpec) -> dict[str, Policy]:
         static = {f"static {text}": _static(text, spec) for text in config.static}
-        named = zip(distinct_names(config.policies), config.policies, strict=True)
-        learned = {f"dqn {name}": load_policy(folder, spec) for name, folder in named if folder in folders}
-        return {**static, **learned}
+        return {**static, **{f"dqn {name}": load_policy(folder, spec) for name, folder in own.items()}}
 
     try:
         evaluate_policies(
@@ -211,72 +180,6 @@ def _static(text: str, spec: NodeSpec) -> Static:
         return Static(parse_knobs(text, spec))
     except ConfigError as error:
         raise ConfigError(f"--static {error}") from error
-
-
-def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
-    """Tune the static pair and the load table for a workload on the tuning seeds."""
-    practice = _practice(config, kv_block_size, workload)
-    static, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
-    return Tuned(static, tune_table(practice, _ASKED, static, share=share), share)
-
-
-def tune_anchor(
-    config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
-) -> tuple[Anchor, float]:
-    """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
-    practice = _practice(config, kv_block_size, config.workload)
-    variants = kept_near("", policy.policy(practice.loop.node.spec), config.slo, tuned.table)
-    best, _ = best_tuned(variants, practice, _ASKED, share=tuned.share)
-    assert isinstance(best, LearnedPolicy)
-    assert best.anchor is not None
-    return best.anchor, best.codec.miss_price_j
-
-
-def score_weights(
-    config: LearnConfig,
-    block_sizes: Sequence[int],
-    arrays: Mapping[str, np.ndarray],
-    anchor: Anchor | None,
-    share: float,
-) -> tuple[Score, float]:
-    """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
-
-    A policy that was trained for many prices of a miss is scored at the best that is found; others are told
-    none.
-    """
-    scores: dict[float, Score] = {}
-    score_at = partial(_score_at, config, block_sizes, arrays, anchor, share=share)
-
-    def rank(log_price: float) -> tuple[bool, float]:
-        scores[log_price] = score_at(miss_price_j=10.0**log_price)
-        return scores[log_price].rank(share)
-
-    if "miss_price" not in config.features:
-        return score_at(miss_price_j=0.0), 0.0
-    best = bisected(rank, *LOG_PRICES)
-    return scores[best], 10.0**best
-
-
-def _score_at(
-    config: LearnConfig,
-    block_sizes: Sequence[int],
-    arrays: Mapping[str, np.ndarray],
-    anchor: Anchor | None,
-    *,
-    share: float,
-    miss_price_j: float,
-) -> Score:
-    scores = []
-    for size in block_sizes:
-        spec = build_spec(config, size)
-        codec = replace(build_codec(config, spec), miss_price_j=miss_price_j)
-        policy = LearnedPolicy(arrays, codec, spec, head=config.train.head, anchor=anchor)
-        practice = _practice(config, size, config.workload)
-        scores.append(practice.score(policy, _ASKED, share=share))
-    return Score(
-        energy_j_per_request=float(np.mean([score.energy_j_per_request for score in scores])),
-        slo_attainment=min(score.slo_attainment for score in scores),
-    )
 
 
 def evaluate_block_size(
@@ -393,10 +296,3 @@ def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Po
         "load_table": tuned.table,
         "dqn": load_policy(policy_folder, spec),
     }
-
-
-def _practice(config: LearnConfig, kv_block_size: int, workload: str) -> Runs:
-    """The tuning seeds of a workload."""
-    horizon_s = float(EPISODE_S)
-    loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="first half")
-    return Runs(loop, seeds=TUNING_SEEDS, seconds=EPISODE_S, slos={_ASKED: config.slo})

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -193,14 +192,24 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
     table = tune_table(practice, _ASKED, knobs, share=share)
     how = f"limit {knobs.batch_limit} at {knobs.gpu_clock_mhz} MHz"
-    static = Static(knobs)
 
     def pair(name: str, policy: Policy, how: str, told: Told | None = None) -> Pair:
-        rank = practice.score(policy, _ASKED, share=share).rank(share)
         rows = exam(name, policy, alone, _ASKED)
-        return _pair(rows, kv_block_size, how, asked=share, rank=rank, told=told)
+        requests = tuple(row["requests"] for row in rows)
+        return Pair(
+            kv_block_size=kv_block_size,
+            policy=name,
+            asked=share,
+            tuned_rank=practice.score(policy, _ASKED, share=share).rank(share),
+            energy_j=tuple(row["energy_j"] for row in rows),
+            requests=requests,
+            attained=float(np.average([row["slo_attainment"] for row in rows], weights=requests)),
+            met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
+            how=how,
+            told=told,
+        )
 
-    pairs = [pair(STATIC, static, how)]
+    pairs = [pair(STATIC, Static(knobs), how)]
     names = dict(zip(config.policies, distinct_names(config.policies), strict=True))
     for folder in _of_size(config, kv_block_size):
         (family, *_) = learned((folder,), loop.node.spec, config.slo, table)
@@ -216,31 +225,6 @@ def _how(policy: LearnedPolicy) -> str:
     if policy.anchor is not None and policy.anchor.weight > 0.0:
         parts.append(f"{policy.anchor.weight:g} per 100 MHz off the load table")
     return ", ".join(parts) or "as trained"
-
-
-def _pair(
-    rows: Sequence[dict[str, Any]],
-    kv_block_size: int,
-    how: str,
-    *,
-    asked: float,
-    rank: tuple[bool, float],
-    told: Told | None,
-) -> Pair:
-    requests = tuple(row["requests"] for row in rows)
-    met = bool(np.mean([row["slo_met"] for row in rows]) > 0.5)
-    return Pair(
-        kv_block_size=kv_block_size,
-        policy=rows[0]["policy"],
-        asked=asked,
-        tuned_rank=rank,
-        energy_j=tuple(row["energy_j"] for row in rows),
-        requests=requests,
-        attained=float(np.average([row["slo_attainment"] for row in rows], weights=requests)),
-        met=met,
-        how=how,
-        told=told,
-    )
 
 
 def _line(pair: Pair) -> str:

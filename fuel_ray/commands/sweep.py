@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fuel_ray.arena.episodes import HELD_OUT_SEED
+from fuel_ray.arena.tuned import Tuned
 from fuel_ray.build_cluster import gpus_per_node
 from fuel_ray.cluster.hosts import num_nodes
-from fuel_ray.commands.evaluate import Evaluation, Tuned, evaluate_block_size
+from fuel_ray.commands.evaluate import Evaluation, evaluate_block_size
 from fuel_ray.commands.report import summary_table, write_report
 from fuel_ray.commands.train import (
     in_parallel,

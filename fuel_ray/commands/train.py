@@ -3,20 +3,20 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
 from fuel_ray.arena.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.arena.tuned import Tuned, score_weights, tune_anchor, tune_baselines
 from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
 from fuel_ray.cluster.hosts import answer_of, driver_resource
-from fuel_ray.commands.evaluate import Tuned, score_weights, tune_anchor, tune_baselines
 from fuel_ray.commands.trials import Trained, run_trials, start_ray
-from fuel_ray.config import LearnConfig, load_config, to_dict
+from fuel_ray.config import LearnConfig, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
-from fuel_ray.flags import parse_serving, validate
+from fuel_ray.flags import parse_serving, resumed
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
@@ -49,9 +49,7 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
     config = parse_run(TrainVerbConfig, argv, prog=prog)
     per_episode = config.steps_per_episode or config.train.episode_steps
     steps = config.steps if config.episodes is None else config.episodes * per_episode
-    config = replace(config, steps=steps, train=replace(config.train, episode_steps=per_episode))
-    validate(config)
-    return config
+    return replace(config, steps=steps, train=replace(config.train, episode_steps=per_episode))
 
 
 def run(config: TrainVerbConfig) -> int:
@@ -74,18 +72,7 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
         return config
     if config.storage is not None and not config.resume.exists():
         fetch(config.resume, config.storage)
-    if not (config.resume / "run.json").is_file():
-        raise ConfigError(f"--resume {config.resume}: not the folder of a run, there is no run.json in it")
-    recorded = load_config(config.resume / "run.json", base=config_class())
-    asked = parse_serving(config_class, argv, prog=prog, default=recorded)
-    for field in fields(config_class):
-        if field.name in ("out", "resume", "config", *_PATIENCE):
-            continue
-        old, new = getattr(recorded, field.name), getattr(asked, field.name)
-        if old != new:
-            raise ConfigError(f"--resume {config.resume}: that run has {field.name} = {old}, not {new}")
-    patience = {name: getattr(asked, name) for name in _PATIENCE}
-    return replace(recorded, resume=config.resume, **patience)
+    return resumed(config.resume, argv, prog=prog, base=config_class(), may_change=_PATIENCE)
 
 
 def prepare(

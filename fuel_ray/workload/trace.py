@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -110,8 +111,9 @@ def read_burstgpt(path: Path) -> list[TraceRow]:
     return _read_csv(path, ("Timestamp", "Request tokens", "Response tokens"), seconds=float)
 
 
+@cache
 def read_shipped(path: Path) -> list[TraceRow]:
-    """Those in ``data/``."""
+    """Those in ``data/``, read once: a training makes dozens of nodes."""
     return _read_csv(path, ("arrival_s", "prompt_tokens", "output_tokens"), seconds=float)
 
 

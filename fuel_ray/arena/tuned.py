@@ -1,0 +1,105 @@
+"""What is tuned on training seeds: the baselines, a policy's price and anchor, the score of its weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.arena.cell import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
+from fuel_ray.arena.contenders import LOG_PRICES, kept_near
+from fuel_ray.arena.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.arena.runs import Runs
+from fuel_ray.build import build_codec, build_loop
+from fuel_ray.config import LearnConfig
+from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.baselines import LoadTable, Score
+from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
+from fuel_ray.types import Knobs
+
+_ASKED = "asked"  # the promise of the settings
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The baselines for one block size."""
+
+    static: Knobs
+    table: LoadTable
+    share: float  # of requests that was asked for
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; the last row of the load table has no upper rate."""
+        rates = (*self.table.rates_rps, None)
+        rows = [[r, k.batch_limit, k.gpu_clock_mhz] for r, k in zip(rates, self.table.knobs, strict=True)]
+        return {"tuned_static": asdict(self.static), "load_table": rows, "share": self.share}
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> "Tuned":
+        """The inverse of ``to_dict``."""
+        rows = raw["load_table"]
+        table = LoadTable([row[0] for row in rows[:-1]], [Knobs(row[1], row[2]) for row in rows])
+        return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"])
+
+
+def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
+    """Tune the static pair and the load table for a workload on the tuning seeds."""
+    practice = _practice(config, kv_block_size, workload)
+    static, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
+    return Tuned(static, tune_table(practice, _ASKED, static, share=share), share)
+
+
+def tune_anchor(
+    config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
+) -> tuple[Anchor, float]:
+    """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
+    practice = _practice(config, kv_block_size, config.workload)
+    variants = kept_near("", policy.policy(practice.loop.node.spec), config.slo, tuned.table)
+    best, _ = best_tuned(variants, practice, _ASKED, share=tuned.share)
+    assert isinstance(best, LearnedPolicy)
+    assert best.anchor is not None
+    return best.anchor, best.codec.miss_price_j
+
+
+def score_weights(
+    config: LearnConfig,
+    block_sizes: Sequence[int],
+    arrays: Mapping[str, np.ndarray],
+    anchor: Anchor | None,
+    share: float,
+) -> tuple[Score, float]:
+    """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
+
+    A policy that was trained for many prices of a miss is scored at the best that is found; others are told
+    none.
+    """
+    practices = [_practice(config, size, config.workload) for size in block_sizes]
+    scores: dict[float, Score] = {}
+
+    def score_at(miss_price_j: float) -> Score:
+        found = []
+        for practice in practices:
+            spec = practice.loop.node.spec
+            codec = replace(build_codec(config, spec), miss_price_j=miss_price_j)
+            policy = LearnedPolicy(arrays, codec, spec, head=config.train.head, anchor=anchor)
+            found.append(practice.score(policy, _ASKED, share=share))
+        return Score(
+            energy_j_per_request=float(np.mean([score.energy_j_per_request for score in found])),
+            slo_attainment=min(score.slo_attainment for score in found),
+        )
+
+    def rank(log_price: float) -> tuple[bool, float]:
+        scores[log_price] = score_at(10.0**log_price)
+        return scores[log_price].rank(share)
+
+    if "miss_price" not in config.features:
+        return score_at(0.0), 0.0
+    best = bisected(rank, *LOG_PRICES)
+    return scores[best], 10.0**best
+
+
+def _practice(config: LearnConfig, kv_block_size: int, workload: str) -> Runs:
+    """The tuning seeds of a workload."""
+    horizon_s = float(EPISODE_S)
+    loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="first half")
+    return Runs(loop, seeds=TUNING_SEEDS, seconds=EPISODE_S, slos={_ASKED: config.slo})
