@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 
-from fuel_ray.build import build_loop
+from fuel_ray.build.nodes import build_loop
 from fuel_ray.cluster.hosts import connect
 from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.live.cpu import CpuMeter
-from fuel_ray.live.kv_monitor import KVCacheMonitor, MetricsClient
-from fuel_ray.live.limiter import BatchLimiter
-from fuel_ray.live.loadgen import LoadGenerator
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.prompts import TokenPrompts
-from fuel_ray.live.sampler import Sampler, window_energy_j
-from fuel_ray.live.vllm_server import VllmServer, served_model
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.load.loadgen import LoadGenerator
+from fuel_ray.live.load.prompts import TokenPrompts
+from fuel_ray.live.sampling import Sampler, window_energy_j
+from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
+from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.server import VllmServer, served_model
 from fuel_ray.types import Requests
 
 GPU_INTERVAL_S, KV_INTERVAL_S = 0.05, 0.5

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.sampler import Sampler
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.sampling import Sampler
 
 FAKE_READ_S = 30e-6
 

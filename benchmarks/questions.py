@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.arena.cell import exam
-from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
-from fuel_ray.arena.runs import Runs
 from fuel_ray.arena.scenarios import INTERACTIVE
-from fuel_ray.build import build_codec, build_loop
+from fuel_ray.build.nodes import build_codec, build_loop
 from fuel_ray.codec import SEED_FEATURES
-from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import PRESETS, SweepConfig
-from fuel_ray.policies.baselines import Score
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.stats import paired_ratio
+from fuel_ray.training.trials import Trained, run_trials, start_ray
+from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
+from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Slo
 
 PLAIN = replace(PRESETS["plain"], block_sizes=(16,))

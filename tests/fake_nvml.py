@@ -1,6 +1,6 @@
 """A stand-in for the pynvml module at its ctypes edge: real error classes and constants, GPUs made of Python.
 
-monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
+monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
 """
 
 from dataclasses import dataclass, field

@@ -47,7 +47,7 @@ def stub():
 
 
 def test_every_key_of_the_result_is_there(stub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
     code, result = benchmark(
         stub, tmp_path, "--enable-kv-trace", "--monitor-cpu", "--kv-monitor-interval", "0.1"
     )
@@ -71,7 +71,9 @@ def test_every_key_of_the_result_is_there(stub, tmp_path, monkeypatch, capsys):
 
 
 def test_without_a_counter_the_energy_is_the_integrated_power(stub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(), FakeGpu("GPU-1", energy_mj=None)))
+    monkeypatch.setattr(
+        "fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), FakeGpu("GPU-1", energy_mj=None))
+    )
     code, result = benchmark(stub, tmp_path, "--gpu-ids", "1")
     assert code == 0
     gpu = result["gpu_power_stats"]["1"]
@@ -83,7 +85,7 @@ def test_without_a_counter_the_energy_is_the_integrated_power(stub, tmp_path, mo
 
 
 def test_without_nvml_the_rest_is_recorded_and_that_is_said(stub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     code, result = benchmark(stub, tmp_path)
     assert code == 0 and result["gpu_power_stats"] == {}
     assert result["cpu_power_stats"] is None and result["kv_cache_monitoring_stats"] is None
@@ -91,7 +93,7 @@ def test_without_nvml_the_rest_is_recorded_and_that_is_said(stub, tmp_path, monk
 
 
 def test_failed_requests_are_counted(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     stub.completion = "short"
     _, result = benchmark(stub, tmp_path)
     assert result["failed"] == 30 == len(result["errors"]) and result["mean_e2el_ms"] is None

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray import build, build_live
-from fuel_ray.build import build_codec, build_env, build_node, build_spec, twin_of, twinned
+from fuel_ray.build import live as build_live
+from fuel_ray.build import nodes as build
+from fuel_ray.build.nodes import build_codec, build_env, build_node, build_spec, twin_of, twinned
 from fuel_ray.config import PRESETS, LiveConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.anchor import Anchor
@@ -21,8 +22,8 @@ LIVE = replace(PRESETS["default"], node="live", live=LiveConfig(model="m"))
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.Gpus.can_set_clocks", lambda self: True)
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.Gpus.can_set_clocks", lambda self: True)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
 
 
 def test_a_live_node_and_its_twin_have_the_same_clocks_and_the_same_actions(gpu):
@@ -38,8 +39,8 @@ def test_a_pack_of_another_gpu_is_refused_and_said_what_to_do(gpu):
 
 
 def test_an_observe_only_node_has_one_clock_as_has_its_twin(monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
-    monkeypatch.setattr("fuel_ray.live.nvml.Gpus.can_set_clocks", lambda self: False)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.Gpus.can_set_clocks", lambda self: False)
     config = twinned(LIVE)
     assert build_spec(config, 16).gpu_clocks_mhz == build_spec(twin_of(config), 16).gpu_clocks_mhz == (1980,)
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.policies.baselines import Static
-from fuel_ray.policies.canary import Canary
+from fuel_ray.deploy.canary import Canary
+from fuel_ray.policies.static import Static
 from fuel_ray.types import Knobs, Slo
 from tests.test_codec import WINDOW
 

@@ -318,7 +318,7 @@ def test_the_seed_preset_is_the_original_request():
 
 @pytest.mark.parametrize("verb", ["sweep", "train", "evaluate", "profile"])
 def test_a_live_node_without_a_driver_is_said_and_nothing_is_written(verb, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     assert main([verb, "--node", "live", "--live.model", "m", "--out", str(tmp_path)]) == 2
     assert "no NVIDIA driver here" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

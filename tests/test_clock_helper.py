@@ -13,10 +13,10 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.errors import ConfigError, GpuError, PrivilegeError
-from fuel_ray.live.clock_client import SOCKET_VARIABLE, ClockClient
-from fuel_ray.live.clock_helper import ClockHelper, listening_socket
-from fuel_ray.live.lease import ClockLease
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu.clock_client import SOCKET_VARIABLE, ClockClient
+from fuel_ray.live.gpu.clock_helper import ClockHelper, listening_socket
+from fuel_ray.live.gpu.lease import ClockLease
+from fuel_ray.live.gpu.nvml import Gpus
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.test_lease import until
 
@@ -32,7 +32,7 @@ class RootsNvml(FakeNvml):
 @pytest.fixture
 def gpus(monkeypatch):
     fake = RootsNvml(FakeGpu("GPU-0"), FakeGpu("GPU-1"), FakeGpu("GPU-2"))
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", fake)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", fake)
     return fake.gpus
 
 
@@ -93,7 +93,7 @@ def test_what_a_connection_pinned_is_reset_when_it_ends(gpus, helper):
 KILLED = """
 import sys, time
 from pathlib import Path
-from fuel_ray.live.clock_client import ClockClient
+from fuel_ray.live.gpu.clock_client import ClockClient
 client = ClockClient(Path(sys.argv[1]))
 client.pin("GPU-0", 990)
 print("ready", flush=True)
@@ -164,7 +164,7 @@ def test_a_line_without_an_end_is_cut_off(helper):
 
 
 def test_a_user_who_may_not_is_turned_away(gpus, helper, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.clock_helper._CREDENTIALS", FakeCredentials())
+    monkeypatch.setattr("fuel_ray.live.gpu.clock_helper._CREDENTIALS", FakeCredentials())
     with (
         closing(ClockClient(helper.path)) as client,
         pytest.raises(PrivilegeError, match="user 1234 may not"),
@@ -184,7 +184,7 @@ AS_ANOTHER_USER = """
 import os, sys
 sys.path[:] = [path for path in sys.path if path]
 from pathlib import Path
-from fuel_ray.live.clock_client import ClockClient
+from fuel_ray.live.gpu.clock_client import ClockClient
 os.setgid(65534)
 os.setuid(65534)
 try:
@@ -244,8 +244,8 @@ def test_the_socket_is_its_owners_alone_and_one_helpers(tmp_path):
 ACTIVATED = """
 import os, sys
 from tests.fake_nvml import FakeGpu, FakeNvml
-import fuel_ray.live.nvml
-fuel_ray.live.nvml.pynvml = FakeNvml(FakeGpu("GPU-0"))
+import fuel_ray.live.gpu.nvml
+fuel_ray.live.gpu.nvml.pynvml = FakeNvml(FakeGpu("GPU-0"))
 from fuel_ray.cli import main
 os.environ["LISTEN_PID"] = str(os.getpid())
 sys.exit(main(["clock-helper", "--gpu-ids", "0", "--users", "root"]))

@@ -220,8 +220,8 @@ def test_clocks_are_given_back_when_the_actor_that_pinned_them_is_killed(two_hos
     def build(gpu_ids):
         os.environ.update(FAKE_NVML_LOG=str(log), FUEL_RAY_STATE_DIR=str(tmp_path / "state"))
         sys.path.insert(0, str(tmp_path))
-        from fuel_ray.live.lease import ClockLease
-        from fuel_ray.live.nvml import Gpus
+        from fuel_ray.live.gpu.lease import ClockLease
+        from fuel_ray.live.gpu.nvml import Gpus
 
         node = simulated()
         node.gpus = Gpus(["GPU-0"])

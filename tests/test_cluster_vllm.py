@@ -7,7 +7,7 @@ from functools import partial
 import psutil
 import pytest
 
-from fuel_ray.build import build_node
+from fuel_ray.build.nodes import build_node
 from fuel_ray.config import LiveConfig, ServingConfig
 from fuel_ray.errors import UnsupportedError
 from fuel_ray.types import Knobs
@@ -16,10 +16,10 @@ from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a
 
 
 def build(config, kv_block_size, gpu_ids):
-    import fuel_ray.live.nvml
+    import fuel_ray.live.gpu.nvml
     from tests.fake_nvml import FakeGpu, FakeNvml
 
-    fuel_ray.live.nvml.pynvml = FakeNvml(FakeGpu(uuid="GPU-0"))
+    fuel_ray.live.gpu.nvml.pynvml = FakeNvml(FakeGpu(uuid="GPU-0"))
     return build_node(config, kv_block_size, horizon_s=60.0)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from fuel_ray.build import build_env, build_loop
+from fuel_ray.build.nodes import build_env, build_loop
 from fuel_ray.config import PRESETS, GuardConfig
 from fuel_ray.control import ControlLoop, run_policy
 from fuel_ray.errors import NodeError

@@ -28,8 +28,8 @@ HEAVY = ("ray", "torch", "gymnasium", "numba", "pandas", "matplotlib")
 @pytest.fixture
 def gpu(monkeypatch):
     fake = FakeGpu(uuid="GPU-0")
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(fake))
-    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(fake))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: True)
     return fake
 
 
@@ -95,7 +95,7 @@ def test_a_deployment_that_can_set_nothing_says_so(stub, gpu, policy, tmp_path, 
 
 
 def test_a_canary_reports_the_measured_difference(stub, gpu, policy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fuel_ray.policies.canary.WASHOUT_S", 0.0)
+    monkeypatch.setattr("fuel_ray.deploy.canary.WASHOUT_S", 0.0)
     flags = ["--canary", "0.5", "--canary-block-s", "1", "--max-steps", "42"]
     gpu.energy_mj = None
     code, lines, run = deploy(stub, policy, tmp_path, *flags)
@@ -109,8 +109,8 @@ PROBE = """
 import sys
 from fuel_ray.cli import main
 from tests.fake_nvml import FakeGpu, FakeNvml
-import fuel_ray.live.nvml
-fuel_ray.live.nvml.pynvml = FakeNvml(FakeGpu(uuid="GPU-0"))
+import fuel_ray.live.gpu.nvml
+fuel_ray.live.gpu.nvml.pynvml = FakeNvml(FakeGpu(uuid="GPU-0"))
 code = main(sys.argv[1:])
 heavy = set({heavy!r}) & set(sys.modules)
 rss_mb = int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
@@ -133,9 +133,9 @@ def test_deploying_imports_nothing_heavy_and_stays_below_200_mb(stub, policy, tm
 
 CONTROLLER = """
 import sys
-import fuel_ray.live.nvml
+import fuel_ray.live.gpu.nvml
 from fuel_ray.cli import main
-fuel_ray.live.nvml.holds_sys_admin = lambda proc: True
+fuel_ray.live.gpu.nvml.holds_sys_admin = lambda proc: True
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fuel_ray import build_deploy, deployment
-from fuel_ray.build_deploy import Target, attach
 from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop
-from fuel_ray.deployment import Attached, Deployment
+from fuel_ray.deploy import attach as build_deploy
+from fuel_ray.deploy import deployment
+from fuel_ray.deploy.attach import Target, attach
+from fuel_ray.deploy.deployment import Attached, Deployment
+from fuel_ray.deploy.recorder import Recorder
 from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import NodeError, PolicyError
 from fuel_ray.guard import Guard
@@ -24,7 +26,6 @@ from fuel_ray.live import node
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import StepLog
-from fuel_ray.recorder import Recorder
 from fuel_ray.types import Knobs, NodeSpec
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import SLO, write_policy
@@ -84,7 +85,7 @@ class QuietWatchdog:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.lease._Watchdog", QuietWatchdog)
+    monkeypatch.setattr("fuel_ray.live.gpu.lease._Watchdog", QuietWatchdog)
     monkeypatch.setattr(deployment, "PATIENCE_S", 0.4)
     monkeypatch.setattr(deployment, "RETRY_S", (0.05, 0.2))
     monkeypatch.setattr(build_deploy, "SCRAPE_S", 0.3)
@@ -94,8 +95,8 @@ def impatient(monkeypatch):
 @pytest.fixture
 def nvml(monkeypatch):
     fake = FakeNvml(FakeGpu(uuid="GPU-0"))
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", fake)
-    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", fake)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: True)
     return fake
 
 
@@ -264,7 +265,7 @@ def test_clocks_that_were_left_locked_are_not_taken_for_clocks_that_are_left_alo
     run, nvml, monkeypatch, state_folder
 ):
     nvml.privileged = False
-    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: False)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: False)
     left = state_folder / "GPU-0.json"
     left.write_text("{}")
     try:
@@ -438,7 +439,7 @@ class DayNode:
 
 def test_a_day_of_windows_leaves_memory_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fuel_ray"), "disabled", True)  # pytest keeps what is logged
-    monkeypatch.setattr(logging.getLogger("fuel_ray.recorder"), "disabled", True)
+    monkeypatch.setattr(logging.getLogger("fuel_ray.deploy.recorder"), "disabled", True)
     clock = [0.0]
     folder = read_policy(write_policy(tmp_path / "policy"))
     recorder = Recorder(tmp_path, {}, SLO)

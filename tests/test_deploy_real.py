@@ -8,7 +8,7 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
-from fuel_ray.live.vllm_server import server_version
+from fuel_ray.live.vllm.server import server_version
 from fuel_ray.types import Knobs
 from fuel_ray.vllm_plugin import create_file, read_file
 from tests.fake_nvml import FakeGpu, FakeNvml
@@ -31,7 +31,7 @@ def server(model, tmp_path_factory):  # noqa: F811
 
 def test_a_deployment_limits_a_real_server_under_load_and_lets_it_go(server, tmp_path, monkeypatch, capsys):
     started, limit_file = server
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     version = server_version(started.url)
     policy = write_policy(
         tmp_path / "policy", sizes=(32,), grid=GRID, best=Knobs(4, 1980), engine=f"vLLM {version}"
@@ -74,7 +74,7 @@ def _runs_freely_again(limit_file):
 
 def test_a_guard_that_sees_the_queue_overrules_the_policy_on_a_real_server(server, tmp_path, monkeypatch):
     started, limit_file = server
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     policy = write_policy(
         tmp_path / "policy",
         **{"sizes": (32,), "grid": GRID, "best": Knobs(4, 1980)},

@@ -105,10 +105,10 @@ def resources():
 def test_a_soak_ends_with_everything_given_back_and_every_window_accounted_for(tmp_path, monkeypatch, capsys):
     state = tmp_path / "state"
     monkeypatch.setenv("FUEL_RAY_STATE_DIR", str(state))
-    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: True)
     gpu = FakeGpu(uuid="GPU-0", energy_mj=None)
     nvml = FakeNvml(gpu)
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", nvml)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", nvml)
     policy = write_policy(tmp_path / "policy", best=Knobs(4, 990))
     with serving(TrafficStub()) as stub:
         faults = Faults(stub, nvml, tmp_path, state)

@@ -41,8 +41,8 @@ def lines(capsys):
 
 
 def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
-    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: True)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: True)
     command = vllm()
     flags = ["--vllm", command, "--block-sizes", "16", "32", "--out", str(tmp_path / "not/yet")]
     assert main(["doctor", *flags]) == 0
@@ -54,7 +54,7 @@ def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
 
 
 def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     assert main(["doctor", "--vllm", vllm("0.32.0+cpu", plugins=())]) == 1
     found = lines(capsys)
     assert found["GPU"][0] == "FAIL" and "--gpus all" in found["GPU"][1]
@@ -63,14 +63,14 @@ def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatc
 
 
 def test_block_sizes_that_no_node_can_serve_fail(vllm, capsys, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
     assert main(["doctor", "--vllm", vllm(), "--block-sizes", "8"]) == 1
     assert lines(capsys)["block sizes"][0] == "FAIL"
 
 
 def test_clocks_that_may_not_be_set_are_a_note(vllm, capsys, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
-    monkeypatch.setattr("fuel_ray.live.nvml.holds_sys_admin", lambda proc: False)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), privileged=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: False)
     assert main(["doctor", "--vllm", vllm()]) == 0
     mark, text = lines(capsys)["clocks"]
     assert mark == "note" and "SYS_ADMIN" in text
@@ -82,7 +82,7 @@ def test_a_simulated_node_needs_neither_gpu_nor_vllm(capsys):
 
 
 def test_vllm_that_is_not_there_is_said(capsys, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
     assert main(["doctor", "--vllm", "nowhere/vllm"]) == 1
     assert lines(capsys)["vLLM"][0] == "FAIL"
 

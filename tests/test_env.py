@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from fuel_ray.build import build_codec, build_env, build_objective
+from fuel_ray.build.nodes import build_codec, build_env, build_objective
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.env import NODE_FAILURE, ParallelServingEnv, ServingEnv

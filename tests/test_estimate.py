@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fuel_ray.build import build_node
+from fuel_ray.build.nodes import build_node
 from fuel_ray.config import PRESETS
-from fuel_ray.estimate import SavingEstimate
+from fuel_ray.deploy.estimate import SavingEstimate
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs
 from tests.test_codec import SPEC, WINDOW

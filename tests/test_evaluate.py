@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from fuel_ray.build import build_loop, build_objective
+from fuel_ray.build.nodes import build_loop, build_objective
 from fuel_ray.commands import evaluate
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError
-from fuel_ray.policies.baselines import Static
 from fuel_ray.policies.learned import distinct_names
+from fuel_ray.policies.static import Static
 from fuel_ray.types import Knobs
 from tests.test_env import Failing
 

@@ -7,12 +7,12 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from fuel_ray.build import build_codec, build_spec
+from fuel_ray.build.nodes import build_codec, build_spec
 from fuel_ray.cli import main
 from fuel_ray.config import PRESETS, to_dict
 from fuel_ray.errors import PolicyError
-from fuel_ray.policies.checkpoint import MODULE_STATE, q_network
 from fuel_ray.policies.learned import load_policy, read_policy
+from fuel_ray.training.checkpoint import MODULE_STATE, q_network
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import serving
 from tests.traffic_stub import TrafficStub
@@ -59,7 +59,7 @@ def test_a_checkpoint_becomes_a_policy_folder(checkpoint, tmp_path):
 
 
 def test_a_deployment_takes_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     flags = ["--allow-mismatch", "--max-steps", "2", "--interval", "0.1", "--clock-control", "off"]
     with serving(TrafficStub(model="Qwen/Qwen3-8B", version="0.20.2")) as stub:
         arguments = ["--policy", str(checkpoint), "--server", stub.url, "--out", str(tmp_path / "out")]

@@ -10,10 +10,10 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.control import StepRecord
+from fuel_ray.deploy.exporter import Exporter, read_page
 from fuel_ray.errors import ConfigError, GpuError, TelemetryError
 from fuel_ray.guard import Verdict
-from fuel_ray.live.exporter import Exporter, read_page
-from fuel_ray.live.vllm_server import free_port
+from fuel_ray.live.vllm.server import free_port
 from fuel_ray.types import Knobs, Slo
 from tests.stub_vllm import Stub, serving
 from tests.test_codec import WINDOW

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuel_ray.build import build_node
+from fuel_ray.build.nodes import build_node
 from fuel_ray.config import PRESETS
 from fuel_ray.live.foreign_load import ForeignLoad
-from fuel_ray.live.vllm_metrics import Histogram, difference, parse_metrics
+from fuel_ray.live.vllm.metrics import Histogram, difference, parse_metrics
 from fuel_ray.types import Knobs
 from tests.traffic_stub import TrafficStub
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fuel_ray.policies.dqn import _loss
-from fuel_ray.policies.replay import Batch, ReplayBuffer
-from fuel_ray.policies.rl_module import DuelingQNet
+from fuel_ray.training.dqn import _loss
+from fuel_ray.training.replay import Batch, ReplayBuffer
+from fuel_ray.training.rl_module import DuelingQNet
 
 
 @pytest.mark.parametrize("head", ["joint", "additive", "smooth"])

@@ -13,10 +13,10 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.errors import ConfigError, GpuError
-from fuel_ray.live import lease_state
-from fuel_ray.live.lease import ClockLease
-from fuel_ray.live.lease_state import owners, state_folder
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu import lease_state
+from fuel_ray.live.gpu.lease import ClockLease
+from fuel_ray.live.gpu.lease_state import owners, state_folder
+from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.processes import orderly_signals
 from tests.fake_nvml import FakeGpu, FakeNvml
 
@@ -44,8 +44,8 @@ nvmlDeviceResetGpuLockedClocks = _logged("nvmlDeviceResetGpuLockedClocks")
 
 CONTROLLER = """
 import multiprocessing, subprocess, sys, time
-from fuel_ray.live.lease import ClockLease
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu.lease import ClockLease
+from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.processes import orderly_signals
 
 children = sys.argv[1]
@@ -130,7 +130,7 @@ def controller(tmp_path):
 @pytest.fixture
 def gpu(monkeypatch):
     fake = FakeGpu("GPU-0")
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(fake, FakeGpu("GPU-1")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(fake, FakeGpu("GPU-1")))
     return fake
 
 
@@ -260,7 +260,7 @@ def test_a_watchdog_that_died_is_started_again(gpu, state):
 
 
 def test_without_a_watchdog_there_is_no_lease(gpu, state, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.lease._WATCHDOG", "import os; os.fork() and os._exit(0)")
+    monkeypatch.setattr("fuel_ray.live.gpu.lease._WATCHDOG", "import os; os.fork() and os._exit(0)")
     with pytest.raises(GpuError, match="watchdog did not start"):
         ClockLease(["GPU-0"])
     monkeypatch.setattr("sys.executable", "/nowhere/python")
@@ -289,7 +289,7 @@ def test_a_reused_pid_is_not_mistaken_for_the_owner(changed, gpu, state):
 
 
 def test_a_lease_waits_for_the_watchdog_of_an_owner_that_died_only_so_long(gpu, state, monkeypatch):
-    monkeypatch.setattr("fuel_ray.live.lease_state.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("fuel_ray.live.gpu.lease_state.LOCK_WAIT_S", 0.1)
     with lease_state.lock(state, "GPU-0"):
         with pytest.raises(GpuError, match="process that is not known still has its lock"):
             ClockLease(["GPU-0"])
@@ -313,8 +313,8 @@ def test_the_state_folder_is_the_first_that_can_be_written_to(monkeypatch, tmp_p
         refused.append(path)
         raise ConfigError("not writable")
 
-    monkeypatch.setattr("fuel_ray.live.lease_state.make_folder", make_folder)
-    monkeypatch.setattr("fuel_ray.live.lease_state._private_folder", lambda path: path)
+    monkeypatch.setattr("fuel_ray.live.gpu.lease_state.make_folder", make_folder)
+    monkeypatch.setattr("fuel_ray.live.gpu.lease_state._private_folder", lambda path: path)
     assert state_folder() == Path(f"/tmp/fuel-ray-{os.getuid()}")
     assert refused == [Path("/run/fuel-ray"), tmp_path / "fuel-ray"]
 

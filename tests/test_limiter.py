@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fuel_ray.errors import NodeError
-from fuel_ray.live.limiter import BatchLimiter
+from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.vllm_plugin import SchedulerLimit
 
 CAPACITY = 8
@@ -161,7 +161,7 @@ def test_a_stale_file_is_replaced(tmp_path):
 LEASING = """
 import sys, time
 from pathlib import Path
-from fuel_ray.live.limiter import BatchLimiter
+from fuel_ray.live.vllm.limiter import BatchLimiter
 BatchLimiter(Path(sys.argv[1]), leased=True).set(3)
 print("ready", flush=True)
 time.sleep(60)

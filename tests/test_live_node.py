@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from fuel_ray.errors import GpuError, NodeError, TelemetryError
-from fuel_ray.live.kv_monitor import MetricsClient
-from fuel_ray.live.loadgen import LoadGenerator
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.load.loadgen import LoadGenerator
+from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.prompts import TokenPrompts
+from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.types import Knobs, NodeSpec, Requests
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import Stub, serving
@@ -74,7 +74,7 @@ def requests(n, *, every_s=0.02):
 @pytest.fixture
 def gpu(monkeypatch):
     fake = FakeGpu(uuid="GPU-0", clocks_mhz=CLOCKS[::-1])
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(fake))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(fake))
     return fake
 
 

@@ -10,12 +10,12 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.control import ControlLoop
-from fuel_ray.live.kv_monitor import KVCacheMonitor, MetricsClient
-from fuel_ray.live.limiter import BatchLimiter
-from fuel_ray.live.loadgen import LoadGenerator
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.load.loadgen import LoadGenerator
+from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.prompts import TokenPrompts
+from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
+from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.objective import Energy
 from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.conftest import RAY_SETTINGS
@@ -36,7 +36,7 @@ def server(model, tmp_path_factory):  # noqa: F811
 @pytest.fixture
 def node(server, monkeypatch):
     started, limit_file = server
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     spec = NodeSpec("cpu", "fake", ("GPU-0",), "tiny", 32, 100, (1, 32), (1980,))
     n = 400
     work = Requests(
@@ -75,7 +75,7 @@ def test_the_control_loop_drives_a_real_server(node):
 
 def test_the_monitor_and_the_benchmark_work_on_a_real_server(server, tmp_path, monkeypatch):
     started, _ = server
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(driver=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     with KVCacheMonitor(started.url, interval=0.2) as monitor:
         code = main(
             [
@@ -101,7 +101,7 @@ def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_size
     monkeypatch,
     capsys,
 ):
-    monkeypatch.setattr("fuel_ray.live.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
     code = main(
         [

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fuel_ray.errors import ConfigError, TelemetryError
-from fuel_ray.live.loadgen import LoadGenerator, run_load
-from fuel_ray.live.prompts import TokenPrompts, load_sharegpt
+from fuel_ray.live.load.loadgen import LoadGenerator, run_load
+from fuel_ray.live.load.prompts import TokenPrompts, load_sharegpt
 from fuel_ray.types import Requests
 from tests.stub_vllm import Stub, serving
 

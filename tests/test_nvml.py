@@ -6,7 +6,7 @@ import pynvml
 import pytest
 
 from fuel_ray.errors import ConfigError, GpuError, PrivilegeError
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu.nvml import Gpus
 from tests.fake_nvml import FakeGpu, FakeNvml
 
 
@@ -14,7 +14,7 @@ from tests.fake_nvml import FakeGpu, FakeNvml
 def nvml(monkeypatch):
     def install(*gpus, **flags):
         fake = FakeNvml(*gpus, **flags)
-        monkeypatch.setattr("fuel_ray.live.nvml.pynvml", fake)
+        monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", fake)
         return fake
 
     return install

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.build import build_objective
+from fuel_ray.build.nodes import build_objective
 from fuel_ray.config import PRESETS
 from fuel_ray.objective import (
     Energy,

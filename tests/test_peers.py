@@ -7,28 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.build import build_loop
+from fuel_ray.build.nodes import build_loop
 from fuel_ray.config import PRESETS
 from fuel_ray.control import run_policy
-from fuel_ray.policies.baselines import (
-    AgftLinUcb,
-    BatchModel,
-    Clipper,
-    ClockSchedule,
-    Dwell,
-    Eais,
-    Feedback,
-    Static,
-    StepModel,
-    VoltanaLlm,
-    find_load_table,
-    find_schedule,
-    fit_batches,
-    fit_steps,
-    token_limits,
-)
-from fuel_ray.policies.baselines.profile import Trace, allowed_badness, badness, trace
+from fuel_ray.policies.agft import AgftLinUcb
+from fuel_ray.policies.clipper import Clipper
+from fuel_ray.policies.eais import Eais
+from fuel_ray.policies.feedback import Feedback
+from fuel_ray.policies.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
+from fuel_ray.policies.static import ClockSchedule, Static
+from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.perf_model import load_pack, step_cost
+from fuel_ray.tuning.clock_search import Trace, allowed_badness, badness, trace
+from fuel_ray.tuning.oracle import find_load_table, find_schedule
 from fuel_ray.types import Knobs, RequestRecords, Slo
 from tests.test_codec import SPEC, WINDOW
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fuel_ray.commands.report import summary_table, write_report
-from fuel_ray.commands.report_data import ENERGY
 from fuel_ray.errors import ConfigError
+from fuel_ray.report.data import ENERGY
 
 BLOCK_SIZES = (8, 16, 32, 64)
 POLICIES = ("max_performance", "tuned_static", "load_table", "dqn")

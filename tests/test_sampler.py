@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fuel_ray.errors import ConfigError, GpuError, TelemetryError
-from fuel_ray.live.sampler import Sample, Sampler, changes, held_mean, held_s, next_deadline, window_energy_j
+from fuel_ray.live.sampling import Sample, Sampler, changes, held_mean, held_s, next_deadline, window_energy_j
 
 
 class FakeClock:

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from fuel_ray.build import build_codec, build_spec
+from fuel_ray.build.nodes import build_codec, build_spec
 from fuel_ray.commands import train
-from fuel_ray.commands.trials import Checkpointed, Trained
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.baselines import LoadTable, Score
 from fuel_ray.policies.learned import read_policy
+from fuel_ray.policies.static import LoadTable
 from fuel_ray.record import write_json
+from fuel_ray.training.trials import Checkpointed, Trained
+from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs
 from tests.policy_folders import write_policy
 

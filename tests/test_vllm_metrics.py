@@ -8,8 +8,8 @@ from contextlib import closing
 import pytest
 
 from fuel_ray.errors import ConfigError, TelemetryError
-from fuel_ray.live.kv_monitor import KVCacheMonitor, MetricsClient
-from fuel_ray.live.vllm_metrics import Histogram, difference, parse_metrics
+from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
+from fuel_ray.live.vllm.metrics import Histogram, difference, parse_metrics
 from tests.stub_vllm import PAGE, Stub, serving
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fuel_ray.errors import NodeError, UnsupportedError
-from fuel_ray.live.limiter import BatchLimiter
-from fuel_ray.live.vllm_server import VllmServer
+from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.server import VllmServer
 from tests.test_vllm_server import lives
 
 BIN = os.environ.get("FUEL_RAY_VLLM", "")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
-from fuel_ray.live.vllm_server import VllmServer, free_port, last_error, refused_block_size
+from fuel_ray.live.vllm.server import VllmServer, free_port, last_error, refused_block_size
 
 SCRIPT = """#!{python}
 import http.server, json, os, signal, subprocess, sys, time

@@ -9,26 +9,21 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.arena.config import ArenaConfig
-from fuel_ray.arena.contenders import Contender, learned, published
-from fuel_ray.arena.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
-from fuel_ray.arena.runs import Runs
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serving
-from fuel_ray.build import Part, build_node
+from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
-from fuel_ray.policies.baselines import (
-    AgftLinUcb,
-    LoadTable,
-    Score,
-    Static,
-    find_load_table,
-    find_schedule,
-    tune_static,
-)
-from fuel_ray.policies.baselines.profile import allowed_badness
+from fuel_ray.policies.agft import AgftLinUcb
 from fuel_ray.policies.learned import LearnedPolicy
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.record import summary_fields
 from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.tuning.clock_search import allowed_badness
+from fuel_ray.tuning.contenders import Contender, learned, published
+from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
+from fuel_ray.tuning.oracle import find_load_table, find_schedule
+from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.static_pair import Score, tune_static
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 
 LIMITS_SCARCE, LIMITS_AMPLE = (24, 32, 40, 48, 64), (48,)  # with ample KV the limit moves energy by 0.1 %

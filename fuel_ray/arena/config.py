@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuel_ray.arena.episodes import EPISODE_S
 from fuel_ray.arena.scenarios import SloName
 from fuel_ray.config import ServingConfig
+from fuel_ray.tuning.episodes import EPISODE_S
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from typing import Any
 
 from fuel_ray.arena.cell import Contest, run_scenario
 from fuel_ray.arena.config import ArenaConfig
-from fuel_ray.arena.episodes import HELD_OUT_SEED, TUNING_SEEDS
 from fuel_ray.arena.figures import draw
 from fuel_ray.arena.scenarios import SloName, scenarios_of
 from fuel_ray.arena.tables import headline, markdown, summarise, text
-from fuel_ray.build import build_spec
+from fuel_ray.build.nodes import build_spec
 from fuel_ray.config import to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed
 from fuel_ray.policies.learned import load_policy
 from fuel_ray.record import make_folder, new_folder, origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
 
 # Settings of a node that are not the user's here
 _OF_SCENARIOS = (

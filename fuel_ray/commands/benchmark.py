@@ -10,7 +10,15 @@ from typing import Literal
 
 import numpy as np
 
-from fuel_ray.commands.benchmark_result import (
+from fuel_ray.errors import ConfigError, GpuError, TelemetryError
+from fuel_ray.live.cpu import CpuMeter
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.load.loadgen import LoadGenerator
+from fuel_ray.live.load.prompts import TokenPrompts, load_sharegpt
+from fuel_ray.live.sampling import Sampler
+from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
+from fuel_ray.record import make_folder, write_json
+from fuel_ray.report.benchmark import (
     Measured,
     check,
     cpu_stats,
@@ -19,14 +27,6 @@ from fuel_ray.commands.benchmark_result import (
     kv_stats,
     serving_figures,
 )
-from fuel_ray.errors import ConfigError, GpuError, TelemetryError
-from fuel_ray.live.cpu import CpuMeter
-from fuel_ray.live.kv_monitor import KVCacheMonitor, MetricsClient
-from fuel_ray.live.loadgen import LoadGenerator
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.prompts import TokenPrompts, load_sharegpt
-from fuel_ray.live.sampler import Sampler
-from fuel_ray.record import make_folder, write_json
 from fuel_ray.types import Requests
 
 

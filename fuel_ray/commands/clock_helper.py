@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.live.clock_client import SOCKET_VARIABLE
-from fuel_ray.live.clock_helper import ClockHelper, listening_socket
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu.clock_client import SOCKET_VARIABLE
+from fuel_ray.live.gpu.clock_helper import ClockHelper, listening_socket
+from fuel_ray.live.gpu.nvml import Gpus
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tyro.conf import arg
 
-from fuel_ray.build_deploy import Target, attach
 from fuel_ray.config import GuardConfig, to_dict
-from fuel_ray.deployment import Attached, Deployment, Observer, Observers
+from fuel_ray.deploy.attach import Target, attach
+from fuel_ray.deploy.canary import Canary
+from fuel_ray.deploy.deployment import Attached, Deployment, Observer, Observers
+from fuel_ray.deploy.exporter import Exporter
+from fuel_ray.deploy.recorder import Recorder
 from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.flags import check_ranges, parse_flags
-from fuel_ray.live.exporter import Exporter
-from fuel_ray.policies.canary import Canary
-from fuel_ray.policies.checkpoint import is_checkpoint
 from fuel_ray.policies.learned import PolicyFolder, read_policy
 from fuel_ray.record import new_folder, origin
-from fuel_ray.recorder import Recorder
+from fuel_ray.training.checkpoint import is_checkpoint
 
 EXPORT_S = 120.0  # imports on a busy machine
 

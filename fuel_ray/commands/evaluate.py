@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, run_episode
-from fuel_ray.arena.tuned import Tuned
-from fuel_ray.build import build_loop, build_spec
+from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.codec import parse_knobs
 from fuel_ray.config import ServingConfig, SweepConfig, to_dict
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.flags import parse_serving
-from fuel_ray.policies.baselines import Static
 from fuel_ray.policies.learned import (
     distinct_names,
     load_policy,
     read_manifest,
 )
+from fuel_ray.policies.static import Static
 from fuel_ray.record import new_folder, origin, step_line, summary_fields, write_csv, write_json, write_lines
 from fuel_ray.stats import paired_ratio
+from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, run_episode
+from fuel_ray.tuning.tuned import Tuned
 from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload import parse_workload
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuel_ray.build import build_codec, build_manifest, build_spec
+from fuel_ray.build.nodes import build_codec, build_manifest, build_spec
 from fuel_ray.config import SweepConfig, load_config
 from fuel_ray.errors import ConfigError, PolicyError
-from fuel_ray.policies.checkpoint import is_checkpoint, q_network
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import read_json
+from fuel_ray.training.checkpoint import is_checkpoint, q_network
 
 _RUN_JSON = "run.json"
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from fuel_ray.build import build_loop, build_spec
-from fuel_ray.build_live import attached
+from fuel_ray.build.live import attached
+from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving

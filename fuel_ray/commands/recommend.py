@@ -10,16 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from fuel_ray.arena.cell import LIMITS_SCARCE, SLACK, best_tuned, exam, tune_static_pair, tune_table
-from fuel_ray.arena.contenders import learned
-from fuel_ray.arena.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
-from fuel_ray.arena.runs import Runs
-from fuel_ray.build import build_loop, build_spec
+from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.codec import Codec
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, validate_tune_share
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.baselines import Static
 from fuel_ray.policies.learned import (
     LearnedPolicy,
     distinct_names,
@@ -28,8 +24,12 @@ from fuel_ray.policies.learned import (
     read_policy,
     save_policy,
 )
+from fuel_ray.policies.static import Static
 from fuel_ray.record import make_folder
 from fuel_ray.stats import Interval, paired_ratio
+from fuel_ray.tuning.contenders import learned
+from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
+from fuel_ray.tuning.runs import Runs
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload import parse_workload
 

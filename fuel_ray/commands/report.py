@@ -6,10 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from fuel_ray.commands import report_figures as figures
-from fuel_ray.commands import report_tables as tables
-from fuel_ray.commands import report_text as text
-from fuel_ray.commands.report_data import (
+from fuel_ray.report import figures, tables, text
+from fuel_ray.report.data import (
     LEARNED,
     REFERENCES,
     Run,
@@ -18,7 +16,7 @@ from fuel_ray.commands.report_data import (
     missed,
     relative_energy,
 )
-from fuel_ray.commands.report_page import (
+from fuel_ray.report.page import (
     Cell,
     definitions,
     figure,

@@ -9,11 +9,16 @@ from typing import Any, TypeVar
 
 import ray
 
-from fuel_ray.arena.episodes import EPISODE_S, TUNING_SEEDS
-from fuel_ray.arena.tuned import Tuned, score_weights, tune_anchor, tune_baselines
-from fuel_ray.build import build_codec, build_engine, build_manifest, build_node, build_spec, twin_of, twinned
+from fuel_ray.build.nodes import (
+    build_codec,
+    build_engine,
+    build_manifest,
+    build_node,
+    build_spec,
+    twin_of,
+    twinned,
+)
 from fuel_ray.cluster.hosts import answer_of, driver_resource
-from fuel_ray.commands.trials import Trained, run_trials, start_ray
 from fuel_ray.config import LearnConfig, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving, resumed
@@ -21,6 +26,9 @@ from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
 from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.training.trials import Trained, run_trials, start_ray
+from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
 
 TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
 ANSWER_S = 60.0  # to fetch what a finished job has left

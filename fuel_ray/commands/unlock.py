@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuel_ray.errors import ConfigError, FuelRayError, GpuError
-from fuel_ray.live.lease import unlock
-from fuel_ray.live.lease_state import owners, state_folder
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu.lease import unlock
+from fuel_ray.live.gpu.lease_state import owners, state_folder
+from fuel_ray.live.gpu.nvml import Gpus
 
 HOST_S = 60.0
 

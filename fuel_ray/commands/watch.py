@@ -8,8 +8,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fuel_ray.deploy.exporter import Page, read_page
 from fuel_ray.errors import ConfigError, TelemetryError
-from fuel_ray.live.exporter import Page, read_page
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fuel_ray.errors import GpuError
 from fuel_ray.live.cpu import CpuMeter
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.vllm_server import free_port
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.vllm.server import free_port
 
 LEAST_FREE_GB = 5.0
 ASK_S = 20.0

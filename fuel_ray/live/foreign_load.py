@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
-from fuel_ray.live.vllm_metrics import Histogram, MetricsDelta, MetricsSnapshot
+from fuel_ray.live.vllm.metrics import Histogram, MetricsDelta, MetricsSnapshot
 
 
 @dataclass(frozen=True, slots=True)

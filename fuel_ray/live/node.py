@@ -10,16 +10,16 @@ from typing import Protocol
 import numpy as np
 
 from fuel_ray.errors import NodeError, TelemetryError
-from fuel_ray.live.completion import Attempt
 from fuel_ray.live.cpu import CpuMeter, CpuReading
 from fuel_ray.live.foreign_load import ForeignLoad, Served
-from fuel_ray.live.kv_monitor import MetricsClient
-from fuel_ray.live.lease import ClockLease
-from fuel_ray.live.loadgen import LoadGenerator, request_records
-from fuel_ray.live.nvml import GpuReading, Gpus
-from fuel_ray.live.sampler import Sample, Sampler, held_mean, window_energy_j
-from fuel_ray.live.vllm_metrics import MetricsDelta, MetricsSnapshot, difference
-from fuel_ray.live.vllm_server import VllmServer
+from fuel_ray.live.gpu.lease import ClockLease
+from fuel_ray.live.gpu.nvml import GpuReading, Gpus
+from fuel_ray.live.load.completion import Attempt
+from fuel_ray.live.load.loadgen import LoadGenerator, request_records
+from fuel_ray.live.sampling import Sample, Sampler, held_mean, window_energy_j
+from fuel_ray.live.vllm.kv_monitor import MetricsClient
+from fuel_ray.live.vllm.metrics import MetricsDelta, MetricsSnapshot, difference
+from fuel_ray.live.vllm.server import VllmServer
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
 
 GPU_INTERVAL_S = 0.05

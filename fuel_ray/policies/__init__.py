@@ -1,0 +1,1 @@
+"""Whatever decides: static and learned policies, one file per published rule."""

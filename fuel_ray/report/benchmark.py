@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.live.cpu import CpuReading
-from fuel_ray.live.kv_monitor import TimedSnapshot
-from fuel_ray.live.loadgen import LoadResult
-from fuel_ray.live.nvml import GpuReading
-from fuel_ray.live.sampler import Sample, held_mean, window_energy_j
+from fuel_ray.live.gpu.nvml import GpuReading
+from fuel_ray.live.load.loadgen import LoadResult
+from fuel_ray.live.sampling import Sample, held_mean, window_energy_j
+from fuel_ray.live.vllm.kv_monitor import TimedSnapshot
 
 _PERCENTILES = (50, 90, 95, 99)
 

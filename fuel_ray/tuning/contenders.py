@@ -4,20 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuel_ray.policies.agft import AgftLinUcb
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
-from fuel_ray.policies.baselines import (
-    AgftLinUcb,
-    Clipper,
-    Dwell,
-    Eais,
-    Feedback,
-    LoadTable,
-    VoltanaLlm,
-    fit_batches,
-    fit_steps,
-    token_limits,
-)
+from fuel_ray.policies.clipper import Clipper
+from fuel_ray.policies.eais import Eais
+from fuel_ray.policies.feedback import Feedback
 from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest
+from fuel_ray.policies.models import fit_batches, fit_steps, token_limits
+from fuel_ray.policies.static import LoadTable
+from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.perf_model import Pack
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 

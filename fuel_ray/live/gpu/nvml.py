@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 import pynvml
 
 from fuel_ray.errors import ConfigError, GpuError, PrivilegeError
-from fuel_ray.live.clock_client import clock_client
+from fuel_ray.live.gpu.clock_client import clock_client
 from fuel_ray.live.processes import holds_sys_admin
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import aiohttp
 import numpy as np
 
 from fuel_ray.errors import TelemetryError
-from fuel_ray.live.completion import Attempt, Completions
-from fuel_ray.live.prompts import TokenPrompts
+from fuel_ray.live.load.completion import Attempt, Completions
+from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.types import RequestRecords, Requests
 
 Prompts = Sequence[str] | TokenPrompts

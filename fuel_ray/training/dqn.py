@@ -26,8 +26,8 @@ from ray.rllib.utils.metrics import (
 from ray.tune import PlacementGroupFactory
 
 from fuel_ray.env import NODE_FAILURE
-from fuel_ray.policies.replay import Batch, ReplayBuffer
-from fuel_ray.policies.sampler import Env, Exploration, Sampler, near
+from fuel_ray.training.replay import Batch, ReplayBuffer
+from fuel_ray.training.rollout import Env, Exploration, Sampler, near
 
 
 class FastDqnConfig(DQNConfig):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuel_ray.errors import ConfigError, GpuError
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu.nvml import Gpus
 
 MAX_LINE = 128  # bytes
 MAX_PEERS = 16

@@ -5,8 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from fuel_ray.policies.baselines.profile import Attempts, Runner, Trace, grid_of, profile
 from fuel_ray.policies.static import ClockSchedule, LoadTable
+from fuel_ray.tuning.clock_search import Attempts, Runner, Trace, grid_of, profile
 from fuel_ray.types import Knobs
 
 

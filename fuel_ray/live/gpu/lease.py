@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fuel_ray.errors import GpuError
-from fuel_ray.live.lease_state import lock, record_owner, state_folder, state_path
-from fuel_ray.live.nvml import Gpus
+from fuel_ray.live.gpu.lease_state import lock, record_owner, state_folder, state_path
+from fuel_ray.live.gpu.nvml import Gpus
 
 START_S = 30.0  # imports on a busy machine
 END_S = 5.0
 
 # Forked once more it is an orphan, for Ray kills the children of a worker that it ends; forked before it
 # imports, while it has one thread.
-_WATCHDOG = "import os; os.fork() and os._exit(0); from fuel_ray.live.lease import watch; watch()"
+_WATCHDOG = "import os; os.fork() and os._exit(0); from fuel_ray.live.gpu.lease import watch; watch()"
 
 logger = logging.getLogger(__name__)
 

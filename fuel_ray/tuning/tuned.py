@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.arena.cell import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
-from fuel_ray.arena.contenders import LOG_PRICES, kept_near
-from fuel_ray.arena.episodes import EPISODE_S, TUNING_SEEDS
-from fuel_ray.arena.runs import Runs
-from fuel_ray.build import build_codec, build_loop
+from fuel_ray.build.nodes import build_codec, build_loop
 from fuel_ray.config import LearnConfig
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.baselines import LoadTable, Score
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
+from fuel_ray.policies.static import LoadTable
+from fuel_ray.tuning.contenders import LOG_PRICES, kept_near
+from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs
 
 _ASKED = "asked"  # the promise of the settings

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from fuel_ray import __version__
-from fuel_ray.build_live import live_engine, live_node, live_spec
+from fuel_ray.build.live import live_engine, live_node, live_spec
 from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
 from fuel_ray.config import PRESETS, LearnConfig, ServingConfig
 from fuel_ray.control import ControlLoop
@@ -60,7 +60,7 @@ def build_node(
         NodeError: no such GPU, or the live server did not start.
     """
     if config.node == "ray":
-        from fuel_ray.build_cluster import remote_node  # noqa: PLC0415  (only this kind of node waits for Ray)
+        from fuel_ray.build.cluster import remote_node  # noqa: PLC0415  (only this kind of node waits for Ray)
 
         build = partial(build_node, kv_block_size=kv_block_size, horizon_s=horizon_s)
         return remote_node(config, partial(build, workload=workload, random_start=random_start, part=part))
@@ -90,7 +90,7 @@ def build_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
         NodeError: there is no such GPU.
     """
     if config.node == "ray":
-        from fuel_ray.build_cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
+        from fuel_ray.build.cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
 
         return ask_node(config, partial(build_spec, kv_block_size=kv_block_size))
     if config.node == "live":
@@ -106,7 +106,7 @@ def build_engine(config: ServingConfig, kv_block_size: int) -> str:
         NodeError: no such GPU, or the live server did not start.
     """
     if config.node == "ray":
-        from fuel_ray.build_cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
+        from fuel_ray.build.cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
 
         return ask_node(config, partial(build_engine, kv_block_size=kv_block_size))
     if config.node == "live":

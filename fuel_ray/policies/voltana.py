@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fuel_ray.policies.baselines.models import StepModel
+from fuel_ray.policies.models import StepModel
 from fuel_ray.types import Knobs, Policy, WindowMetrics
 
 _IDLE_S = 5.0  # without new metrics for longer than this: the lowest clock

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fuel_ray.commands.report_data import (
+from fuel_ray.report.data import (
     LEARNED,
     REFERENCES,
     Run,

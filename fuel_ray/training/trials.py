@@ -15,10 +15,16 @@ from ray import tune
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
-from fuel_ray.build import build_codec, build_env, build_spec
-from fuel_ray.build_cluster import gpus_per_node
+from fuel_ray.build.cluster import gpus_per_node
+from fuel_ray.build.nodes import build_codec, build_env, build_spec
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
-from fuel_ray.commands.trials_watch import (
+from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
+from fuel_ray.env import ParallelServingEnv, ServingEnv
+from fuel_ray.errors import FuelRayError
+from fuel_ray.policies.anchor import Anchor
+from fuel_ray.training.checkpoint import q_network
+from fuel_ray.training.dqn import FastDqn, FastDqnConfig
+from fuel_ray.training.progress import (
     EpisodeMetrics,
     NodeWatch,
     Progress,
@@ -26,13 +32,7 @@ from fuel_ray.commands.trials_watch import (
     progress_table,
     reason,
 )
-from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
-from fuel_ray.env import ParallelServingEnv, ServingEnv
-from fuel_ray.errors import FuelRayError
-from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.checkpoint import q_network
-from fuel_ray.policies.dqn import FastDqn, FastDqnConfig
-from fuel_ray.policies.rl_module import DuelingDqnModule
+from fuel_ray.training.rl_module import DuelingDqnModule
 
 _ENV_NAME = "fuel_ray_serving"
 

@@ -5,11 +5,12 @@ from functools import partial
 
 import numpy as np
 
-from fuel_ray.arena.episodes import DRAIN_S, Episode, run_episode
 from fuel_ray.control import ControlLoop
-from fuel_ray.policies.baselines import Planned, Score, Static
-from fuel_ray.policies.baselines.profile import Runner, Trace, trace_of
+from fuel_ray.policies.static import Planned, Static
 from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.tuning.clock_search import Runner, Trace, trace_of
+from fuel_ray.tuning.episodes import DRAIN_S, Episode, run_episode
+from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
 
 Played = tuple[np.ndarray, np.ndarray, RequestRecords]  # energy (J) and arrivals per window of 1 s

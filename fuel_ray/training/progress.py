@@ -10,7 +10,7 @@ import numpy as np
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-from fuel_ray.build_cluster import gpus_per_node
+from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
 from fuel_ray.config import LearnConfig
 from fuel_ray.errors import NodeError

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
-from fuel_ray.commands.report_data import ENERGY, LEARNED, Run, mean_over_seeds
-from fuel_ray.commands.report_text import label
+from fuel_ray.report.data import ENERGY, LEARNED, Run, mean_over_seeds
+from fuel_ray.report.text import label
 from fuel_ray.stats import Interval
 
 # Okabe and Ito's colour-blind-safe palette; a policy without a colour of its own takes one of the others.

@@ -11,22 +11,22 @@ from typing import Literal
 
 from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop, StepRecord
-from fuel_ray.deployment import Attached
+from fuel_ray.deploy.canary import Canary
+from fuel_ray.deploy.deployment import Attached
+from fuel_ray.deploy.estimate import SavingEstimate
+from fuel_ray.deploy.shadow import ShadowNode
 from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import ConfigError, NodeError, PolicyError
-from fuel_ray.estimate import SavingEstimate
 from fuel_ray.guard import Guard
-from fuel_ray.live.kv_monitor import MetricsClient
-from fuel_ray.live.lease import unlock
-from fuel_ray.live.lease_state import state_folder, state_path
-from fuel_ray.live.limiter import BatchLimiter
+from fuel_ray.live.gpu.lease import unlock
+from fuel_ray.live.gpu.lease_state import state_folder, state_path
+from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.node import GpuNode
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.shadow import ShadowNode
-from fuel_ray.live.vllm_metrics import CacheConfig
-from fuel_ray.live.vllm_server import served_model, server_version
+from fuel_ray.live.vllm.kv_monitor import MetricsClient
+from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.metrics import CacheConfig
+from fuel_ray.live.vllm.server import served_model, server_version
 from fuel_ray.objective import Energy
-from fuel_ray.policies.canary import Canary
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, Node, NodeSpec, Policy

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.control import StepRecord
-from fuel_ray.deployment import Attached
+from fuel_ray.deploy.canary import Canary
+from fuel_ray.deploy.deployment import Attached
 from fuel_ray.errors import FuelRayError
 from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
-from fuel_ray.policies.canary import Canary
 from fuel_ray.record import StepLog, step_line, write_json
 from fuel_ray.types import Knobs, Slo
 

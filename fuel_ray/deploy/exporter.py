@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from prometheus_client.parser import text_string_to_metric_families
 
 from fuel_ray.control import StepRecord
-from fuel_ray.deployment import Attached
+from fuel_ray.deploy.deployment import Attached
 from fuel_ray.errors import ConfigError, FuelRayError, TelemetryError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.types import Knobs, Slo

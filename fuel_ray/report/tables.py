@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fuel_ray.commands.report_data import (
+from fuel_ray.report.data import (
     ENERGY,
     LEARNED,
     REFERENCES,
@@ -14,9 +14,9 @@ from fuel_ray.commands.report_data import (
     missed,
     relative_energy,
 )
-from fuel_ray.commands.report_figures import color
-from fuel_ray.commands.report_page import Cell, table
-from fuel_ray.commands.report_text import label, percent
+from fuel_ray.report.figures import color
+from fuel_ray.report.page import Cell, table
+from fuel_ray.report.text import label, percent
 from fuel_ray.stats import Interval
 
 _HEAD = (

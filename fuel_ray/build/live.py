@@ -17,13 +17,13 @@ import numpy as np
 
 from fuel_ray.config import LiveConfig, ServingConfig
 from fuel_ray.errors import ConfigError
-from fuel_ray.live.kv_monitor import MetricsClient
-from fuel_ray.live.limiter import BatchLimiter
-from fuel_ray.live.loadgen import LoadGenerator
+from fuel_ray.live.vllm.kv_monitor import MetricsClient
+from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.node import GpuNode
-from fuel_ray.live.nvml import Gpus
-from fuel_ray.live.prompts import TokenPrompts
-from fuel_ray.live.vllm_server import VllmServer, served_model, server_version
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.load.prompts import TokenPrompts
+from fuel_ray.live.vllm.server import VllmServer, served_model, server_version
 from fuel_ray.sim.perf_model import load_pack
 from fuel_ray.types import NodeSpec
 from fuel_ray.workload import Workload

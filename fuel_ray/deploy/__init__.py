@@ -1,0 +1,1 @@
+"""A policy in front of a server that serves real traffic."""

@@ -1,0 +1,1 @@
+"""GPUs: NVML, and clocks that are given back whatever happens."""

@@ -1,0 +1,1 @@
+"""The requests that are sent to a server."""

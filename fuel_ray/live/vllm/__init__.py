@@ -1,0 +1,1 @@
+"""A vLLM server: its process, its metrics, its batch limit."""

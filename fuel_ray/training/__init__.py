@@ -1,0 +1,1 @@
+"""Everything that knows RLlib or a learner."""

@@ -1,0 +1,1 @@
+"""What is fitted on tuning seeds: static pairs, load tables, prices, anchors."""
