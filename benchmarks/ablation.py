@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_AMPLE, LIMITS_SCARCE, Contest, exam, loop_of, practice_of, tuned
-from fuel_ray.arena.cell import tune_static_pair as tune_static
+from fuel_ray.arena.cell import LIMITS_AMPLE, Contest, exam, loop_of, practice_of
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, SloName
-from fuel_ray.build.nodes import build_codec
+from fuel_ray.build.codec import build_codec
 from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
@@ -27,6 +26,8 @@ from fuel_ray.training.trials import averaged, run_trials, start_ray
 from fuel_ray.tuning.contenders import LOG_PRICES, Contender
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.search import LIMITS_SCARCE, tuned
+from fuel_ray.tuning.search import tune_static_pair as tune_static
 
 CELLS: tuple[tuple[str, SloName], ...] = (
     ("diurnal-scarce", "interactive"),

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fuel_ray.commands.validate import read_trace
 from fuel_ray.sim import scheduler as rules
-from fuel_ray.sim.perf_model import Pack, PerfModel, load_pack, step_cost
+from fuel_ray.sim.pack import Pack, PerfModel, load_pack
+from fuel_ray.sim.perf_model import step_cost
+from fuel_ray.sim.recorded import read_trace
 from fuel_ray.sim.replay import RecordedRun, measured_figures, predicted_latencies, relative_errors
 from fuel_ray.sim.replay import predicted_figures as predict
 from fuel_ray.types import Requests

@@ -31,9 +31,9 @@ from torch import nn
 from fuel_ray.codec import GREENDLS_GRID
 from fuel_ray.objective import greendls_reward
 from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, Requests
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 
 UPDATES, BATCH, LOAD_S, MEAN_RPS, SLO_S = 8_000, 64, 600, 5.95, 10.0
 OUTPUT_TOKENS = 24

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fuel_ray.arena.cell import Contest, loop_of, practice_of, tune_static_pair, tuned
+from fuel_ray.arena.cell import Contest, loop_of, practice_of
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, SLO_NAMES
 from fuel_ray.policies.learned import LearnedPolicy, load_policy
 from fuel_ray.stats import paired_ratio
 from fuel_ray.tuning.contenders import free
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, run_episode
+from fuel_ray.tuning.search import tune_static_pair, tuned
 from fuel_ray.types import Knobs, WindowMetrics
 
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from fuel_ray.arena.cell import exam
 from fuel_ray.arena.scenarios import INTERACTIVE
-from fuel_ray.build.nodes import build_codec, build_loop
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import SEED_FEATURES
 from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.policies.learned import LearnedPolicy

@@ -9,8 +9,8 @@ import statistics
 import time
 
 from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.sim.perf_model import load_pack
-from fuel_ray.workload import parse_workload
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.workload.spec import parse_workload
 
 RATES_RPS = (1, 10, 50, 200)
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from fuel_ray.arena.cell import Contest, loop_of, practice_of
 from fuel_ray.arena.config import ArenaConfig
+from fuel_ray.arena.runner import cell_file, contests_of, run_and_write
 from fuel_ray.arena.scenarios import Scenario, SloName
-from fuel_ray.commands.arena import cell_file, contests_of, parse, publish, run_and_write
+from fuel_ray.commands.arena import parse, publish
 from fuel_ray.record import make_folder, read_json
 
 

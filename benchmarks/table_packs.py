@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fuel_ray.sim.calibrate import DecodePoint, Profile, fit, leave_one_out
-from fuel_ray.sim.perf_model import PerfModel, load_pack
+from fuel_ray.sim.pack import PerfModel, load_pack
 
 # What a batch of the A100 table is: so many steps that its batch-1 step takes what reading 16.1 GB of weights
 # at 80 % of 1,555 GB/s takes, 12.9 ms; the table does not say how many tokens were asked for.

@@ -199,4 +199,4 @@ def _all_or_none(making: Sequence[Future[ServingEnv]]) -> list[ServingEnv]:
 
 
 # Gymnasium has no plug-in mechanism since 1.0: it imports the module of "fuel_ray.env:fuel_ray/Serving-v0".
-gymnasium.register(id="fuel_ray/Serving-v0", entry_point="fuel_ray.build.nodes:serving_env")
+gymnasium.register(id="fuel_ray/Serving-v0", entry_point="fuel_ray.training.envs:serving_env")

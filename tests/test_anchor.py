@@ -6,18 +6,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.arena.cell import Contest, best_tuned, loop_of, practice_of
-from fuel_ray.arena.config import ArenaConfig
+from fuel_ray.arena.cell import Contest, loop_of, practice_of
+from fuel_ray.arena.config import ArenaConfig, RecommendConfig
+from fuel_ray.arena.recommendation import Pair, Told, save
 from fuel_ray.arena.scenarios import SCENARIOS
-from fuel_ray.build.nodes import build_env, build_loop, build_spec
-from fuel_ray.commands.recommend import Pair, RecommendConfig, Told, save
+from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import PolicyError
 from fuel_ray.policies.anchor import Anchor, Tether
 from fuel_ray.policies.learned import load_policy, read_policy
 from fuel_ray.policies.static import LoadTable, Static
+from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.contenders import kept_near
 from fuel_ray.tuning.oracle import find_load_table
+from fuel_ray.tuning.search import best_tuned
 from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import GRID, write_policy
 

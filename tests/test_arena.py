@@ -10,23 +10,26 @@ import numpy as np
 import psutil
 import pytest
 
-from fuel_ray.arena.cell import CHOSEN, bisected, choose, tune_static_pair, tuned
+from fuel_ray.arena.cell import CHOSEN, choose
+from fuel_ray.arena.recommendation import STATIC, Pair, recommendation
 from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, promise, scenarios_of, serving
 from fuel_ray.arena.tables import headline, markdown, summarise, text
-from fuel_ray.build.nodes import build_codec, build_env, build_loop, build_spec
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.cli import main
-from fuel_ray.commands.recommend import STATIC, Pair, recommendation
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.learned import Manifest, load_policy, save_policy
 from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
+from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import Trace
 from fuel_ray.tuning.contenders import Contender
 from fuel_ray.tuning.runs import Runs, score_of
+from fuel_ray.tuning.search import bisected, tune_static_pair, tuned
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, Slo
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 from tests.test_lease import until
 
 # Scenarios and promises

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from fuel_ray.build import live as build_live
-from fuel_ray.build import nodes as build
-from fuel_ray.build.nodes import build_codec, build_env, build_node, build_spec, twin_of, twinned
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_node, build_spec, twin_of, twinned
 from fuel_ray.config import PRESETS, LiveConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.static import LoadTable
+from fuel_ray.training import envs
+from fuel_ray.training.envs import build_env
 from fuel_ray.types import Knobs
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import Stub, serving
 
@@ -76,7 +78,8 @@ def test_only_a_simulated_node_has_its_load_table_beside_it(monkeypatch, kind, n
         made.append(build_node(twin_of(config), *args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(build, "build_node", simulated)
+    monkeypatch.setattr(envs, "build_node", simulated)
+    monkeypatch.setattr("fuel_ray.build.nodes.build_node", simulated)
     anchor = Anchor(LoadTable([], [Knobs(32, 1500)]), 0.03)
     env = build_env(replace(PRESETS["default"], node=kind), [16], anchor=anchor)
     env.reset(seed=0)

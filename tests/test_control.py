@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from fuel_ray.build.nodes import build_env, build_loop
+from fuel_ray.build.nodes import build_loop
 from fuel_ray.config import PRESETS, GuardConfig
 from fuel_ray.control import ControlLoop, run_policy
 from fuel_ray.errors import NodeError
 from fuel_ray.guard import Guard, Rules
 from fuel_ray.objective import Energy
+from fuel_ray.training.envs import build_env
 from fuel_ray.types import Knobs, Slo
 from tests.test_codec import SPEC, WINDOW
 

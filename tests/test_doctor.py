@@ -103,7 +103,7 @@ def test_the_hosts_of_a_cluster_file_are_asked_by_ssh(said, status, words, capsy
         asked.append(command)
         return subprocess.CompletedProcess(command, status, "", said)
 
-    monkeypatch.setattr("fuel_ray.commands.doctor.subprocess.run", run)
+    monkeypatch.setattr("fuel_ray.cluster.ssh.subprocess.run", run)
     provider = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump({"provider": provider, "auth": {"ssh_user": "root"}}))

@@ -6,11 +6,13 @@ import gymnasium
 import numpy as np
 import pytest
 
-from fuel_ray.build.nodes import build_codec, build_env, build_objective
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.objective import build_objective
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.env import NODE_FAILURE, ParallelServingEnv, ServingEnv
 from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.training.envs import build_env
 from tests.test_node_contract import simulated
 
 CONFIG = SweepConfig()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fuel_ray.build.nodes import build_loop, build_objective
-from fuel_ray.commands import evaluate
+from fuel_ray.arena import evaluation as evaluate
+from fuel_ray.build.nodes import build_loop
+from fuel_ray.build.objective import build_objective
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError

@@ -7,7 +7,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from fuel_ray.build.nodes import build_codec, build_spec
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_spec
 from fuel_ray.cli import main
 from fuel_ray.config import PRESETS, to_dict
 from fuel_ray.errors import PolicyError

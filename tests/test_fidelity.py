@@ -8,9 +8,11 @@ import pytest
 
 from fuel_ray.commands import calibrate, validate
 from fuel_ray.commands.calibrate import CalibrateConfig
-from fuel_ray.commands.validate import ValidateConfig, read_trace
+from fuel_ray.commands.validate import ValidateConfig
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.perf_model import load_pack, pack_names, step_cost
+from fuel_ray.sim.pack import load_pack, pack_names
+from fuel_ray.sim.perf_model import step_cost
+from fuel_ray.sim.recorded import read_trace
 from fuel_ray.sim.replay import FIGURES, measured_figures, predicted_figures, relative_errors
 
 DATA = Path(__file__).parent / "data"

@@ -8,9 +8,9 @@ import pytest
 
 from fuel_ray.errors import NodeError
 from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, WindowMetrics
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 
 
 def simulated():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.build.nodes import build_objective
+from fuel_ray.build.objective import build_objective
 from fuel_ray.config import PRESETS
 from fuel_ray.objective import (
     Energy,
@@ -15,9 +15,9 @@ from fuel_ray.objective import (
     normalized_greendls_kv_reward,
 )
 from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, Requests, Slo
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 from tests.test_codec import WINDOW
 
 

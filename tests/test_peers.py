@@ -17,7 +17,8 @@ from fuel_ray.policies.feedback import Feedback
 from fuel_ray.policies.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
 from fuel_ray.policies.static import ClockSchedule, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
-from fuel_ray.sim.perf_model import load_pack, step_cost
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.tuning.clock_search import Trace, allowed_badness, badness, trace
 from fuel_ray.tuning.oracle import find_load_table, find_schedule
 from fuel_ray.types import Knobs, RequestRecords, Slo

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from fuel_ray.build.nodes import build_codec, build_loop, build_node
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_loop, build_node
 from fuel_ray.codec import SEED_GRID, ActionGrid, Codec, Encoder
-from fuel_ray.commands import train
 from fuel_ray.config import PRESETS
 from fuel_ray.control import run_policy
 from fuel_ray.errors import PolicyError
 from fuel_ray.policies.learned import LearnedPolicy, Manifest, load_policy, save_policy
 from fuel_ray.policies.network import folded, q_values
 from fuel_ray.policies.static import LoadTable, Static
+from fuel_ray.training import run as train
 from fuel_ray.training.replay import ReplayBuffer
 from fuel_ray.training.rl_module import DuelingQNet
 from fuel_ray.training.rollout import Exploration, Sampler, near

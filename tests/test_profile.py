@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fuel_ray.cli import main
-from fuel_ray.sim.perf_model import load_pack, step_cost
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.perf_model import step_cost
 
 DATA = Path(__file__).parent / "data"
 CLOCKS = ("1980", "1740", "1500", "1245", "990")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from fuel_ray.commands.report import summary_table, write_report
 from fuel_ray.errors import ConfigError
 from fuel_ray.report.data import ENERGY
+from fuel_ray.report.sections import summary_table, write_report
 
 BLOCK_SIZES = (8, 16, 32, 64)
 POLICIES = ("max_performance", "tuned_static", "load_table", "dqn")

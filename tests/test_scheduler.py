@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.sim.perf_model import load_pack, step_cost
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.sim.scheduler import Engine, advance, new_state
 from fuel_ray.types import Knobs, Requests
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 
 PACK = load_pack("h100-qwen3-8b")
 
@@ -302,9 +303,9 @@ def test_a_request_larger_than_the_pool_is_refused():
 ORACLE = """
 import numpy as np
 from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 node = SimulatedNode(load_pack("h100-qwen3-8b"), parse_workload("chat-prefix"), kv_block_size=16,
                      horizon_s=20.0, kv_tokens=9_000)
 node.reset(seed=3)

@@ -4,20 +4,22 @@ from dataclasses import replace
 
 import pytest
 
-from fuel_ray.build.nodes import build_codec, build_spec
-from fuel_ray.commands import train
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_spec
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.record import write_json
+from fuel_ray.training import run as train
 from fuel_ray.training.trials import Checkpointed, Trained
 from fuel_ray.tuning.static_pair import Score
+from fuel_ray.tuning.tuned import Tuned
 from fuel_ray.types import Knobs
 from tests.policy_folders import write_policy
 
 BASE = Knobs(48, 1500)
-TUNED = train.Tuned(BASE, LoadTable([], [BASE]), share=0.93)  # all that can be had of this load
+TUNED = Tuned(BASE, LoadTable([], [BASE]), share=0.93)  # all that can be had of this load
 
 
 def finished(monkeypatch, tmp_path, scores, *, block_sizes=(16,), **settings):

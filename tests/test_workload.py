@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.types import Requests
-from fuel_ray.workload import parse_workload
+from fuel_ray.workload.spec import parse_workload
 
 SYNTHETIC = ("steady", "gamma", "piecewise", "diurnal", "mmpp", "chat-prefix")
 BUILT_IN = (*SYNTHETIC, "azure-conv", "azure-code", "diurnal:lengths=azure-code", "steady:lengths=fixed")

@@ -1,9 +1,8 @@
 """One scenario: tune everybody on training seeds, evaluate everybody on held-out ones."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,26 @@ from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serv
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
-from fuel_ray.policies.agft import AgftLinUcb
-from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.record import summary_fields
-from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.clock_search import allowed_badness
 from fuel_ray.tuning.contenders import Contender, learned, published
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
-from fuel_ray.tuning.oracle import find_load_table, find_schedule
+from fuel_ray.tuning.oracle import find_schedule
 from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.static_pair import Score, tune_static
+from fuel_ray.tuning.search import (
+    LIMITS_SCARCE,
+    TABLE_STRIDE,
+    best_tuned,
+    tune_static_pair,
+    tune_table,
+)
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 
-LIMITS_SCARCE, LIMITS_AMPLE = (24, 32, 40, 48, 64), (48,)  # with ample KV the limit moves energy by 0.1 %
-SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
+LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
 CHOSEN = "chosen: learned or static"  # by ``choose``
-HALVINGS = 3  # of the distance between settings
-BISECTIONS = 8
 TABLE_BUDGET = 30  # runs spent on single moves
-TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 _RECORDED = ("slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s", "preemptions",
              "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
 
@@ -130,44 +129,6 @@ def choose(practice: Runs, slo: str, policies: Mapping[str, Policy], *, share: f
     return min(ranks, key=lambda name: ranks[name])
 
 
-def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence[int]) -> tuple[Knobs, float]:
-    """The best pair, and the share of requests that is asked of everybody.
-
-    Where no pair keeps the promise for ``share``, everybody is asked for what the best one keeps, less
-    ``SLACK``.
-    """
-    spec = practice.loop.node.spec
-    highest = spec.batch_limits[-1]
-    limits = sorted({highest, *(limit for limit in limits if limit < highest)})
-
-    def score(policy: Policy, share: float) -> Score:
-        return practice.score(policy, slo, share=share)
-
-    fastest = [Static(Knobs(limit, spec.gpu_clocks_mhz[-1])) for limit in limits]
-    reachable = max(score(policy, share).slo_attainment for policy in fastest)
-    asked = share if reachable >= share else eased(practice.slos[slo], share, reachable)
-    return tune_static(partial(score, share=asked), spec, share=asked, limits=limits), asked
-
-
-def eased(slo: Slo, share: float, reachable: float) -> float:
-    """What to ask for where the best there is attains only ``reachable`` by ``share``: a little less."""
-    if slo.share is None:  # means, which are at share / reachable of what is asked
-        return share * share / reachable + SLACK
-    return reachable - SLACK
-
-
-def tune_table(practice: Runs, slo: str, static: Knobs, *, share: float, budget: int = 60) -> LoadTable:
-    """The best load table at this pair's limit; ``budget`` runs are spent on single moves."""
-    return find_load_table(
-        practice.runner(slo),
-        practice.loop.node.spec.gpu_clocks_mhz,
-        batch_limit=static.batch_limit,
-        allowed=allowed_badness(practice.slos[slo], share),
-        stride=TABLE_STRIDE,
-        budget=budget,
-    )
-
-
 def _contenders(
     contest: Contest, slo: Slo, spec: NodeSpec, static: Knobs, table: LoadTable
 ) -> list[tuple[Contender, ...]]:
@@ -175,71 +136,6 @@ def _contenders(
         published(spec, slo, load_pack(contest.config.pack), static=static) if contest.config.peers else []
     )
     return [*((peer,) for peer in peers), *learned(contest.config.policies, spec, slo, table)]
-
-
-def best_tuned(
-    family: Sequence[Contender], practice: Runs, slo: str, *, share: float
-) -> tuple[Policy, dict[str, float]]:
-    """The variant, with its setting, that ranks best on the tuning seeds, and what was tuned."""
-    if len(family) == 1:
-        policy, setting = tuned(family[0], practice, slo, share=share)
-    else:
-        ranks = [_ranker(contender, practice, slo, share) for contender in family]
-        settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
-        best = min(range(len(family)), key=lambda k: ranks[k](settings[k]))
-        policy, setting = family[best].make(settings[best]), settings[best]
-    anchor = policy.anchor if isinstance(policy, LearnedPolicy) else None
-    return policy, {"setting": setting} if anchor is None else {"setting": setting, "anchor": anchor.weight}
-
-
-def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
-    """The contender with the setting that ranks best on the tuning seeds; AGFT has learned on them."""
-    best = _search(contender, _ranker(contender, practice, slo, share))
-    policy = contender.make(best)
-    if isinstance(policy, AgftLinUcb):
-        for seed in practice.seeds:
-            practice.episode(policy, seed)
-            policy.keep()
-    return policy, best
-
-
-def _ranker(
-    contender: Contender, practice: Runs, slo: str, share: float
-) -> Callable[[float], tuple[bool, float]]:
-    """How the contender ranks with a setting, run once per setting."""
-    return cache(lambda setting: practice.score(contender.make(setting), slo, share=share).rank(share))
-
-
-def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:
-    """The setting of lowest rank; where there is only one, it is not run.
-
-    The settings listed are tried, then halfway to those beside the best, a few times: the promise is often
-    kept on one side of a setting between them and broken on the other. A monotone one is bisected.
-    """
-    if len(contender.settings) == 1:
-        return contender.settings[0]
-    if contender.monotone:
-        return bisected(rank, *contender.settings)
-    tried = set(contender.settings)
-    best = min(contender.settings, key=rank)
-    for _ in range(HALVINGS):
-        ascending = sorted(tried)
-        at = ascending.index(best)
-        beside = [(best + ascending[k]) / 2 for k in (at - 1, at + 1) if 0 <= k < len(ascending)]
-        tried.update(beside)
-        best = min((best, *beside), key=rank)
-    return best
-
-
-def bisected(rank: Callable[[float], tuple[bool, float]], low: float, high: float) -> float:
-    """The best setting seen while looking for the lowest one that keeps the promise."""
-    ranks: dict[float, tuple[bool, float]] = {}
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        ranks[middle] = rank(middle)
-        missed, _ = ranks[middle]
-        low, high = (middle, high) if missed else (low, middle)
-    return min(ranks, key=lambda setting: ranks[setting])
 
 
 def exam(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:

@@ -38,3 +38,37 @@ class ArenaConfig(ServingConfig):
     """Processes."""
     resume: Path | None = None
     """Folder of an interrupted arena to go on with; its settings are taken."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ServingConfig):
+    """Let policies serve the same arrivals, one after the other, on a simulated or a live node."""
+
+    policies: tuple[Path, ...] = ()
+    """Policy folders of a sweep; each is evaluated on the block sizes that it was trained for."""
+    static: tuple[str, ...] = ("max",)
+    """Static policies: max, LIMIT, or LIMIT@MHZ such as 48@1350. Savings are against the first."""
+    seeds: int = 10
+    """Episodes per policy, each with its own arrivals."""
+    seconds: int = EPISODE_S
+    """Seconds of arrivals per episode."""
+
+
+@dataclass(frozen=True)
+class RecommendConfig(ServingConfig):
+    """Evaluate policies for a load and a promise on simulated nodes, and name the pair to deploy."""
+
+    policies: tuple[Path, ...] = ()
+    """Policy folders, or folders of policy folders such as a sweep's policies/."""
+    seeds: int = 10
+    """Held-out episodes per pair."""
+    tuning_seeds: int = 6
+    """Episodes on which tuned static and the policies' price of a miss are tuned."""
+    seconds: int = EPISODE_S
+    """Seconds of arrivals per episode."""
+    tune_share: float = 0.97
+    """Share of requests asked for on the tuning seeds."""
+    workers: int = 2
+    """Processes."""
+    save: Path | None = None
+    """Where to write the recommended policy, tuned for this load and promise, for `fuel-ray deploy`."""

@@ -17,16 +17,16 @@ import numpy as np
 
 from fuel_ray.config import LiveConfig, ServingConfig
 from fuel_ray.errors import ConfigError
+from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.load.loadgen import LoadGenerator
+from fuel_ray.live.load.prompts import TokenPrompts
+from fuel_ray.live.node import GpuNode
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
-from fuel_ray.live.load.loadgen import LoadGenerator
-from fuel_ray.live.node import GpuNode
-from fuel_ray.live.gpu.nvml import Gpus
-from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.vllm.server import VllmServer, served_model, server_version
-from fuel_ray.sim.perf_model import load_pack
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import NodeSpec
-from fuel_ray.workload import Workload
+from fuel_ray.workload.spec import Workload
 
 _OUR_FLAGS = ("--max-num-seqs", "--num-gpu-blocks-override")
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}

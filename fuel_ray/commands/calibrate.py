@@ -13,9 +13,8 @@ the highest clock, because the power cap lowers their mean.
 """
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,14 @@ import numpy as np
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.calibrate import (
-    DecodePoint,
     LeftOut,
-    PrefillPoint,
     Profile,
     fit,
     leave_one_out,
     without_outliers,
 )
-from fuel_ray.sim.perf_model import Pack, PerfModel, load_pack
-
-_CLOCK_STEP_MHZ = 15  # NVIDIA's data centre GPUs since Volta
+from fuel_ray.sim.pack import Pack, PerfModel, load_pack
+from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 
 
 @dataclass(frozen=True)
@@ -95,92 +91,6 @@ def run(config: CalibrateConfig) -> int:
     return 0
 
 
-def read_profile(paths: Sequence[str]) -> Profile:
-    """The rows of all files that tell something.
-
-    Raises:
-        ConfigError: a file is missing or malformed, or there is no decode row.
-    """
-    rows = [pair for path in paths for pair in _rows(path)]
-    decode = tuple(_point(row, where) for row, where in rows if row.get("phase") == "decode")
-    if not decode:
-        raise ConfigError(f"profile {', '.join(paths)}: no row with phase decode")
-    highest_mhz = max(point.clock_mhz for point in decode)
-    decode = tuple(
-        replace(p, clock_mhz=highest_mhz) if p.clock_mhz > 0.95 * highest_mhz else p for p in decode
-    )
-    prefill = tuple(
-        _prefill_point(row, where, highest_mhz)
-        for row, where in rows
-        if row.get("phase") in ("prefill", "prefill_sustained")
-    )
-    idle = [_idle_w(row, where) for row, where in rows if row.get("phase") == "idle"]
-    return Profile(decode, prefill, min(idle) if idle else None)
-
-
-def _rows(path: str) -> list[tuple[dict[str, Any], str]]:
-    if not Path(path).is_file():
-        raise ConfigError(f"profile {path}: no such file")
-    rows = []
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"profile {path} line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"profile {path} line {number}: must be an object")
-        rows.append((row, f"profile {path} line {number}"))
-    return rows
-
-
-def _point(row: dict[str, Any], where: str) -> DecodePoint:
-    return DecodePoint(
-        seqs=int(_number(row, "b", where)),
-        context_tokens=_number(row, "ctx_mid", where),
-        step_s=_number(row, "itl", where),
-        power_w=_number(row, "power_w", where),
-        clock_mhz=_snapped(_number(row, "clock_mhz" if "clock_mhz" in row else "sm_mhz", where)),
-    )
-
-
-def _prefill_point(row: dict[str, Any], where: str, highest_mhz: float) -> PrefillPoint:
-    sustained = row["phase"] == "prefill_sustained"
-    energy_j = None
-    if sustained and "energy_j" in row:
-        energy_j = _number(row, "energy_j", where) / _number(row, "prompt_tok", where)
-    return PrefillPoint(
-        prompt_tokens=int(_number(row, "n_in", where)),
-        clients=int(_number(row, "c", where)) if "c" in row else (4 if sustained else 1),
-        ttft_s=_number(row, "ttft_p50", where),
-        clock_mhz=_snapped(_number(row, "clock_mhz", where)) if "clock_mhz" in row else highest_mhz,
-        energy_per_token_j=energy_j,
-    )
-
-
-def _idle_w(row: dict[str, Any], where: str) -> float:
-    names = [name for name in ("power_w", "power_inst_mean_w", "power_mean_w") if name in row]
-    return _number(row, names[0] if names else "power_w", where)
-
-
-def _number(row: dict[str, Any], key: str, where: str) -> float:
-    value = row.get(key)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
-        raise ConfigError(f"{where}: {key} is {value}; it must be a number above 0")
-    return float(value)
-
-
-def _snapped(clock_mhz: float) -> float:
-    """The step next to a mean clock, so that rows pinned to the same clock belong together."""
-    return float(round(clock_mhz / _CLOCK_STEP_MHZ) * _CLOCK_STEP_MHZ)
-
-
 def _pack(
     config: CalibrateConfig, profile: Profile, perf: PerfModel, *, base: Pack, shape: Pack
 ) -> dict[str, Any]:
@@ -213,8 +123,8 @@ def _pack(
 def _clocks(profile: Profile) -> tuple[int, int, int]:
     lowest, highest = int(profile.clocks_mhz[0]), int(profile.clocks_mhz[-1])
     if lowest == highest:
-        lowest = highest - round(0.5 * highest / _CLOCK_STEP_MHZ) * _CLOCK_STEP_MHZ
-    return lowest, highest, _CLOCK_STEP_MHZ
+        lowest = highest - round(0.5 * highest / CLOCK_STEP_MHZ) * CLOCK_STEP_MHZ
+    return lowest, highest, CLOCK_STEP_MHZ
 
 
 def _table(errors: Sequence[LeftOut]) -> str:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuel_ray.build.nodes import build_codec, build_manifest, build_spec
+from fuel_ray.build.codec import build_codec, build_manifest
+from fuel_ray.build.nodes import build_spec
 from fuel_ray.config import SweepConfig, load_config
 from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.policies.learned import read_policy, save_policy

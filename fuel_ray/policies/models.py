@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuel_ray.sim.perf_model import PerfModel, step_cost
+from fuel_ray.sim.pack import PerfModel
+from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.types import Slo
 
 _PROMPTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens

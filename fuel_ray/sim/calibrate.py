@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.perf_model import PerfModel, step_cost
+from fuel_ray.sim.pack import PerfModel
+from fuel_ray.sim.perf_model import step_cost
 
 _GRAPH_TOKENS = 256  # vLLM captures CUDA graphs up to 2 x max_num_seqs = 256 tokens by default
 _OUTLIER = 0.3

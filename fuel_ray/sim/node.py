@@ -4,10 +4,10 @@ import numpy as np
 
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.sim import scheduler as rules
-from fuel_ray.sim.perf_model import Pack
+from fuel_ray.sim.pack import Pack
 from fuel_ray.sim.scheduler import Engine, State, advance, advance_windows, new_state
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetrics
-from fuel_ray.workload import Workload
+from fuel_ray.workload.spec import Workload
 
 
 class SimulatedNode:

@@ -7,7 +7,7 @@ from itertools import count
 import numpy as np
 
 from fuel_ray.sim import scheduler as rules
-from fuel_ray.sim.perf_model import Pack, PerfModel
+from fuel_ray.sim.pack import Pack, PerfModel
 from fuel_ray.sim.scheduler import Engine, advance, new_state
 from fuel_ray.types import Requests
 

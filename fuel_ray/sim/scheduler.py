@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fuel_ray.sim.perf_model import PerfModel, launch_cost, step_cost
+from fuel_ray.sim.pack import PerfModel
+from fuel_ray.sim.perf_model import launch_cost, step_cost
 from fuel_ray.types import Requests
 
 # Columns of State.request (int64)

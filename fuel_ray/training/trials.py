@@ -4,8 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,14 +15,15 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from fuel_ray.build.cluster import gpus_per_node
-from fuel_ray.build.nodes import build_codec, build_env, build_spec
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_spec
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
-from fuel_ray.config import LearnConfig, TrainConfig, from_dict, to_dict
-from fuel_ray.env import ParallelServingEnv, ServingEnv
+from fuel_ray.config import LearnConfig, TrainConfig
 from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.dqn import FastDqn, FastDqnConfig
+from fuel_ray.training.envs import learning_settings, make_env
 from fuel_ray.training.progress import (
     EpisodeMetrics,
     NodeWatch,
@@ -86,7 +86,7 @@ def run_trials(
         FuelRayError: a trial failed; the message has its error.
         KeyboardInterrupt: the user stopped it; what there is can be resumed.
     """
-    register_env(_ENV_NAME, _make_env)
+    register_env(_ENV_NAME, make_env)
     sizes = trial_block_sizes(config)
     space = dqn_config(config, tune.grid_search(sizes), anchors)
     callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
@@ -137,7 +137,7 @@ def dqn_config(
         updates_per_round=settings.updates_per_round,
         total_steps=config.steps,
         node_bundles=_node_bundles(config),
-        make_env=_make_env if config.node == "sim" else None,
+        make_env=make_env if config.node == "sim" else None,
         num_envs=settings.num_envs,
         hold_steps=settings.hold_steps,
         priority=settings.priority,
@@ -147,7 +147,7 @@ def dqn_config(
         epsilon_share=settings.epsilon_share,
     )
     env_config = {
-        "config": _learning_settings(config),
+        "config": learning_settings(config),
         "block_sizes": block_sizes,
         "anchors": {str(size): anchor.to_dict() for size, anchor in anchors.items()},
     }
@@ -207,23 +207,6 @@ def _train_settings(config: LearnConfig) -> TrainConfig:
     few = min(max(config.train.batch_size, config.steps // 10), config.train.buffer_size)
     train = replace(config.train, learning_starts=min(config.train.learning_starts, few))
     return train if config.node == "sim" else replace(train, num_envs=config.nodes_per_trial)
-
-
-def _learning_settings(config: LearnConfig) -> dict[str, Any]:
-    """Those that a verb adds are left out."""
-    names = {field.name for field in fields(LearnConfig)}
-    return {name: value for name, value in to_dict(config).items() if name in names}
-
-
-def _make_env(settings: Mapping[str, Any]) -> ServingEnv | ParallelServingEnv:
-    config = from_dict(settings["config"], base=LearnConfig(), source="env_config")
-    size = settings["block_sizes"][0]
-    raw = settings.get("anchors", {}).get(str(size))
-    anchor = None if raw is None else Anchor.from_dict(raw)
-    make_env = partial(build_env, config, settings["block_sizes"], anchor=anchor)
-    return (
-        ParallelServingEnv(make_env, num_envs=settings["num_envs"]) if "num_envs" in settings else make_env()
-    )
 
 
 def _node_bundles(config: LearnConfig) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest
 from fuel_ray.policies.models import fit_batches, fit_steps, token_limits
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
-from fuel_ray.sim.perf_model import Pack
+from fuel_ray.sim.pack import Pack
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 
 MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
-from fuel_ray.build.nodes import build_codec, build_loop
+from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_loop
 from fuel_ray.config import LearnConfig
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
@@ -15,6 +15,7 @@ from fuel_ray.policies.static import LoadTable
 from fuel_ray.tuning.contenders import LOG_PRICES, kept_near
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.search import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs
 

@@ -1,0 +1,106 @@
+"""The cells of an arena, several at a time, each kept as it is done."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+from fuel_ray.arena.cell import Contest, run_scenario
+from fuel_ray.arena.config import ArenaConfig
+from fuel_ray.arena.figures import draw
+from fuel_ray.arena.scenarios import SloName, scenarios_of
+from fuel_ray.arena.tables import headline, markdown, summarise, text
+from fuel_ray.config import to_dict
+from fuel_ray.record import origin, read_json, write_csv, write_json, write_lines
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
+
+
+def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[str]) -> str:
+    """Write what came of the cells as tables, pictures and CSV files; the text table is returned.
+
+    ``names`` of policies get a table of their own, a line per cell.
+    """
+    summaries = [row for cell in cells for row in summarise(cell)]
+    write_csv(run_dir / "summary.csv", summaries)
+    write_csv(run_dir / "episodes.csv", [_episode(cell, row) for cell in cells for row in cell["rows"]])
+    heads = [headline(summaries, name) for name in names]
+    write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries)])])
+    draw(summaries, run_dir)
+    return text(summaries)
+
+
+def facts(config: ArenaConfig) -> dict[str, Any]:
+    """What run.json says of an arena."""
+    return {
+        "config": to_dict(config),
+        **origin("arena"),
+        "origin": "modelled",
+        "pack_sha256": load_pack(config.pack).sha256,
+        "tuning_seeds": list(TUNING_SEEDS[: config.tuning_seeds]),
+        "held_out_seeds": [HELD_OUT_SEED + i for i in range(config.seeds)],
+    }
+
+
+def _episode(cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    return {"scenario": cell["scenario"], "slo": cell["slo"], **row}
+
+
+def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
+    """Every cell in order, from its file where there is one."""
+    folder = run_dir / "cells"
+    contests = list(contests_of(config))
+    todo = [contest for contest in contests if len(_done(contest, folder)) < len(config.slos)]
+    print(
+        f"arena  {run_dir}: {len(contests)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True
+    )
+    began_s = time.monotonic()
+    try:
+        for number, name in enumerate(_in_parallel(todo, folder, config.workers), 1):
+            spent_s = time.monotonic() - began_s
+            left_s = spent_s / number * (len(todo) - number)
+            print(f"arena  {number}/{len(todo)}  {name:<16} {spent_s:.0f} s, {left_s:.0f} left", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
+        raise
+    return [read_json(cell_file(folder, c.scenario.name, slo)) for c in contests for slo in config.slos]
+
+
+def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Iterator[str]:
+    """Run the contests and name each as it is done; what has not begun is dropped on an error."""
+    if workers == 1 or len(contests) < 2:
+        yield from (run_and_write(contest, folder) for contest in contests)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(contests)), mp_context=get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(run_and_write, c, folder) for c in contests]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in active_children():  # in the middle of a cell, if this ends early
+            child.terminate()
+
+
+def contests_of(config: ArenaConfig) -> Iterator[Contest]:
+    """One per workload."""
+    return (Contest(config, scenario) for scenario in scenarios_of(config.scenarios))
+
+
+def run_and_write(contest: Contest, folder: Path) -> str:
+    """Run what is not yet in the folder, keep each cell as it is done; the workload's name."""
+    for cell in run_scenario(contest, _done(contest, folder)):
+        write_json(cell_file(folder, cell["scenario"], cell["slo"]), cell)
+    return contest.scenario.name
+
+
+def _done(contest: Contest, folder: Path) -> tuple[SloName, ...]:
+    return tuple(
+        slo for slo in contest.config.slos if cell_file(folder, contest.scenario.name, slo).is_file()
+    )
+
+
+def cell_file(folder: Path, scenario: str, slo: str) -> Path:
+    """Where a cell is kept."""
+    return folder / f"{scenario}.{slo}.json"

@@ -1,0 +1,54 @@
+"""Whether the hosts of a cluster.yaml answer."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.live.checks import Check
+
+SSH_S = 8
+
+
+def file_checks(path: Path) -> list[Check]:
+    """Whether the hosts of a cluster.yaml answer, all at once."""
+    try:
+        settings: dict[str, Any] = yaml.safe_load(path.read_text())
+        provider, auth = settings["provider"], settings["auth"]
+        hosts = [provider["head_ip"], *provider["worker_ips"]]
+        user, key = str(auth["ssh_user"]), auth.get("ssh_private_key")
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--cluster-file {path}: not a cluster file with provider local: {error!r}"
+        ) from error
+    with ThreadPoolExecutor(len(hosts)) as threads:
+        return list(threads.map(lambda host: _ssh_check(str(host), user, key), hosts))
+
+
+def _ssh_check(host: str, user: str, key: str | None) -> Check:
+    identity = ["-i", str(Path(key).expanduser())] if key else []
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_S}", "-o", "StrictHostKeyChecking=no"]
+    command = [
+        "ssh",
+        *identity,
+        *options,
+        "-o",
+        "UserKnownHostsFile=/dev/null",
+        f"{user}@{host}",
+        "python3 -V",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SSH_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check(host, f"ssh gives no answer: {error}", "look at sshd there, and for ssh here")
+    if done.returncode == 255:
+        said = (done.stderr.strip().splitlines() or ["ssh failed"])[-1]
+        refused = f"let {user} in with this key (ssh-copy-id), or correct auth in the file"
+        silent = "start the host and its sshd, or correct head_ip and worker_ips"
+        return Check(host, said, refused if "denied" in said else silent)
+    if done.returncode != 0:
+        return Check(host, f"{user} may log in, but there is no python3", "install Python 3.11 or newer")
+    return Check(host, f"{user} may log in, {(done.stdout + done.stderr).strip().splitlines()[-1]}")

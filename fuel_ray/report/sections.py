@@ -1,0 +1,195 @@
+"""A run folder as one self-contained page, and as a table for the terminal."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fuel_ray.report import figures, tables, text
+from fuel_ray.report.data import (
+    LEARNED,
+    REFERENCES,
+    Run,
+    load_run,
+    mean_over_seeds,
+    missed,
+    relative_energy,
+)
+from fuel_ray.report.page import (
+    Cell,
+    definitions,
+    figure,
+    folded,
+    heading,
+    page,
+    paragraph,
+    tile,
+    tiles,
+)
+
+_SHOWN_BLOCK_SIZE = 16  # vLLM's default; the others are folded
+_POLICIES = {
+    "max_performance": "highest clock, no batch limit: a server without control",
+    "tuned_static": "the one (clock, limit) pair with the least energy within the SLO on the training seeds",
+    "load_table": "a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
+    LEARNED: "the DQN that this run trained, one per KV block size, held to the load table where that helped",
+}
+_TERMS = {
+    "J/request": "GPU energy divided by requests that arrived; lower is better",
+    "SLO attainment": "share of requests that kept the latency promise (SLO); meeting the target is enough",
+    "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
+    "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
+    "limit": "batch limit: requests that may run at once; the others wait",
+    "weight on it": "reward per 100 MHz that the DQN must gain to leave the load table; at 10 it never does",
+    "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
+    "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed",
+}
+_LEARNING = (
+    "Left, the reward with the random actions of training; it should rise until it is flat. Right, the "
+    "greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing the SLO. "
+    "Thin: each checkpoint. Bold: mean of five."
+)
+_SCATTER = (
+    "Left is less energy, up is more requests within the SLO. A policy is better than another only if it "
+    "lies to its left and above the dashed target. Bars: 95 % intervals over seeds."
+)
+_CHOICES = (
+    "A policy that follows the load lowers its clock as arrivals fall and raises it before requests queue. "
+    f"Thin: each window. Bold: {figures.SMOOTH_S} s mean."
+)
+_HEAT_MAPS = (
+    "Share of control windows in which the learned policy chose each (batch limit, clock). A single dark "
+    "cell is a static policy, a band follows the load."
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into the folder of a finished run and return its path.
+
+    Raises:
+        ConfigError: the folder is not that of a finished run.
+    """
+    run = load_run(run_dir)
+    target = run_dir / "report.html"
+    target.write_text(page(f"fuel_ray: {run.name}", _sections(run)), encoding="utf-8")
+    return target
+
+
+def summary_table(run_dir: Path) -> str:
+    """The answer and a row per (workload, block size, policy) as plain text.
+
+    Raises:
+        ConfigError: the folder is not that of a finished run.
+    """
+    run = load_run(run_dir)
+    lines = []
+    for workload in run.workloads:
+        lines += [f"workload {workload}", *tables.plain_results(run, workload=workload)]
+        lines += [text.misses(run, workload=workload)]
+        lines += [text.control(run, workload=workload), ""] if workload == run.control else [""]
+    sentences = (text.headline(run), text.sample(run), text.block_sizes(run), text.origin(run))
+    return "\n".join([*lines, *sentences])
+
+
+def _sections(run: Run) -> Iterator[str]:
+    main, *others = run.workloads
+    yield from _answer(run)
+    for workload in [main, *(name for name in others if name != run.control)]:
+        yield heading(f"Results on the {workload} workload")
+        yield from _results(run, workload)
+    yield heading("Do the block sizes differ?")
+    yield paragraph(text.block_sizes(run))
+    yield from _figures(run)
+    if run.control is not None:
+        yield heading(f"Negative control: the {run.control} workload")
+        yield paragraph(text.control(run, workload=run.control))
+        yield from _results(run, run.control)
+    yield heading("How this run was made")
+    yield from _provenance(run)
+
+
+def _answer(run: Run) -> Iterator[str]:
+    answer = text.headline(run)
+    yield heading(f"fuel_ray: {run.name}", level=1)
+    yield paragraph(answer, style="headline bad" if answer.startswith("Bad news") else "headline")
+    yield paragraph(text.sample(run), style="soft")
+    yield tiles(_tiles(run))
+    yield paragraph(text.origin(run))
+    for size, reason in (run.info.get("unsupported") or {}).items():
+        yield paragraph(f"Block size {size} was not run: {reason}")
+    yield heading("How to read this")
+    policies = [
+        (Cell(text.label(name), dot=figures.color(run, name)), _POLICIES.get(name, "a further baseline"))
+        for name in run.policies
+    ]
+    yield definitions([*policies, *((Cell(term), meaning) for term, meaning in _TERMS.items())])
+
+
+def _tiles(run: Run) -> Iterator[str]:
+    main = run.workloads[0]
+    for reference in REFERENCES:
+        ratio = relative_energy(run, LEARNED, reference, workload=main)
+        if ratio is not None:
+            name = f"J/request vs {text.label(reference)}"
+            yield tile(
+                tables.change(ratio.mean),
+                name=name,
+                note=f"95 % interval {tables.span(ratio, tables.change)}",
+            )
+    share = mean_over_seeds(run, "slo_attainment", workload=main, policy=LEARNED)
+    if share is not None:
+        note = f"95 % interval {tables.span(share, text.percent)}"
+        yield tile(text.percent(share.mean), name="SLO attainment", note=note, bad=missed(run, share))
+
+
+def _results(run: Run, workload: str) -> Iterator[str]:
+    yield tables.results(run, workload=workload)
+    yield paragraph(text.misses(run, workload=workload))
+
+
+def _figures(run: Run) -> Iterator[str]:
+    main = run.workloads[0]
+    if len(run.learning):
+        yield heading("Learning")
+        yield figure(figures.learning_curves(run), caption=_LEARNING)
+    yield heading("Energy against the latency promise")
+    yield figure(
+        figures.energy_against_attainment(run, workload=main), caption=f"Workload {main}. {_SCATTER}"
+    )
+    yield from _choices(run, main)
+    if heat_maps := figures.decision_heat_maps(run, workload=main):
+        yield heading("What the learned policy chooses")
+        yield figure(heat_maps, caption=f"Workload {main}, one held-out seed. {_HEAT_MAPS}")
+
+
+def _choices(run: Run, workload: str) -> Iterator[str]:
+    panels = {}
+    for size in run.block_sizes:
+        if drawn := figures.choices_over_time(run, workload=workload, block_size=size):
+            caption = f"Block size {size}, workload {workload}, one held-out seed. {_CHOICES}"
+            panels[size] = figure(drawn, caption=caption)
+    if not panels:
+        return
+    yield heading("What each policy chose over time")
+    yield panels.pop(_SHOWN_BLOCK_SIZE if _SHOWN_BLOCK_SIZE in panels else min(panels))
+    for size, panel in panels.items():
+        yield folded(f"Block size {size}", panel)
+
+
+def _provenance(run: Run) -> Iterator[str]:
+    info = run.info
+    pack = info.get("pack") or {}
+    wall_s = info.get("wall_time_s")
+    facts = {
+        "command": info.get("command"),
+        "started": info.get("started"),
+        "wall time": None if wall_s is None else f"{wall_s / 60:.1f} min",
+        "git commit": info.get("git_commit"),
+        "calibration pack": pack.get("name"),
+        "pack sha256": pack.get("sha256"),
+        **{f"seeds: {name}": seeds for name, seeds in (info.get("seeds") or {}).items()},
+    }
+    yield tables.key_values({name: value for name, value in facts.items() if value is not None})
+    yield heading("What the baselines were tuned to", level=3)
+    yield tables.chosen_pairs(run)
+    yield folded("Configuration", tables.key_values(run.config))
+    yield folded("Package versions", tables.key_values(info.get("versions") or {}))
+    yield folded("Workload digests", tables.requests(run))

@@ -1,0 +1,274 @@
+"""Policies of a run: baselines tuned, DQNs trained, checkpoints chosen, folders written."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from fuel_ray.build.codec import build_codec, build_manifest
+from fuel_ray.build.nodes import build_engine, build_node, build_spec, twin_of, twinned
+from fuel_ray.cluster.hosts import answer_of, driver_resource
+from fuel_ray.config import LearnConfig, to_dict
+from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
+from fuel_ray.flags import parse_serving, resumed
+from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.learned import read_policy, save_policy
+from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.training.trials import Trained, run_trials, start_ray
+from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
+
+TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
+ANSWER_S = 60.0  # to fetch what a finished job has left
+_PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
+Learning = TypeVar("Learning", bound=LearnConfig)
+Result = TypeVar("Result")
+
+
+def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Learning:
+    """Settings of a run; with --resume, those that it began with, which flags may repeat but not change.
+
+    Raises:
+        ConfigError: a flag is wrong, or differs from the run that is to be resumed.
+    """
+    config = parse_serving(config_class, argv, prog=prog)
+    if config.resume is None:
+        return config
+    if config.storage is not None and not config.resume.exists():
+        fetch(config.resume, config.storage)
+    return resumed(config.resume, argv, prog=prog, base=config_class(), may_change=_PATIENCE)
+
+
+def prepare(
+    config: Learning, verb: str, workloads: Sequence[str], *, held_out: Sequence[int]
+) -> tuple[Learning, Path]:
+    """The settings with the block sizes that can be served, and the run's folder, which holds what is known.
+
+    What cannot be served is said before anything is written.
+
+    Raises:
+        ConfigError: a setting is wrong, or the calibration pack is not the one that the run began with.
+        PolicyError: the policy to start from is none, or does not fit.
+        NodeError: a live server did not start, or can have none of the block sizes.
+    """
+    if config.node == "ray":
+        start_ray(config)
+    served = twinned(config)
+    _check_start(served)
+    if not config.live_server:
+        for size in config.block_sizes:
+            for workload in workloads:
+                build_node(twin_of(config), size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=0)
+    run_dir = config.resume or _new_run(config, verb, held_out, _engine(config))
+    facts = read_json(run_dir / "run.json")
+    if facts.get("pack", {}).get("sha256") != load_pack(config.pack).sha256:
+        raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
+    sizes = tuple(size for size in config.block_sizes if str(size) not in facts["unsupported"])
+    print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, sizes))}, {config.workload}")
+    return replace(served, block_sizes=sizes), run_dir
+
+
+@contextmanager
+def resumable(verb: str, run_dir: Path, storage: str | None) -> Iterator[None]:
+    """Say how to go on when the user stops the run; what there is then is in storage too, if there is one."""
+    try:
+        yield
+        if storage is not None:
+            publish(run_dir, storage)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
+        raise
+
+
+def train_policies(
+    config: LearnConfig, run_dir: Path, workloads: Sequence[str]
+) -> dict[int, dict[str, Tuned]]:
+    """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders.
+
+    Returns the baselines by block size and workload, which specialists are trained near to and all policies
+    are told of.
+    """
+    start_ray(config)
+    by_size = tuned_baselines(config, run_dir, workloads)
+    home = {size: own[config.workload] for size, own in by_size.items()}
+    anchors: dict[int, Anchor] = {}
+    if config.specialist and not config.conditional:
+        anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
+    trained = run_trials(config, run_dir, anchors)
+    twin = twin_of(config)
+    near = anchors if config.anchor else {}  # as they will be used
+    asked = {t.block_sizes: min(home[size].share for size in t.block_sizes) for t in trained}
+    jobs = [
+        (twin, t.block_sizes, result.arrays, near.get(t.block_sizes[0]), asked[t.block_sizes])
+        for t in trained
+        for result in t.results
+    ]
+    scores = iter(in_parallel("score checkpoints", score_weights, jobs))
+    curve = []
+    for trial in trained:
+        ranked = []
+        for k, (result, (score, price_j)) in enumerate(zip(trial.results, scores, strict=False)):
+            curve.append(
+                {
+                    "block_size": "/".join(map(str, trial.block_sizes)),
+                    "env_steps": result.env_steps,
+                    "reward": result.reward,
+                    "energy_j_per_request": score.energy_j_per_request,
+                    "slo_attainment": score.slo_attainment,
+                }
+            )
+            ranked.append((score.rank(asked[trial.block_sizes]), k, price_j))
+        _, best, price_j = min(ranked)
+        _save(config, run_dir, trial, best, miss_price_j=price_j)
+    write_csv(run_dir / "learning.csv", curve)
+    _tell(config, run_dir, home)
+    return by_size
+
+
+def tuned_baselines(
+    config: LearnConfig, run_dir: Path, workloads: Sequence[str]
+) -> dict[int, dict[str, Tuned]]:
+    """Baselines by block size and workload, on the twin; from the run's folder if they are there already."""
+    path = run_dir / "baselines.json"
+    if not path.exists():
+        twin = twin_of(config)
+        jobs = [(twin, size, load) for size in config.block_sizes for load in workloads]
+        found = in_parallel("tune baselines", tune_baselines, jobs)
+        raw: dict[str, dict[str, Any]] = {str(size): {} for size in config.block_sizes}
+        for (_, size, workload), tuned in zip(jobs, found, strict=True):
+            raw[str(size)][workload] = tuned.to_dict()
+        write_json(path, raw)
+    return {
+        int(size): {workload: Tuned.from_dict(tuned) for workload, tuned in by_load.items()}
+        for size, by_load in read_json(path).items()
+    }
+
+
+def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:
+    """Write into the policies what was tuned for their load: the static pair and, of one size, the anchor."""
+    folders = {size: policy_folder(config, run_dir, size) for size in tuned}
+    policies = {size: read_policy(folder) for size, folder in folders.items()}
+    anchors: dict[int, tuple[Anchor | None, float]] = {
+        size: (None, policy.codec.miss_price_j) for size, policy in policies.items()
+    }
+    if config.anchor and not config.conditional:
+        jobs = [(twin_of(config), size, policies[size], own) for size, own in tuned.items()]
+        anchors = dict(zip(tuned, in_parallel("tune anchors", tune_anchor, jobs), strict=True))
+    for size, policy in policies.items():
+        anchor, price_j = anchors[size]
+        alike = [tuned[other].static for other, folder in folders.items() if folder == folders[size]]
+        manifest = replace(
+            policy.manifest,
+            tuned_static=asdict(max(alike, key=lambda knobs: (knobs.gpu_clock_mhz, knobs.batch_limit))),
+            anchor=None if anchor is None else anchor.to_dict(),
+        )
+        save_policy(folders[size], policy.arrays, replace(policy.codec, miss_price_j=price_j), manifest)
+
+
+def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Path:
+    """Where the policy for this block size is, or will be."""
+    return run_dir / "policies" / ("conditional" if config.conditional else f"block_{kv_block_size}")
+
+
+def in_parallel(
+    what: str,
+    function: Callable[..., Result],
+    jobs: Sequence[tuple[Any, ...]],
+    *,
+    at_once: int | None = None,
+    here: bool = False,
+) -> list[Result]:
+    """Call a function once per job, one core each; results in the order of the jobs.
+
+    Args:
+        what: is printed with how far it is.
+        function: must not depend on this process.
+        jobs: arguments of the calls.
+        at_once: most jobs at a time; None: as many as there are cores.
+        here: whether they need this machine's disk.
+    """
+    remote = ray.remote(function).options(resources=driver_resource() if here else None)
+    references: list[Any] = []
+    pending: list[Any] = []
+    began_s = time.monotonic()
+    while pending or len(references) < len(jobs):
+        if len(references) < len(jobs) and (at_once is None or len(pending) < at_once):
+            references.append(remote.remote(*jobs[len(references)]))
+            pending.append(references[-1])
+            continue
+        _, pending = ray.wait(pending)
+        done = len(references) - len(pending)
+        if done == len(jobs) or done % max(1, len(jobs) // 8) == 0:
+            print(f"{what}  {done}/{len(jobs)}  {time.monotonic() - began_s:.0f} s", flush=True)
+    return [answer_of(reference, what, ANSWER_S) for reference in references]
+
+
+def _check_start(config: LearnConfig) -> None:
+    """The policy that training begins with has to see and to choose the same."""
+    if config.start_from is None:
+        return
+    codec = build_codec(config, build_spec(config, config.block_sizes[0]))
+    start = read_policy(config.start_from)
+    if start.manifest.head != config.train.head or start.codec.to_dict() != codec.to_dict():
+        raise PolicyError(
+            f"--start-from {config.start_from}: its features, scales, SLO, action grid or head are not those "
+            f"of this training; it has {len(start.codec.grid)} actions, this training {len(codec.grid)}"
+        )
+
+
+def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: dict[str, Any]) -> Path:
+    """Make the run's folder and write what is known of it beforehand."""
+    run_dir = new_folder(config.out, verb)
+    pack = load_pack(config.pack)
+    facts = {
+        "config": {
+            **to_dict(config),
+            "backend": "live" if config.live_server else "sim",
+            "slo_attainment_target": config.slo_share,
+        },
+        **origin(verb),
+        "seeds": {
+            "training": f"drawn from seed {config.seed}",
+            "tuning": list(TUNING_SEEDS),
+            "held_out": list(held_out),
+        },
+        "pack": {
+            "name": pack.name,
+            "sha256": pack.sha256,
+            "notes": f"Measured: {pack.measured}. Transferred: {pack.transferred}.",
+        },
+        **engine,
+    }
+    write_json(run_dir / "run.json", facts)
+    if config.storage is not None:
+        publish(run_dir, config.storage)
+    return run_dir
+
+
+def _engine(config: LearnConfig) -> dict[str, Any]:
+    """The engine's version, and why which block sizes cannot be served: a live server is started for each."""
+    engine, unsupported = None, {}
+    for size in config.block_sizes:
+        try:
+            engine = build_engine(config, size)
+        except UnsupportedError as error:
+            unsupported[str(size)] = str(error)
+            print(f"unsupported  {error}", flush=True)
+    if engine is None:
+        raise UnsupportedError(f"no block size of {', '.join(map(str, config.block_sizes))} can be served")
+    return {"engine": engine, "unsupported": unsupported}
+
+
+def _save(
+    config: LearnConfig, run_dir: Path, trial: Trained, best: int, *, miss_price_j: float = 0.0
+) -> None:
+    """Write a policy folder."""
+    size = trial.block_sizes[0]
+    manifest = build_manifest(config, trial.block_sizes, read_json(run_dir / "run.json")["engine"])
+    codec = replace(build_codec(config, build_spec(config, size)), miss_price_j=miss_price_j)
+    save_policy(policy_folder(config, run_dir, size), trial.results[best].arrays, codec, manifest)
