@@ -146,9 +146,9 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
 class ParallelServingEnv(gymnasium.vector.SyncVectorEnv):
     """Environments on nodes of their own, whose windows pass at the same time."""
 
-    def __init__(self, make_env: Callable[[], ServingEnv], *, num_envs: int) -> None:
-        self._threads = ThreadPoolExecutor(num_envs)
-        making = [self._threads.submit(make_env) for _ in range(num_envs)]
+    def __init__(self, make_envs: Sequence[Callable[[], ServingEnv]]) -> None:
+        self._threads = ThreadPoolExecutor(len(make_envs))
+        making = [self._threads.submit(make_env) for make_env in make_envs]
         ahead = [_Ahead(env) for env in _all_or_none(making)]
         super().__init__([partial(_same, env) for env in ahead])
 

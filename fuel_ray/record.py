@@ -23,7 +23,7 @@ from fuel_ray.metrics import EpisodeSummary
 
 logger = logging.getLogger(__name__)
 
-_TUNE = "tune"  # Tune's folder in that of a run
+_TUNE = "tune"  # how Tune's folders in that of a run begin
 _PACKAGES = ("fuel_ray", "ray", "torch", "numpy", "numba", "pandas", "gymnasium")
 
 
@@ -51,7 +51,7 @@ def publish(run_dir: Path, storage: str) -> None:
     with _stored(storage, run_dir) as (files, there):
         for path in run_dir.rglob("*"):
             name = path.relative_to(run_dir)
-            if path.is_file() and name.parts[0] != _TUNE:
+            if path.is_file() and not name.parts[0].startswith(_TUNE):
                 files.makedirs(f"{there}/{name.parent.as_posix()}", exist_ok=True)
                 files.put_file(str(path), f"{there}/{name.as_posix()}")
 
@@ -63,7 +63,7 @@ def fetch(run_dir: Path, storage: str) -> None:
         ConfigError: there is no such run at ``storage``.
     """
     with _stored(storage, run_dir) as (files, there):
-        names = [name for name in files.find(there) if f"/{run_dir.name}/{_TUNE}/" not in name]
+        names = [name for name in files.find(there) if f"/{run_dir.name}/{_TUNE}" not in name]
         for name in names:
             path = run_dir / name.rpartition(f"/{run_dir.name}/")[2]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +133,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that ``write_csv`` wrote, as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def versions() -> dict[str, str]:

@@ -116,6 +116,7 @@ def serving(stub, *, port=0):
         app.router.add_get("/metrics/", stub.metrics)
         app.router.add_get("/v1/models", stub.models)
         app.router.add_get("/version", stub.version_page)
+        app.router.add_get("/health", stub.version_page)
         app.router.add_post("/v1/completions", stub.completions)
         runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
         await runner.setup()

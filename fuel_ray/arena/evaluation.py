@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.arena.config import EvaluateConfig
-from fuel_ray.build.nodes import build_loop
+from fuel_ray.build.nodes import build_loop, patience, served
 from fuel_ray.config import ServingConfig, SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import NodeError, UnsupportedError
@@ -130,9 +130,13 @@ def evaluate_policies(
         NodeError: a window could not be measured; what was added before stays.
     """
     horizon_s = float(seconds)
-    loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="second half")
     digest = parse_workload(workload).digest()
-    with contextlib.closing(loop.node):
+    with contextlib.ExitStack() as opened:
+        there_config = opened.enter_context(served(config, kv_block_size))
+        loop = build_loop(
+            there_config, kv_block_size, horizon_s=horizon_s, workload=workload, part="second half"
+        )
+        opened.callback(loop.node.close)
         there = policies(loop.node.spec)
         for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + seeds):
             for name, policy in there.items():
@@ -162,7 +166,7 @@ def _persistently(
     seconds: float,
 ) -> dict[str, Any]:
     """As ``_evaluate``; on a cluster an episode whose node was lost is begun again on another."""
-    for left in reversed(range(config.node_failures if config.node == "ray" else 1)):
+    for left in reversed(range(patience(config))):
         of_this_try: list[str] | None = None if lines is None else []
         try:
             figures = _evaluate(config, loop, policy, labels, of_this_try, seconds=seconds)

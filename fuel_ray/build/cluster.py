@@ -1,61 +1,142 @@
-"""From settings to nodes of a Ray cluster: what is built on their machines, and with which GPUs."""
+"""From settings to nodes that Ray actors own: where they are, with which GPUs, on which server."""
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fuel_ray.cluster.hosts import on_node, require_nodes
-from fuel_ray.cluster.node import RemoteNode
+import ray
+
+from fuel_ray.build.live import LiveServer
+from fuel_ray.build.nodes import ACTOR, is_kept, numbered
+from fuel_ray.cluster.hosts import answer_of, driver_resource, require_nodes
+from fuel_ray.cluster.node import NoServer, RemoteNode, Server, end_actor, node_actor
 from fuel_ray.config import ServingConfig
-from fuel_ray.types import Node
+from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.types import Node, NodeSpec
 
+SAY_S = 15.0  # between two lines while servers start
 SIM_START_S = 60.0  # Ray starts a process, which imports and compiles
 
-Built = TypeVar("Built")
+Kept = TypeVar("Kept", bound=ServingConfig)
+Answer = tuple[NodeSpec, str] | UnsupportedError  # what a node is and its engine, or why there is none
 
 
-def remote_node(config: ServingConfig, build: Callable[[ServingConfig], Node]) -> RemoteNode:
-    """A node of the cluster, made there by ``build``.
+def remote_node(
+    config: ServingConfig, kv_block_size: int, build: Callable[[ServingConfig], Node]
+) -> RemoteNode:
+    """A node that an actor owns, made there by ``build``: on a server that the run keeps, or on its own.
 
     Raises:
         ConfigError: there is no cluster, or it has no node of this kind.
         NodeError: the node did not start.
     """
+    there, start_s = _there(config), _start_s(config)
+    made = partial(_on_server, there, build)
+    if is_kept(config):
+        return RemoteNode(made, name=_actor_name(config, kv_block_size), start_s=start_s)
     gpus = gpus_per_node(config)
     require_nodes(1, gpus=gpus, wait_s=config.node_wait_s)
-    return RemoteNode(partial(_build, _there(config), build), gpus=gpus, start_s=_start_s(config))
-
-
-def ask_node(config: ServingConfig, ask: Callable[[ServingConfig], Built]) -> Built:
-    """What ``ask`` says on a free node of the cluster; a simulated one is the same everywhere.
-
-    Raises:
-        ConfigError: there is no cluster, or it has no node of this kind.
-        NodeError: no answer.
-    """
-    if not config.live_server:
-        return ask(_there(config))
-    gpus = gpus_per_node(config)
-    require_nodes(1, gpus=gpus, wait_s=config.node_wait_s)
-    return on_node(partial(_build, _there(config), ask), gpus=gpus, timeout_s=_start_s(config))
+    return RemoteNode(made, serve=partial(_serve, there, kv_block_size), gpus=gpus, start_s=start_s)
 
 
 def gpus_per_node(config: ServingConfig) -> int:
     """GPUs that a node of the cluster has to itself."""
-    return len(config.live.gpu_ids) if config.live_server else 0
+    return len(config.live.gpu_ids) if config.live_server and config.node == "ray" else 0
 
 
-def _build(config: ServingConfig, build: Callable[[ServingConfig], Built], gpu_ids: tuple[str, ...]) -> Built:
-    """On the node's machine: build with the GPUs that Ray gave to it."""
+@contextlib.contextmanager
+def kept_servers(
+    config: Kept, block_sizes: tuple[int, ...], *, run: str, nodes_each: int = 1
+) -> Iterator[tuple[Kept, dict[int, Answer]]]:
+    """Start the servers of all block sizes at once and keep them while the block runs.
+
+    Gives the settings whose nodes are on these servers, and what each of them is. They are in named actors
+    of this process, which end with it, however it ends.
+
+    Raises:
+        ConfigError: the cluster has too few nodes.
+        NodeError: a server did not start.
+    """
+    if config.node == "ray":
+        require_nodes(nodes_each * len(block_sizes), gpus=gpus_per_node(config), wait_s=config.node_wait_s)
+    kept = replace(config, live=replace(config.live, server=ACTOR + run))
+    nodes = {(size, k): numbered(kept, k) for size in block_sizes for k in range(nodes_each)}
+    actors: dict[tuple[int, int], Any] = {}
+    try:
+        for (size, k), own in nodes.items():
+            actors[size, k] = node_actor(
+                partial(_serve, _there(config), size),
+                gpus=gpus_per_node(config),
+                name=_actor_name(own, size),
+                resources=driver_resource() if config.node == "live" else None,
+            )
+        answers = _answers(actors, timeout_s=_start_s(config))
+        for key in [key for key, answer in answers.items() if isinstance(answer, UnsupportedError)]:
+            end_actor(actors.pop(key))
+        yield kept, {size: answers[size, 0] for size in block_sizes}
+    finally:
+        for actor in actors.values():
+            end_actor(actor)
+
+
+def _answers(actors: Mapping[tuple[int, int], Any], *, timeout_s: float) -> dict[tuple[int, int], Answer]:
+    """What each server says of itself once it has started, with a line now and then while none has."""
+    began_s = time.monotonic()
+    pending = {actor.facts.remote(): key for key, actor in actors.items()}
+    answers: dict[tuple[int, int], Answer] = {}
+    _say("starting", pending.values(), began_s)
+    while pending:
+        done, _ = ray.wait(list(pending), timeout=SAY_S)
+        for reference in done:
+            key = pending.pop(reference)
+            try:
+                answers[key] = answer_of(reference, f"the server of block size {key[0]}", timeout_s)
+                _say("up", [key], began_s)
+            except UnsupportedError as error:
+                answers[key] = error
+                print(f"unsupported  {error}", flush=True)
+        if not done:
+            _say("still starting", pending.values(), began_s)
+            if time.monotonic() - began_s > timeout_s:
+                raise NodeError(f"no server of block size {_sizes(pending.values())} within {timeout_s:g} s")
+    return answers
+
+
+def _say(what: str, keys: Iterable[tuple[int, int]], began_s: float) -> None:
+    print(f"serve  block {_sizes(keys)}: {what}, {time.monotonic() - began_s:.0f} s", flush=True)
+
+
+def _sizes(keys: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(str(size) for size in dict.fromkeys(size for size, _ in keys))
+
+
+def _actor_name(config: ServingConfig, kv_block_size: int) -> str:
+    return f"{str(config.live.server).removeprefix(ACTOR)}-block-{kv_block_size}"
+
+
+def _serve(config: ServingConfig, kv_block_size: int, gpu_ids: tuple[str, ...]) -> Server:
+    """In the actor: its server, on the GPUs that Ray gave to it."""
+    if config.node != "live":
+        return NoServer(gpu_ids)
     if gpu_ids:
         config = replace(config, live=replace(config.live, gpu_ids=gpu_ids))
-    return build(config)
+    return LiveServer(config, kv_block_size)
+
+
+def _on_server(config: ServingConfig, build: Callable[[ServingConfig], Node], server: Server) -> Node:
+    """In the actor: the node."""
+    return build(replace(config, live=server.config.live) if isinstance(server, LiveServer) else config)
 
 
 def _there(config: ServingConfig) -> ServingConfig:
     """The same settings as the node's own machine sees them."""
-    return replace(config, node=config.backend)
+    server = None if is_kept(config) else config.live.server
+    return replace(
+        config, node="live" if config.live_server else "sim", live=replace(config.live, server=server)
+    )
 
 
 def _start_s(config: ServingConfig) -> float:

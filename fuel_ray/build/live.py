@@ -7,16 +7,16 @@ import secrets
 import shlex
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Self
 
 import numpy as np
 
 from fuel_ray.config import LiveConfig, ServingConfig
-from fuel_ray.errors import ConfigError
+from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
@@ -33,40 +33,94 @@ _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}
 
 logger = logging.getLogger(__name__)
 
-Live = TypeVar("Live", bound=ServingConfig)
+
+class LiveServer:
+    """The vLLM server that live nodes of one block size run on: one started here, or the one that is named.
+
+    ``config`` are the settings whose nodes attach to it.
+
+    Raises:
+        ConfigError: a flag is wrong.
+        UnsupportedError: the server cannot have this block size.
+        NodeError: no such GPU, or the server did not start.
+    """
+
+    def __init__(self, config: ServingConfig, kv_block_size: int) -> None:
+        self.config, self._kv_block_size = config, kv_block_size
+        self._server: VllmServer | None = None
+        self._opened = contextlib.ExitStack()
+        if config.live.server is not None:
+            return
+        live_spec(config, kv_block_size)  # no GPU is said before a server takes its minutes to start
+        with contextlib.ExitStack() as opened:
+            name = f"fuel-ray-limit-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            limiter = opened.enter_context(BatchLimiter(Path(tempfile.gettempdir()) / name))
+            self._server = opened.enter_context(_server(config, kv_block_size, limiter.path))
+            live = replace(config.live, server=self._server.url, limit_file=limiter.path)
+            self._opened = opened.pop_all()
+        self.config = replace(config, live=live)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def facts(self) -> tuple[NodeSpec, str]:
+        """What its nodes are, and the engine's name and version.
+
+        Raises:
+            ConfigError: the server that is attached to has another block size.
+            NodeError: no such GPU, or the server does not answer.
+        """
+        url = str(self.config.live.server)
+        with Gpus(self.config.live.gpu_ids) as gpus, contextlib.closing(MetricsClient(url)) as client:
+            blocks = _num_kv_blocks(client, self._kv_block_size)
+            spec = _spec(self.config, self._kv_block_size, gpus, num_kv_blocks=blocks)
+        return spec, f"vllm {server_version(url)}"
+
+    def revive(self) -> None:
+        """Start the server again if it was started here and has died.
+
+        Raises:
+            NodeError: it does not start.
+        """
+        if self._server is None:
+            return
+        try:
+            self._server.check()
+        except NodeError as error:
+            logger.warning("block %d: %s; it is started again", self._kv_block_size, error)
+            self._server.stop()
+            self._server.start()
+
+    def close(self) -> None:
+        """Stop what was started here; safe to call twice."""
+        self._opened.close()
 
 
 def live_node(
     config: ServingConfig, kv_block_size: int, workload: Workload, *, horizon_s: float, random_start: bool
 ) -> GpuNode:
-    """A vLLM server of this block size under measurement and, where it is allowed, under control.
+    """A node on the running server that the settings name; see ``LiveServer``.
 
     Raises:
-        ConfigError: a flag is wrong, or the server that is attached to has another block size.
-        UnsupportedError: the server cannot have this block size.
-        NodeError: no such GPU, or the server did not start.
+        ConfigError: the server has another block size.
+        NodeError: no such GPU, or the server does not answer.
     """
     live = config.live
+    if live.server is None:
+        raise ConfigError("a live node attaches to a server: build it with the config of a LiveServer")
     with contextlib.ExitStack() as opened:
         gpus = opened.enter_context(Gpus(live.gpu_ids))
-        limiter = _limiter(live)
+        limiter = None if live.limit_file is None else BatchLimiter(Path(live.limit_file))
         if limiter is not None:
             opened.callback(limiter.close)
-        server = None
-        if live.server is None:
-            server = opened.enter_context(_server(config, kv_block_size, limiter))
-        url = live.server or (server.url if server is not None else "")
-        client = MetricsClient(url)
+        client = MetricsClient(live.server)
         opened.callback(client.close)
         spec = _spec(config, kv_block_size, gpus, num_kv_blocks=_num_kv_blocks(client, kv_block_size))
-        node = GpuNode(
-            spec,
-            gpus,
-            client,
-            limiter=limiter,
-            start_load=_loads(live, url, workload, horizon_s, random_start=random_start),
-            server=server,
-        )
+        start_load = _loads(live, live.server, workload, horizon_s, random_start=random_start)
+        node = GpuNode(spec, gpus, client, limiter=limiter, start_load=start_load)
         opened.pop_all()  # the node closes them
     return node
 
@@ -79,38 +133,6 @@ def live_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     """
     with Gpus(config.live.gpu_ids) as gpus:
         return _spec(config, kv_block_size, gpus, num_kv_blocks=None)
-
-
-@contextlib.contextmanager
-def attached(config: Live, kv_block_size: int) -> Iterator[Live]:
-    """Settings whose nodes all attach to one server, which is started and stopped here if none is named.
-
-    Raises:
-        UnsupportedError: the server cannot have this block size.
-        NodeError: it did not start.
-    """
-    if config.node != "live" or config.live.server is not None:
-        yield config
-        return
-    with contextlib.ExitStack() as opened:
-        limiter = _limiter(config.live)
-        assert limiter is not None  # as there is no server yet
-        opened.callback(limiter.close)
-        server = opened.enter_context(_server(config, kv_block_size, limiter))
-        live = replace(config.live, server=server.url, limit_file=limiter.path)
-        yield replace(config, live=live)
-
-
-def live_engine(config: ServingConfig, kv_block_size: int, workload: Workload) -> str:
-    """Name and version of the engine, from a server that is started, or asked, for it.
-
-    Raises:
-        UnsupportedError: the server cannot have this block size.
-        NodeError: as ``live_node``.
-    """
-    node = live_node(config, kv_block_size, workload, horizon_s=1.0, random_start=False)
-    with contextlib.closing(node):
-        return f"vllm {server_version(node.url)}"
 
 
 def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_blocks: int | None) -> NodeSpec:
@@ -143,13 +165,7 @@ def _capacity(config: ServingConfig) -> int:
     return config.max_num_seqs or load_pack(config.pack).max_num_seqs
 
 
-def _limiter(live: LiveConfig) -> BatchLimiter | None:
-    if live.server is not None:
-        return None if live.limit_file is None else BatchLimiter(Path(live.limit_file))
-    return BatchLimiter(Path(tempfile.gettempdir()) / f"fuel-ray-limit-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-
-
-def _server(config: ServingConfig, kv_block_size: int, limiter: BatchLimiter | None) -> VllmServer:
+def _server(config: ServingConfig, kv_block_size: int, limit_file: Path) -> VllmServer:
     flags = shlex.split(config.live.flags)
     for flag in flags:
         if flag.split("=")[0] in _OUR_FLAGS:
@@ -166,7 +182,7 @@ def _server(config: ServingConfig, kv_block_size: int, limiter: BatchLimiter | N
         executable=shlex.split(config.live.vllm),
         flags=(*own, *flags),
         env=_OFFLINE,
-        limit_file=limiter.path if limiter is not None else None,
+        limit_file=limit_file,
         start_timeout_s=config.live.start_timeout_s,
     )
 

@@ -1,10 +1,12 @@
 """From settings to objects: the one place that chooses what a node is made of."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
-from fuel_ray.build.live import live_engine, live_node, live_spec
+from fuel_ray.build.live import LiveServer, live_node, live_spec
 from fuel_ray.build.objective import build_objective
 from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
@@ -18,6 +20,7 @@ from fuel_ray.workload.spec import parse_workload
 # Of a recorded trace, of which there is only one: what is learned from and tuned on, what is reported on
 Part = Literal["whole", "first half", "second half"]
 Settings = TypeVar("Settings", bound=ServingConfig)
+ACTOR = "actor:"  # before the name of a run whose actors own the servers, in place of a server's URL
 
 
 def build_node(
@@ -29,21 +32,21 @@ def build_node(
     random_start: bool = False,
     part: Part = "whole",
 ) -> Node:
-    """A node as the settings describe it; a live one starts its server, which takes a minute or two.
+    """A node as the settings describe it; a live one is on the server that they name (see ``LiveServer``).
 
     ``random_start`` begins each episode at a random point of the workload's period. A recorded trace always
     does: nothing else in it would differ from seed to seed. ``part`` matters to such a trace alone.
 
     Raises:
         ConfigError: pack or workload is unknown or malformed.
-        UnsupportedError: the live server cannot have this block size.
-        NodeError: no such GPU, or the live server did not start.
+        NodeError: no such GPU, or the server does not answer.
     """
-    if config.node == "ray":
+    if config.node == "ray" or is_kept(config):
         from fuel_ray.build.cluster import remote_node  # noqa: PLC0415  (only this kind of node waits for Ray)
 
         build = partial(build_node, kv_block_size=kv_block_size, horizon_s=horizon_s)
-        return remote_node(config, partial(build, workload=workload, random_start=random_start, part=part))
+        build = partial(build, workload=workload, random_start=random_start, part=part)
+        return remote_node(config, kv_block_size, build)
     load = parse_workload(config.workload if workload is None else workload)
     if (halves := load.halves) is not None:
         random_start = True
@@ -67,55 +70,64 @@ def build_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     """What such a node is, without starting a server.
 
     Raises:
-        NodeError: there is no such GPU.
+        NodeError: there is no such GPU here.
     """
-    if config.node == "ray":
-        from fuel_ray.build.cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
-
-        return ask_node(config, partial(build_spec, kv_block_size=kv_block_size))
-    if config.node == "live":
+    if config.live_server:
         return live_spec(config, kv_block_size)
-    return build_node(config, kv_block_size, horizon_s=1.0).spec
+    return build_node(twin_of(config), kv_block_size, horizon_s=1.0).spec
 
 
-def build_engine(config: ServingConfig, kv_block_size: int) -> str:
-    """Name and version of what serves; a live server is started to say it.
-
-    Raises:
-        UnsupportedError: the live server cannot have this block size.
-        NodeError: no such GPU, or the live server did not start.
-    """
-    if config.node == "ray":
-        from fuel_ray.build.cluster import ask_node  # noqa: PLC0415  (only this kind of node waits for Ray)
-
-        return ask_node(config, partial(build_engine, kv_block_size=kv_block_size))
-    if config.node == "live":
-        return live_engine(config, kv_block_size, parse_workload(config.workload))
-    return load_pack(config.pack).engine
-
-
-def twinned(config: Settings) -> Settings:
-    """The settings with the choice of clocks limited to those that both a live node and its twin have.
+def twinned(config: Settings, specs: Iterable[NodeSpec]) -> Settings:
+    """The settings with the choice of clocks limited to those that these live nodes and their twin all have.
 
     Raises:
         ConfigError: there is none, so the pack is of another GPU.
-        NodeError: there is no such GPU.
     """
-    if not config.live_server:
-        return config
-    pack, spec = load_pack(config.pack), build_spec(config, config.block_sizes[0])
-    common = tuple(clock for clock in spec.gpu_clocks_mhz if clock in set(pack.gpu_clocks_mhz))
+    pack = load_pack(config.pack)
+    common = set(pack.gpu_clocks_mhz).intersection(*(spec.gpu_clocks_mhz for spec in specs))
     if not common:
         raise ConfigError(
-            f"--pack {pack.name}: {spec.gpu_name} has none of its clocks; fit one with `fuel-ray profile` "
+            f"--pack {pack.name}: the node's GPU has none of its clocks; fit one with `fuel-ray profile` "
             "and `fuel-ray calibrate`"
         )
-    return replace(config, gpu_clocks_mhz=common)
+    return replace(config, gpu_clocks_mhz=tuple(sorted(common)))
 
 
 def twin_of(config: Settings) -> Settings:
     """The simulated node of the same settings, for what a live one has no time for."""
     return replace(config, node="sim")
+
+
+@contextlib.contextmanager
+def served(config: Settings, kv_block_size: int) -> Iterator[Settings]:
+    """Settings whose nodes can be built: a live one's server is started here, and stopped after the block.
+
+    Raises:
+        UnsupportedError: the server cannot have this block size.
+        NodeError: no such GPU, or it did not start.
+    """
+    if config.node != "live" or is_kept(config):
+        yield config
+        return
+    with LiveServer(config, kv_block_size) as server:
+        yield replace(config, live=server.config.live)
+
+
+def is_kept(config: ServingConfig) -> bool:
+    """Whether the servers are a run's, in actors of their own."""
+    return config.live_server and (config.live.server or "").startswith(ACTOR)
+
+
+def numbered(config: Settings, number: int) -> Settings:
+    """The settings for one of several nodes of a trial."""
+    if not is_kept(config) or not number:
+        return config
+    return replace(config, live=replace(config.live, server=f"{config.live.server}-{number}"))
+
+
+def patience(config: ServingConfig) -> int:
+    """Failures of a node in a row after which it is given up; until then an actor starts it again."""
+    return config.node_failures if config.node == "ray" or is_kept(config) else 1
 
 
 def build_loop(

@@ -112,24 +112,6 @@ def require_nodes(count: int, *, gpus: int, wait_s: float) -> None:
         time.sleep(min(1.0, max(0.0, deadline_s - time.monotonic())))
 
 
-def on_node(function: Callable[[tuple[str, ...]], Result], *, gpus: int, timeout_s: float) -> Result:
-    """Call a function with the ids of its GPUs on a free node's machine, as if it were that node.
-
-    Raises:
-        NodeError: no answer within ``timeout_s``, or the machine was lost.
-        FuelRayError: what the function raised.
-    """
-    connect(cluster=True)
-    task = ray.remote(with_gpus).options(num_cpus=0, num_gpus=gpus, resources={NODE_RESOURCE: 1})
-    reference = task.remote(function)
-    try:
-        answer: Result = answer_of(reference, "a node", timeout_s)
-    except NodeError:
-        ray.cancel(reference, force=True)
-        raise
-    return answer
-
-
 @dataclass(frozen=True, slots=True)
 class HostAnswer(Generic[Result]):
     """What a host of the cluster said."""

@@ -1,9 +1,11 @@
-"""An actor owns a node, next to its GPUs; a RemoteNode is a Node whose calls go to it."""
+"""An actor owns a server and a node on it, next to its GPUs; a RemoteNode is a Node whose calls go to it."""
 
 import logging
 import socket
+import uuid
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
@@ -16,24 +18,69 @@ from fuel_ray.types import Knobs, Node, NodeSpec, RequestRecords, WindowMetrics
 CALL_S = 30.0  # a live node reads its server and its GPUs in one call
 CLOSE_S = 45.0  # a vLLM server is given 20 s to end, and its clocks are given back
 
-NodeBuilder = Callable[[tuple[str, ...]], Node]  # from the ids of the GPUs that Ray gave to the actor
-
 logger = logging.getLogger(__name__)
 
 
-class NodeActor:
-    """Owns one node on the machine that Ray put it on; a restarted one has none until it is opened."""
+class Server(Protocol):
+    """What an actor keeps while nodes on it come and go."""
 
-    def __init__(self, build: NodeBuilder) -> None:
-        self._build = build
+    def facts(self) -> Any:
+        """What its nodes will be."""
+        ...
+
+    def revive(self) -> None:
+        """Start what has died."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoServer:
+    """Nothing to keep: a node is built from the ids of the GPUs that Ray gave to the actor."""
+
+    gpu_ids: tuple[str, ...]
+
+    def facts(self) -> None:
+        """None."""
+
+    def revive(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+Serve = Callable[[tuple[str, ...]], Server]  # from the ids of the GPUs that Ray gave to the actor
+NodeBuilder = Callable[[Any], Node]  # from the actor's server
+
+
+class NodeActor:
+    """Owns a server and one node at a time on the machine that Ray put it on; restarted, it has neither.
+
+    Ray repeats ``facts`` and ``open`` if the actor is restarted meanwhile.
+    """
+
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
+        self._server: Server | None = None
         self._node: Node | None = None
+        self._opened_by = ""
         self._gauges: NodeGauges | None = None
 
     @ray.method(max_task_retries=-1)
-    def open(self) -> NodeSpec:
-        """Build the node unless there is one; Ray repeats the call if the actor is restarted meanwhile."""
+    def facts(self) -> Any:
+        """What the server says of itself; starts it unless it runs."""
+        return self._running().facts()
+
+    @ray.method(max_task_retries=-1)
+    def open(self, caller: str, build: NodeBuilder) -> NodeSpec:
+        """Build the caller's node, in place of another's, unless it is there."""
+        server = self._running()
+        if caller != self._opened_by:
+            self.close()
         if self._node is None:
-            self._node = with_gpus(self._build)
+            self._node, self._opened_by = build(server), caller
             self._gauges = NodeGauges(self._node.spec)
         return self._node.spec
 
@@ -57,9 +104,25 @@ class NodeActor:
         return self._opened().take_records()
 
     def close(self) -> None:
-        """As Node's."""
-        if self._node is not None:
-            self._node.close()
+        """As Node's; the server stays."""
+        node, self._node = self._node, None
+        if node is not None:
+            node.close()
+
+    def end(self) -> None:
+        """Close the node and the server."""
+        try:
+            self.close()
+        finally:
+            if self._server is not None:
+                self._server.close()
+
+    def _running(self) -> Server:
+        if self._server is None:
+            self._server = with_gpus(self._serve)
+        else:
+            self._server.revive()
+        return self._server
 
     def _opened(self) -> Node:
         if self._node is None:
@@ -67,26 +130,56 @@ class NodeActor:
         return self._node
 
 
+def node_actor(
+    serve: Serve, *, gpus: int, name: str | None = None, resources: dict[str, float] | None = None
+) -> Any:
+    """An actor that ends with this process; Ray restarts it if it dies, on another machine if need be."""
+    options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "name": name}
+    return ray.remote(NodeActor).options(resources=resources or {NODE_RESOURCE: 1}, **options).remote(serve)
+
+
+def end_actor(actor: Any) -> None:
+    """Let it close what it has, then kill it; what goes wrong is logged."""
+    if not ray.is_initialized():
+        return
+    try:
+        answer_of(actor.end.remote(), "the node", CLOSE_S)
+    except FuelRayError as error:
+        logger.warning("a node did not close by itself: %s", error)
+    ray.kill(actor)
+
+
 class RemoteNode:
     """A node that an actor owns. Every call has a deadline; a node that misses one is restarted.
 
-    The actor belongs to the process that makes this object and ends with it. Ray restarts it, on another
-    machine if need be; after that, or after any NodeError, ``reset`` makes the node usable again.
+    After any NodeError ``reset`` makes the node usable again. The actor is this object's own, or one by name
+    that outlives it.
     """
 
-    def __init__(self, build: NodeBuilder, *, gpus: int = 0, start_s: float = 120.0) -> None:
-        """Start an actor and the node in it.
+    def __init__(
+        self,
+        build: NodeBuilder,
+        *,
+        serve: Serve = NoServer,
+        gpus: int = 0,
+        start_s: float = 120.0,
+        name: str | None = None,
+    ) -> None:
+        """Start the node, and its actor unless there is one of this ``name``.
 
         Args:
-            build: makes the node, in the actor.
+            build: makes the node, in the actor, from its server.
+            serve: makes the server, in the actor.
             gpus: that the node needs; 0 if it is simulated.
-            start_s: how long a free machine and then the node may take.
+            start_s: how long a free machine, the server and then the node may take.
+            name: of an actor that this process or its parent has made.
 
         Raises:
-            NodeError: it did not start in time.
-            FuelRayError: what ``build`` raised.
+            NodeError: it did not start in time, or there is no such actor.
+            FuelRayError: what ``build`` or ``serve`` raised.
         """
-        self._build, self._gpus, self._start_s = build, gpus, start_s
+        self._build, self._serve, self._gpus, self._start_s = build, serve, gpus, start_s
+        self._name, self._id = name, uuid.uuid4().hex
         self._opened = self._closed = False
         self._actor: Any = None
         try:
@@ -103,7 +196,7 @@ class RemoteNode:
     def reset(self, *, seed: int) -> None:
         """Start afresh, the actor too if it was lost."""
         self._spec = self._open()
-        self._call("reset", seed, timeout_s=self._start_s)  # a live node may have to start its server again
+        self._call("reset", seed, timeout_s=self._start_s)
 
     def apply(self, knobs: Knobs) -> Knobs:
         """Set the knobs and return what is in force."""
@@ -121,30 +214,36 @@ class RemoteNode:
         return records
 
     def close(self) -> None:
-        """End the node and its actor; safe to call twice."""
+        """End the node and, if it is its own, the actor; safe to call twice."""
         self._closed = True
         actor, self._actor = self._actor, None
         if actor is None or not ray.is_initialized():
             return
-        if self._opened:
-            try:
-                answer_of(actor.close.remote(), "the node", CLOSE_S)
-            except FuelRayError as error:
-                logger.warning("a node did not close by itself: %s", error)
-        ray.kill(actor)
+        if self._name is None:
+            end_actor(actor) if self._opened else ray.kill(actor)
+            return
+        try:
+            answer_of(actor.close.remote(), "the node", CLOSE_S)
+        except FuelRayError as error:
+            logger.warning("a node did not close by itself: %s", error)
 
     def _open(self) -> NodeSpec:
         if self._closed:
             raise NodeError("the node was closed")
         if self._actor is None:
-            actor = ray.remote(NodeActor).options(
-                num_cpus=0, num_gpus=self._gpus, resources={NODE_RESOURCE: 1}, max_restarts=-1
-            )
-            self._actor = actor.remote(self._build)
+            self._actor = self._found()
         self._opened = False
-        spec: NodeSpec = self._call("open", timeout_s=self._start_s)
+        spec: NodeSpec = self._call("open", self._id, self._build, timeout_s=self._start_s)
         self._opened = True
         return spec
+
+    def _found(self) -> Any:
+        if self._name is None:
+            return node_actor(self._serve, gpus=self._gpus)
+        try:
+            return ray.get_actor(self._name)
+        except ValueError as error:
+            raise NodeError(f"the actor {self._name}, which has the node's server, is gone") from error
 
     def _call(self, method: str, *args: Any, timeout_s: float) -> Any:
         if self._actor is None:

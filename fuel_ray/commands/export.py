@@ -1,7 +1,9 @@
 """fuel-ray export: an RLlib checkpoint of a sweep or a training as a policy folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fuel_ray.build.codec import build_codec, build_manifest
 from fuel_ray.build.nodes import build_spec
@@ -10,6 +12,7 @@ from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import read_json
 from fuel_ray.training.checkpoint import is_checkpoint, q_network
+from fuel_ray.types import NodeSpec
 
 _RUN_JSON = "run.json"
 
@@ -41,16 +44,29 @@ def run(config: ExportConfig) -> int:
         )
     settings = load_config(run_dir / _RUN_JSON, base=SweepConfig())
     sizes = _block_sizes(checkpoint)
-    engine = read_json(run_dir / _RUN_JSON).get("engine", "unknown")
-    codec = build_codec(settings, build_spec(settings, sizes[0]))
+    facts = read_json(run_dir / _RUN_JSON)
+    spec = _spec(settings, sizes[0], facts)
+    engine = facts.get("engine") or "unknown"
+    codec = build_codec(settings, spec)
     folder = config.to or checkpoint / "policy"
     try:
-        save_policy(folder, q_network(checkpoint), codec, build_manifest(settings, sizes, engine))
+        save_policy(
+            folder, q_network(checkpoint), codec, build_manifest(settings, sizes, spec, engine=engine)
+        )
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
     read_policy(folder)  # weights of another shape than the settings say
     print(f"wrote {folder}")
     return 0
+
+
+def _spec(settings: SweepConfig, kv_block_size: int, facts: Mapping[str, Any]) -> NodeSpec:
+    """The node that it was trained on; the run says it, since a live one may be elsewhere."""
+    raw = facts.get("nodes", {}).get(str(kv_block_size))
+    if raw is None:
+        return build_spec(settings, kv_block_size)
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
+    return NodeSpec(**values)
 
 
 def _block_sizes(checkpoint: Path) -> tuple[int, ...]:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from fuel_ray.build.live import attached
-from fuel_ray.build.nodes import build_loop, build_spec
+from fuel_ray.build.nodes import build_loop, build_spec, served
 from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
@@ -75,10 +74,10 @@ def run(config: ProfileConfig) -> int:
     run_dir = new_folder(config.out, "profile")
     facts = {**origin("profile"), "config": to_dict(config), "origin": _origin(config)}
     path = run_dir / "profile.jsonl"
-    with attached(replace(config, out=run_dir), size) as served, path.open("w") as file:
-        spec = build_spec(served, size)
+    with served(replace(config, out=run_dir), size) as there, path.open("w") as file:
+        spec = build_spec(there, size)
         write_json(run_dir / "run.json", {**facts, "gpu_name": spec.gpu_name, "model": spec.model})
-        for row in _rows(served, spec):
+        for row in _rows(there, spec):
             print(" ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
             file.write(json.dumps(row) + "\n")
             file.flush()

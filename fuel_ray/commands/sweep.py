@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from fuel_ray.arena.evaluation import Evaluation, evaluate_block_size
+from fuel_ray.arena.evaluation import evaluate_block_size
 from fuel_ray.build.cluster import gpus_per_node
+from fuel_ray.build.resolve import Resolved
 from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.learned import read_manifest
-from fuel_ray.record import read_json, write_csv, write_json, write_lines
+from fuel_ray.record import read_json, write_json
 from fuel_ray.report.sections import summary_table, write_report
+from fuel_ray.training.rounds import block_sizes_of, in_rounds, merged, merged_lines
 from fuel_ray.training.run import in_parallel, parse_run, policy_folder, prepare, resumable, train_policies
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.tuned import Tuned
@@ -39,15 +42,24 @@ def run(config: SweepConfig) -> int:
 def _stages(config: SweepConfig, run_dir: Path) -> None:
     """Train and choose checkpoints, tune the baselines, evaluate; each leaves its files."""
     began_s = time.monotonic()
-    tuned = train_policies(config, run_dir, _workloads(config))
-    _evaluate(config, run_dir, tuned)
+    summary = run_dir / "summary.csv"
+    in_rounds(config, run_dir, partial(_round, run_dir=run_dir), finished=lambda: block_sizes_of(summary))
     facts = read_json(run_dir / "run.json")
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
-    facts["tuned"] = {
+    write_json(run_dir / "run.json", facts)
+
+
+def _round(found: Resolved[SweepConfig], run_dir: Path) -> None:
+    """A round of block sizes from their baselines to the rows of the summary."""
+    config = found.config
+    tuned = train_policies(found, run_dir, _workloads(config))
+    facts = read_json(run_dir / "run.json")
+    facts["tuned"] = facts.get("tuned", {}) | {
         str(size): {**by_load[config.workload].to_dict(), "anchor_weight": _weight(config, run_dir, size)}
         for size, by_load in tuned.items()
     }
     write_json(run_dir / "run.json", facts)
+    _evaluate(config, run_dir, tuned)
 
 
 def _weight(config: SweepConfig, run_dir: Path, kv_block_size: int) -> float | None:
@@ -62,18 +74,10 @@ def _workloads(config: SweepConfig) -> list[str]:
 
 
 def _evaluate(config: SweepConfig, run_dir: Path, tuned: Mapping[int, Mapping[str, Tuned]]) -> None:
-    """Serve the held-out seeds: on simulated nodes side by side, on a live one one after the other."""
+    """Serve the held-out seeds, block sizes side by side."""
     jobs = [(config, size, tuned[size], policy_folder(config, run_dir, size)) for size in config.block_sizes]
-    evaluations: list[Evaluation] = []
-    try:
-        if config.node != "live":
-            at_once = max(1, num_nodes(gpus_per_node(config))) if config.node == "ray" else None
-            on_disk = config.node == "ray"
-            evaluations = in_parallel("evaluate", evaluate_block_size, jobs, at_once=at_once, here=on_disk)
-        else:
-            for job in jobs:
-                evaluations.append(evaluate_block_size(*job))
-    finally:
-        if evaluations:
-            write_csv(run_dir / "summary.csv", [row for e in evaluations for row in e.rows])
-            write_lines(run_dir / "steps.jsonl", (line for e in evaluations for line in e.lines))
+    on_cluster = config.node == "ray"
+    at_once = max(1, num_nodes(gpus_per_node(config))) if on_cluster else None
+    found = in_parallel("evaluate", evaluate_block_size, jobs, at_once=at_once, here=on_cluster)
+    merged_lines(run_dir / "steps.jsonl", [line for e in found for line in e.lines])
+    merged(run_dir / "summary.csv", [row for e in found for row in e.rows])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from fuel_ray.config import LearnConfig
+from fuel_ray.training.rounds import block_sizes_of, in_rounds
 from fuel_ray.training.run import parse_run, prepare, resumable, train_policies
 
 
@@ -32,6 +33,11 @@ def run(config: TrainVerbConfig) -> int:
     """Train, or resume a training; prints where the policies are."""
     config, run_dir = prepare(config, "train", [config.workload], held_out=())
     with resumable("train", run_dir, config.storage):
-        train_policies(config, run_dir, [config.workload])
+        in_rounds(
+            config,
+            run_dir,
+            lambda found: train_policies(found, run_dir, [config.workload]),
+            finished=lambda: block_sizes_of(run_dir / "learning.csv"),
+        )
     print(f"\npolicies  {run_dir / 'policies'}")
     return 0

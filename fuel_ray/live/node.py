@@ -19,7 +19,6 @@ from fuel_ray.live.load.loadgen import LoadGenerator, request_records
 from fuel_ray.live.sampling import Sample, Sampler, held_mean, window_energy_j
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.metrics import MetricsDelta, MetricsSnapshot, difference
-from fuel_ray.live.vllm.server import VllmServer
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
 
 GPU_INTERVAL_S = 0.05
@@ -65,7 +64,6 @@ class GpuNode:
         limiter: Limiter | None = None,
         start_load: Callable[[int], LoadGenerator] | None = None,
         cpu: CpuMeter | None = None,
-        server: VllmServer | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -78,7 +76,6 @@ class GpuNode:
             limiter: of the server's batch limit.
             start_load: makes the load of an episode from its seed; None if the requests come from elsewhere.
             cpu: of this machine.
-            server: the vLLM process, if it is this node's own: started anew by a reset where it has died.
             clock: monotonic seconds.
             sleep: waits.
 
@@ -87,7 +84,6 @@ class GpuNode:
         """
         self._spec, self._gpus, self._client = spec, gpus, client
         self._limiter, self._start_load, self._cpu = limiter, start_load, cpu or CpuMeter()
-        self._server = server
         self._clock, self._sleep = clock, sleep
         self._knobs = spec.max_performance
         self._readings: Sampler[GpuReading] = Sampler(gpus.read, GPU_INTERVAL_S, name="GPU", clock=clock)
@@ -104,19 +100,13 @@ class GpuNode:
         """The server as it was started."""
         return self._spec
 
-    @property
-    def url(self) -> str:
-        """Of the server."""
-        return self._client.url.removesuffix("/metrics")
-
     def reset(self, *, seed: int) -> None:
         """Begin a new load, if this node sends one, and forget old samples.
 
         Raises:
-            NodeError: a GPU or the server gives no reading, or the server does not start again.
+            NodeError: a GPU or the server gives no reading.
         """
         self._stop_load()
-        self._revive()
         self._first_tokens, self._ended, self._sent, self._foreign = set(), [], 0, ForeignLoad()
         self._readings.start()
         self._mark = self._read_mark()
@@ -167,8 +157,6 @@ class GpuNode:
         """Stop the load and give clocks and limit back; safe to call twice."""
         self._mark = None
         with contextlib.ExitStack() as closing:  # last first, each whether or not another fails
-            if self._server is not None:
-                closing.callback(self._server.stop)
             closing.callback(self._give_back_clocks)
             closing.callback(self._client.close)
             if self._limiter is not None:
@@ -181,16 +169,6 @@ class GpuNode:
             self._gpus.close()
         else:
             self._lease.release(self._gpus.close)
-
-    def _revive(self) -> None:
-        if self._server is None:
-            return
-        try:
-            self._server.check()
-        except NodeError as error:
-            logger.warning("%s: %s; it is started again", self._spec.name, error)
-            self._server.stop()
-            self._server.start()
 
     def _stop_load(self) -> None:
         load, self._load = self._load, None

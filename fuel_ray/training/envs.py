@@ -7,9 +7,9 @@ from itertools import product
 from typing import Any
 
 from fuel_ray.build.codec import POOLS, build_codec
-from fuel_ray.build.nodes import build_loop, build_node
+from fuel_ray.build.nodes import build_loop, build_node, numbered, patience
 from fuel_ray.build.objective import build_objective
-from fuel_ray.config import PRESETS, LearnConfig, ServingConfig, from_dict, to_dict
+from fuel_ray.config import PRESETS, LearnConfig, from_dict, to_dict
 from fuel_ray.control import ControlLoop
 from fuel_ray.env import ParallelServingEnv, ServingEnv
 from fuel_ray.guard import Guard
@@ -30,8 +30,9 @@ def make_env(settings: Mapping[str, Any]) -> ServingEnv | ParallelServingEnv:
     size = settings["block_sizes"][0]
     raw = settings.get("anchors", {}).get(str(size))
     anchor = None if raw is None else Anchor.from_dict(raw)
-    build = partial(build_env, config, settings["block_sizes"], anchor=anchor)
-    return ParallelServingEnv(build, num_envs=settings["num_envs"]) if "num_envs" in settings else build()
+    nodes = [numbered(config, k) for k in range(settings.get("num_envs", 1))]
+    builds = [partial(build_env, own, settings["block_sizes"], anchor=anchor) for own in nodes]
+    return ParallelServingEnv(builds) if "num_envs" in settings else builds[0]()
 
 
 # What a generalist is trained on besides POOLS; the prices of a miss are a specialist's too
@@ -51,12 +52,7 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
     steps = config.train.episode_steps
     build = partial(build_loop, config, horizon_s=float(steps + 1), random_start=True, part="first half")
     loops = [build(size) for size in block_sizes]
-    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=_patience(config))
-
-
-def _patience(config: ServingConfig) -> int:
-    """Failures of a node in a row after which training on it is given up."""
-    return config.node_failures if config.node == "ray" else 1
+    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=patience(config))
 
 
 def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
@@ -95,7 +91,7 @@ def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor |
         loops,
         codecs[0],
         steps=steps,
-        failures=_patience(config),
+        failures=patience(config),
         codecs=codecs,
         tether=tether,
         shadows=shadows,

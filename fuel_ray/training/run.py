@@ -10,15 +10,18 @@ from typing import Any, TypeVar
 import ray
 
 from fuel_ray.build.codec import build_codec, build_manifest
-from fuel_ray.build.nodes import build_engine, build_node, build_spec, twin_of, twinned
+from fuel_ray.build.nodes import build_node, build_spec, twin_of
+from fuel_ray.build.resolve import Learning, Resolved
 from fuel_ray.cluster.hosts import answer_of, driver_resource
+from fuel_ray.codec import Codec
 from fuel_ray.config import LearnConfig, to_dict
-from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
+from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.flags import parse_serving, resumed
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
-from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_csv, write_json
+from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_json
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.training.rounds import merged
 from fuel_ray.training.trials import Trained, run_trials, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
@@ -26,7 +29,6 @@ from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baseli
 TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
 ANSWER_S = 60.0  # to fetch what a finished job has left
 _PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
-Learning = TypeVar("Learning", bound=LearnConfig)
 Result = TypeVar("Result")
 
 
@@ -58,19 +60,19 @@ def prepare(
     """
     if config.node == "ray":
         start_ray(config)
-    served = twinned(config)
-    _check_start(served)
     if not config.live_server:
         for size in config.block_sizes:
+            _check_start(config, build_codec(config, build_spec(config, size)))
             for workload in workloads:
                 build_node(twin_of(config), size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=0)
-    run_dir = config.resume or _new_run(config, verb, held_out, _engine(config))
+    elif config.node == "live":
+        build_spec(config, config.block_sizes[0])  # no such GPU is said before anything is written
+    run_dir = config.resume or _new_run(config, verb, held_out)
     facts = read_json(run_dir / "run.json")
     if facts.get("pack", {}).get("sha256") != load_pack(config.pack).sha256:
         raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
-    sizes = tuple(size for size in config.block_sizes if str(size) not in facts["unsupported"])
-    print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, sizes))}, {config.workload}")
-    return replace(served, block_sizes=sizes), run_dir
+    print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
+    return config, run_dir
 
 
 @contextmanager
@@ -86,20 +88,22 @@ def resumable(verb: str, run_dir: Path, storage: str | None) -> Iterator[None]:
 
 
 def train_policies(
-    config: LearnConfig, run_dir: Path, workloads: Sequence[str]
+    found: Resolved[Learning], run_dir: Path, workloads: Sequence[str]
 ) -> dict[int, dict[str, Tuned]]:
     """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders.
 
     Returns the baselines by block size and workload, which specialists are trained near to and all policies
     are told of.
     """
-    start_ray(config)
+    config = found.config
+    for setup in found.setups.values():
+        _check_start(config, setup.codec)
     by_size = tuned_baselines(config, run_dir, workloads)
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
     if config.specialist and not config.conditional:
         anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
-    trained = run_trials(config, run_dir, anchors)
+    trained = run_trials(config, run_dir, {size: s.codec for size, s in found.setups.items()}, anchors)
     twin = twin_of(config)
     near = anchors if config.anchor else {}  # as they will be used
     asked = {t.block_sizes: min(home[size].share for size in t.block_sizes) for t in trained}
@@ -124,8 +128,8 @@ def train_policies(
             )
             ranked.append((score.rank(asked[trial.block_sizes]), k, price_j))
         _, best, price_j = min(ranked)
-        _save(config, run_dir, trial, best, miss_price_j=price_j)
-    write_csv(run_dir / "learning.csv", curve)
+        _save(found, run_dir, trial, best, miss_price_j=price_j)
+    merged(run_dir / "learning.csv", curve)
     _tell(config, run_dir, home)
     return by_size
 
@@ -135,17 +139,17 @@ def tuned_baselines(
 ) -> dict[int, dict[str, Tuned]]:
     """Baselines by block size and workload, on the twin; from the run's folder if they are there already."""
     path = run_dir / "baselines.json"
-    if not path.exists():
-        twin = twin_of(config)
-        jobs = [(twin, size, load) for size in config.block_sizes for load in workloads]
+    raw = read_json(path) if path.exists() else {}
+    left = [size for size in config.block_sizes if str(size) not in raw]
+    if left:
+        jobs = [(twin_of(config), size, load) for size in left for load in workloads]
         found = in_parallel("tune baselines", tune_baselines, jobs)
-        raw: dict[str, dict[str, Any]] = {str(size): {} for size in config.block_sizes}
         for (_, size, workload), tuned in zip(jobs, found, strict=True):
-            raw[str(size)][workload] = tuned.to_dict()
+            raw.setdefault(str(size), {})[workload] = tuned.to_dict()
         write_json(path, raw)
     return {
-        int(size): {workload: Tuned.from_dict(tuned) for workload, tuned in by_load.items()}
-        for size, by_load in read_json(path).items()
+        size: {workload: Tuned.from_dict(tuned) for workload, tuned in raw[str(size)].items()}
+        for size in config.block_sizes
     }
 
 
@@ -208,11 +212,10 @@ def in_parallel(
     return [answer_of(reference, what, ANSWER_S) for reference in references]
 
 
-def _check_start(config: LearnConfig) -> None:
+def _check_start(config: LearnConfig, codec: Codec) -> None:
     """The policy that training begins with has to see and to choose the same."""
     if config.start_from is None:
         return
-    codec = build_codec(config, build_spec(config, config.block_sizes[0]))
     start = read_policy(config.start_from)
     if start.manifest.head != config.train.head or start.codec.to_dict() != codec.to_dict():
         raise PolicyError(
@@ -221,7 +224,7 @@ def _check_start(config: LearnConfig) -> None:
         )
 
 
-def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: dict[str, Any]) -> Path:
+def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
     """Make the run's folder and write what is known of it beforehand."""
     run_dir = new_folder(config.out, verb)
     pack = load_pack(config.pack)
@@ -242,7 +245,9 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: di
             "sha256": pack.sha256,
             "notes": f"Measured: {pack.measured}. Transferred: {pack.transferred}.",
         },
-        **engine,
+        "engine": None,
+        "unsupported": {},
+        "nodes": {},
     }
     write_json(run_dir / "run.json", facts)
     if config.storage is not None:
@@ -250,25 +255,12 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int], engine: di
     return run_dir
 
 
-def _engine(config: LearnConfig) -> dict[str, Any]:
-    """The engine's version, and why which block sizes cannot be served: a live server is started for each."""
-    engine, unsupported = None, {}
-    for size in config.block_sizes:
-        try:
-            engine = build_engine(config, size)
-        except UnsupportedError as error:
-            unsupported[str(size)] = str(error)
-            print(f"unsupported  {error}", flush=True)
-    if engine is None:
-        raise UnsupportedError(f"no block size of {', '.join(map(str, config.block_sizes))} can be served")
-    return {"engine": engine, "unsupported": unsupported}
-
-
 def _save(
-    config: LearnConfig, run_dir: Path, trial: Trained, best: int, *, miss_price_j: float = 0.0
+    found: Resolved[Learning], run_dir: Path, trial: Trained, best: int, *, miss_price_j: float = 0.0
 ) -> None:
     """Write a policy folder."""
     size = trial.block_sizes[0]
-    manifest = build_manifest(config, trial.block_sizes, read_json(run_dir / "run.json")["engine"])
-    codec = replace(build_codec(config, build_spec(config, size)), miss_price_j=miss_price_j)
-    save_policy(policy_folder(config, run_dir, size), trial.results[best].arrays, codec, manifest)
+    setup = found.setups[size]
+    manifest = build_manifest(found.config, trial.block_sizes, setup.spec, engine=setup.engine)
+    codec = replace(setup.codec, miss_price_j=miss_price_j)
+    save_policy(policy_folder(found.config, run_dir, size), trial.results[best].arrays, codec, manifest)

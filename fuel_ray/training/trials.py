@@ -15,9 +15,9 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from fuel_ray.build.cluster import gpus_per_node
-from fuel_ray.build.codec import build_codec
-from fuel_ray.build.nodes import build_spec
+from fuel_ray.build.nodes import is_kept
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
+from fuel_ray.codec import Codec
 from fuel_ray.config import LearnConfig, TrainConfig
 from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.anchor import Anchor
@@ -74,13 +74,14 @@ def trial_block_sizes(config: LearnConfig) -> list[list[int]]:
 
 
 def run_trials(
-    config: LearnConfig, run_dir: Path, anchors: Mapping[int, Anchor] = MappingProxyType({})
+    config: LearnConfig,
+    run_dir: Path,
+    codecs: Mapping[int, Codec],
+    anchors: Mapping[int, Anchor] = MappingProxyType({}),
 ) -> list[Trained]:
     """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
 
     ``anchors`` by block size are what specialists explore near to.
-
-    Simulated nodes train side by side, live ones, which share the GPUs, one after the other.
 
     Raises:
         FuelRayError: a trial failed; the message has its error.
@@ -88,20 +89,20 @@ def run_trials(
     """
     register_env(_ENV_NAME, make_env)
     sizes = trial_block_sizes(config)
-    space = dqn_config(config, tune.grid_search(sizes), anchors)
+    space = dqn_config(config, tune.grid_search(sizes), codecs[config.block_sizes[0]], anchors)
     callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
     if config.node == "ray":
         callbacks.append(NodeWatch(config))
     folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
-    if tune.Tuner.can_restore(f"{folder}/tune"):
+    name = round_folder(config)
+    if tune.Tuner.can_restore(f"{folder}/{name}"):
         tuner = tune.Tuner.restore(
-            f"{folder}/tune", FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
+            f"{folder}/{name}", FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
         )
         tuner._local_tuner._run_config.callbacks = callbacks
     else:
-        one = tune.TuneConfig(max_concurrent_trials=1 if config.node == "live" else None)
         settings = _run_settings(config, folder, callbacks)
-        tuner = tune.Tuner(FastDqn, param_space=space, tune_config=one, run_config=settings)
+        tuner = tune.Tuner(FastDqn, param_space=space, run_config=settings)
     results = tuner.fit()
     for error in results.errors:
         raise FuelRayError(f"training failed: {reason(error)}")
@@ -111,11 +112,16 @@ def run_trials(
     return trained
 
 
+def round_folder(config: LearnConfig) -> str:
+    """Tune's folder for a round, in that of the run."""
+    return f"tune-{'-'.join(map(str, config.block_sizes))}" if config.live_server else "tune"
+
+
 def _run_settings(config: LearnConfig, folder: str, callbacks: list[tune.Callback]) -> tune.RunConfig:
     """Of a new run; on a cluster a trial that lost its process or nodes goes on from its last checkpoint."""
     on_cluster = config.node == "ray"
     return tune.RunConfig(
-        name="tune",
+        name=round_folder(config),
         storage_path=folder,
         stop={"num_env_steps_sampled_lifetime": config.steps},
         checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
@@ -127,7 +133,10 @@ def _run_settings(config: LearnConfig, folder: str, callbacks: list[tune.Callbac
 
 
 def dqn_config(
-    config: LearnConfig, block_sizes: Any, anchors: Mapping[int, Anchor] = MappingProxyType({})
+    config: LearnConfig,
+    block_sizes: Any,
+    codec: Codec,
+    anchors: Mapping[int, Anchor] = MappingProxyType({}),
 ) -> FastDqnConfig:
     """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
     settings = _train_settings(config)
@@ -171,7 +180,7 @@ def dqn_config(
         num_steps_sampled_before_learning_starts=settings.learning_starts,
         replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": settings.buffer_size},
     )
-    dqn.rl_module(rl_module_spec=_module_spec(config))
+    dqn.rl_module(rl_module_spec=_module_spec(config, codec))
     dqn.callbacks(EpisodeMetrics)
     dqn.reporting(
         min_sample_timesteps_per_iteration=rounds * round_steps,
@@ -182,10 +191,10 @@ def dqn_config(
     return dqn
 
 
-def _module_spec(config: LearnConfig) -> RLModuleSpec:
+def _module_spec(config: LearnConfig, codec: Codec) -> RLModuleSpec:
     """The Q network for these settings, and how it explores where RLlib's runner steps it."""
     settings = _train_settings(config)
-    grid = build_codec(config, build_spec(config, config.block_sizes[0])).grid
+    grid = codec.grid
     return RLModuleSpec(
         module_class=DuelingDqnModule,
         model_config={
@@ -211,7 +220,7 @@ def _train_settings(config: LearnConfig) -> TrainConfig:
 
 def _node_bundles(config: LearnConfig) -> list[dict[str, float]]:
     """What the actors of a trial's nodes take from the cluster."""
-    if config.node != "ray":
+    if config.node != "ray" or is_kept(config):
         return []
     gpus = gpus_per_node(config)
     bundle = {NODE_RESOURCE: 1.0, "GPU": float(gpus)} if gpus else {NODE_RESOURCE: 1.0}

@@ -1,0 +1,40 @@
+"""``vllm serve MODEL --port N --block-size B`` in a second: the stub; a line per start in $STUB_STARTS."""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from aiohttp import web
+
+from tests.stub_vllm import serving
+from tests.test_live_node import CountingStub
+
+parser = argparse.ArgumentParser()
+parser.add_argument("serve")
+parser.add_argument("model")
+parser.add_argument("--port", type=int)
+parser.add_argument("--block-size", type=int)
+asked, _ = parser.parse_known_args()
+with open(os.environ["STUB_STARTS"], "a") as log:
+    log.write(f"{asked.block_size} {os.getpid()}\n")
+if asked.block_size % 16:
+    sys.exit(f"RuntimeError: No common block size for {asked.block_size} (CPU_ATTN: [MultipleOf(16)]).")
+
+
+class Healthy(CountingStub):
+    async def version_page(self, request):
+        return web.json_response({"version": self.version})
+
+
+stub = Healthy()
+stub.page = re.sub(r'block_size="\d+"', f'block_size="{asked.block_size}"', stub.page)
+ended = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: ended.set())
+with serving(stub, port=asked.port):
+    ended.wait()
