@@ -21,7 +21,7 @@ from tests.test_node_contract import simulated
 pytestmark = pytest.mark.ray
 
 
-def remote_node(build=lambda gpu_ids: simulated(), **settings):
+def remote_node(build=lambda server: simulated(), **settings):
     from fuel_ray.cluster.node import RemoteNode
 
     return RemoteNode(build, **settings)
@@ -68,7 +68,7 @@ def test_windows_and_records_equal_those_in_process(node):
 
 @pytest.mark.parametrize("kind", [UnsupportedError, ConfigError, NodeError])
 def test_an_error_on_the_node_arrives_as_what_it_is(two_hosts, kind):
-    def build(gpu_ids):
+    def build(server):
         raise kind("block size 8: no backend takes it")
 
     with pytest.raises(kind, match="block size 8: no backend takes it") as caught:
@@ -77,7 +77,7 @@ def test_an_error_on_the_node_arrives_as_what_it_is(two_hosts, kind):
 
 
 def test_a_foreign_error_on_the_node_is_a_node_error(two_hosts):
-    def build(gpu_ids):
+    def build(server):
         raise ZeroDivisionError("by zero")
 
     with pytest.raises(NodeError, match="by zero"):
@@ -124,7 +124,7 @@ class Hanging:
 
 def test_a_node_that_hangs_is_a_node_error_within_its_deadline_and_is_restarted(two_hosts, monkeypatch):
     monkeypatch.setattr("fuel_ray.cluster.node.CALL_S", 1.0)
-    node = remote_node(lambda gpu_ids: Hanging())
+    node = remote_node(lambda server: Hanging())
     node.reset(seed=1)
     with pytest.raises(NodeError, match="no answer within 2 s"):
         node.measure(1.0)
@@ -184,9 +184,9 @@ def test_unlock_asks_every_host_and_goes_on_where_one_fails(two_hosts, tmp_path,
 def test_each_node_has_gpus_of_its_own(two_hosts):
     host = two_hosts.add(nodes=2, gpus=2)
 
-    def build(gpu_ids):
+    def build(server):
         node = simulated()
-        node._spec = dataclasses.replace(node.spec, gpu_uuids=gpu_ids)
+        node._spec = dataclasses.replace(node.spec, gpu_uuids=server.gpu_ids)
         return node
 
     nodes = [remote_node(build, gpus=1) for _ in range(2)]
@@ -200,7 +200,7 @@ def test_each_node_has_gpus_of_its_own(two_hosts):
 def test_what_a_node_has_started_ends_with_its_killed_actor(two_hosts, tmp_path):
     psutil = pytest.importorskip("psutil")
 
-    def build(gpu_ids):
+    def build(server):
         server = subprocess.Popen(["sleep", "600"])
         (tmp_path / "pid").write_text(str(server.pid))
         return simulated()
@@ -217,7 +217,7 @@ def test_clocks_are_given_back_when_the_actor_that_pinned_them_is_killed(two_hos
     (tmp_path / "pynvml.py").write_text(FAKE_PYNVML)
     log = tmp_path / "nvml.log"
 
-    def build(gpu_ids):
+    def build(server):
         os.environ.update(FAKE_NVML_LOG=str(log), FUEL_RAY_STATE_DIR=str(tmp_path / "state"))
         sys.path.insert(0, str(tmp_path))
         from fuel_ray.live.gpu.lease import ClockLease

@@ -114,7 +114,7 @@ def test_parallel_environments_do_what_they_do_one_after_the_other():
     def make():
         return build_env(SweepConfig(train=CONFIG.train), [16])
 
-    parallel = trajectory(ParallelServingEnv(make, num_envs=2))
+    parallel = trajectory(ParallelServingEnv([make, make]))
     for ours, own in zip(parallel, trajectory(gymnasium.vector.SyncVectorEnv([make, make])), strict=True):
         np.testing.assert_array_equal(ours, own)
 
@@ -130,7 +130,7 @@ class Meeting(Failing):
 
 
 def test_windows_of_parallel_environments_pass_at_the_same_time():
-    env = ParallelServingEnv(lambda: env_on(Meeting()), num_envs=2)
+    env = ParallelServingEnv([lambda: env_on(Meeting())] * 2)
     trajectory(env, steps=25)  # an episode ends and another begins in it
     env.close()
 
@@ -151,6 +151,6 @@ def test_if_one_environment_cannot_be_made_the_others_are_closed():
             return make()
 
     with pytest.raises(NodeError, match="no second node"):
-        ParallelServingEnv(one_by_one, num_envs=2)
+        ParallelServingEnv([one_by_one] * 2)
     with pytest.raises(NodeError, match="not reset"):
         made[0].measure(1.0)

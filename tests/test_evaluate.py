@@ -8,7 +8,7 @@ import pytest
 from fuel_ray.arena import evaluation as evaluate
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.build.objective import build_objective
-from fuel_ray.config import SweepConfig
+from fuel_ray.config import LiveConfig, SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.policies.learned import distinct_names
@@ -48,7 +48,7 @@ def test_an_episode_whose_node_was_lost_is_begun_again(monkeypatch):
     [
         (CONFIG, [NodeError("lost"), NodeError("lost")]),
         (CONFIG, [UnsupportedError("block size 8")]),
-        (replace(CONFIG, node="live"), [NodeError("lost")]),
+        (replace(CONFIG, node="live", live=LiveConfig(server="http://127.0.0.1:1")), [NodeError("lost")]),
     ],
     ids=["in a row", "unsupported", "not on a cluster"],
 )

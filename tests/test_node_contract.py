@@ -30,7 +30,7 @@ def simulated_with_a_crowded_pool():
 def remote():
     from fuel_ray.cluster.node import RemoteNode
 
-    return RemoteNode(lambda gpu_ids: simulated())
+    return RemoteNode(lambda server: simulated())
 
 
 @pytest.fixture(

@@ -10,6 +10,7 @@ import torch
 
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, build_node
+from fuel_ray.build.resolve import resolve
 from fuel_ray.codec import SEED_GRID, ActionGrid, Codec, Encoder
 from fuel_ray.config import PRESETS
 from fuel_ray.control import run_policy
@@ -323,7 +324,8 @@ def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
     net = DuelingQNet(13, limits=3, clocks=14, hidden=(), head="additive")
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
     (tmp_path / "run.json").write_text('{"engine": "vllm 0.20.2"}')
-    train._save(config, tmp_path, Trained((16,), (Checkpointed(100, None, arrays),)), 0)
+    with resolve(config, run="r") as found:
+        train._save(found, tmp_path, Trained((16,), (Checkpointed(100, None, arrays),)), 0)
     codec = Codec.from_dict(json.loads((tmp_path / "policies/block_16/codec.json").read_text()))
     seen = Encoder(codec, loop.node.spec).encode(loop.reset(seed=0))
     assert codec.running_scale.count > 1 and seen.any()

@@ -6,6 +6,7 @@ import pytest
 
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_spec
+from fuel_ray.build.resolve import resolve
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy
@@ -40,14 +41,14 @@ def finished(monkeypatch, tmp_path, scores, *, block_sizes=(16,), **settings):
             return [(Anchor(TUNED.table, 0.1), 7.0) for _ in asked]
         return [scores[k % 2] for k in range(len(asked))]
 
-    monkeypatch.setattr(train, "start_ray", lambda config: None)
     monkeypatch.setattr(train, "run_trials", lambda *_: [Trained(sizes, results) for sizes in trials])
     monkeypatch.setattr(train, "in_parallel", in_parallel)
     write_json(tmp_path / "run.json", {"engine": "e"})
     tuned = {size: replace(TUNED, static=Knobs(48, 1500 - size)) for size in block_sizes}
     baselines = {str(size): {config.workload: own.to_dict()} for size, own in tuned.items()}
     write_json(tmp_path / "baselines.json", baselines)
-    train.train_policies(config, tmp_path, [config.workload])
+    with resolve(config, run="r") as resolved:
+        train.train_policies(resolved, tmp_path, [config.workload])
     return jobs["score checkpoints"], [read_policy(f) for f in sorted((tmp_path / "policies").iterdir())]
 
 

@@ -1,23 +1,19 @@
 """From settings to nodes that Ray actors own: where they are, with which GPUs, on which server."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import ray
-
 from fuel_ray.build.live import LiveServer
 from fuel_ray.build.nodes import ACTOR, is_kept, numbered
-from fuel_ray.cluster.hosts import answer_of, driver_resource, require_nodes
-from fuel_ray.cluster.node import NoServer, RemoteNode, Server, end_actor, node_actor
+from fuel_ray.cluster.hosts import driver_resource, require_nodes
+from fuel_ray.cluster.node import NoServer, RemoteNode, Server, end_actor, facts_of, node_actor
 from fuel_ray.config import ServingConfig
-from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.errors import UnsupportedError
 from fuel_ray.types import Node, NodeSpec
 
-SAY_S = 15.0  # between two lines while servers start
 SIM_START_S = 60.0  # Ray starts a process, which imports and compiles
 
 Kept = TypeVar("Kept", bound=ServingConfig)
@@ -73,44 +69,13 @@ def kept_servers(
                 name=_actor_name(own, size),
                 resources=driver_resource() if config.node == "live" else None,
             )
-        answers = _answers(actors, timeout_s=_start_s(config))
+        answers = facts_of(actors, timeout_s=_start_s(config))
         for key in [key for key, answer in answers.items() if isinstance(answer, UnsupportedError)]:
             end_actor(actors.pop(key))
         yield kept, {size: answers[size, 0] for size in block_sizes}
     finally:
         for actor in actors.values():
             end_actor(actor)
-
-
-def _answers(actors: Mapping[tuple[int, int], Any], *, timeout_s: float) -> dict[tuple[int, int], Answer]:
-    """What each server says of itself once it has started, with a line now and then while none has."""
-    began_s = time.monotonic()
-    pending = {actor.facts.remote(): key for key, actor in actors.items()}
-    answers: dict[tuple[int, int], Answer] = {}
-    _say("starting", pending.values(), began_s)
-    while pending:
-        done, _ = ray.wait(list(pending), timeout=SAY_S)
-        for reference in done:
-            key = pending.pop(reference)
-            try:
-                answers[key] = answer_of(reference, f"the server of block size {key[0]}", timeout_s)
-                _say("up", [key], began_s)
-            except UnsupportedError as error:
-                answers[key] = error
-                print(f"unsupported  {error}", flush=True)
-        if not done:
-            _say("still starting", pending.values(), began_s)
-            if time.monotonic() - began_s > timeout_s:
-                raise NodeError(f"no server of block size {_sizes(pending.values())} within {timeout_s:g} s")
-    return answers
-
-
-def _say(what: str, keys: Iterable[tuple[int, int]], began_s: float) -> None:
-    print(f"serve  block {_sizes(keys)}: {what}, {time.monotonic() - began_s:.0f} s", flush=True)
-
-
-def _sizes(keys: Iterable[tuple[int, int]]) -> str:
-    return ", ".join(str(size) for size in dict.fromkeys(size for size, _ in keys))
 
 
 def _actor_name(config: ServingConfig, kv_block_size: int) -> str:

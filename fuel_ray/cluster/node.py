@@ -2,8 +2,9 @@
 
 import logging
 import socket
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +13,11 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from fuel_ray.cluster.gauges import NodeGauges
 from fuel_ray.cluster.hosts import NODE_RESOURCE, answer_of, with_gpus
-from fuel_ray.errors import FuelRayError, NodeError
+from fuel_ray.errors import FuelRayError, NodeError, UnsupportedError
 from fuel_ray.types import Knobs, Node, NodeSpec, RequestRecords, WindowMetrics
 
 CALL_S = 30.0  # a live node reads its server and its GPUs in one call
+SAY_S = 15.0  # between two lines while servers start
 CLOSE_S = 45.0  # a vLLM server is given 20 s to end, and its clocks are given back
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,43 @@ def end_actor(actor: Any) -> None:
     except FuelRayError as error:
         logger.warning("a node did not close by itself: %s", error)
     ray.kill(actor)
+
+
+def facts_of(actors: Mapping[tuple[int, int], Any], *, timeout_s: float) -> dict[tuple[int, int], Any]:
+    """What the server of each (block size, number) says of itself, with a line now and then till it does.
+
+    An UnsupportedError is an answer too.
+
+    Raises:
+        NodeError: one did not start, or not within ``timeout_s``.
+    """
+    began_s = time.monotonic()
+    pending = {actor.facts.remote(): key for key, actor in actors.items()}
+    answers: dict[tuple[int, int], Any] = {}
+    _say("starting", pending.values(), began_s)
+    while pending:
+        done, _ = ray.wait(list(pending), timeout=SAY_S)
+        for reference in done:
+            key = pending.pop(reference)
+            try:
+                answers[key] = answer_of(reference, f"the server of block size {key[0]}", timeout_s)
+                _say("up", [key], began_s)
+            except UnsupportedError as error:
+                answers[key] = error
+                print(f"unsupported  {error}", flush=True)
+        if not done:
+            _say("still starting", pending.values(), began_s)
+            if time.monotonic() - began_s > timeout_s:
+                raise NodeError(f"no server of block size {_sizes(pending.values())} within {timeout_s:g} s")
+    return answers
+
+
+def _say(what: str, keys: Iterable[tuple[int, int]], began_s: float) -> None:
+    print(f"serve  block {_sizes(keys)}: {what}, {time.monotonic() - began_s:.0f} s", flush=True)
+
+
+def _sizes(keys: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(str(size) for size in dict.fromkeys(size for size, _ in keys))
 
 
 class RemoteNode:
