@@ -216,7 +216,7 @@ class Codec:
     grid: ActionGrid
     slo: Slo
     running_scale: RunningScale | None = None  # fixed scales of the feature table if None
-    miss_price_j: float = 0.0  # what the policy is told that a missed limit costs
+    miss_price_j: float = 0.0  # of a missed limit; seen by policies with that feature
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.features if name not in FEATURES]

@@ -45,6 +45,7 @@ def build_codec(config: LearnConfig, spec: NodeSpec) -> Codec:
         features=features,
         grid=build_grid(config, spec),
         slo=config.slo,
+        miss_price_j=config.miss_price_j,
         running_scale=_random_scale(config, spec.kv_block_size)
         if config.normalisation == "running"
         else None,

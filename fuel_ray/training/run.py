@@ -214,7 +214,8 @@ def _check_start(config: LearnConfig) -> None:
         return
     codec = build_codec(config, build_spec(config, config.block_sizes[0]))
     start = read_policy(config.start_from)
-    if start.manifest.head != config.train.head or start.codec.to_dict() != codec.to_dict():
+    seen = replace(start.codec, miss_price_j=codec.miss_price_j)  # the price is found after training
+    if start.manifest.head != config.train.head or seen.to_dict() != codec.to_dict():
         raise PolicyError(
             f"--start-from {config.start_from}: its features, scales, SLO, action grid or head are not those "
             f"of this training; it has {len(start.codec.grid)} actions, this training {len(codec.grid)}"

@@ -72,8 +72,8 @@ def score_weights(
 ) -> tuple[Score, float]:
     """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
 
-    A policy that was trained for many prices of a miss is scored at the best that is found; others are told
-    none.
+    A policy that was trained for many prices of a miss is scored at the best that is found; others have
+    that of their training.
     """
     practices = [_practice(config, size, config.workload) for size in block_sizes]
     scores: dict[float, Score] = {}
@@ -95,7 +95,7 @@ def score_weights(
         return scores[log_price].rank(share)
 
     if "miss_price" not in config.features:
-        return score_at(0.0), 0.0
+        return score_at(config.miss_price_j), config.miss_price_j
     best = bisected(rank, *LOG_PRICES)
     return scores[best], 10.0**best
 
