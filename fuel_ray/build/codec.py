@@ -20,6 +20,8 @@ from fuel_ray.workload.spec import parse_workload
 # a little beyond what the pool serves within the SLO
 POOLS = ((14_000, 8.0), (26_000, 14.0), (None, 24.0))
 _SCALE_EPISODES = 20
+_RANGE_EPISODES = 60
+_MIXED_RANGE_EPISODES = 200  # each is one draw of rates and lengths
 
 
 def build_grid(config: LearnConfig, spec: NodeSpec) -> ActionGrid:
@@ -67,7 +69,7 @@ def _random_scale(config: LearnConfig, kv_block_size: int) -> RunningScale:
 
 
 def _random_episodes(
-    config: LearnConfig, kv_block_size: int
+    config: LearnConfig, kv_block_size: int, *, episodes: int = _SCALE_EPISODES
 ) -> tuple[Codec, NodeSpec, Iterator[Iterator[WindowMetrics]]]:
     """Windows of the twin under random actions, and the codec of fixed scales for them."""
     plain = replace(twin_of(config), normalisation="fixed")
@@ -83,13 +85,14 @@ def _random_episodes(
         for _ in range(steps):
             yield loop.step(codec.grid.decode(int(rng.integers(len(codec.grid))))).metrics
 
-    return codec, loop.node.spec, (episode() for _ in range(_SCALE_EPISODES))
+    return codec, loop.node.spec, (episode() for _ in range(episodes))
 
 
 def build_manifest(config: LearnConfig, block_sizes: tuple[int, ...], engine: str) -> Manifest:
     """What a policy that is trained so is made for."""
     pack = load_pack(config.pack)
     spec = build_spec(config, block_sizes[0])
+    episodes = _MIXED_RANGE_EPISODES if config.generalist else _RANGE_EPISODES
     return Manifest(
         kv_block_sizes=block_sizes,
         model=spec.model,
@@ -102,5 +105,5 @@ def build_manifest(config: LearnConfig, block_sizes: tuple[int, ...], engine: st
         workload_digest=parse_workload(config.workload).digest(),
         head=config.train.head,
         fuel_ray_version=__version__,
-        feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0])),
+        feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0], episodes=episodes)),
     )

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from fuel_ray.codec import ArrivalRate, smoothed_rates
+from fuel_ray.averages import ArrivalRate, smoothed_rates
 from fuel_ray.types import Knobs, WindowMetrics
 
 

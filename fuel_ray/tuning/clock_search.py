@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuel_ray.codec import smoothed_rates
+from fuel_ray.averages import smoothed_rates
 from fuel_ray.policies.static import Static
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo, WindowMetrics
 
