@@ -64,14 +64,14 @@ def test_checkpoints_are_ranked_as_they_will_be_used(monkeypatch, tmp_path, anch
     scores = [(Score(40.0, 0.98), 11.0), (Score(60.0, 0.98), 22.0)]
     jobs, (policy,) = finished(monkeypatch, tmp_path, scores, anchor=anchor)
     assert all((job[3] is not None) == anchor for job in jobs)
-    assert (policy.anchor is not None) == anchor
+    assert (policy.manifest.anchor is not None) == anchor
 
 
 def test_a_conditional_policy_falls_back_to_the_fastest_of_its_static_pairs(monkeypatch, tmp_path):
     scores = [(Score(40.0, 0.98), 11.0)] * 2
     settings = {"conditional": True, "specialist": False, "features": ("running", "kv_block_size")}
     _, (policy,) = finished(monkeypatch, tmp_path, scores, block_sizes=(64, 8), **settings)
-    assert policy.manifest.tuned_static == {"batch_limit": 48, "gpu_clock_mhz": 1492}
+    assert policy.manifest.tuned_static == Knobs(48, 1492)
 
 
 def test_a_policy_of_one_price_is_saved_with_it():

@@ -116,8 +116,8 @@ def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
     slo, tuned = folder.slo, folder.manifest.tuned_static
     if config.max_wait_s is None:
         config = replace(config, max_wait_s=slo.wait_limit_s)
-    if config.fallback is None and tuned is not None and _can_be_set(Knobs(**tuned), spec):
-        config = replace(config, fallback=f"{tuned['batch_limit']}@{tuned['gpu_clock_mhz']}")
+    if config.fallback is None and tuned is not None and _can_be_set(tuned, spec):
+        config = replace(config, fallback=f"{tuned.batch_limit}@{tuned.gpu_clock_mhz}")
     drift = None
     if config.drift:
         drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
@@ -176,7 +176,7 @@ def _mismatches(folder: PolicyFolder, spec: NodeSpec, engine: str) -> Iterator[s
         yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
     if _plain(manifest.engine) != _plain(f"vLLM {engine}"):
         yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
-    anchored = () if folder.anchor is None else folder.anchor.table.knobs
+    anchored = () if manifest.anchor is None else manifest.anchor.table.knobs
     highest = max(grid.batch_limits[-1], *(knobs.batch_limit for knobs in anchored), 0)
     if highest > spec.batch_limits[-1]:
         yield f"its highest batch limit is {highest}, the server's {spec.batch_limits[-1]}"

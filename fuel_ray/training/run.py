@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,8 +164,8 @@ def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> Non
         alike = [tuned[other].static for other, folder in folders.items() if folder == folders[size]]
         manifest = replace(
             policy.manifest,
-            tuned_static=asdict(max(alike, key=lambda knobs: (knobs.gpu_clock_mhz, knobs.batch_limit))),
-            anchor=None if anchor is None else anchor.to_dict(),
+            tuned_static=max(alike, key=lambda knobs: (knobs.gpu_clock_mhz, knobs.batch_limit)),
+            anchor=anchor,
         )
         save_policy(folders[size], policy.arrays, replace(policy.codec, miss_price_j=price_j), manifest)
 

@@ -31,16 +31,14 @@ class Tuned:
     share: float  # of requests that was asked for
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data; the last row of the load table has no upper rate."""
-        rates = (*self.table.rates_rps, None)
-        rows = [[r, k.batch_limit, k.gpu_clock_mhz] for r, k in zip(rates, self.table.knobs, strict=True)]
-        return {"tuned_static": asdict(self.static), "load_table": rows, "share": self.share}
+        """As plain data, for JSON."""
+        static, table = asdict(self.static), self.table.to_dict()
+        return {"tuned_static": static, "load_table": table, "share": self.share}
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> "Tuned":
         """The inverse of ``to_dict``."""
-        rows = raw["load_table"]
-        table = LoadTable([row[0] for row in rows[:-1]], [Knobs(row[1], row[2]) for row in rows])
+        table = LoadTable.from_dict(raw["load_table"])
         return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"])
 
 
