@@ -81,7 +81,7 @@ class Cell:
         spec = self.practice.loop.node.spec
         plain = LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
         promise = self.practice.slos[self.slo]
-        contender = Contender("", lambda x: plain.promising(promise, miss_price_j=10.0**x), LOG_PRICES, True)
+        contender = Contender("", lambda x: plain.for_slo(promise, miss_price_j=10.0**x), LOG_PRICES, True)
         policy, _ = tuned(contender, self.practice, self.slo, share=self.share)
         assert isinstance(policy, LearnedPolicy)
         energy_j, kept = self.figures(policy)

@@ -70,7 +70,7 @@ def main() -> None:
         for i in range(given.seeds):
             episode = run_episode(stage, Shuffled(policy, k, seen[i], i), seed=HELD_OUT_SEED + i)
             energies_j.append(episode.totals.energy_j)
-            kept += int(episode.records.keeps(slo).sum())
+            kept += int(episode.records.meets(slo).sum())
             requests += episode.totals.arrivals
         intact = energies_j if k is None else intact
         change = paired_ratio(energies_j, intact, rng=np.random.default_rng(0))

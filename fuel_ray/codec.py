@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fuel_ray.averages import ArrivalRate, RecentRequests, RequestMeans
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
-
-EWMA_S = 10.0  # time constant of the arrival rate's moving average
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +21,7 @@ class Context:
     slo: Slo
     arrival_rate_ewma_rps: float
     miss_price_j: float = 0.0
+    requests: RequestMeans = RequestMeans()  # noqa: RUF009  (it is frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Feature:
     scale: float
     value: Callable[[WindowMetrics, Context], float | None]  # None reads as 0
     high: float = 1.0
+    load: bool = False  # whether it describes the load, so that a value unseen in training is drift
 
 
 def _wait_of_slo(w: WindowMetrics, c: Context) -> float:
@@ -77,7 +78,10 @@ FEATURES: dict[str, Feature] = {
     "gpu_clock": Feature(1.0, lambda w, c: w.knobs.gpu_clock_mhz / c.spec.gpu_clocks_mhz[-1]),
     "batch_limit": Feature(1.0, lambda w, c: w.knobs.batch_limit / c.spec.batch_limits[-1]),
     "arrival_rate": Feature(20.0, lambda w, c: w.arrivals / w.duration_s),
-    "arrival_rate_ewma": Feature(20.0, lambda w, c: c.arrival_rate_ewma_rps),
+    "arrival_rate_ewma": Feature(20.0, lambda w, c: c.arrival_rate_ewma_rps, load=True),
+    "prompt_tokens_ewma": Feature(1000.0, lambda w, c: c.requests.prompt_tokens, high=32.0, load=True),
+    "output_tokens_ewma": Feature(500.0, lambda w, c: c.requests.output_tokens, high=32.0, load=True),
+    "prefix_hit_rate_ewma": Feature(1.0, lambda w, c: c.requests.prefix_hit_rate, load=True),
     "oldest_wait": Feature(1.0, _wait_of_slo),
     # What a policy for any load and promise needs
     "running_of_capacity": Feature(1.0, lambda w, c: w.running / c.spec.batch_limits[-1]),
@@ -216,7 +220,7 @@ class Codec:
     grid: ActionGrid
     slo: Slo
     running_scale: RunningScale | None = None  # fixed scales of the feature table if None
-    miss_price_j: float = 0.0  # what the policy is told that a missed limit costs
+    miss_price_j: float = 0.0  # of a missed limit; seen by policies with that feature
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.features if name not in FEATURES]
@@ -252,56 +256,45 @@ class Codec:
         )
 
 
-class ArrivalRate:
-    """Exponentially weighted moving average of the arrival rate, time constant ``EWMA_S``."""
+class Recent:
+    """The context of every window of one node: remembers the load of the last seconds."""
 
-    def __init__(self) -> None:
-        self._rate_rps: float | None = None
-
-    def reset(self) -> None:
-        """Forget the past."""
-        self._rate_rps = None
-
-    def update(self, window: WindowMetrics) -> float:
-        """The rate in req/s after one more window; the first window's own rate at the start."""
-        rate_rps = window.arrivals / window.duration_s
-        if self._rate_rps is not None:
-            rate_rps = self._rate_rps + (rate_rps - self._rate_rps) * -math.expm1(-window.duration_s / EWMA_S)
-        self._rate_rps = rate_rps
-        return rate_rps
-
-
-def smoothed_rates(arrivals: np.ndarray, *, window_s: float = 1.0) -> list[float]:
-    """What ``ArrivalRate`` says after each of these windows."""
-    share = -math.expm1(-window_s / EWMA_S)
-    rates: list[float] = []
-    for count in arrivals.tolist():
-        rate_rps = count / window_s
-        if rates:
-            rate_rps = rates[-1] + (rate_rps - rates[-1]) * share
-        rates.append(rate_rps)
-    return rates
-
-
-class Encoder:
-    """A codec at work on one node: remembers the arrival rate of the last seconds."""
-
-    def __init__(self, codec: Codec, spec: NodeSpec, *, learn_scale: bool = False) -> None:
-        self._codec = codec
-        self._spec = spec
-        self._learn_scale = learn_scale
-        self._features = [FEATURES[name] for name in codec.features]
-        self._arrival_rate = ArrivalRate()
+    def __init__(self, codec: Codec, spec: NodeSpec) -> None:
+        self._codec, self._spec = codec, spec
+        self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
 
     def reset(self) -> None:
         """Forget the past."""
         self._arrival_rate.reset()
+        self._requests.reset()
+
+    def context(self, window: WindowMetrics) -> Context:
+        """What there is to know beside one more window."""
+        return Context(
+            spec=self._spec,
+            slo=self._codec.slo,
+            arrival_rate_ewma_rps=self._arrival_rate.update(window),
+            miss_price_j=self._codec.miss_price_j,
+            requests=self._requests.update(window),
+        )
+
+
+class Encoder:
+    """A codec at work on one node: remembers the load of the last seconds."""
+
+    def __init__(self, codec: Codec, spec: NodeSpec, *, learn_scale: bool = False) -> None:
+        self._codec = codec
+        self._learn_scale = learn_scale
+        self._features = [FEATURES[name] for name in codec.features]
+        self._recent = Recent(codec, spec)
+
+    def reset(self) -> None:
+        """Forget the past."""
+        self._recent.reset()
 
     def encode(self, window: WindowMetrics) -> np.ndarray:
         """The observation after a window: (features,) float32 within the codec's bounds."""
-        context = Context(
-            self._spec, self._codec.slo, self._arrival_rate.update(window), self._codec.miss_price_j
-        )
+        context = self._recent.context(window)
         values = []
         for feature in self._features:
             value = (feature.value(window, context) or 0.0) / feature.scale

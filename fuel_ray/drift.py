@@ -3,16 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from fuel_ray.codec import FEATURES, ArrivalRate, Codec, Context
+from fuel_ray.averages import EWMA_S
+from fuel_ray.codec import FEATURES, Codec, Context, Recent
 from fuel_ray.types import NodeSpec, WindowMetrics
 
-# Features that the load moves; knobs and shares move with the policy
-LOAD_FEATURES = (
-    *("running", "waiting", "request_throughput", "token_throughput", "arrival_rate", "arrival_rate_ewma"),
-    *("greendls_rate",),
-)
 DRIFT_S = 30.0  # time constant over which windows outside the range are weighed
-MARGIN = 0.1  # of the range's width, to either side
+MARGIN = 0.1  # of the range's width, to either side, and at least ``LEAST_MARGIN``
+LEAST_MARGIN = 0.05  # of the feature's scale, for what did not vary at all in training
 
 Range = tuple[float, float]
 
@@ -20,17 +17,21 @@ Range = tuple[float, float]
 def observed_ranges(
     codec: Codec, spec: NodeSpec, episodes: Iterable[Iterable[WindowMetrics]]
 ) -> dict[str, Range]:
-    """Lowest and highest value of each of the load's features that the codec has, in units of its scale."""
-    names = [name for name in codec.features if name in LOAD_FEATURES]
+    """Lowest and highest value of each feature of the load, in units of its scale."""
     found: dict[str, Range] = {}
+    recent = Recent(codec, spec)
     for episode in episodes:
-        rate = ArrivalRate()
+        recent.reset()
+        seconds = 0.0
         for window in episode:
-            context = Context(spec, codec.slo, rate.update(window))
-            for name in names:
-                value = (FEATURES[name].value(window, context) or 0.0) / FEATURES[name].scale
-                low, high = found.get(name, (value, value))
-                found[name] = min(low, value), max(high, value)
+            context = recent.context(window)
+            seconds += window.duration_s
+            if seconds < EWMA_S:
+                continue  # a first window's own rate is no average yet
+            for name, feature in FEATURES.items():
+                if feature.load and (value := _value(name, window, context)) is not None:
+                    low, high = found.get(name, (value, value))
+                    found[name] = min(low, value), max(high, value)
     return found
 
 
@@ -38,7 +39,7 @@ class DriftDetector:
     """Says so when the load was out of range for about half of the last ``DRIFT_S`` or longer."""
 
     def __init__(self, codec: Codec, spec: NodeSpec, *, ranges: Mapping[str, Range] | None = None) -> None:
-        """Watch the load's features among those of the codec.
+        """Watch the features of the load, whether the policy sees them or not, and any other with a range.
 
         Args:
             codec: of the policy.
@@ -46,23 +47,19 @@ class DriftDetector:
             ranges: lowest and highest value of a feature in training, in units of its scale; where there is
                 none, what the feature table can express.
         """
-        self._spec, self._slo = spec, codec.slo
-        self._ranges = {
-            name: (ranges or {}).get(name, (0.0, FEATURES[name].high))
-            for name in codec.features
-            if name in LOAD_FEATURES
-        }
-        self._arrival_rate = ArrivalRate()
+        of_load = {name: (0.0, feature.high) for name, feature in FEATURES.items() if feature.load}
+        self._ranges = {**of_load, **{k: v for k, v in (ranges or {}).items() if k in FEATURES}}
+        self._recent = Recent(codec, spec)
         self.reset()
 
     def reset(self) -> None:
         """Forget the past."""
-        self._arrival_rate.reset()
+        self._recent.reset()
         self._share, self._drifted = 0.0, False
 
     def update(self, window: WindowMetrics) -> bool:
         """Whether the load has drifted out of range, after one more window."""
-        context = Context(self._spec, self._slo, self._arrival_rate.update(window))
+        context = self._recent.context(window)
         outside = any(self._outside(name, window, context) for name in self._ranges)
         self._share += (outside - self._share) * -math.expm1(-window.duration_s / DRIFT_S)
         if self._share > 0.5:
@@ -73,8 +70,12 @@ class DriftDetector:
 
     def _outside(self, name: str, window: WindowMetrics, context: Context) -> bool:
         low, high = self._ranges[name]
-        value = FEATURES[name].value(window, context)
-        if value is None:
-            return False
-        margin = MARGIN * (high - low)
-        return not low - margin <= value / FEATURES[name].scale <= high + margin
+        value = _value(name, window, context)
+        margin = max(MARGIN * (high - low), LEAST_MARGIN)
+        return value is not None and not low - margin <= value <= high + margin
+
+
+def _value(name: str, window: WindowMetrics, context: Context) -> float | None:
+    """A feature in units of its scale; None if it is unknown."""
+    value = FEATURES[name].value(window, context)
+    return None if value is None else value / FEATURES[name].scale

@@ -13,7 +13,7 @@ from fuel_ray.codec import Codec, Encoder
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.metrics import window_attainment
-from fuel_ray.policies.anchor import Tether
+from fuel_ray.policies.anchor import GridAnchor
 from fuel_ray.types import Knobs, WindowMetrics
 
 NODE_FAILURE = "node_failure"  # in the info of a step whose window could not be measured
@@ -43,12 +43,12 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         steps: int,
         failures: int = 1,
         codecs: Sequence[Codec] = (),
-        tether: Tether | None = None,
+        anchor: GridAnchor | None = None,
         shadows: Sequence[ControlLoop | None] = (),
     ) -> None:
         """``codecs``, one per loop, may differ from ``codec`` in their promises; not in features or grid.
 
-        ``tether`` is what the policy will be held by: ``base`` and ``charge`` say what it says.
+        ``anchor`` is what the policy will be held by: ``base`` and ``penalty`` say what it says.
 
         On ``shadows``, one per loop, its load table serves the same arrivals, and rewards are less what it
         earns. That depends on arrivals alone, so no optimum is moved; it takes out of the rewards what
@@ -59,10 +59,10 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         self._loops = [(loop, own, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in of_all]
         self._loop, self._own, self._encoder, self._shadow = self._loops[0]
         self._steps = steps
-        self._tether = tether
+        self._anchored = anchor
         self._table = loops[0].node.spec.max_performance  # what the load table would set next
         self.base: int | None = None  # the action that the load table would take next
-        self.charge: np.ndarray | float = 0.0  # what Q loses for leaving it: (actions,)
+        self.penalty: np.ndarray | float = 0.0  # what Q loses for leaving it: (actions,)
         self._step = 0
         self._failures, self._failed = failures, 0
         self._seen = np.zeros(len(codec.low), np.float32)
@@ -78,16 +78,16 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         self._loop, self._own, self._encoder, self._shadow = self._loops[drawn]
         self._encoder.reset()
         self._step = 0
-        if self._tether is not None:
-            self._tether.reset()
+        if self._anchored is not None:
+            self._anchored.reset()
         self._look(self._first_window())
         return self._seen, {}
 
     def _look(self, window: WindowMetrics) -> None:
         self._seen = self._encoder.encode(window)
-        if self._tether is not None:
-            self._table = self._tether.decide(window)
-            self.base, self.charge = self._tether.action(self._table), self._tether.charge(self._table)
+        if self._anchored is not None:
+            self._table = self._anchored.decide(window)
+            self.base, self.penalty = self._anchored.action(self._table), self._anchored.penalty(self._table)
 
     def _first_window(self) -> WindowMetrics:
         while True:
@@ -122,9 +122,9 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     def _decode(self, action: int) -> Knobs:
         """As the policy will, whose table may have knobs that the grid has not."""
-        if self._tether is None:
+        if self._anchored is None:
             return self.codec.grid.decode(action)
-        return self._tether.decode(action, self._table)
+        return self._anchored.decode(action, self._table)
 
     def _count(self, error: NodeError) -> None:
         """Go on after a failure of the node unless it was one too many."""

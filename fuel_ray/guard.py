@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fuel_ray.drift import DriftDetector
-from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
+from fuel_ray.types import Knobs, LatencyName, NodeSpec, Slo, WindowMetrics
 
 Reason = Literal["stale", "wait", "queue", "latency", "drift", "floor", "step", "dwell", "budget"]
 BUDGET_S = 60.0
-LATENCY_S = 30.0  # time constant over which kept and missed limits are weighed
+LATENCY_S = 30.0  # time constant over which met and missed limits are weighed
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,9 @@ class _Misses:
 
     def __init__(self, slo: Slo | None) -> None:
         self._slo = slo
-        self._sums: dict[str, tuple[float, float]] = {}  # by limit: misses (or latency / limit), samples
+        self._sums: dict[
+            LatencyName, tuple[float, float]
+        ] = {}  # by limit: misses (or latency / limit), samples
 
     def update(self, window: WindowMetrics) -> float:
         """The worst limit's multiple after one more window; a mean at its limit counts as 2."""
@@ -149,15 +151,8 @@ class _Misses:
             return 0.0
         slo = self._slo
         keep = math.exp(-window.duration_s / LATENCY_S)
-        pairs = (
-            ("ttft", window.ttfts_s, slo.ttft_s),
-            ("tpot", window.tpots_s, slo.tpot_s),
-            ("e2e", window.e2es_s, slo.e2e_s),
-        )
         worst = 0.0
-        for name, values_s, limit_s in pairs:
-            if limit_s is None:
-                continue
+        for name, values_s, limit_s in slo.limited(window.latencies_s):
             cost, samples = self._sums.get(name, (0.0, 0.0))
             if slo.share is None:
                 cost = keep * cost + sum(values_s) / limit_s

@@ -64,14 +64,12 @@ class EpisodeTotals:
 
     def summary(self, records: RequestRecords, slo: Slo) -> EpisodeSummary:
         """Figures of the episode; requests that arrived and are not in ``records`` missed the SLO."""
-        ttft, tpot, e2e = map(latency, (records.ttft_s, records.tpot_s, records.e2e_s))
-        kept = int(records.keeps(slo).sum())
-        attainment = kept / self.arrivals if self.arrivals else 1.0
+        figures = {name: latency(values_s) for name, values_s in records.latencies_s.items()}
+        attainment = int(records.meets(slo).sum()) / self.arrivals if self.arrivals else 1.0
         if slo.share is not None:
             met = attainment >= slo.share
         else:
-            pairs = ((ttft, slo.ttft_s), (tpot, slo.tpot_s), (e2e, slo.e2e_s))
-            within = (x.mean_s is None or limit is None or x.mean_s <= limit for x, limit in pairs)
+            within = (x.mean_s is None or x.mean_s <= limit_s for _, x, limit_s in slo.limited(figures))
             met = len(records) >= self.arrivals and all(within)
         return EpisodeSummary(
             energy_j=self.energy_j,
@@ -79,9 +77,7 @@ class EpisodeTotals:
             energy_j_per_output_token=self.energy_j / self.output_tokens if self.output_tokens else None,
             slo_attainment=attainment,
             slo_met=met,
-            ttft=ttft,
-            tpot=tpot,
-            e2e=e2e,
+            **figures,
             requests=self.arrivals,
             preemptions=self.preemptions,
             mean_gpu_clock_mhz=self.clock_mhz_s / self.seconds,
@@ -105,11 +101,9 @@ def window_attainment(window: WindowMetrics, slo: Slo) -> float:
     A stalled window, in which nothing finished and somebody waits beyond the TTFT or e2e limit, has
     attainment 0.
     """
-    wait_limit_s = slo.ttft_s if slo.ttft_s is not None else slo.e2e_s
+    wait_limit_s = slo.wait_limit_s
     if wait_limit_s is not None and not window.completed and window.oldest_wait_s > wait_limit_s:
         return 0.0
-    pairs = ((window.ttfts_s, slo.ttft_s), (window.tpots_s, slo.tpot_s), (window.e2es_s, slo.e2e_s))
-    shares = [
-        sum(value <= limit for value in values) / len(values) for values, limit in pairs if limit and values
-    ]
+    pairs = slo.limited(window.latencies_s)
+    shares = (sum(value <= limit for value in values) / len(values) for _, values, limit in pairs if values)
     return min(shares, default=1.0)

@@ -42,7 +42,7 @@ def greendls_kv_reward(
         delay_ms: latency of a request.
         energy_mj: energy per request in mJ, > 0.
         kv_cache_usage: 0..1.
-        slo_target_ms: the latency promised.
+        slo_target_ms: the SLO.
         k: weight of energy efficiency.
     """
     reward = greendls_reward(delay_ms, energy_mj, slo_target_ms, k)
@@ -119,15 +119,9 @@ class Energy:
 
     def misses(self, window: WindowMetrics) -> float:
         """Limits missed in this window; in a stalled one, waiting requests count by the oldest wait."""
-        slo = self.slo
-        missed = 0.0
-        if slo.ttft_s is not None:
-            missed += sum(value > slo.ttft_s for value in window.ttfts_s)
-        if slo.tpot_s is not None:
-            missed += sum(value > slo.tpot_s for value in window.tpots_s)
-        if slo.e2e_s is not None:
-            missed += sum(value > slo.e2e_s for value in window.e2es_s)
-        wait_limit_s = slo.ttft_s if slo.ttft_s is not None else slo.e2e_s
+        missed, wait_limit_s = 0.0, self.slo.wait_limit_s
+        for _, values_s, limit_s in self.slo.limited(window.latencies_s):
+            missed += sum(value_s > limit_s for value_s in values_s)
         if wait_limit_s is not None and not window.completed and window.waiting:
             missed += window.waiting * min(1.0, window.oldest_wait_s / wait_limit_s)
         return missed

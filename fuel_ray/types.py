@@ -1,9 +1,13 @@
 """The nouns of fuel_ray: knobs, nodes, requests, windows, policies. The unit is in every name."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
+
+LatencyName = Literal["ttft", "tpot", "e2e"]
+Samples = TypeVar("Samples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,27 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """The latency promise: limits that a share of the requests, or their mean, has to keep."""
+    """Limits on latency that a share of the requests, or their mean, has to meet."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
-    share: float | None = 0.95  # of the requests that must keep all limits; None: the means must keep them
+    share: float | None = 0.95  # of the requests that must meet all limits; None: the means must meet them
+
+    @property
+    def wait_limit_s(self) -> float | None:
+        """The longest that a request may wait for its first token; None: any time."""
+        return self.e2e_s if self.ttft_s is None else self.ttft_s
+
+    def limited(
+        self, latencies: Mapping[LatencyName, Samples]
+    ) -> Iterator[tuple[LatencyName, Samples, float]]:
+        """Name, samples and limit in s of each latency that has a limit."""
+        limits: dict[LatencyName, float | None]
+        limits = {"ttft": self.ttft_s, "tpot": self.tpot_s, "e2e": self.e2e_s}
+        for name, samples in latencies.items():
+            if (limit_s := limits[name]) is not None:
+                yield name, samples, limit_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +131,17 @@ class RequestRecords:
         """Time from arrival to the last token."""
         return self.finished_s - self.arrival_s
 
-    def keeps(self, slo: Slo) -> np.ndarray:
+    @property
+    def latencies_s(self) -> dict[LatencyName, np.ndarray]:
+        """All three by name."""
+        return {"ttft": self.ttft_s, "tpot": self.tpot_s, "e2e": self.e2e_s}
+
+    def meets(self, slo: Slo) -> np.ndarray:
         """Whether each request finished within every limit: (n,) bool."""
-        kept = np.isfinite(self.finished_s)
-        pairs = ((self.ttft_s, slo.ttft_s), (self.tpot_s, slo.tpot_s), (self.e2e_s, slo.e2e_s))
-        for values_s, limit_s in pairs:
-            if limit_s is not None:
-                kept &= ~(values_s > limit_s)  # a one-token output has no TPOT and keeps its limit
-        return kept
+        met = np.isfinite(self.finished_s)
+        for _, values_s, limit_s in slo.limited(self.latencies_s):
+            met &= ~(values_s > limit_s)  # a one-token output has no TPOT and meets its limit
+        return met
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +174,11 @@ class WindowMetrics:
     e2es_s: tuple[float, ...]
     knobs: Knobs  # in force during the window
     gpu_clock_mhz: float | None = None  # mean SM clock while busy; below the knob when the power cap binds
+
+    @property
+    def latencies_s(self) -> dict[LatencyName, tuple[float, ...]]:
+        """All samples by name."""
+        return {"ttft": self.ttfts_s, "tpot": self.tpots_s, "e2e": self.e2es_s}
 
 
 class Node(Protocol):

@@ -13,7 +13,7 @@ from fuel_ray.arena.scenarios import SCENARIOS
 from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import PolicyError
-from fuel_ray.policies.anchor import Anchor, Tether
+from fuel_ray.policies.anchor import Anchor, GridAnchor
 from fuel_ray.policies.learned import load_policy, read_policy
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.training.envs import build_env
@@ -57,9 +57,9 @@ def test_the_network_leaves_the_table_where_it_gains_more_than_that_costs(tmp_pa
 
 
 def test_the_charge_grows_with_the_way_from_the_tables_knobs():
-    charge = Tether(Anchor(TABLE, 0.1), GRID).charge(BASE).reshape(3, 3)
-    np.testing.assert_allclose(charge[1], [0.51, 0.0, 0.48])
-    np.testing.assert_allclose(charge[1:, 1], [0.0, 0.1])
+    penalty = GridAnchor(Anchor(TABLE, 0.1), GRID).penalty(BASE).reshape(3, 3)
+    np.testing.assert_allclose(penalty[1], [0.51, 0.0, 0.48])
+    np.testing.assert_allclose(penalty[1:, 1], [0.0, 0.1])
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 10.0])
@@ -88,11 +88,11 @@ def test_two_policies_on_one_anchor_do_not_share_its_memory(tmp_path):
 
 def test_the_promise_and_the_price_can_be_told_without_losing_the_anchor(tmp_path):
     policy = read_policy(write_policy(tmp_path / "p")).policy(SPEC).near(Anchor(TABLE, 0.1))
-    assert policy.promising(Slo(tpot_s=0.01), miss_price_j=3.0).anchor == Anchor(TABLE, 0.1)
+    assert policy.for_slo(Slo(tpot_s=0.01), miss_price_j=3.0).anchor == Anchor(TABLE, 0.1)
 
 
 def test_a_policy_folder_keeps_its_anchor(tmp_path):
-    folder = write_policy(tmp_path / "p", best=Knobs(32, 990), anchor=Anchor(TABLE, 10.0).to_dict())
+    folder = write_policy(tmp_path / "p", best=Knobs(32, 990), anchor=Anchor(TABLE, 10.0))
     policy = read_policy(folder).policy(SPEC)
     assert policy.anchor is not None and policy.anchor.weight == 10.0
     assert set(decisions(policy)) == {Knobs(32, 1980)}
@@ -152,7 +152,7 @@ def test_what_is_recommended_is_saved_as_it_was_tuned(tmp_path):
     saved = read_policy(tmp_path / "saved")
     assert saved.codec == codec and saved.slo == Slo(tpot_s=0.05, e2e_s=8.0)
     assert saved.manifest.kv_block_sizes == (16,) and saved.manifest.workload == "mmpp"
-    assert saved.manifest.tuned_static == {"batch_limit": 20, "gpu_clock_mhz": 1485}
+    assert saved.manifest.tuned_static == Knobs(20, 1485)
     assert set(decisions(load_policy(tmp_path / "saved", replace(SPEC, model="tiny")))) == {Knobs(32, 1980)}
 
 
@@ -164,8 +164,8 @@ def test_a_specialist_is_trained_at_every_price_and_knows_what_the_table_would_d
         observation, _ = env.reset(seed=seed)
         prices.add(float(observation[env.codec.features.index("miss_price")]))
         assert env.codec.grid.decode(env.base).gpu_clock_mhz in (1485, 1980)
-        assert env.charge.shape == (len(env.codec.grid),) and env.charge[env.base] == 0.0
-        assert env.charge.max() > 0.1
+        assert env.penalty.shape == (len(env.codec.grid),) and env.penalty[env.base] == 0.0
+        assert env.penalty.max() > 0.1
     assert len(prices) > 4
     observation, reward, *_ = env.step(env.base)
     assert np.isfinite(reward) and env.codec.grid.decode(env.base).gpu_clock_mhz == 1980

@@ -405,7 +405,7 @@ def test_the_headline_has_a_row_per_workload_with_the_references():
 def test_a_priced_policy_is_told_the_promise_and_the_price(tmp_path):
     policy = load_policy(a_priced_policy(tmp_path / "mine"), build_spec(PRESETS["default"], 16))
     assert policy.priced
-    told = policy.promising(Slo(tpot_s=0.012), miss_price_j=300.0)
+    told = policy.for_slo(Slo(tpot_s=0.012), miss_price_j=300.0)
     loop = build_loop(PRESETS["default"], 16, horizon_s=10.0)
     window = loop.reset(seed=1)
     seen, untold = told.observe(window), policy.observe(window)

@@ -263,7 +263,7 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_set(flags, stub, g
 
 
 def near(knobs):
-    return Anchor(LoadTable([], [knobs]), 0.1).to_dict()
+    return Anchor(LoadTable([], [knobs]), 0.1)
 
 
 MISFITS = [

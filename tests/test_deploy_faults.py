@@ -148,7 +148,7 @@ def run(stub, nvml, tmp_path):
     [((16, 1500), (16, 1500)), ((64, 1500), (32, 1980)), ((16, 1001), (32, 1980)), (None, (32, 1980))],
 )
 def test_the_fallback_is_the_tuned_pair_where_the_node_has_it(run, stub, tmp_path, tuned, fallback):
-    knobs = None if tuned is None else {"batch_limit": tuned[0], "gpu_clock_mhz": tuned[1]}
+    knobs = None if tuned is None else Knobs(*tuned)
     folder = read_policy(write_policy(tmp_path / "tuned", best=LOW, tuned_static=knobs))
     run._attach = lambda: attach(replace(run.target, guard=GuardConfig()), folder, interval_s=0.05)
     stub.script[6] = [stub.restart]

@@ -12,7 +12,18 @@ FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
     ("types", "errors"),
     (
-        *("metrics", "objective", "codec", "drift", "guard", "stats", "workload", "sim", "policies"),
+        *(
+            "metrics",
+            "objective",
+            "averages",
+            "codec",
+            "drift",
+            "guard",
+            "stats",
+            "workload",
+            "sim",
+            "policies",
+        ),
         "vllm_plugin",  # runs in vLLM's process; live.vllm shares its file
     ),
     ("control",),

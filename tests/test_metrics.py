@@ -48,11 +48,11 @@ def test_latencies_of_a_record():
     ],
 )
 def test_a_request_keeps_the_slo_if_it_keeps_every_limit(slo, kept):
-    assert FOUR.keeps(slo).tolist() == kept
+    assert FOUR.meets(slo).tolist() == kept
 
 
 def test_a_request_that_never_finished_keeps_nothing():
-    assert records([0.1, NAN], [NAN, NAN], [10, 10]).keeps(Slo(ttft_s=1.0)).tolist() == [False, False]
+    assert records([0.1, NAN], [NAN, NAN], [10, 10]).meets(Slo(ttft_s=1.0)).tolist() == [False, False]
 
 
 def test_percentiles_are_interpolated_and_unknown_values_left_out():

@@ -15,7 +15,7 @@ from fuel_ray.codec import SEED_GRID, ActionGrid, Codec, Encoder
 from fuel_ray.config import PRESETS
 from fuel_ray.control import run_policy
 from fuel_ray.errors import PolicyError
-from fuel_ray.policies.learned import LearnedPolicy, Manifest, load_policy, save_policy
+from fuel_ray.policies.learned import LearnedPolicy, Manifest, load_policy, read_manifest, save_policy
 from fuel_ray.policies.network import folded, q_values
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.training import run as train
@@ -25,6 +25,7 @@ from fuel_ray.training.rollout import Exploration, Sampler, near
 from fuel_ray.training.trials import Checkpointed, Trained, averaged
 from fuel_ray.tuning.static_pair import Score, tune_static
 from fuel_ray.types import Knobs, Slo
+from tests.policy_folders import write_policy
 from tests.test_codec import SPEC, WINDOW
 
 
@@ -374,7 +375,7 @@ def test_exploration_takes_random_actions_for_a_share_of_the_time_and_holds_them
 class Counting:
     """Observes how many steps the episode has had; ends after three."""
 
-    base, charge = None, 0.0
+    base, penalty = None, 0.0
 
     def reset(self, *, seed=None):
         self.steps = 0
@@ -411,3 +412,23 @@ def test_near_a_load_table_random_actions_stay_within_300_mhz_of_its_clock():
     taken = exploration.choose(np.zeros(500, np.int64), 1.0, bases)
     assert set(taken) <= set(around) and len(set(taken)) > 20
     assert len(set(exploration.choose(np.zeros(500, np.int64), 1.0))) > len(set(around))
+
+
+def test_a_load_table_is_read_as_written_and_as_older_runs_wrote_it():
+    table = LoadTable([2.5, 6.0], [Knobs(8, 900), Knobs(16, 1200), Knobs(16, 1980)])
+    rows = [[2.5, 8, 900], [6.0, 16, 1200], [None, 16, 1980]]
+    for raw in (json.loads(json.dumps(table.to_dict())), rows):
+        found = LoadTable.from_dict(raw)
+        assert (found.rates_rps, found.knobs) == (table.rates_rps, table.knobs)
+
+
+def test_a_manifest_is_read_as_written_and_with_what_older_ones_have(tmp_path):
+    knobs, slo = Knobs(16, 1500), Slo(0.5, None, 8.0, None)
+    folder = write_policy(tmp_path, tuned_static=knobs, slo=slo, feature_ranges={"running": (0.0, 1.0)})
+    written = read_manifest(folder)
+    assert (written.tuned_static, written.slo) == (knobs, slo)
+    assert written.feature_ranges == {"running": (0.0, 1.0)}
+    raw = json.loads((folder / "manifest.json").read_text())
+    assert raw["format"] == 1 and raw["tuned_static"] == {"batch_limit": 16, "gpu_clock_mhz": 1500}
+    (folder / "manifest.json").write_text(json.dumps({**raw, "evaluation": {"rows": 3}}))
+    assert read_manifest(folder) == written

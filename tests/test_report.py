@@ -168,7 +168,10 @@ def _knobs(policy, rate, rng):
 def _run_info(shape):
     tuned = {
         "tuned_static": {"batch_limit": 48, "gpu_clock_mhz": 1350},
-        "load_table": [[3.0, 24, 900], [6.0, 48, 1110], [9.0, 48, 1290], [None, 64, 1500]],
+        "load_table": {
+            "rates_rps": [3.0, 6.0, 9.0],
+            "knobs": [[24, 900], [48, 1110], [48, 1290], [64, 1500]],
+        },
     }
     return {
         "config": {

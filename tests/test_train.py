@@ -7,9 +7,9 @@ import pytest
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.build.resolve import resolve
-from fuel_ray.config import SweepConfig
+from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.learned import read_policy
+from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.record import write_json
 from fuel_ray.training import run as train
@@ -65,11 +65,26 @@ def test_checkpoints_are_ranked_as_they_will_be_used(monkeypatch, tmp_path, anch
     scores = [(Score(40.0, 0.98), 11.0), (Score(60.0, 0.98), 22.0)]
     jobs, (policy,) = finished(monkeypatch, tmp_path, scores, anchor=anchor)
     assert all((job[3] is not None) == anchor for job in jobs)
-    assert (policy.anchor is not None) == anchor
+    assert (policy.manifest.anchor is not None) == anchor
 
 
 def test_a_conditional_policy_falls_back_to_the_fastest_of_its_static_pairs(monkeypatch, tmp_path):
     scores = [(Score(40.0, 0.98), 11.0)] * 2
     settings = {"conditional": True, "specialist": False, "features": ("running", "kv_block_size")}
     _, (policy,) = finished(monkeypatch, tmp_path, scores, block_sizes=(64, 8), **settings)
-    assert policy.manifest.tuned_static == {"batch_limit": 48, "gpu_clock_mhz": 1492}
+    assert policy.manifest.tuned_static == Knobs(48, 1492)
+
+
+def test_a_policy_of_one_price_is_saved_with_it():
+    config = replace(PRESETS["plain"], miss_price_j=70.0)
+    assert build_codec(config, build_spec(config, 16)).miss_price_j == 70.0
+    assert "miss_price" not in config.features
+
+
+def test_training_may_start_from_a_policy_whose_price_was_tuned(tmp_path):
+    config = replace(PRESETS["default"], train=replace(PRESETS["default"].train, head="joint"))
+    codec = build_codec(config, build_spec(config, 16))
+    folder = write_policy(tmp_path / "p", grid=codec.grid, features=codec.features)
+    made = read_policy(folder)
+    save_policy(folder, made.arrays, replace(codec, miss_price_j=150.0), made.manifest)
+    train._check_start(replace(config, start_from=folder, block_sizes=(16,)))

@@ -111,7 +111,7 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
         "limits": asdict(practice.slos[slo]),
         "share": share,
         "static": asdict(static),
-        "table": {"rates_rps": table.rates_rps, "clocks_mhz": [k.gpu_clock_mhz for k in table.knobs]},
+        "table": table.to_dict(),
         "settings": settings,
         "chosen": chosen,
         "rows": rows,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,9 +83,9 @@ def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
         kv_block_sizes=(pair.kv_block_size,),
         workload=config.workload,
         workload_digest=parse_workload(config.workload).digest(),
-        tuned_static=asdict(told.static),
-        slo=asdict(config.slo),
-        anchor=None if told.anchor is None else told.anchor.to_dict(),
+        tuned_static=told.static,
+        slo=config.slo,
+        anchor=told.anchor,
     )
     save_policy(config.save, policy.arrays, told.codec, manifest)
 

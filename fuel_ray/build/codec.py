@@ -20,6 +20,8 @@ from fuel_ray.workload.spec import parse_workload
 # a little beyond what the pool serves within the SLO
 POOLS = ((14_000, 8.0), (26_000, 14.0), (None, 24.0))
 _SCALE_EPISODES = 20
+_RANGE_EPISODES = 60
+_MIXED_RANGE_EPISODES = 200  # each is one draw of rates and lengths
 
 
 def build_grid(config: LearnConfig, spec: NodeSpec) -> ActionGrid:
@@ -45,6 +47,7 @@ def build_codec(config: LearnConfig, spec: NodeSpec) -> Codec:
         features=features,
         grid=build_grid(config, spec),
         slo=config.slo,
+        miss_price_j=config.miss_price_j,
         running_scale=_random_scale(config, spec.kv_block_size)
         if config.normalisation == "running"
         else None,
@@ -66,7 +69,7 @@ def _random_scale(config: LearnConfig, kv_block_size: int) -> RunningScale:
 
 
 def _random_episodes(
-    config: LearnConfig, kv_block_size: int
+    config: LearnConfig, kv_block_size: int, *, episodes: int = _SCALE_EPISODES
 ) -> tuple[Codec, NodeSpec, Iterator[Iterator[WindowMetrics]]]:
     """Windows of the twin under random actions, and the codec of fixed scales for them."""
     plain = replace(twin_of(config), normalisation="fixed")
@@ -82,7 +85,7 @@ def _random_episodes(
         for _ in range(steps):
             yield loop.step(codec.grid.decode(int(rng.integers(len(codec.grid))))).metrics
 
-    return codec, loop.node.spec, (episode() for _ in range(_SCALE_EPISODES))
+    return codec, loop.node.spec, (episode() for _ in range(episodes))
 
 
 def build_manifest(
@@ -90,6 +93,7 @@ def build_manifest(
 ) -> Manifest:
     """What a policy that is trained so is made for."""
     pack = load_pack(config.pack)
+    episodes = _MIXED_RANGE_EPISODES if config.generalist else _RANGE_EPISODES
     return Manifest(
         kv_block_sizes=block_sizes,
         model=spec.model,
@@ -102,5 +106,5 @@ def build_manifest(
         workload_digest=parse_workload(config.workload).digest(),
         head=config.train.head,
         fuel_ray_version=__version__,
-        feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0])),
+        feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0], episodes=episodes)),
     )

@@ -142,6 +142,6 @@ def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:
     return {
         **origin("deploy"),
         "config": to_dict(config),
-        "policy": asdict(folder.manifest),
+        "policy": folder.manifest.to_dict(),
         "slo": asdict(folder.slo),
     }

@@ -65,7 +65,7 @@ def _round(found: Resolved[SweepConfig], run_dir: Path) -> None:
 def _weight(config: SweepConfig, run_dir: Path, kv_block_size: int) -> float | None:
     """How much holds the policy to its load table; None if it is free."""
     anchor = read_manifest(policy_folder(config, run_dir, kv_block_size)).anchor
-    return None if anchor is None else float(anchor["weight"])
+    return None if anchor is None else anchor.weight
 
 
 def _workloads(config: SweepConfig) -> list[str]:

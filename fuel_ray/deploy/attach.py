@@ -31,7 +31,6 @@ from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, Node, NodeSpec, Policy
 
-MISS_PRICE_J = 200.0  # as in training
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
 ATTACH_S = 2.0  # for a busy scheduler to find a new control file
 
@@ -116,9 +115,9 @@ def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
     """The rules that are asked for; where they say None, the promise's own wait and the tuned static pair."""
     slo, tuned = folder.slo, folder.manifest.tuned_static
     if config.max_wait_s is None:
-        config = replace(config, max_wait_s=slo.ttft_s or slo.e2e_s)
-    if config.fallback is None and tuned is not None and _can_be_set(Knobs(**tuned), spec):
-        config = replace(config, fallback=f"{tuned['batch_limit']}@{tuned['gpu_clock_mhz']}")
+        config = replace(config, max_wait_s=slo.wait_limit_s)
+    if config.fallback is None and tuned is not None and _can_be_set(tuned, spec):
+        config = replace(config, fallback=f"{tuned.batch_limit}@{tuned.gpu_clock_mhz}")
     drift = None
     if config.drift:
         drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
@@ -144,9 +143,9 @@ def _saving(folder: PolicyFolder, spec: NodeSpec) -> Callable[[StepRecord], floa
 
 
 def _objective(folder: PolicyFolder) -> Energy:
-    """Negative watts, the price of missed limits included."""
-    slo = folder.slo
-    return Energy(slo, token_price_j=0.0, miss_price_j=MISS_PRICE_J, scale_w=1.0, lowest=-math.inf)
+    """Negative watts, missed limits included at the policy's own price."""
+    price_j = folder.codec.miss_price_j
+    return Energy(folder.slo, token_price_j=0.0, miss_price_j=price_j, scale_w=1.0, lowest=-math.inf)
 
 
 def check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
@@ -177,7 +176,7 @@ def _mismatches(folder: PolicyFolder, spec: NodeSpec, engine: str) -> Iterator[s
         yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
     if _plain(manifest.engine) != _plain(f"vLLM {engine}"):
         yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
-    anchored = () if folder.anchor is None else folder.anchor.table.knobs
+    anchored = () if manifest.anchor is None else manifest.anchor.table.knobs
     highest = max(grid.batch_limits[-1], *(knobs.batch_limit for knobs in anchored), 0)
     if highest > spec.batch_limits[-1]:
         yield f"its highest batch limit is {highest}, the server's {spec.batch_limits[-1]}"

@@ -93,7 +93,7 @@ class Exporter:
         self._load.labels("running").set(window.running)
         self._load.labels("waiting").set(window.waiting)
         self._wait_s.set(window.oldest_wait_s)
-        for which, values_s in (("ttft", window.ttfts_s), ("tpot", window.tpots_s), ("e2e", window.e2es_s)):
+        for which, values_s in window.latencies_s.items():
             if values_s:
                 self._latency_s.labels(which).set(sum(values_s) / len(values_s))
         self._kv_usage.set(window.kv_usage)

@@ -62,7 +62,7 @@ class Recorder:
         self._completed += window.completed
         if saved_j is not None:
             self._saved_j = (self._saved_j or 0.0) + saved_j
-        for name, values in (("ttft", window.ttfts_s), ("tpot", window.tpots_s), ("e2e", window.e2es_s)):
+        for name, values in window.latencies_s.items():
             self._samples[name].extend(values)
         self._samples["decision"].append(decision_s)
         self._overruled.update(record.verdict.reasons)

@@ -72,7 +72,7 @@ class AgftLinUcb:
         spread = np.sqrt(np.einsum("i,aij,j->a", x, self._inverse, x))
         mean = np.einsum("aij,aj,i->a", self._inverse, self._moment, x)
         arm = int(np.where(self._alive(), mean + self._alpha * spread, -np.inf).argmax())
-        wait_limit_s = self._slo.ttft_s or self._slo.e2e_s
+        wait_limit_s = self._slo.wait_limit_s
         if wait_limit_s is not None and window.oldest_wait_s > wait_limit_s:
             arm = len(self._clocks_mhz) - 1
         self._last = (arm, x)

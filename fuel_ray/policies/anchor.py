@@ -1,5 +1,6 @@
 """What a learned policy is kept near: the load table of its own load."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,7 @@ class Anchor:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        knobs = [[k.batch_limit, k.gpu_clock_mhz] for k in self.table.knobs]
-        return {"rates_rps": list(self.table.rates_rps), "knobs": knobs, "weight": self.weight}
+        return {**self.table.to_dict(), "weight": self.weight}
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Anchor":
@@ -37,23 +37,19 @@ class Anchor:
         Raises:
             ValueError: it is not an anchor.
         """
-        rates, knobs, weight = raw["rates_rps"], [Knobs(*pair) for pair in raw["knobs"]], raw["weight"]
-        values = [value for k in knobs for value in (k.batch_limit, k.gpu_clock_mhz)]
-        if not all(type(value) is int and 0 < value < 2**31 for value in values):
-            raise ValueError("the anchor's knobs are not knobs")
-        if len(knobs) != len(rates) + 1 or rates != sorted(rates) or not np.isfinite([*rates, weight]).all():
-            raise ValueError("the anchor's rates or its weight are malformed")
-        return Anchor(LoadTable(rates, knobs), float(weight))
+        if not math.isfinite(raw["weight"]):
+            raise ValueError("the anchor's weight is not finite")
+        return Anchor(LoadTable.from_dict(raw), float(raw["weight"]))
 
 
-class Tether:
-    """An anchor at work on one grid: finds the table's knobs in it and charges the way from them."""
+class GridAnchor:
+    """An anchor at work on one grid: the table's knobs in it, and what leaving them costs."""
 
     def __init__(self, anchor: Anchor, grid: ActionGrid) -> None:
         self._table = LoadTable(anchor.table.rates_rps, anchor.table.knobs)  # with a memory of its own
         self._grid = grid
         self._at = {knobs: self._nearest(knobs) for knobs in anchor.table.knobs}
-        self._charges = {knobs: self._charge(knobs, anchor.weight) for knobs in anchor.table.knobs}
+        self._penalties = {knobs: self._penalty(knobs, anchor.weight) for knobs in anchor.table.knobs}
 
     def reset(self) -> None:
         """Forget the past."""
@@ -68,9 +64,9 @@ class Tether:
         limit, clock = self._at[base]
         return limit * len(self._grid.gpu_clocks_mhz) + clock
 
-    def charge(self, base: Knobs) -> np.ndarray:
+    def penalty(self, base: Knobs) -> np.ndarray:
         """What each action loses; infinitely much with a lower batch limit than the table: (actions,)."""
-        return self._charges[base]
+        return self._penalties[base]
 
     def decode(self, action: int, base: Knobs) -> Knobs:
         """The knobs of an action; the grid's nearest values to the table's stand for these themselves."""
@@ -86,11 +82,11 @@ class Tether:
         limit = int(np.abs(limits - base.batch_limit).argmin())
         return limit, int(np.abs(clocks - base.gpu_clock_mhz).argmin())
 
-    def _charge(self, base: Knobs, weight: float) -> np.ndarray:
+    def _penalty(self, base: Knobs, weight: float) -> np.ndarray:
         limit, clock = self._at[base]
         clocks = np.array(self._grid.gpu_clocks_mhz)
         by_limit = np.abs(np.arange(len(self._grid.batch_limits)) - limit)
         by_clock = np.abs(clocks - clocks[clock]) / 100.0
-        charge = weight * (by_limit[:, None] + by_clock)
-        charge[:limit] = np.inf
-        return np.asarray(charge.ravel())
+        penalty = weight * (by_limit[:, None] + by_clock)
+        penalty[:limit] = np.inf
+        return np.asarray(penalty.ravel())

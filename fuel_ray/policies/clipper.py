@@ -6,7 +6,7 @@ from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 class Clipper:
     """Moves the batch limit by how close the worst latency comes to the SLO; the clock stays highest.
 
-    Constants as in GreenDLS's comparison (FACTS.md, section 4): start at 8; L > SLO: b - 3; L > 0.9 SLO:
+    Constants as in GreenDLS's own comparison: start at 8; L > SLO: b - 3; L > 0.9 SLO:
     0.9 b; else b + 1. L / SLO is here the largest share that a sample of the window takes of its limit.
     """
 
@@ -34,10 +34,6 @@ class Clipper:
 
 def worst_share_of_slo(window: WindowMetrics, slo: Slo) -> float:
     """Largest of a window's TTFT, TPOT and e2e samples and its oldest wait, each by its limit; 0 if none."""
-    pairs = (
-        (window.ttfts_s, slo.ttft_s),
-        (window.tpots_s, slo.tpot_s),
-        (window.e2es_s, slo.e2e_s),
-        ((window.oldest_wait_s,), slo.ttft_s or slo.e2e_s),
-    )
-    return max((max(values) / limit for values, limit in pairs if values and limit), default=0.0)
+    wait = window.oldest_wait_s / slo.wait_limit_s if slo.wait_limit_s else 0.0
+    pairs = slo.limited(window.latencies_s)
+    return max(wait, *(max(values) / limit for _, values, limit in pairs if values), 0.0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fuel_ray.codec import ArrivalRate
+from fuel_ray.averages import ArrivalRate
 from fuel_ray.policies.models import BatchModel
 from fuel_ray.types import Knobs, WindowMetrics
 

@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fuel_ray.codec import ActionGrid, Codec, Encoder
+from fuel_ray.drift import Range
 from fuel_ray.errors import ConfigError, PolicyError
-from fuel_ray.policies.anchor import Anchor, Tether
+from fuel_ray.policies.anchor import Anchor, GridAnchor
 from fuel_ray.policies.network import Head, folded, q_values
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 FORMAT = 1
+_NOT_USED = ("format", "evaluation")  # keys of manifest.json
 MAX_JSON_BYTES = 2**20
 
 # What reading damaged or hostile files raises; weights are safetensors, so that nothing in them can be run
@@ -41,18 +43,41 @@ class Manifest:
     workload_digest: str
     head: Head
     fuel_ray_version: str
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    tuned_static: dict[str, int] | None = None  # the Knobs that were tuned for the same load
-    feature_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # seen in training
-    anchor: dict[str, Any] | None = None  # an ``Anchor`` that was tuned for the same load
-    slo: dict[str, float | None] | None = None  # the promise; None: what the network is told of it
-    format: int = FORMAT
+    tuned_static: Knobs | None = None  # tuned for the same load
+    feature_ranges: Mapping[str, Range] = field(default_factory=dict)  # seen in training
+    anchor: Anchor | None = None  # tuned for the same load
+    slo: Slo | None = None  # of the deployment; None: that of the training
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        anchor = None if self.anchor is None else self.anchor.to_dict()
+        return {**asdict(self), "anchor": anchor, "format": FORMAT}
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> "Manifest":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: a value makes no sense.
+            TypeError: a key is unknown or missing.
+        """
+        typed = {key: value for key, value in raw.items() if key not in _NOT_USED}
+        typed["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
+        ranges = raw.get("feature_ranges", {})
+        typed["feature_ranges"] = {name: (low, high) for name, (low, high) in ranges.items()}
+        kinds = {"anchor": Anchor.from_dict, "tuned_static": _knobs, "slo": _slo}
+        for name, from_dict in kinds.items():
+            if typed.get(name) is not None:
+                typed[name] = from_dict(typed[name])
+        manifest = Manifest(**typed)
+        _check_manifest(manifest)
+        return manifest
 
 
 class LearnedPolicy:
     """Takes the action of highest Q in every window; on an observe-only node, among those of its clock.
 
-    With an anchor, Q less what the anchor charges.
+    With an anchor, Q less what the anchor penalties.
     """
 
     def __init__(
@@ -71,18 +96,18 @@ class LearnedPolicy:
         self._encoder = Encoder(codec, spec)
         self._actions = _actions(codec.grid, spec)
         self._anchor = anchor
-        self._tether = None if anchor is None else Tether(anchor, codec.grid)
+        self._anchored = None if anchor is None else GridAnchor(anchor, codec.grid)
 
     @property
     def priced(self) -> bool:
         """Whether it was trained for many prices of a miss, so that one can be chosen."""
         return "miss_price" in self._codec.features
 
-    def promising(self, slo: Slo, *, miss_price_j: float) -> "LearnedPolicy":
-        """The same policy, told another promise and price; limits that it knows none of stay as they were."""
+    def for_slo(self, slo: Slo, *, miss_price_j: float) -> "LearnedPolicy":
+        """The same policy for another SLO and price; limits that are not in ``slo`` stay as they were."""
         own = self._codec.slo
-        told = replace(own, ttft_s=slo.ttft_s or own.ttft_s, tpot_s=slo.tpot_s or own.tpot_s)
-        codec = replace(self._codec, slo=told, miss_price_j=miss_price_j)
+        both = replace(own, ttft_s=slo.ttft_s or own.ttft_s, tpot_s=slo.tpot_s or own.tpot_s)
+        codec = replace(self._codec, slo=both, miss_price_j=miss_price_j)
         return LearnedPolicy(self._arrays, codec, self._spec, head=self._head, anchor=self._anchor)
 
     def near(self, anchor: Anchor | None) -> "LearnedPolicy":
@@ -91,7 +116,7 @@ class LearnedPolicy:
 
     @property
     def codec(self) -> Codec:
-        """What it sees and is told, and may choose."""
+        """What it sees and may choose."""
         return self._codec
 
     @property
@@ -102,16 +127,16 @@ class LearnedPolicy:
     def reset(self) -> None:
         """Forget the past."""
         self._encoder.reset()
-        if self._tether is not None:
-            self._tether.reset()
+        if self._anchored is not None:
+            self._anchored.reset()
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """Knobs for the next window."""
         observation = self.observe(window)
-        if self._tether is None:
+        if self._anchored is None:
             return self.act(observation)
-        base = self._tether.decide(window)
-        return self._tether.decode(self._best(observation, self._tether.charge(base)), base)
+        base = self._anchored.decide(window)
+        return self._anchored.decode(self._best(observation, self._anchored.penalty(base)), base)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -126,9 +151,9 @@ class LearnedPolicy:
         """The knobs of highest Q, without an anchor."""
         return self._codec.grid.decode(self._best(observation))
 
-    def _best(self, observation: np.ndarray, charge: np.ndarray | float = 0.0) -> int:
-        """The index of the action of highest Q less charge."""
-        q = q_values(self._arrays, observation, head=self._head) - charge
+    def _best(self, observation: np.ndarray, penalty: np.ndarray | float = 0.0) -> int:
+        """The index of the action of highest Q less penalty."""
+        q = q_values(self._arrays, observation, head=self._head) - penalty
         return self._actions[int(q[self._actions].argmax())]
 
 
@@ -146,7 +171,7 @@ def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, ma
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / "weights.safetensors")
     (folder / "codec.json").write_text(json.dumps(codec.to_dict(), indent=2))
-    (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict(), indent=2))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -159,12 +184,9 @@ def read_manifest(folder: Path) -> Manifest:
         raw = _json(folder / "manifest.json")
         if raw.get("format", FORMAT) != FORMAT:
             raise PolicyError(f"{folder}: format {raw['format']}; this version reads {FORMAT}")
-        raw["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
-        manifest = Manifest(**raw)
-        _check_manifest(manifest)
+        return Manifest.from_dict(raw)
     except _MALFORMED as error:
         raise PolicyError(f"{folder} is not a policy folder: {error}") from error
-    return manifest
 
 
 def _json(path: Path) -> Any:
@@ -180,28 +202,28 @@ def _check_manifest(manifest: Manifest) -> None:
         _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
     _expect(_are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
     _expect(manifest.head in get_args(Head), f"head {manifest.head!r} is unknown")
-    tuned = manifest.tuned_static
-    if tuned is not None:
-        _expect(set(tuned) == {"batch_limit", "gpu_clock_mhz"}, "tuned_static is not a pair of knobs")
-        _expect(_are_counts(tuple(tuned.values())), "tuned_static is not a pair of knobs")
-    if manifest.anchor is not None:
-        Anchor.from_dict(manifest.anchor)
-    if manifest.slo is not None:
-        _check_slo(Slo(**manifest.slo))
     for name, (low, high) in manifest.feature_ranges.items():
         _expect(-math.inf < low <= high < math.inf, f"the range of {name} is not one")
+
+
+def _knobs(raw: Mapping[str, Any]) -> Knobs:
+    knobs = Knobs(**raw)
+    _expect(_are_counts((knobs.batch_limit, knobs.gpu_clock_mhz)), "tuned_static is not a pair of knobs")
+    return knobs
+
+
+def _slo(raw: Mapping[str, Any]) -> Slo:
+    slo = Slo(**raw)
+    limits = (slo.ttft_s, slo.tpot_s, slo.e2e_s, slo.share)
+    _expect(all(limit is None or 0 < limit < math.inf for limit in limits), f"{slo} is no SLO")
+    return slo
 
 
 def _check_codec(codec: Codec) -> None:
     grid = codec.grid
     for name, values in (("batch_limits", grid.batch_limits), ("gpu_clocks_mhz", grid.gpu_clocks_mhz)):
         _expect(_are_counts(values) and values == tuple(sorted(set(values))), f"{name} do not ascend")
-    _check_slo(codec.slo)
-
-
-def _check_slo(slo: Slo) -> None:
-    limits = (slo.ttft_s, slo.tpot_s, slo.e2e_s, slo.share)
-    _expect(all(limit is None or 0 < limit < math.inf for limit in limits), "the SLO is not a promise")
+    _slo(asdict(codec.slo))
 
 
 def _are_counts(values: tuple[Any, ...]) -> bool:
@@ -223,18 +245,14 @@ class PolicyFolder:
     arrays: Mapping[str, np.ndarray]
 
     @property
-    def anchor(self) -> Anchor | None:
-        """What the policy is kept near."""
-        return None if self.manifest.anchor is None else Anchor.from_dict(self.manifest.anchor)
-
-    @property
     def slo(self) -> Slo:
-        """What was promised when it was chosen for deployment, or else when it was trained."""
-        return self.codec.slo if self.manifest.slo is None else Slo(**self.manifest.slo)
+        """That of the deployment that it was chosen for, or else of its training."""
+        return self.manifest.slo or self.codec.slo
 
     def policy(self, spec: NodeSpec) -> LearnedPolicy:
         """The policy, at work on a node."""
-        return LearnedPolicy(self.arrays, self.codec, spec, head=self.manifest.head, anchor=self.anchor)
+        manifest = self.manifest
+        return LearnedPolicy(self.arrays, self.codec, spec, head=manifest.head, anchor=manifest.anchor)
 
 
 def read_policy(folder: Path) -> PolicyFolder:

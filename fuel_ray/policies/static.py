@@ -3,11 +3,11 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from fuel_ray.codec import ArrivalRate, smoothed_rates
+from fuel_ray.averages import ArrivalRate, smoothed_rates
 from fuel_ray.types import Knobs, WindowMetrics
 
 
@@ -47,6 +47,30 @@ class LoadTable:
         """Use ``knobs[i]`` up to ``rates_rps[i]``, and the last knobs beyond the last rate."""
         self.rates_rps, self.knobs = tuple(rates_rps), tuple(knobs)
         self._arrival_rate = ArrivalRate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {
+            "rates_rps": list(self.rates_rps),
+            "knobs": [[k.batch_limit, k.gpu_clock_mhz] for k in self.knobs],
+        }
+
+    @staticmethod
+    def from_dict(raw: Any) -> "LoadTable":
+        """The inverse of ``to_dict``; also reads the [rate, limit, clock] rows of older runs.
+
+        Raises:
+            ValueError: it is not a load table.
+        """
+        if isinstance(raw, list):
+            raw = {"rates_rps": [row[0] for row in raw[:-1]], "knobs": [row[1:] for row in raw]}
+        rates, knobs = raw["rates_rps"], [Knobs(*pair) for pair in raw["knobs"]]
+        values = [value for k in knobs for value in (k.batch_limit, k.gpu_clock_mhz)]
+        if not all(type(value) is int and 0 < value < 2**31 for value in values):
+            raise ValueError("the load table's knobs are not knobs")
+        if len(knobs) != len(rates) + 1 or rates != sorted(rates) or not np.isfinite(rates).all():
+            raise ValueError("the load table's rates are malformed")
+        return LoadTable(rates, knobs)
 
     def reset(self) -> None:
         """Forget the past rate."""

@@ -1,9 +1,9 @@
 """The report's tables: what each policy cost and kept, and how the run was made."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fuel_ray.policies.static import LoadTable
 from fuel_ray.report.data import (
     ENERGY,
     LEARNED,
@@ -148,8 +148,9 @@ def _pair(knobs: Mapping[str, Any] | None) -> str:
 
 
 def _rates(tuned: Mapping[str, Any]) -> str:
-    parts = [
-        f"{'above' if upto is None or math.isinf(upto) else f'to {upto:g} req/s'}: {clock} MHz, limit {limit}"
-        for upto, limit, clock in tuned.get("load_table") or ()
-    ]
-    return "; ".join(parts) or "–"
+    if not tuned.get("load_table"):
+        return "–"
+    load_table = LoadTable.from_dict(tuned["load_table"])
+    upto = (*(f"to {rate_rps:g} req/s" for rate_rps in load_table.rates_rps), "above")
+    rows = zip(upto, load_table.knobs, strict=True)
+    return "; ".join(f"{rate}: {k.gpu_clock_mhz} MHz, limit {k.batch_limit}" for rate, k in rows)

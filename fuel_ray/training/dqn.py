@@ -152,10 +152,10 @@ class FastDqn(DQN):
         }
         self.metrics.log_dict(figures, key=(ENV_RUNNER_RESULTS, "fuel"), window=20)
 
-    def _greedy(self, observations: np.ndarray, charges: np.ndarray) -> np.ndarray:
+    def _greedy(self, observations: np.ndarray, penalties: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             q = self._module().q(torch.from_numpy(observations)).numpy()
-        return np.asarray((q - charges.reshape(len(q), -1)).argmax(-1))
+        return np.asarray((q - penalties.reshape(len(q), -1)).argmax(-1))
 
     def _module(self) -> Any:
         return self.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped()

@@ -14,7 +14,7 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.env import ParallelServingEnv, ServingEnv
 from fuel_ray.guard import Guard
 from fuel_ray.objective import Energy
-from fuel_ray.policies.anchor import Anchor, Tether
+from fuel_ray.policies.anchor import Anchor, GridAnchor
 from fuel_ray.types import Node
 
 
@@ -86,14 +86,14 @@ def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor |
             loops.append(_priced(told, node))
             codecs.append(replace(codec, miss_price_j=price_j))
             shadows.append(None if shadow is None else _priced(told, shadow))
-    tether = None if anchor is None else Tether(anchor, codecs[0].grid)
+    anchored = None if anchor is None else GridAnchor(anchor, codecs[0].grid)
     return ServingEnv(
         loops,
         codecs[0],
         steps=steps,
         failures=patience(config),
         codecs=codecs,
-        tether=tether,
+        anchor=anchored,
         shadows=shadows,
     )
 

@@ -18,7 +18,7 @@ class Env(Protocol):
     def base(self) -> int | None: ...
 
     @property
-    def charge(self) -> np.ndarray | float: ...
+    def penalty(self) -> np.ndarray | float: ...
 
     def reset(self, *, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]: ...
 
@@ -83,14 +83,14 @@ class Sampler:
     def sample(
         self, greedy: Callable[[np.ndarray, np.ndarray], np.ndarray], *, steps: int, epsilon: float
     ) -> list[Fragment]:
-        """Let every environment take ``steps`` steps; ``greedy`` maps observations and charges to actions."""
+        """Take ``steps`` steps in each environment; ``greedy`` maps observations and penalties to actions."""
         open_: list[_Open] = [_Open(observation) for observation in self._seen]
         done = []
         for _ in range(steps):
-            charges = np.array([env.charge for env in self._envs], np.float32)
+            penalties = np.array([env.penalty for env in self._envs], np.float32)
             bases = [env.base for env in self._envs]
             around = None if None in bases else np.array(bases)
-            actions = self._exploration.choose(greedy(self._seen, charges), epsilon, around)
+            actions = self._exploration.choose(greedy(self._seen, penalties), epsilon, around)
             for i, env in enumerate(self._envs):
                 observation, reward, _, truncated, info = env.step(actions[i])
                 open_[i].add(observation, actions[i], reward, info)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -168,8 +168,8 @@ def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> Non
         alike = [tuned[other].static for other, folder in folders.items() if folder == folders[size]]
         manifest = replace(
             policy.manifest,
-            tuned_static=asdict(max(alike, key=lambda knobs: (knobs.gpu_clock_mhz, knobs.batch_limit))),
-            anchor=None if anchor is None else anchor.to_dict(),
+            tuned_static=max(alike, key=lambda knobs: (knobs.gpu_clock_mhz, knobs.batch_limit)),
+            anchor=anchor,
         )
         save_policy(folders[size], policy.arrays, replace(policy.codec, miss_price_j=price_j), manifest)
 
@@ -217,7 +217,8 @@ def _check_start(config: LearnConfig, codec: Codec) -> None:
     if config.start_from is None:
         return
     start = read_policy(config.start_from)
-    if start.manifest.head != config.train.head or start.codec.to_dict() != codec.to_dict():
+    seen = replace(start.codec, miss_price_j=codec.miss_price_j)  # the price is found after training
+    if start.manifest.head != config.train.head or seen.to_dict() != codec.to_dict():
         raise PolicyError(
             f"--start-from {config.start_from}: its features, scales, SLO, action grid or head are not those "
             f"of this training; it has {len(start.codec.grid)} actions, this training {len(codec.grid)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuel_ray.codec import smoothed_rates
+from fuel_ray.averages import smoothed_rates
 from fuel_ray.policies.static import Static
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo, WindowMetrics
 
@@ -37,11 +37,11 @@ Runner = Callable[[Policy], Sequence[Trace]]  # one trace per seed, in the same 
 
 
 def badness(records: RequestRecords, slo: Slo) -> np.ndarray:
-    """Per request 1 if it broke a limit, else 0; where means are promised, its largest latency / limit."""
+    """Per request 1 if it missed a limit, else 0; where the means count, its largest latency / limit."""
     if slo.share is not None:
-        return (~records.keeps(slo)).astype(float)
-    pairs = ((records.ttft_s, slo.ttft_s), (records.tpot_s, slo.tpot_s), (records.e2e_s, slo.e2e_s))
-    shares = [np.nan_to_num(values_s) / limit_s for values_s, limit_s in pairs if limit_s is not None]
+        return (~records.meets(slo)).astype(float)
+    pairs = slo.limited(records.latencies_s)
+    shares = [np.nan_to_num(values_s) / limit_s for _, values_s, limit_s in pairs]
     return np.asarray(np.max(shares, axis=0))
 
 

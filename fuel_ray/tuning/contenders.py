@@ -92,7 +92,7 @@ def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
     alone = policy.near(None)
     if not policy.priced:
         return Contender(name, lambda _: alone)
-    return Contender(name, lambda x: alone.promising(slo, miss_price_j=10.0**x), LOG_PRICES, True)
+    return Contender(name, lambda x: alone.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
 
 def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
@@ -102,6 +102,6 @@ def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> t
         own = policy.near(Anchor(table, weight))
         if not policy.priced or weight == WEIGHTS[-1]:
             return Contender(name, lambda _: own)
-        return Contender(name, lambda x: own.promising(slo, miss_price_j=10.0**x), LOG_PRICES, True)
+        return Contender(name, lambda x: own.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
     return tuple(at(weight) for weight in WEIGHTS)

@@ -31,16 +31,14 @@ class Tuned:
     share: float  # of requests that was asked for
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data; the last row of the load table has no upper rate."""
-        rates = (*self.table.rates_rps, None)
-        rows = [[r, k.batch_limit, k.gpu_clock_mhz] for r, k in zip(rates, self.table.knobs, strict=True)]
-        return {"tuned_static": asdict(self.static), "load_table": rows, "share": self.share}
+        """As plain data, for JSON."""
+        static, table = asdict(self.static), self.table.to_dict()
+        return {"tuned_static": static, "load_table": table, "share": self.share}
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> "Tuned":
         """The inverse of ``to_dict``."""
-        rows = raw["load_table"]
-        table = LoadTable([row[0] for row in rows[:-1]], [Knobs(row[1], row[2]) for row in rows])
+        table = LoadTable.from_dict(raw["load_table"])
         return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"])
 
 
@@ -72,8 +70,8 @@ def score_weights(
 ) -> tuple[Score, float]:
     """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
 
-    A policy that was trained for many prices of a miss is scored at the best that is found; others are told
-    none.
+    A policy that was trained for many prices of a miss is scored at the best that is found; others have
+    that of their training.
     """
     practices = [_practice(config, size, config.workload) for size in block_sizes]
     scores: dict[float, Score] = {}
@@ -95,7 +93,7 @@ def score_weights(
         return scores[log_price].rank(share)
 
     if "miss_price" not in config.features:
-        return score_at(0.0), 0.0
+        return score_at(config.miss_price_j), config.miss_price_j
     best = bisected(rank, *LOG_PRICES)
     return scores[best], 10.0**best
 
