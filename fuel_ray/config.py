@@ -14,6 +14,7 @@ from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
 Preset = Literal["default", "plain", "generalist", "seed"]
+Mode = Literal["specialist", "generalist", "fixed_price"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
 
@@ -221,16 +222,15 @@ class LearnConfig(ServingConfig):
     """Lowest clock of the node grid as a share of the highest."""
     grid_batch_limits: tuple[int, ...] = (32, 40, 128)
     """Batch limits of the node grid; the server's capacity is always added."""
+    mode: Mode = "specialist"
+    """What is trained on. specialist: this load at many prices of a miss, of which the best is then found.
+    generalist: random loads, KV pools, TPOT limits and prices. fixed_price: this load at --miss-price-j."""
     conditional: bool = False
     """One policy for all block sizes, which it sees as a feature."""
     start_from: Path | None = None
     """Policy folder whose weights training begins with, such as one that was trained on the twin."""
     anchor: bool = True
     """Keep each policy near the load table that is tuned for its load; how near is tuned too."""
-    generalist: bool = False
-    """Train on random loads, KV pools, TPOT limits and prices of a miss; the price is then tuned."""
-    specialist: bool = True
-    """Train on this load at many prices of a miss, of which the best is then found, near its load table."""
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
@@ -257,7 +257,7 @@ PLAIN_PRESET = SweepConfig(
     steps=120_000,
     features=PLAIN_FEATURES,
     grid_clock_step_mhz=75,
-    specialist=False,
+    mode="fixed_price",
     train=TrainConfig(
         gamma=0.9,
         n_step=3,
@@ -297,8 +297,7 @@ SEED_PRESET = replace(
 GENERALIST_PRESET = SweepConfig(
     preset="generalist",
     steps=700_000,
-    generalist=True,
-    specialist=False,
+    mode="generalist",
     train=TrainConfig(epsilon_initial=1.0, epsilon_final=0.05, average_results=3),
 )
 _ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings

@@ -70,7 +70,7 @@ def _random_episodes(
 ) -> tuple[Codec, NodeSpec, Iterator[Iterator[WindowMetrics]]]:
     """Windows of the twin under random actions, and the codec of fixed scales for them."""
     plain = replace(twin_of(config), normalisation="fixed")
-    if config.generalist:
+    if config.mode == "generalist":
         plain = replace(plain, workload=f"mixed:high_rps={dict(POOLS).get(config.kv_tokens, 14.0)}")
     rng = np.random.default_rng(config.seed)
     steps = config.train.episode_steps

@@ -97,7 +97,7 @@ def train_policies(
     by_size = tuned_baselines(config, run_dir, workloads)
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
-    if config.specialist and not config.conditional:
+    if config.mode == "specialist" and not config.conditional:
         anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
     trained = run_trials(config, run_dir, anchors)
     twin = twin_of(config)
