@@ -21,18 +21,20 @@ NodeKind = Literal[Backend, "ray"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a DQN is trained."""
+    """How a policy is trained; what PPO does without is in DQN_ONLY."""
 
+    algorithm: str = "dqn"
+    """dqn: double, duelling, n-step, prioritised replay. ppo: RLlib's. Or your own, package.module:NAME."""
     episode_steps: int = 200
     """Control windows per training episode."""
     num_envs: int = 32
     """Simulated nodes that are stepped together."""
     fragment_steps: int = 16
-    """Windows per node between two rounds of updates; at least n_step."""
+    """Windows per node between two rounds of updates; of a DQN at least n_step."""
     updates_per_round: int = 64
     """Gradient updates after each round."""
     batch_size: int = 256
-    """Transitions per update."""
+    """Windows per gradient update."""
     buffer_size: int = 100_000
     """Transitions in the replay buffer."""
     learning_starts: int = 4_000
@@ -60,11 +62,18 @@ class TrainConfig:
     hold_steps: int = 6
     """Mean number of windows for which a random action is held."""
     target_update_updates: int = 200
-    """Updates between copies of the network into the target network."""
+    """1 / the share of the way to the network that its target network goes per update (Polyak averaging)."""
     iterations: int = 10
     """Training results, each with a checkpoint."""
     average_results: int = 4
     """A policy is the average of the weights at this many results up to the chosen one."""
+
+
+ALGORITHMS = {"dqn": "fuel_ray.training.dqn:dqn", "ppo": "fuel_ray.training.ppo:ppo"}
+DQN_ONLY = (
+    *("updates_per_round", "buffer_size", "learning_starts", "n_step", "priority", "hold_steps"),
+    *("epsilon_initial", "epsilon_final", "epsilon_share", "target_update_updates"),
+)
 
 
 @dataclass(frozen=True)

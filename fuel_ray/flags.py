@@ -12,6 +12,8 @@ import tyro
 
 from fuel_ray.codec import FEATURES
 from fuel_ray.config import (
+    ALGORITHMS,
+    DQN_ONLY,
     PRESETS,
     LearnConfig,
     Serving,
@@ -28,7 +30,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     _COUNT: "steps seeds kv_tokens nodes_per_trial node_failures max_num_seqs gpu_clocks_mhz live_seconds "
     "grid_clock_step_mhz grid_batch_limits live.vocab_size guard.max_waiting guard.floor_mhz max_steps "
     "guard.max_step_mhz guard.switches_per_minute episodes steps_per_episode batches contexts prompts "
-    "output_tokens windows num_prompts",
+    "output_tokens windows num_prompts random_input_len random_output_len vocab_size",
     _SHARE: "grid_lowest_clock_share train.gamma train.priority train.epsilon_initial train.epsilon_final",
     _STEP_SIZE: "train.lr train.epsilon_share train.lr_final_share",
     _WAIT_S: "node_wait_s guard.max_wait_s guard.release_s guard.dwell_s",
@@ -37,10 +39,12 @@ _GROUPS: dict[tuple[float, float], str] = {
     (0.05, 3600.0): "interval_s",
     (1.0, 3600.0): "canary_block_s oracle_segment_s",
     (0.001, 0.5): "canary",
-    (1, 65_535): "metrics_port",
+    (1, 65_535): "metrics_port port",
     (1, 10_000): "tuning_seeds",
     (1, 256): "workers",
-    (0.001, 1e6): "request_rate power_cap_w",
+    (1e-6, 1e6): "request_rate power_cap_w",
+    (0.01, 3600.0): "gpu_monitor_interval kv_monitor_interval",
+    (0.001, 86_400.0): "timeout_s",
 }
 _RANGES = {name: limits for limits, names in _GROUPS.items() for name in names.split()} | {
     f"train.{f.name}": _COUNT for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])
@@ -170,8 +174,7 @@ def _validate_training(config: LearnConfig) -> None:
     unknown = [name for name in config.features if name not in FEATURES]
     if unknown or not config.features or len(set(config.features)) < len(config.features):
         raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(FEATURES)}")
-    if config.train.fragment_steps < config.train.n_step:
-        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
+    _validate_algorithm(config)
     validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:
         raise ConfigError(
@@ -184,6 +187,18 @@ def _validate_training(config: LearnConfig) -> None:
         )
     if config.node != "ray" and config.nodes_per_trial > 1:
         raise ConfigError("--nodes-per-trial is for --node ray")
+
+
+def _validate_algorithm(config: LearnConfig) -> None:
+    train, preset = config.train, PRESETS[config.preset].train
+    if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
+        allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
+        raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
+    if train.algorithm == "dqn" and train.fragment_steps < train.n_step:
+        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
+    for name in DQN_ONLY if train.algorithm == "ppo" else ():
+        if getattr(train, name) != getattr(preset, name):
+            raise ConfigError(f"{_flag('train.' + name)} is the DQN's alone: --train.algorithm ppo has none")
 
 
 def validate_tune_share(tune_share: float, slo_share: float | None) -> None:

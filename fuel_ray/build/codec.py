@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from fuel_ray import __version__
-from fuel_ray.build.nodes import build_loop, build_spec, twin_of
+from fuel_ray.build.nodes import build_loop, twin_of
 from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
 from fuel_ray.config import LearnConfig
 from fuel_ray.drift import observed_ranges
@@ -85,10 +85,11 @@ def _random_episodes(
     return codec, loop.node.spec, (episode() for _ in range(_SCALE_EPISODES))
 
 
-def build_manifest(config: LearnConfig, block_sizes: tuple[int, ...], engine: str) -> Manifest:
+def build_manifest(
+    config: LearnConfig, spec: NodeSpec, *, block_sizes: tuple[int, ...], engine: str
+) -> Manifest:
     """What a policy that is trained so is made for."""
     pack = load_pack(config.pack)
-    spec = build_spec(config, block_sizes[0])
     return Manifest(
         kv_block_sizes=block_sizes,
         model=spec.model,
@@ -100,6 +101,7 @@ def build_manifest(config: LearnConfig, block_sizes: tuple[int, ...], engine: st
         workload=config.workload,
         workload_digest=parse_workload(config.workload).digest(),
         head=config.train.head,
+        algorithm=config.train.algorithm,
         fuel_ray_version=__version__,
         feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0])),
     )

@@ -42,10 +42,11 @@ def run(config: ExportConfig) -> int:
     settings = load_config(run_dir / _RUN_JSON, base=SweepConfig())
     sizes = _block_sizes(checkpoint)
     engine = read_json(run_dir / _RUN_JSON).get("engine", "unknown")
-    codec = build_codec(settings, build_spec(settings, sizes[0]))
+    spec = build_spec(settings, sizes[0])
+    manifest = build_manifest(settings, spec, block_sizes=sizes, engine=engine)
     folder = config.to or checkpoint / "policy"
     try:
-        save_policy(folder, q_network(checkpoint), codec, build_manifest(settings, sizes, engine))
+        save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
     read_policy(folder)  # weights of another shape than the settings say
