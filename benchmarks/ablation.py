@@ -19,6 +19,7 @@ from fuel_ray.arena.cell import LIMITS_AMPLE, Contest, exam, loop_of, practice_o
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, SloName
 from fuel_ray.build.codec import build_codec
+from fuel_ray.build.nodes import build_spec
 from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
@@ -104,9 +105,10 @@ def main() -> None:
         config = replace(
             VARIANTS[name], steps=given.steps, train=replace(VARIANTS[name].train, average_results=1)
         )
+        codecs = {size: build_codec(config, build_spec(config, size)) for size in config.block_sizes}
         start_ray(config)
         with tempfile.TemporaryDirectory() as folder:
-            (trained,) = run_trials(config, Path(folder))
+            (trained,) = run_trials(config, Path(folder), codecs)
         ends = {"": averaged(trained.results, last=3)[-1].arrays}
         if name == "the preset":
             ends[", last result alone"] = trained.results[-1].arrays

@@ -20,7 +20,7 @@ import numpy as np
 from fuel_ray.arena.cell import exam
 from fuel_ray.arena.scenarios import INTERACTIVE
 from fuel_ray.build.codec import build_codec
-from fuel_ray.build.nodes import build_loop
+from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.codec import SEED_FEATURES
 from fuel_ray.config import PRESETS, SweepConfig
 from fuel_ray.policies.learned import LearnedPolicy
@@ -83,9 +83,10 @@ class Row:
 def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) -> Iterator[Row]:
     """Train once and evaluate at every size."""
     config = replace(config, block_sizes=sizes, steps=given.steps)
+    codecs = {size: build_codec(config, build_spec(config, size)) for size in config.block_sizes}
     start_ray(config)
     with tempfile.TemporaryDirectory() as folder:
-        (trained,) = run_trials(config, Path(folder))
+        (trained,) = run_trials(config, Path(folder), codecs)
     for size in sizes:
         arrays = _best(config, trained, size)
         policy = _policy(config, arrays, size)

@@ -14,24 +14,27 @@ from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
 Preset = Literal["default", "plain", "generalist", "seed"]
+Mode = Literal["specialist", "generalist", "fixed_price"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a DQN is trained."""
+    """How a policy is trained; what PPO does without is in DQN_ONLY."""
 
+    algorithm: str = "dqn"
+    """dqn: double, duelling, n-step, prioritised replay. ppo: RLlib's. Or your own, package.module:NAME."""
     episode_steps: int = 200
     """Control windows per training episode."""
     num_envs: int = 32
     """Simulated nodes that are stepped together."""
     fragment_steps: int = 16
-    """Windows per node between two rounds of updates; at least n_step."""
+    """Windows per node between two rounds of updates; of a DQN at least n_step."""
     updates_per_round: int = 64
     """Gradient updates after each round."""
     batch_size: int = 256
-    """Transitions per update."""
+    """Windows per gradient update."""
     buffer_size: int = 100_000
     """Transitions in the replay buffer."""
     learning_starts: int = 4_000
@@ -59,11 +62,18 @@ class TrainConfig:
     hold_steps: int = 6
     """Mean number of windows for which a random action is held."""
     target_update_updates: int = 200
-    """Updates between copies of the network into the target network."""
+    """1 / the share of the way to the network that its target network goes per update (Polyak averaging)."""
     iterations: int = 10
     """Training results, each with a checkpoint."""
     average_results: int = 4
     """A policy is the average of the weights at this many results up to the chosen one."""
+
+
+ALGORITHMS = {"dqn": "fuel_ray.training.dqn:dqn", "ppo": "fuel_ray.training.ppo:ppo"}
+DQN_ONLY = (
+    *("updates_per_round", "buffer_size", "learning_starts", "n_step", "priority", "hold_steps"),
+    *("epsilon_initial", "epsilon_final", "epsilon_share", "target_update_updates"),
+)
 
 
 @dataclass(frozen=True)
@@ -221,16 +231,15 @@ class LearnConfig(ServingConfig):
     """Lowest clock of the node grid as a share of the highest."""
     grid_batch_limits: tuple[int, ...] = (32, 40, 128)
     """Batch limits of the node grid; the server's capacity is always added."""
+    mode: Mode = "specialist"
+    """What is trained on. specialist: this load at many prices of a miss, of which the best is then found.
+    generalist: random loads, KV pools, TPOT limits and prices. fixed_price: this load at --miss-price-j."""
     conditional: bool = False
     """One policy for all block sizes, which it sees as a feature."""
     start_from: Path | None = None
     """Policy folder whose weights training begins with, such as one that was trained on the twin."""
     anchor: bool = True
     """Keep each policy near the load table that is tuned for its load; how near is tuned too."""
-    generalist: bool = False
-    """Train on random loads, KV pools, TPOT limits and prices of a miss; the price is then tuned."""
-    specialist: bool = True
-    """Train on this load at many prices of a miss, of which the best is then found, near its load table."""
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
@@ -257,7 +266,7 @@ PLAIN_PRESET = SweepConfig(
     steps=120_000,
     features=PLAIN_FEATURES,
     grid_clock_step_mhz=75,
-    specialist=False,
+    mode="fixed_price",
     train=TrainConfig(
         gamma=0.9,
         n_step=3,
@@ -297,8 +306,7 @@ SEED_PRESET = replace(
 GENERALIST_PRESET = SweepConfig(
     preset="generalist",
     steps=700_000,
-    generalist=True,
-    specialist=False,
+    mode="generalist",
     train=TrainConfig(epsilon_initial=1.0, epsilon_final=0.05, average_results=3),
 )
 _ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings

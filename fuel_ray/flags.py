@@ -12,6 +12,8 @@ import tyro
 
 from fuel_ray.codec import FEATURES
 from fuel_ray.config import (
+    ALGORITHMS,
+    DQN_ONLY,
     PRESETS,
     LearnConfig,
     Serving,
@@ -22,56 +24,38 @@ from fuel_ray.config import (
 )
 from fuel_ray.errors import ConfigError
 
-# Lowest and highest value of each number, or of each in a tuple
-_COUNT, _SHARE = (1, 10**9), (0.0, 1.0)
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        (
-            "steps",
-            "seeds",
-            "kv_tokens",
-            "nodes_per_trial",
-            "node_failures",
-            "grid_clock_step_mhz",
-            "grid_batch_limits",
-            "live_seconds",
-        ),
-        _COUNT,
-    ),
-    **dict.fromkeys(("seed", "miss_price_j"), (0, 2**31 - 1)),
-    **dict.fromkeys(
-        ("guard.max_waiting", "guard.floor_mhz", "guard.max_step_mhz", "guard.switches_per_minute"), _COUNT
-    ),
-    **dict.fromkeys(("guard.max_wait_s", "guard.release_s", "guard.dwell_s"), (0.0, 86_400.0)),
-    **dict.fromkeys(("interval_s",), (0.05, 3600.0)),
-    **dict.fromkeys(("max_steps",), _COUNT),
-    **dict.fromkeys(("metrics_port",), (1, 65_535)),
-    **dict.fromkeys(("canary",), (0.001, 0.5)),
-    **dict.fromkeys(("canary_block_s",), (1.0, 3600.0)),
-    **dict.fromkeys(
-        (
-            *("grid_lowest_clock_share", "train.gamma", "train.priority"),
-            *("train.epsilon_initial", "train.epsilon_final"),
-        ),
-        _SHARE,
-    ),
-    **dict.fromkeys(("max_num_seqs", "gpu_clocks_mhz", "live.vocab_size"), _COUNT),
-    **dict.fromkeys(("episodes", "steps_per_episode"), _COUNT),
-    **dict.fromkeys(("batches", "contexts", "prompts", "output_tokens", "windows"), _COUNT),
-    "node_wait_s": (0.0, 86_400.0),
-    **dict.fromkeys(("live.request_timeout_s", "live.start_timeout_s"), (1.0, 86_400.0)),
-    **dict.fromkeys(("train.lr", "train.epsilon_share", "train.lr_final_share"), (1e-9, 1.0)),
-    **dict.fromkeys(
-        (f"train.{f.name}" for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])),
-        _COUNT,
-    ),
+# Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
+_COUNT, _SHARE, _STEP_SIZE, _WAIT_S = (1, 10**9), (0.0, 1.0), (1e-9, 1.0), (0.0, 86_400.0)
+_GROUPS: dict[tuple[float, float], str] = {
+    _COUNT: "steps seeds kv_tokens nodes_per_trial node_failures max_num_seqs gpu_clocks_mhz live_seconds "
+    "grid_clock_step_mhz grid_batch_limits live.vocab_size guard.max_waiting guard.floor_mhz max_steps "
+    "guard.max_step_mhz guard.switches_per_minute episodes steps_per_episode batches contexts prompts "
+    "output_tokens windows num_prompts random_input_len random_output_len vocab_size",
+    _SHARE: "grid_lowest_clock_share train.gamma train.priority train.epsilon_initial train.epsilon_final",
+    _STEP_SIZE: "train.lr train.epsilon_share train.lr_final_share",
+    _WAIT_S: "node_wait_s guard.max_wait_s guard.release_s guard.dwell_s",
+    (1.0, 86_400.0): "live.request_timeout_s live.start_timeout_s seconds",
+    (0, 2**31 - 1): "seed miss_price_j",
+    (0.05, 3600.0): "interval_s",
+    (1.0, 3600.0): "canary_block_s oracle_segment_s",
+    (0.001, 0.5): "canary",
+    (1, 65_535): "metrics_port port",
+    (1, 10_000): "tuning_seeds",
+    (1, 256): "workers",
+    (1e-6, 1e6): "request_rate power_cap_w",
+    (0.01, 3600.0): "gpu_monitor_interval kv_monitor_interval",
+    (0.001, 86_400.0): "timeout_s",
 }
+_RANGES = {name: limits for limits, names in _GROUPS.items() for name in names.split()} | {
+    f"train.{f.name}": _COUNT for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])
+}
+_MODES = {"--generalist": "--mode generalist", "--no-specialist": "--mode fixed_price"}  # of earlier versions
 
 T = TypeVar("T")
 
 
 def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
-    """Parse command-line flags into a frozen dataclass.
+    """Parse command-line flags into a frozen dataclass; its numbers are in their ranges.
 
     Raises:
         ConfigError: a flag or a value is wrong, in one line.
@@ -80,7 +64,7 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            config: T = tyro.cli(
                 config_class,
                 args=argv,
                 prog=prog,
@@ -92,6 +76,8 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         if not stop.code:
             raise
         raise ConfigError(_one_line(complaint.getvalue())) from None
+    check_ranges(config)
+    return config
 
 
 def parse_serving(
@@ -102,6 +88,8 @@ def parse_serving(
     Raises:
         ConfigError: a flag, a file or a value is wrong.
     """
+    for flag in _MODES.keys() & set(argv):
+        raise ConfigError(f"{flag} is no flag: {_MODES[flag]}")
     preset, path = _value_of(argv, "--preset"), _value_of(argv, "--config")
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"--preset {preset} is unknown; allowed are {', '.join(PRESETS)}")
@@ -152,7 +140,6 @@ def validate(config: ServingConfig) -> None:
             raise ConfigError(f"--block-sizes {size}: not a power of two from 1 to 256")
     if not config.block_sizes or len(set(config.block_sizes)) < len(config.block_sizes):
         raise ConfigError("--block-sizes: give at least one, each once")
-    check_ranges(config)
     _validate_slo(config)
     _validate_live(config)
     if isinstance(config, LearnConfig):
@@ -187,8 +174,7 @@ def _validate_training(config: LearnConfig) -> None:
     unknown = [name for name in config.features if name not in FEATURES]
     if unknown or not config.features or len(set(config.features)) < len(config.features):
         raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(FEATURES)}")
-    if config.train.fragment_steps < config.train.n_step:
-        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
+    _validate_algorithm(config)
     validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:
         raise ConfigError(
@@ -201,6 +187,18 @@ def _validate_training(config: LearnConfig) -> None:
         )
     if config.node != "ray" and config.nodes_per_trial > 1:
         raise ConfigError("--nodes-per-trial is for --node ray")
+
+
+def _validate_algorithm(config: LearnConfig) -> None:
+    train, preset = config.train, PRESETS[config.preset].train
+    if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
+        allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
+        raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
+    if train.algorithm == "dqn" and train.fragment_steps < train.n_step:
+        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
+    for name in DQN_ONLY if train.algorithm == "ppo" else ():
+        if getattr(train, name) != getattr(preset, name):
+            raise ConfigError(f"{_flag('train.' + name)} is the DQN's alone: --train.algorithm ppo has none")
 
 
 def validate_tune_share(tune_share: float, slo_share: float | None) -> None:
@@ -219,16 +217,14 @@ def validate_tune_share(tune_share: float, slo_share: float | None) -> None:
 
 
 def _validate_prices(config: LearnConfig) -> None:
-    priced = config.generalist or config.specialist
-    if config.generalist and config.specialist:
-        raise ConfigError("--generalist is for all loads, --specialist for one: --preset generalist")
+    priced = config.mode != "fixed_price"
     if priced and (config.reward != "energy" or "miss_price" not in config.features):
         raise ConfigError(
-            f"--reward {config.reward}: this preset trains at many prices of a miss, so it needs --reward "
-            "energy and miss_price among --features; --preset plain takes any"
+            f"--mode {config.mode} trains at many prices of a miss, so it needs --reward energy and "
+            "miss_price among --features; --preset plain takes any"
         )
     if not priced and "miss_price" in config.features:
-        raise ConfigError("--no-specialist trains at one price: without miss_price among --features")
+        raise ConfigError("--mode fixed_price trains at one price: without miss_price among --features")
 
 
 def _validate_live(config: ServingConfig) -> None:

@@ -90,6 +90,9 @@ WRONG = [
     ["train", "--start-from", "nowhere", "--steps", "20"],
     ["train", "--generalist"],
     ["train", "--no-specialist"],
+    ["train", "--mode", "fixed_price"],
+    ["train", "--mode", "conditional"],
+    ["train", "--preset", "plain", "--mode", "generalist"],
     ["train", "--reward", "greendls", "--slo-e2e-s", "10"],
     ["train", "--features", "kv_usage"],
     ["train", "--preset", "specialist"],
@@ -98,6 +101,8 @@ WRONG = [
     ["profile", "--batches", "0"],
     ["report", "nowhere"],
     ["validate", "nowhere.json"],
+    ["benchmark", "--model", "m", "--num-prompts", "0"],
+    ["watch", "--urls", "http://127.0.0.1:1", "--interval-s", "0"],
 ]
 
 

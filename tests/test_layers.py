@@ -27,7 +27,7 @@ FLOORS = [  # lowest first; what is on one floor may import its neighbours
         "vllm_plugin",  # runs in vLLM's process; live.vllm shares its file
     ),
     ("control",),
-    ("config", "flags"),
+    ("config", "flags", "outside"),
     ("env", "record", "live", "cluster"),
     ("build",),
     ("tuning",),

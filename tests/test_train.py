@@ -70,7 +70,7 @@ def test_checkpoints_are_ranked_as_they_will_be_used(monkeypatch, tmp_path, anch
 
 def test_a_conditional_policy_falls_back_to_the_fastest_of_its_static_pairs(monkeypatch, tmp_path):
     scores = [(Score(40.0, 0.98), 11.0)] * 2
-    settings = {"conditional": True, "specialist": False, "features": ("running", "kv_block_size")}
+    settings = {"conditional": True, "mode": "fixed_price", "features": ("running", "kv_block_size")}
     _, (policy,) = finished(monkeypatch, tmp_path, scores, block_sizes=(64, 8), **settings)
     assert policy.manifest.tuned_static == Knobs(48, 1492)
 

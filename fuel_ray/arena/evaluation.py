@@ -14,9 +14,7 @@ from fuel_ray.build.nodes import build_loop, patience, served
 from fuel_ray.config import ServingConfig, SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import NodeError, UnsupportedError
-from fuel_ray.policies.learned import (
-    load_policy,
-)
+from fuel_ray.policies.learned import load_policy, read_manifest
 from fuel_ray.policies.static import Static
 from fuel_ray.record import step_line, summary_fields
 from fuel_ray.stats import paired_ratio
@@ -207,5 +205,5 @@ def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Po
         "max_performance": Static(spec.max_performance),
         "tuned_static": Static(tuned.static),
         "load_table": tuned.table,
-        "dqn": load_policy(policy_folder, spec),
+        read_manifest(policy_folder).algorithm: load_policy(policy_folder, spec),
     }

@@ -73,7 +73,7 @@ def _random_episodes(
 ) -> tuple[Codec, NodeSpec, Iterator[Iterator[WindowMetrics]]]:
     """Windows of the twin under random actions, and the codec of fixed scales for them."""
     plain = replace(twin_of(config), normalisation="fixed")
-    if config.generalist:
+    if config.mode == "generalist":
         plain = replace(plain, workload=f"mixed:high_rps={dict(POOLS).get(config.kv_tokens, 14.0)}")
     rng = np.random.default_rng(config.seed)
     steps = config.train.episode_steps
@@ -89,11 +89,11 @@ def _random_episodes(
 
 
 def build_manifest(
-    config: LearnConfig, block_sizes: tuple[int, ...], spec: NodeSpec, *, engine: str
+    config: LearnConfig, spec: NodeSpec, *, block_sizes: tuple[int, ...], engine: str
 ) -> Manifest:
     """What a policy that is trained so is made for."""
     pack = load_pack(config.pack)
-    episodes = _MIXED_RANGE_EPISODES if config.generalist else _RANGE_EPISODES
+    episodes = _MIXED_RANGE_EPISODES if config.mode == "generalist" else _RANGE_EPISODES
     return Manifest(
         kv_block_sizes=block_sizes,
         model=spec.model,
@@ -105,6 +105,7 @@ def build_manifest(
         workload=config.workload,
         workload_digest=parse_workload(config.workload).digest(),
         head=config.train.head,
+        algorithm=config.train.algorithm,
         fuel_ray_version=__version__,
         feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0], episodes=episodes)),
     )

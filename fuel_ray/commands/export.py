@@ -47,12 +47,10 @@ def run(config: ExportConfig) -> int:
     facts = read_json(run_dir / _RUN_JSON)
     spec = _spec(settings, sizes[0], facts)
     engine = facts.get("engine") or "unknown"
-    codec = build_codec(settings, spec)
+    manifest = build_manifest(settings, spec, block_sizes=sizes, engine=engine)
     folder = config.to or checkpoint / "policy"
     try:
-        save_policy(
-            folder, q_network(checkpoint), codec, build_manifest(settings, sizes, spec, engine=engine)
-        )
+        save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
     read_policy(folder)  # weights of another shape than the settings say

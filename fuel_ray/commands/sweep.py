@@ -9,12 +9,13 @@ from fuel_ray.arena.evaluation import evaluate_block_size
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.resolve import Resolved
 from fuel_ray.cluster.hosts import num_nodes
+from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.learned import read_manifest
 from fuel_ray.record import read_json, write_json
 from fuel_ray.report.sections import summary_table, write_report
 from fuel_ray.training.rounds import block_sizes_of, in_rounds, merged, merged_lines
-from fuel_ray.training.run import in_parallel, parse_run, policy_folder, prepare, resumable, train_policies
+from fuel_ray.training.run import parse_run, policy_folder, prepare, resumable, train_policies
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.tuned import Tuned
 

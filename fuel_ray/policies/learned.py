@@ -43,6 +43,7 @@ class Manifest:
     workload_digest: str
     head: Head
     fuel_ray_version: str
+    algorithm: str = "dqn"
     tuned_static: Knobs | None = None  # tuned for the same load
     feature_ranges: Mapping[str, Range] = field(default_factory=dict)  # seen in training
     anchor: Anchor | None = None  # tuned for the same load
@@ -198,7 +199,8 @@ def _json(path: Path) -> Any:
 
 def _check_manifest(manifest: Manifest) -> None:
     """Types that a hand or a hostile one may have changed."""
-    for name in ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version"):
+    names = ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version", "algorithm")
+    for name in names:
         _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
     _expect(_are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
     _expect(manifest.head in get_args(Head), f"head {manifest.head!r} is unknown")

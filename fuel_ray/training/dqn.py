@@ -6,13 +6,14 @@ optimiser, checkpoints, callbacks and Tune are RLlib's. It needs one local learn
 fastest on a small machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from ray.rllib.algorithms.dqn import DQN, DQNConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.execution.rollout_ops import synchronous_parallel_sample
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -23,11 +24,35 @@ from ray.rllib.utils.metrics import (
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
 )
-from ray.tune import PlacementGroupFactory
 
-from fuel_ray.env import NODE_FAILURE
+from fuel_ray.config import LearnConfig, TrainConfig
+from fuel_ray.training.envs import make_env
 from fuel_ray.training.replay import Batch, ReplayBuffer
-from fuel_ray.training.rollout import Env, Exploration, Sampler, near
+from fuel_ray.training.rl_module import DuelingDqnModule
+from fuel_ray.training.rollout import Exploration, Sampler, near
+
+
+def dqn(config: LearnConfig, *, model: Mapping[str, Any]) -> "FastDqnConfig":
+    """RLlib's settings of a DQN, as far as another algorithm's differ; ``model`` is what the network is."""
+    settings = config.train
+    few = min(max(settings.batch_size, config.steps // 10), settings.buffer_size)
+    found = FastDqnConfig()
+    found.settings, found.total_steps = settings, config.steps
+    found.own_sampler = config.node == "sim"
+    found.env_runners(num_envs_per_env_runner=1 if found.own_sampler else settings.num_envs)
+    found.training(
+        lr=settings.lr,
+        gamma=settings.gamma,
+        n_step=settings.n_step,
+        train_batch_size_per_learner=settings.batch_size,
+        target_network_update_freq=settings.target_update_updates,
+        num_steps_sampled_before_learning_starts=min(settings.learning_starts, few),
+        replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": settings.buffer_size},
+    )
+    falls_until = int(config.steps * settings.epsilon_share)
+    epsilon = [[0, settings.epsilon_initial], [falls_until, settings.epsilon_final]]
+    found.rl_module(rl_module_spec=RLModuleSpec(DuelingDqnModule, model_config={**model, "epsilon": epsilon}))
+    return found
 
 
 class FastDqnConfig(DQNConfig):
@@ -35,24 +60,9 @@ class FastDqnConfig(DQNConfig):
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or FastDqn)
-        self.updates_per_round = 8
-        self.total_steps = 100_000
-        self.lr_final_share = 0.1
-        self.priority = 0.6
-        self.node_bundles: list[dict[str, float]] = []
-        self.make_env: Callable[[Any], Env] | None = None
-        self.num_envs, self.hold_steps = 32, 1
-        self.epsilon_initial, self.epsilon_final, self.epsilon_share = 1.0, 0.05, 0.5
-
-    def fast(self, **settings: Any) -> "FastDqnConfig":
-        """Set what DQNConfig does not know, by the names of ``__init__``.
-
-        ``node_bundles`` are resources of actors that a trial makes. With ``make_env`` the loop samples
-        ``num_envs`` environments of its own, and RLlib's runner only says what the spaces are.
-        """
-        for name, value in settings.items():
-            setattr(self, name, value)
-        return self
+        self.settings = TrainConfig()
+        self.total_steps = LearnConfig.steps
+        self.own_sampler = False  # of simulated nodes; RLlib's runner then only says what the spaces are
 
 
 class FastDqn(DQN):
@@ -63,31 +73,26 @@ class FastDqn(DQN):
         """RLlib's hook."""
         return FastDqnConfig()
 
-    @classmethod
-    def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """RLlib's hook: a trial begins once the cluster has its process and its nodes free."""
-        request = super().default_resource_request(config)
-        return PlacementGroupFactory([*request.bundles, *config["node_bundles"]], strategy=request.strategy)
-
     def setup(self, config: Any) -> None:
         """RLlib's hook: build everything, then the environments and the replay buffer."""
         super().setup(config)
         c = self.config
-        self._sampler = None if c.make_env is None else self._own_sampler()
+        self._sampler = self._own_sampler() if c.own_sampler else None
         self._buffer = ReplayBuffer(
             c.replay_buffer_config["capacity"],
             self.env_runner.module.observation_space.shape[0],
             gamma=c.gamma,
             n_step=c.n_step,
             rng=np.random.default_rng(c.seed),
-            alpha=c.priority,
+            alpha=c.settings.priority,
         )
 
     def _own_sampler(self) -> Sampler:
-        c, rng = self.config, np.random.default_rng(self.config.seed)
-        envs = [c.make_env(c.env_config) for _ in range(c.num_envs)]
+        settings, rng = self.config.settings, np.random.default_rng(self.config.seed)
+        envs: Any = [make_env(self.config.env_config) for _ in range(settings.num_envs)]
         grid = envs[0].codec.grid
-        exploration = Exploration(len(envs), len(grid), hold_steps=c.hold_steps, rng=rng, near=near(grid))
+        hold = settings.hold_steps
+        exploration = Exploration(len(envs), len(grid), hold_steps=hold, rng=rng, near=near(grid))
         return Sampler(envs, exploration, seed=int(rng.integers(2**31)))
 
     def training_step(self) -> None:
@@ -122,22 +127,19 @@ class FastDqn(DQN):
         )
         self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
         for episode in episodes:
-            steps = len(episode)
-            if steps and NODE_FAILURE in episode.get_infos(-1):
-                steps -= 1  # nothing was measured in it
-            if steps:
+            if len(episode):
                 self._buffer.add(
-                    np.asarray(episode.get_observations())[: steps + 1],
-                    np.asarray(episode.get_actions())[:steps],
-                    np.asarray(episode.get_rewards(), np.float32)[:steps],
+                    np.asarray(episode.get_observations()),
+                    np.asarray(episode.get_actions()),
+                    np.asarray(episode.get_rewards(), np.float32),
                 )
 
     def _sample(self, sampler: Sampler, progress: float) -> None:
         """Simulated nodes are stepped here, in a quarter of the time; counts what a runner counts."""
-        c = self.config
+        c = self.config.settings
         left = max(0.0, 1.0 - progress / c.epsilon_share)
         epsilon = c.epsilon_final + (c.epsilon_initial - c.epsilon_final) * left
-        fragments = sampler.sample(self._greedy, steps=c.get_rollout_fragment_length(), epsilon=epsilon)
+        fragments = sampler.sample(self._greedy, steps=c.fragment_steps, epsilon=epsilon)
         for fragment in fragments:
             self._buffer.add(fragment.observations, fragment.actions, fragment.rewards)
         infos = [info for fragment in fragments for info in fragment.infos]
@@ -167,9 +169,9 @@ class FastDqn(DQN):
         module = self._module()
         ((_, optimizer),) = learner.get_optimizers_for_module(DEFAULT_MODULE_ID)
         for group in optimizer.param_groups:
-            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_final_share))
+            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.settings.lr_final_share))
         self._buffer.refresh()
-        for _ in range(c.updates_per_round):
+        for _ in range(c.settings.updates_per_round):
             batch = self._buffer.sample(c.train_batch_size_per_learner)
             errors, loss = _loss(module, batch)
             optimizer.zero_grad()

@@ -45,9 +45,9 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
 
     ``anchor`` is what a specialist, on one block size of a simulated node, explores near to.
     """
-    if config.generalist:
+    if config.mode == "generalist":
         return _any_load(config, block_sizes)
-    if config.specialist:
+    if config.mode == "specialist":
         return _any_price(config, block_sizes, anchor)
     steps = config.train.episode_steps
     build = partial(build_loop, config, horizon_s=float(steps + 1), random_start=True, part="first half")

@@ -13,6 +13,7 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
 from fuel_ray.config import LearnConfig
+from fuel_ray.env import NODE_FAILURE
 from fuel_ray.errors import NodeError
 
 TABLE_S = 30  # between two of Tune's tables
@@ -21,11 +22,16 @@ LOOK_S = 2.0  # between two looks at the cluster
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
 
-class EpisodeMetrics(RLlibCallback):
-    """Logs reward per window, joules per request, SLO attainment and mean clock of training episodes."""
+class Episodes(RLlibCallback):
+    """What is logged of training episodes, and that no one learns from a step that was not measured."""
+
+    def on_sample_end(self, *, samples: list[Any], **_: Any) -> None:
+        """RLlib's hook: drop the last step of what a node's failure ended."""
+        measured = [e[:-1] if len(e) and NODE_FAILURE in e.get_infos(-1) else e for e in samples]
+        samples[:] = [episode for episode in measured if len(episode)]
 
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
-        """RLlib's hook."""
+        """RLlib's hook: log reward per window, joules per request, SLO attainment and mean clock."""
         infos = [info for info in episode.get_infos() if "energy_j" in info]
         arrivals = sum(info["arrivals"] for info in infos)
         if arrivals:

@@ -59,23 +59,24 @@ class DuelingQNet(nn.Module):
         return q
 
 
+def built(features: int, *, start_from: str | None, **model: Any) -> DuelingQNet:
+    """The network of a module's ``model_config``, with the weights of the policy that it starts from."""
+    names = ("limits", "clocks", "hidden", "head")
+    network = DuelingQNet(features, **{name: model[name] for name in names})
+    if start_from is not None:
+        arrays = read_policy(Path(start_from)).arrays
+        network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return network
+
+
 class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAPI):
     """What RLlib's DQN asks of a module: Q values, a target network, epsilon-greedy exploration."""
 
     def setup(self) -> None:
         """Build the networks from ``model_config``."""
-        settings = self.model_config
-        self.q = DuelingQNet(
-            self.observation_space.shape[0],
-            limits=settings["limits"],
-            clocks=settings["clocks"],
-            hidden=tuple(settings["hidden"]),
-            head=settings["head"],
-        )
-        if settings["start_from"] is not None:
-            arrays = read_policy(Path(settings["start_from"])).arrays
-            self.q.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-        self.epsilon_schedule = Scheduler(fixed_value_or_schedule=settings["epsilon"], framework="torch")
+        self.q = built(self.observation_space.shape[0], **self.model_config)
+        epsilon = self.model_config["epsilon"]
+        self.epsilon_schedule = Scheduler(fixed_value_or_schedule=epsilon, framework="torch")
 
     def get_non_inference_attributes(self) -> list[str]:
         """What an actor's copy goes without."""

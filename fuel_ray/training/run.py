@@ -1,18 +1,15 @@
-"""Policies of a run: baselines tuned, DQNs trained, checkpoints chosen, folders written."""
+"""Policies of a run: baselines tuned, trials run, checkpoints chosen, folders written."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import ray
+from typing import Any
 
 from fuel_ray.build.codec import build_codec, build_manifest
 from fuel_ray.build.nodes import build_node, build_spec, twin_of
 from fuel_ray.build.resolve import Learning, Resolved
-from fuel_ray.cluster.hosts import answer_of, driver_resource
+from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.codec import Codec
 from fuel_ray.config import LearnConfig, to_dict
 from fuel_ray.errors import ConfigError, PolicyError
@@ -22,14 +19,13 @@ from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_json, write_json
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.rounds import merged
-from fuel_ray.training.trials import Trained, run_trials, start_ray
+from fuel_ray.training.trials import Trained, algorithm_of, run_trials, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.tuning.static_pair import Score
 from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
 
 TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
-ANSWER_S = 60.0  # to fetch what a finished job has left
 _PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
-Result = TypeVar("Result")
 
 
 def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Learning:
@@ -58,6 +54,7 @@ def prepare(
         PolicyError: the policy to start from is none, or does not fit.
         NodeError: a live server did not start, or can have none of the block sizes.
     """
+    algorithm_of(config)
     if config.node == "ray":
         start_ray(config)
     if not config.live_server:
@@ -101,34 +98,16 @@ def train_policies(
     by_size = tuned_baselines(config, run_dir, workloads)
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
-    if config.specialist and not config.conditional:
+    if config.mode == "specialist" and not config.conditional:
         anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
-    trained = run_trials(config, run_dir, {size: s.codec for size, s in found.setups.items()}, anchors)
-    twin = twin_of(config)
-    near = anchors if config.anchor else {}  # as they will be used
-    asked = {t.block_sizes: min(home[size].share for size in t.block_sizes) for t in trained}
-    jobs = [
-        (twin, t.block_sizes, result.arrays, near.get(t.block_sizes[0]), asked[t.block_sizes])
-        for t in trained
-        for result in t.results
-    ]
-    scores = iter(in_parallel("score checkpoints", score_weights, jobs))
-    curve = []
-    for trial in trained:
-        ranked = []
-        for k, (result, (score, price_j)) in enumerate(zip(trial.results, scores, strict=False)):
-            curve.append(
-                {
-                    "block_size": "/".join(map(str, trial.block_sizes)),
-                    "env_steps": result.env_steps,
-                    "reward": result.reward,
-                    "energy_j_per_request": score.energy_j_per_request,
-                    "slo_attainment": score.slo_attainment,
-                }
-            )
-            ranked.append((score.rank(asked[trial.block_sizes]), k, price_j))
-        _, best, price_j = min(ranked)
-        _save(found, run_dir, trial, best, miss_price_j=price_j)
+    codecs = {size: setup.codec for size, setup in found.setups.items()}
+    trained = run_trials(config, run_dir, codecs, anchors)
+    scores = _scored(config, trained, home, anchors if config.anchor else {})
+    curve = [row for trial, own in zip(trained, scores, strict=True) for row in _curve(trial, own)]
+    for trial, own in zip(trained, scores, strict=True):
+        share = _share(trial, home)
+        best = min(range(len(own)), key=lambda k: (own[k][0].rank(share), k))
+        _save(found, run_dir, trial, best, miss_price_j=own[best][1])
     merged(run_dir / "learning.csv", curve)
     _tell(config, run_dir, home)
     return by_size
@@ -153,6 +132,42 @@ def tuned_baselines(
     }
 
 
+def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Path:
+    """Where the policy for this block size is, or will be."""
+    return run_dir / "policies" / ("conditional" if config.conditional else f"block_{kv_block_size}")
+
+
+def _scored(
+    config: LearnConfig, trained: Sequence[Trained], home: Mapping[int, Tuned], near: Mapping[int, Anchor]
+) -> list[list[tuple[Score, float]]]:
+    """What each result of each trial does on the tuning seeds of the twin, and its price of a miss."""
+    twin = twin_of(config)
+    jobs = [
+        (twin, trial.block_sizes, result.arrays, near.get(trial.block_sizes[0]), _share(trial, home))
+        for trial in trained
+        for result in trial.results
+    ]
+    scores = iter(in_parallel("score checkpoints", score_weights, jobs))
+    return [[next(scores) for _ in trial.results] for trial in trained]
+
+
+def _share(trial: Trained, home: Mapping[int, Tuned]) -> float:
+    """Of requests, what is asked for of all of its block sizes."""
+    return min(home[size].share for size in trial.block_sizes)
+
+
+def _curve(trial: Trained, scores: Sequence[tuple[Score, float]]) -> Iterator[dict[str, Any]]:
+    """Rows of learning.csv."""
+    for result, (score, _) in zip(trial.results, scores, strict=True):
+        yield {
+            "block_size": "/".join(map(str, trial.block_sizes)),
+            "env_steps": result.env_steps,
+            "reward": result.reward,
+            "energy_j_per_request": score.energy_j_per_request,
+            "slo_attainment": score.slo_attainment,
+        }
+
+
 def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:
     """Write into the policies what was tuned for their load: the static pair and, of one size, the anchor."""
     folders = {size: policy_folder(config, run_dir, size) for size in tuned}
@@ -172,44 +187,6 @@ def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> Non
             anchor=anchor,
         )
         save_policy(folders[size], policy.arrays, replace(policy.codec, miss_price_j=price_j), manifest)
-
-
-def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Path:
-    """Where the policy for this block size is, or will be."""
-    return run_dir / "policies" / ("conditional" if config.conditional else f"block_{kv_block_size}")
-
-
-def in_parallel(
-    what: str,
-    function: Callable[..., Result],
-    jobs: Sequence[tuple[Any, ...]],
-    *,
-    at_once: int | None = None,
-    here: bool = False,
-) -> list[Result]:
-    """Call a function once per job, one core each; results in the order of the jobs.
-
-    Args:
-        what: is printed with how far it is.
-        function: must not depend on this process.
-        jobs: arguments of the calls.
-        at_once: most jobs at a time; None: as many as there are cores.
-        here: whether they need this machine's disk.
-    """
-    remote = ray.remote(function).options(resources=driver_resource() if here else None)
-    references: list[Any] = []
-    pending: list[Any] = []
-    began_s = time.monotonic()
-    while pending or len(references) < len(jobs):
-        if len(references) < len(jobs) and (at_once is None or len(pending) < at_once):
-            references.append(remote.remote(*jobs[len(references)]))
-            pending.append(references[-1])
-            continue
-        _, pending = ray.wait(pending)
-        done = len(references) - len(pending)
-        if done == len(jobs) or done % max(1, len(jobs) // 8) == 0:
-            print(f"{what}  {done}/{len(jobs)}  {time.monotonic() - began_s:.0f} s", flush=True)
-    return [answer_of(reference, what, ANSWER_S) for reference in references]
 
 
 def _check_start(config: LearnConfig, codec: Codec) -> None:
@@ -257,11 +234,12 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
 
 
 def _save(
-    found: Resolved[Learning], run_dir: Path, trial: Trained, best: int, *, miss_price_j: float = 0.0
+    found: Resolved[Learning], run_dir: Path, trial: Trained, best: int, *, miss_price_j: float
 ) -> None:
     """Write a policy folder."""
     size = trial.block_sizes[0]
     setup = found.setups[size]
-    manifest = build_manifest(found.config, trial.block_sizes, setup.spec, engine=setup.engine)
+    sizes = trial.block_sizes
+    manifest = build_manifest(found.config, setup.spec, block_sizes=sizes, engine=setup.engine)
     codec = replace(setup.codec, miss_price_j=miss_price_j)
     save_policy(policy_folder(found.config, run_dir, size), trial.results[best].arrays, codec, manifest)

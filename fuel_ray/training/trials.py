@@ -1,9 +1,9 @@
-"""DQNs trained by RLlib under Ray Tune, one trial per KV block size."""
+"""Policies trained by RLlib under Ray Tune, one trial per KV block size; by which algorithm is a setting."""
 
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,28 +11,22 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
 
+from fuel_ray import outside
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.nodes import is_kept
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
-from fuel_ray.codec import Codec
-from fuel_ray.config import LearnConfig, TrainConfig
+from fuel_ray.codec import ActionGrid, Codec
+from fuel_ray.config import ALGORITHMS, LearnConfig
 from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
-from fuel_ray.training.dqn import FastDqn, FastDqnConfig
 from fuel_ray.training.envs import learning_settings, make_env
-from fuel_ray.training.progress import (
-    EpisodeMetrics,
-    NodeWatch,
-    Progress,
-    curve_row,
-    progress_table,
-    reason,
-)
-from fuel_ray.training.rl_module import DuelingDqnModule
+from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, progress_table, reason
 
 _ENV_NAME = "fuel_ray_serving"
 
@@ -81,7 +75,7 @@ def run_trials(
 ) -> list[Trained]:
     """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
 
-    ``anchors`` by block size are what specialists explore near to.
+    ``codecs`` and ``anchors``, which specialists explore near to, are by block size.
 
     Raises:
         FuelRayError: a trial failed; the message has its error.
@@ -89,7 +83,9 @@ def run_trials(
     """
     register_env(_ENV_NAME, make_env)
     sizes = trial_block_sizes(config)
-    space = dqn_config(config, tune.grid_search(sizes), codecs[config.block_sizes[0]], anchors)
+    grid = codecs[config.block_sizes[0]].grid
+    space = settings_of_trials(config, tune.grid_search(sizes), grid, anchors)
+    algorithm = _with_nodes(space.algo_class, config)
     callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
     if config.node == "ray":
         callbacks.append(NodeWatch(config))
@@ -97,12 +93,12 @@ def run_trials(
     name = round_folder(config)
     if tune.Tuner.can_restore(f"{folder}/{name}"):
         tuner = tune.Tuner.restore(
-            f"{folder}/{name}", FastDqn, param_space=space, resume_unfinished=True, resume_errored=True
+            f"{folder}/{name}", algorithm, param_space=space, resume_unfinished=True, resume_errored=True
         )
         tuner._local_tuner._run_config.callbacks = callbacks
     else:
         settings = _run_settings(config, folder, callbacks)
-        tuner = tune.Tuner(FastDqn, param_space=space, run_config=settings)
+        tuner = tune.Tuner(algorithm, param_space=space, run_config=settings)
     results = tuner.fit()
     for error in results.errors:
         raise FuelRayError(f"training failed: {reason(error)}")
@@ -132,99 +128,81 @@ def _run_settings(config: LearnConfig, folder: str, callbacks: list[tune.Callbac
     )
 
 
-def dqn_config(
+def algorithm_of(config: LearnConfig) -> Callable[..., AlgorithmConfig]:
+    """What makes RLlib's settings of the algorithm, called with ``config`` and the network's ``model``.
+
+    The module in them keeps a ``DuelingQNet`` as ``q``, whose weights become the policy's.
+
+    Raises:
+        ConfigError: there is no such code.
+    """
+    name = config.train.algorithm
+    found: Callable[..., AlgorithmConfig] = outside.load(ALGORITHMS.get(name, name))
+    return found
+
+
+def settings_of_trials(
     config: LearnConfig,
     block_sizes: Any,
-    codec: Codec,
+    grid: ActionGrid,
     anchors: Mapping[int, Anchor] = MappingProxyType({}),
-) -> FastDqnConfig:
+) -> AlgorithmConfig:
     """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
-    settings = _train_settings(config)
-    round_steps = settings.num_envs * settings.fragment_steps
-    rounds = math.ceil(config.steps / settings.iterations / round_steps)
-    dqn = FastDqnConfig().fast(
-        updates_per_round=settings.updates_per_round,
-        total_steps=config.steps,
-        node_bundles=_node_bundles(config),
-        make_env=make_env if config.node == "sim" else None,
-        num_envs=settings.num_envs,
-        hold_steps=settings.hold_steps,
-        priority=settings.priority,
-        lr_final_share=settings.lr_final_share,
-        epsilon_initial=settings.epsilon_initial,
-        epsilon_final=settings.epsilon_final,
-        epsilon_share=settings.epsilon_share,
-    )
+    own = config  # a real node is one environment
+    if config.node != "sim":
+        own = replace(config, train=replace(config.train, num_envs=config.nodes_per_trial))
+    settings = own.train
+    model = {
+        "limits": len(grid.batch_limits),
+        "clocks": len(grid.gpu_clocks_mhz),
+        "hidden": settings.hidden,
+        "head": settings.head,
+        "start_from": None if config.start_from is None else str(config.start_from.resolve()),
+    }
+    found = algorithm_of(config)(own, model=model)
     env_config = {
         "config": learning_settings(config),
         "block_sizes": block_sizes,
         "anchors": {str(size): anchor.to_dict() for size, anchor in anchors.items()},
     }
-    dqn.environment(_ENV_NAME, env_config=env_config)
-    dqn.env_runners(
+    found.environment(_ENV_NAME, env_config=env_config)
+    found.env_runners(
         num_env_runners=0,
-        num_envs_per_env_runner=1 if config.node == "sim" else settings.num_envs,
         rollout_fragment_length=settings.fragment_steps,
         gym_env_vectorize_mode="vector_entry_point" if config.nodes_per_trial > 1 else "sync",
     )
     if config.node == "ray" and config.storage is None:  # this machine's disk has the run's folder
-        dqn.resources(num_cpus_for_main_process=1)
-        dqn.custom_resources_for_main_process = driver_resource()
-    dqn.learners(num_learners=0)
-    dqn.training(
-        lr=settings.lr,
-        gamma=settings.gamma,
-        n_step=settings.n_step,
-        train_batch_size_per_learner=settings.batch_size,
-        target_network_update_freq=settings.target_update_updates,
-        num_steps_sampled_before_learning_starts=settings.learning_starts,
-        replay_buffer_config={"type": "PrioritizedEpisodeReplayBuffer", "capacity": settings.buffer_size},
-    )
-    dqn.rl_module(rl_module_spec=_module_spec(config, codec))
-    dqn.callbacks(EpisodeMetrics)
-    dqn.reporting(
-        min_sample_timesteps_per_iteration=rounds * round_steps,
+        found.resources(num_cpus_for_main_process=1)
+        found.custom_resources_for_main_process = driver_resource()
+    found.learners(num_learners=0)
+    found.callbacks(Episodes)
+    round_steps = settings.num_envs * settings.fragment_steps
+    found.reporting(
+        min_sample_timesteps_per_iteration=round_steps
+        * math.ceil(config.steps / settings.iterations / round_steps),
         min_time_s_per_iteration=0,
         metrics_num_episodes_for_smoothing=50,
     )
-    dqn.debugging(seed=config.seed, log_level="ERROR")
-    return dqn
+    found.debugging(seed=config.seed, log_level="ERROR")
+    return found
 
 
-def _module_spec(config: LearnConfig, codec: Codec) -> RLModuleSpec:
-    """The Q network for these settings, and how it explores where RLlib's runner steps it."""
-    settings = _train_settings(config)
-    grid = codec.grid
-    return RLModuleSpec(
-        module_class=DuelingDqnModule,
-        model_config={
-            "limits": len(grid.batch_limits),
-            "clocks": len(grid.gpu_clocks_mhz),
-            "hidden": settings.hidden,
-            "head": settings.head,
-            "start_from": None if config.start_from is None else str(config.start_from.resolve()),
-            "epsilon": [
-                [0, settings.epsilon_initial],
-                [int(config.steps * settings.epsilon_share), settings.epsilon_final],
-            ],
-        },
-    )
-
-
-def _train_settings(config: LearnConfig) -> TrainConfig:
-    """Those asked for, but that a short training begins to learn sooner; a real node is one environment."""
-    few = min(max(config.train.batch_size, config.steps // 10), config.train.buffer_size)
-    train = replace(config.train, learning_starts=min(config.train.learning_starts, few))
-    return train if config.node == "sim" else replace(train, num_envs=config.nodes_per_trial)
-
-
-def _node_bundles(config: LearnConfig) -> list[dict[str, float]]:
-    """What the actors of a trial's nodes take from the cluster."""
+def _with_nodes(algorithm: type[Algorithm], config: LearnConfig) -> type[Algorithm]:
+    """The algorithm, a trial of which begins once the cluster has its process and its nodes free."""
     if config.node != "ray" or is_kept(config):
-        return []
+        return algorithm
     gpus = gpus_per_node(config)
     bundle = {NODE_RESOURCE: 1.0, "GPU": float(gpus)} if gpus else {NODE_RESOURCE: 1.0}
-    return [bundle] * config.nodes_per_trial
+
+    def request(settings: Any) -> PlacementGroupFactory:
+        own = algorithm.default_resource_request(settings)
+        return PlacementGroupFactory(
+            [*own.bundles, *[bundle] * config.nodes_per_trial], strategy=own.strategy
+        )
+
+    found: type[Algorithm] = tune.with_resources(algorithm, request)
+    found.__qualname__ = algorithm.__qualname__  # Ray names the process after it
+    return found
 
 
 def _trained(result: Any) -> Trained:

@@ -15,6 +15,7 @@ from fuel_ray.policies.static import LoadTable
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import Pack
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
+from fuel_ray.workload.lengths import OUTPUT_TOKENS
 
 MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
 BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
@@ -52,7 +53,7 @@ def published(spec: NodeSpec, slo: Slo, pack: Pack, *, static: Knobs) -> list[Co
     def feedback(high: float) -> Feedback:
         return Feedback(spec, ttft_s=ttft_s, tpot_s=tpot_s, batch_limit=limit, low=0.9 * high, high=high)
 
-    e2e_s = slo.e2e_s or ttft_s + 220.0 * tpot_s  # the default workload's mean output
+    e2e_s = slo.e2e_s or ttft_s + OUTPUT_TOKENS * tpot_s
     return [
         Contender("Clipper", lambda _: Clipper(spec, slo)),
         Contender("Clipper, if binding", lambda _: Clipper(spec, slo, only_while_binding=True)),

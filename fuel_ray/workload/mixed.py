@@ -7,10 +7,17 @@ import numpy as np
 from fuel_ray.types import Requests
 from fuel_ray.workload.arrivals import Arrivals, Diurnal, Mmpp, Piecewise
 from fuel_ray.workload.identity import digest
-from fuel_ray.workload.lengths import ClippedLognormal, Independent, Lengths, SharedPrefixes
+from fuel_ray.workload.lengths import (
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    ClippedLognormal,
+    Independent,
+    Lengths,
+    SharedPrefixes,
+)
 from fuel_ray.workload.synthetic import Synthetic
 
-_TOKENS = 732.0  # per request, of the default workload; rates fall as requests get longer
+_TOKENS = float(PROMPT_TOKENS + OUTPUT_TOKENS)  # per request; rates fall as requests get longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,7 @@ class Mixed:
 
 def _lengths(rng: np.random.Generator) -> tuple[Lengths, float]:
     """Lognormal lengths, and their mean tokens per request."""
-    prompt, output = 512.0, 220.0
+    prompt, output = float(PROMPT_TOKENS), float(OUTPUT_TOKENS)
     if rng.random() < 0.5:
         prompt, output = float(np.exp(rng.uniform(4.6, 7.2))), float(np.exp(rng.uniform(4.2, 6.0)))
     drawn = Independent(

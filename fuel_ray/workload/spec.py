@@ -9,6 +9,8 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.types import Requests
 from fuel_ray.workload.arrivals import Arrivals, Burst, Diurnal, Evenly, Gamma, Mmpp, Piecewise
 from fuel_ray.workload.lengths import (
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
     ClippedLognormal,
     Independent,
     Lengths,
@@ -131,13 +133,13 @@ def _lengths(options: Options) -> Lengths:
         pairs = np.array([(row.prompt_tokens, row.output_tokens) for row in rows])
         return Resampled(pairs[:, 0], pairs[:, 1])
     if kind == "fixed":
-        prompt_tokens = options.count("prompt_mean", 512, low=1, high=1_000_000)
-        output_tokens = options.count("output_mean", 220, low=1, high=1_000_000)
+        prompt_tokens = options.count("prompt_mean", PROMPT_TOKENS, low=1, high=1_000_000)
+        output_tokens = options.count("output_mean", OUTPUT_TOKENS, low=1, high=1_000_000)
         return Resampled(np.array([prompt_tokens]), np.array([output_tokens]))
     if kind == "sharegpt":
         # Means of the vLLM paper, figure 11 (arXiv:2309.06180); sigma and limits are ours, as it gives none.
         return _lognormal(options, prompt=(161, 1024), output=(338, 2048), sigma=1.0)
-    return _lognormal(options, prompt=(512, 4096), output=(220, 1024), sigma=0.9)
+    return _lognormal(options, prompt=(PROMPT_TOKENS, 4096), output=(OUTPUT_TOKENS, 1024), sigma=0.9)
 
 
 def _lognormal(

@@ -1,0 +1,46 @@
+"""Function calls side by side, as tasks of Ray."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+from fuel_ray.cluster.hosts import answer_of, driver_resource
+
+ANSWER_S = 60.0  # to fetch what a finished job has left
+
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    what: str,
+    function: Callable[..., Result],
+    jobs: Sequence[tuple[Any, ...]],
+    *,
+    at_once: int | None = None,
+    here: bool = False,
+) -> list[Result]:
+    """Call a function once per job, one core each; results in the order of the jobs.
+
+    Args:
+        what: is printed with how far it is.
+        function: must not depend on this process.
+        jobs: arguments of the calls.
+        at_once: most jobs at a time; None: as many as there are cores.
+        here: whether they need this machine's disk.
+    """
+    remote = ray.remote(function).options(resources=driver_resource() if here else None)
+    references: list[Any] = []
+    pending: list[Any] = []
+    began_s = time.monotonic()
+    while pending or len(references) < len(jobs):
+        if len(references) < len(jobs) and (at_once is None or len(pending) < at_once):
+            references.append(remote.remote(*jobs[len(references)]))
+            pending.append(references[-1])
+            continue
+        _, pending = ray.wait(pending)
+        done = len(references) - len(pending)
+        if done == len(jobs) or done % max(1, len(jobs) // 8) == 0:
+            print(f"{what}  {done}/{len(jobs)}  {time.monotonic() - began_s:.0f} s", flush=True)
+    return [answer_of(reference, what, ANSWER_S) for reference in references]
