@@ -70,7 +70,7 @@ def test_the_status_tells_wanted_and_applied_apart(attached):
     assert limiter.set(3) == 3
     assert (limiter.status().wanted_limit, limiter.status().batch_limit) == (3, CAPACITY)
     engine.sleep(0.1)
-    assert (limiter.status().batch_limit, limiter.status().is_clamped) == (3, False)
+    assert (limiter.status().batch_limit, limiter.status().in_force) == (3, 3)
     limiter.clear()
     engine.sleep(0.1)
     assert (limiter.status().wanted_limit, limiter.status().batch_limit) == (None, CAPACITY)
@@ -87,7 +87,7 @@ def test_a_limit_out_of_range_is_clamped_and_said(attached, caplog, limit, used)
 def test_a_clamped_limit_shows_in_the_status(attached):
     limiter, _ = attached
     limiter.set(50)
-    assert limiter.status().is_clamped
+    assert (limiter.status().wanted_limit, limiter.status().in_force) == (50, CAPACITY)
     assert limiter.wait_applied(50, 1.0).batch_limit == CAPACITY
 
 

@@ -31,11 +31,6 @@ class LimiterStatus:
     age_s: float  # since that step
 
     @property
-    def is_clamped(self) -> bool:
-        """Whether the wanted limit lies outside 1..capacity."""
-        return self.wanted_limit is not None and self.wanted_limit != self.in_force
-
-    @property
     def in_force(self) -> int:
         """The wanted limit as the scheduler clamps it; the limit of its last step if there is none wanted."""
         return self.batch_limit if self.wanted_limit is None else clamped(self.wanted_limit, self.capacity)
