@@ -59,6 +59,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("episodes", "steps_per_episode"), _COUNT),
     **dict.fromkeys(("batches", "contexts", "prompts", "output_tokens", "windows"), _COUNT),
     "node_wait_s": (0.0, 86_400.0),
+    **dict.fromkeys(("num_prompts", "random_input_len", "random_output_len", "vocab_size"), _COUNT),
+    **dict.fromkeys(("gpu_monitor_interval", "kv_monitor_interval"), (0.01, 3600.0)),
+    **dict.fromkeys(("request_rate", "power_cap_w"), (1e-6, 1e6)),
+    **dict.fromkeys(("port",), (1, 65_535)),
+    **dict.fromkeys(("timeout_s",), (0.001, 86_400.0)),
     **dict.fromkeys(("live.request_timeout_s", "live.start_timeout_s"), (1.0, 86_400.0)),
     **dict.fromkeys(("train.lr", "train.epsilon_share", "train.lr_final_share"), (1e-9, 1.0)),
     **dict.fromkeys(
