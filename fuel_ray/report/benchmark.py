@@ -25,14 +25,14 @@ def benchmark_result(
 ) -> dict[str, Any]:
     """Latencies, energy, power and KV cache of a benchmark, as it is written."""
     result = {
-        **serving_figures(load, model=model, request_rate=request_rate),
+        **_serving_figures(load, model=model, request_rate=request_rate),
         "partial": partial,
         "num_prompts": num_prompts,
-        "gpu_power_stats": gpu_stats(measured),
-        "cpu_power_stats": cpu_stats(measured),
-        "kv_cache_monitoring_stats": kv_stats(measured, model=model),
+        "gpu_power_stats": {str(index): _gpu_stats(measured, index) for index in measured.gpus},
+        "cpu_power_stats": _cpu_stats(measured),
+        "kv_cache_monitoring_stats": _kv_stats(measured, model=model),
     }
-    return result | energy_figures(result)
+    return result | _energy_figures(result)
 
 
 def check(result: dict[str, Any]) -> list[str]:
@@ -61,7 +61,7 @@ def check(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def serving_figures(result: LoadResult, *, model: str, request_rate: float) -> dict[str, Any]:
+def _serving_figures(result: LoadResult, *, model: str, request_rate: float) -> dict[str, Any]:
     """Figures under the names of ``vllm bench serve --save-result``."""
     records = result.records
     completed = int(np.isfinite(records.finished_s).sum())
@@ -106,12 +106,7 @@ def _latency_ms(name: str, values_s: np.ndarray) -> dict[str, float | None]:
     return {key: float(figure) for key, figure in zip(keys, figures, strict=True)}
 
 
-def gpu_stats(measured: Measured) -> dict[str, Any]:
-    """Per GPU: mean power in mW, utilisations in per cent, energy in J, the samples and their times."""
-    return {str(index): _gpu_stats(measured, index) for index in measured.gpus}
-
-
-def energy_figures(result: dict[str, Any]) -> dict[str, float | None]:
+def _energy_figures(result: dict[str, Any]) -> dict[str, float | None]:
     """Energy of all GPUs over completed requests and over output tokens; None without either."""
     gpus = result["gpu_power_stats"].values()
     energy_j = sum(stats["energy_j"] for stats in gpus) if gpus else None
@@ -127,6 +122,7 @@ def _over(energy_j: float | None, count: int) -> float | None:
 
 
 def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
+    """Mean power in mW, utilisations in per cent, energy in J, the samples and their times."""
     samples = measured.gpus[index]
     first_j, last_j = measured.energy_j[index]
     counter_j = None if last_j is None or first_j is None else (first_j, last_j)
@@ -144,7 +140,7 @@ def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
     }
 
 
-def cpu_stats(measured: Measured) -> dict[str, Any] | None:
+def _cpu_stats(measured: Measured) -> dict[str, Any] | None:
     """Mean power in W, and whether it was measured or modelled; None if it was not asked for."""
     if len(measured.cpu) < 2:
         return None
@@ -157,7 +153,7 @@ def cpu_stats(measured: Measured) -> dict[str, Any] | None:
     }
 
 
-def kv_stats(measured: Measured, *, model: str) -> dict[str, Any] | None:
+def _kv_stats(measured: Measured, *, model: str) -> dict[str, Any] | None:
     """The KV cache and the queues over time; None if they were not asked for."""
     trace = measured.kv
     if not trace:
