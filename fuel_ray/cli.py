@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from fuel_ray.errors import ConfigError, FuelRayError
-from fuel_ray.flags import check_ranges, parse_flags
+from fuel_ray.flags import parse_flags
 from fuel_ray.live.processes import orderly_signals
 
 # verb: (module, class of its settings, what it does)
@@ -54,11 +54,11 @@ def _run(verb: str, argv: list[str]) -> int:
     name, settings, _ = VERBS[verb]
     module = importlib.import_module(f"fuel_ray.commands.{name}")
     prog = f"fuel-ray {verb}"
-    if hasattr(module, "parse"):
-        config = module.parse(argv, prog=prog)
-    else:
-        config = parse_flags(getattr(module, settings), argv, prog=prog)
-        check_ranges(config)
+    config = (
+        module.parse(argv, prog=prog)
+        if hasattr(module, "parse")
+        else parse_flags(getattr(module, settings), argv, prog=prog)
+    )
     with orderly_signals():
         code: int = module.run(config)
     return code

@@ -76,7 +76,7 @@ T = TypeVar("T")
 
 
 def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
-    """Parse command-line flags into a frozen dataclass.
+    """Parse command-line flags into a frozen dataclass; its numbers are in their ranges.
 
     Raises:
         ConfigError: a flag or a value is wrong, in one line.
@@ -85,7 +85,7 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            config: T = tyro.cli(
                 config_class,
                 args=argv,
                 prog=prog,
@@ -97,6 +97,8 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         if not stop.code:
             raise
         raise ConfigError(_one_line(complaint.getvalue())) from None
+    check_ranges(config)
+    return config
 
 
 def parse_serving(
