@@ -12,7 +12,7 @@ It asks which features a trained policy could do without. It takes one episode o
 and seed and the tuning of the price before them.
 
 What to expect (docs/arena.md, "Open questions", a DQN of 2026-11-25, 4 seeds): KV usage matters most (-5.1 %
-energy, 0.962 in place of 0.970 of requests within the SLO); seven of 13 features change the energy by less than
+energy, 0.962 in place of 0.970 of requests within the SLO); seven of 13 features change the energy by under
 1 %, for rate, running requests and token throughput say nearly the same.
 """
 
