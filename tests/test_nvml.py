@@ -140,28 +140,12 @@ def test_can_set_clocks_follows_the_capability_and_writes_nothing(nvml, tmp_path
     assert (fake.gpus[0].locked_mhz, fake.gpus[0].calls) == ((900, 900), [])
 
 
-@pytest.mark.parametrize("privileged", [True, False])
-def test_can_set_clocks_asks_the_driver_by_a_reset_when_told(nvml, privileged, tmp_path):
-    fake = nvml(FakeGpu(), privileged=privileged)
-    with Gpus() as gpus:
-        assert gpus.can_set_clocks(try_reset=True, proc=tmp_path) is privileged
-    assert fake.gpus[0].calls == ["reset"] * privileged
-
-
-def test_asking_for_the_privilege_keeps_our_own_pin(nvml):
-    fake = nvml(FakeGpu())
-    with Gpus() as gpus:
-        gpus.pin(1200)
-        assert gpus.can_set_clocks(try_reset=True)
-        assert fake.gpus[0].locked_mhz == (1200, 1200)
-
-
 @pytest.mark.parametrize("clocks_mhz", [None, ()])
 def test_a_gpu_that_lists_no_clocks_is_observed_only(nvml, clocks_mhz):
     nvml(FakeGpu(clocks_mhz=clocks_mhz))
     with Gpus() as gpus:
         assert gpus.supported_clocks_mhz == ()
-        assert not gpus.can_set_clocks(try_reset=True)
+        assert not gpus.can_set_clocks()
         with pytest.raises(GpuError, match="no clock is supported"):
             gpus.pin(1200)
 

@@ -114,25 +114,14 @@ class Gpus:
             with translated("end NVML"):
                 pynvml.nvmlShutdown()
 
-    def can_set_clocks(self, *, try_reset: bool = False, proc: Path = Path("/proc/self")) -> bool:
+    def can_set_clocks(self, *, proc: Path = Path("/proc/self")) -> bool:
         """Whether clocks may be pinned.
 
-        NVML has no question for this, so by default nothing is written: it takes clocks that NVML lists, and
-        CAP_SYS_ADMIN, as the kernel driver does, or a clock helper for these GPUs. A hypervisor can still
-        refuse. ``try_reset`` asks the driver by a reset, which drops a lock somebody else has set.
+        NVML has no question for this and nothing is written. It takes clocks that NVML lists, and either
+        CAP_SYS_ADMIN, as the kernel driver does, or a clock helper for these GPUs. A hypervisor can still refuse.
         """
         if not self.supported_clocks_mhz:
             return False
-        if not try_reset or self._locked:
-            return bool(self._locked) or self._is_allowed(proc)
-        try:
-            self.reset()
-        except GpuError as error:
-            logger.info("clocks cannot be set: %s", error)
-            return False
-        return True
-
-    def _is_allowed(self, proc: Path) -> bool:
         if self._helper is not None:
             return all(map(self._helper.serves, self.uuids))
         return holds_sys_admin(proc)
