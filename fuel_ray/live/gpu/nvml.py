@@ -118,7 +118,8 @@ class Gpus:
         """Whether clocks may be pinned.
 
         NVML has no question for this and nothing is written. It takes clocks that NVML lists, and either
-        CAP_SYS_ADMIN, as the kernel driver does, or a clock helper for these GPUs. A hypervisor can still refuse.
+        CAP_SYS_ADMIN, as the kernel driver does, or a clock helper for these GPUs. A hypervisor can still
+        refuse.
         """
         if not self.supported_clocks_mhz:
             return False
