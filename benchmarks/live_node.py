@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from fuel_ray.errors import NodeError
 from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.sampling import Sampler, window_energy_j
 from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
-from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.limiter import BatchLimiter, LimiterStatus
 from fuel_ray.live.vllm.server import VllmServer, served_model
 from fuel_ray.types import Requests
 
@@ -128,6 +129,15 @@ def jitter(read: Callable[[], object], *, seconds: float) -> str:
     return f"p50 {p50:.2f} ms, p99 {p99:.2f} ms, n = {len(late_ms)}, {sampler.skipped} skipped"
 
 
+def wait(limiter: BatchLimiter, holds: Callable[[LimiterStatus], bool]) -> None:
+    """Return at the scheduler's first step of which it holds."""
+    deadline_s = time.monotonic() + 60.0
+    while not holds(status := limiter.status()):
+        if time.monotonic() >= deadline_s:
+            raise NodeError(f"not within 60 s: {status}")
+        time.sleep(0.002)
+
+
 def limiter_reaction(
     limiter: BatchLimiter, client: MetricsClient, flags: argparse.Namespace
 ) -> dict[str, str]:
@@ -139,9 +149,9 @@ def limiter_reaction(
         for limit in flags.limits:
             begin_s = time.monotonic()
             limiter.set(limit)
-            limiter.wait_applied(limit, 30.0)
+            wait(limiter, lambda status, limit=limit: status.batch_limit == limit)
             applied.setdefault(limit, []).append(time.monotonic() - begin_s)
-            limiter.wait_reached(limit, 60.0)
+            wait(limiter, lambda status, limit=limit: status.running <= limit)
             reached.setdefault(limit, []).append(time.monotonic() - begin_s)
             for _ in range(8):
                 time.sleep(0.25)

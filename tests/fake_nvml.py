@@ -14,14 +14,10 @@ class FakeGpu:
     uuid: str = "GPU-0"
     name: str = "NVIDIA H100 80GB HBM3"
     power_mw: int = 400_000
-    instant_power_mw: int | None = 410_000  # None: no such field
     energy_mj: int | None = 5_000_000  # None: no counter
     gpu_percent: int = 90
     memory_percent: int = 40
-    memory_used: int = 60 * 2**30
-    memory_total: int = 80 * 2**30
     sm_clock_mhz: int = 1980
-    event_reasons: int = 0
     clocks_mhz: tuple[int, ...] = tuple(range(1980, 330, -15))
     lost: bool = False
     lockable: bool = True
@@ -102,27 +98,13 @@ class FakeNvml:
         gpu.calls.append("energy")
         return self._having(gpu, gpu.energy_mj)
 
-    def nvmlDeviceGetFieldValues(self, gpu, fields):  # noqa: N802
-        assert fields == [pynvml.NVML_FI_DEV_POWER_INSTANT]
-        self._alive(gpu)
-        value_mw = gpu.instant_power_mw
-        code = pynvml.NVML_ERROR_NOT_SUPPORTED if value_mw is None else pynvml.NVML_SUCCESS
-        return [SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(uiVal=value_mw or 0))]
-
     def nvmlDeviceGetUtilizationRates(self, gpu):  # noqa: N802
         self._alive(gpu)
         return SimpleNamespace(gpu=gpu.gpu_percent, memory=gpu.memory_percent)
 
-    def nvmlDeviceGetMemoryInfo(self, gpu):  # noqa: N802
-        self._alive(gpu)
-        return SimpleNamespace(used=gpu.memory_used, total=gpu.memory_total)
-
     def nvmlDeviceGetClockInfo(self, gpu, type):  # noqa: N802
         assert type == pynvml.NVML_CLOCK_SM
         return self._alive(gpu).sm_clock_mhz
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, gpu):  # noqa: N802
-        return self._alive(gpu).event_reasons
 
     def _alive(self, gpu=None):
         if not self.inits:

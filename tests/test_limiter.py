@@ -25,30 +25,23 @@ class Scheduler:
 
 
 class Engine:
-    """A scheduler that makes one step, and ends one request, whenever we wait."""
+    """A scheduler whose steps end one request each."""
 
     def __init__(self, path, *, running=0, waiting=0):
         self.scheduler = Scheduler(running, waiting)
         self.limit = SchedulerLimit(str(path), self.scheduler)
         self.limit.publish(self.scheduler)
-        self.now_s, self.hangs = 0.0, False
 
-    def clock(self):
-        return self.now_s
-
-    def sleep(self, duration_s):
-        self.now_s += duration_s
-        if not self.hangs:
-            self.limit.apply(self.scheduler)
-            del self.scheduler.running[:1]
-            self.limit.publish(self.scheduler)
+    def step(self):
+        self.limit.apply(self.scheduler)
+        del self.scheduler.running[:1]
+        self.limit.publish(self.scheduler)
 
 
 @pytest.fixture
 def attached(tmp_path):
     limiter = BatchLimiter(tmp_path / "limit")
     engine = Engine(limiter.path, running=6, waiting=9)
-    limiter._clock, limiter._sleep = engine.clock, engine.sleep
     with limiter:
         yield limiter, engine
 
@@ -69,10 +62,13 @@ def test_the_status_tells_wanted_and_applied_apart(attached):
     assert (status.wanted_limit, status.batch_limit, status.capacity) == (None, CAPACITY, CAPACITY)
     assert limiter.set(3) == 3
     assert (limiter.status().wanted_limit, limiter.status().batch_limit) == (3, CAPACITY)
-    engine.sleep(0.1)
-    assert (limiter.status().batch_limit, limiter.status().is_clamped) == (3, False)
+    engine.step()
+    assert (limiter.status().wanted_limit, limiter.status().batch_limit) == (3, 3)
+    limiter.set(50)
+    engine.step()
+    assert (limiter.status().wanted_limit, limiter.status().batch_limit) == (50, CAPACITY)
     limiter.clear()
-    engine.sleep(0.1)
+    engine.step()
     assert (limiter.status().wanted_limit, limiter.status().batch_limit) == (None, CAPACITY)
 
 
@@ -82,47 +78,6 @@ def test_a_limit_out_of_range_is_clamped_and_said(attached, caplog, limit, used)
     with caplog.at_level(logging.WARNING):
         assert limiter.set(limit) == used
     assert f"batch limit {limit} is outside 1..{CAPACITY}; {used} is used" in caplog.text
-
-
-def test_a_clamped_limit_shows_in_the_status(attached):
-    limiter, _ = attached
-    limiter.set(50)
-    assert limiter.status().is_clamped
-    assert limiter.wait_applied(50, 1.0).batch_limit == CAPACITY
-
-
-def test_applied_comes_at_the_next_step_and_reached_when_enough_have_finished(attached):
-    limiter, engine = attached
-    limiter.set(2)
-    assert limiter.wait_applied(2, 1.0).step == 1
-    assert engine.now_s == pytest.approx(0.002)
-    status = limiter.wait_reached(2, 1.0)
-    assert (status.step, status.running) == (4, 2)
-
-
-def test_a_wait_ends_at_its_deadline_and_says_what_is(attached):
-    limiter, engine = attached
-    engine.hangs = True
-    limiter.set(2)
-    with pytest.raises(NodeError, match=r"batch limit 2 not applied after 0.5 s: .*running=6"):
-        limiter.wait_applied(2, 0.5)
-    assert engine.now_s == pytest.approx(0.5, abs=0.01)
-    with pytest.raises(NodeError, match="not reached"):
-        limiter.wait_reached(2, 0.5)
-
-
-def test_an_idle_server_has_applied_what_it_will_read_first(tmp_path):
-    with BatchLimiter(tmp_path / "limit") as limiter:
-        Engine(limiter.path)
-        limiter.set(2)
-        assert limiter.wait_applied(2, 0.0).batch_limit == CAPACITY
-        assert limiter.wait_reached(2, 0.0).is_idle
-
-
-def test_the_age_is_that_of_the_last_step(attached):
-    limiter, engine = attached
-    engine.now_s = limiter.status().age_s * -1 + 2.0
-    assert limiter.status().age_s == pytest.approx(2.0, abs=1e-6)
 
 
 def test_closing_gives_the_limit_back_and_removes_the_file_and_may_be_repeated(tmp_path):
@@ -173,18 +128,18 @@ def test_a_leased_limit_is_one_controllers_and_ends_when_it_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", LEASING, str(path)], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"ready\n"
         engine = Engine(path, running=6)
-        engine.sleep(1.0)
+        engine.step()
         assert engine.scheduler.max_num_active_reqs == 3
         with pytest.raises(NodeError, match=f"is in use by pid {other.pid}; end that first"):
             BatchLimiter(path, leased=True)
         other.kill()
         other.wait()
-        engine.sleep(1.0)
+        engine.step()
         assert engine.scheduler.max_num_active_reqs == CAPACITY
     with BatchLimiter(path, leased=True) as limiter:
         limiter.set(5)
-        engine.sleep(1.0)
+        engine.step()
         assert engine.scheduler.max_num_active_reqs == 5 == limiter.status().batch_limit
     assert not path.exists()
-    engine.sleep(1.0)
+    engine.step()
     assert engine.scheduler.max_num_active_reqs == CAPACITY

@@ -84,11 +84,11 @@ def stub():
         yield served
 
 
-def live_node(stub, *, clocks=CLOCKS, limiter=None, n=20):
+def live_node(stub, *, clocks=CLOCKS, limiter=None, n=20, every_s=0.02):
     spec = NodeSpec("live", "H100", ("GPU-0",), "tiny", 16, 300, (1, 32), clocks)
 
     def start_load(seed):
-        work = requests(n)
+        work = requests(n, every_s=every_s)
         prompts = TokenPrompts(work, vocab_size=100, rng=np.random.default_rng(seed))
         return LoadGenerator(stub.url, work, prompts=prompts, model="tiny")
 

@@ -43,7 +43,7 @@ def test_every_request_is_answered_with_as_many_tokens_as_asked():
     assert (records.ttft_s > 0).all() and (records.finished_s >= records.first_token_s).all()
     assert np.isnan(records.admitted_s).all()
     assert [len(gaps) for gaps in result.itls_s] == [3] * 5
-    assert all(sent_s >= due_s for sent_s, due_s in zip(result.sent_s, records.arrival_s, strict=True))
+    assert (records.first_token_s > records.arrival_s).all()
     body = next(body for body in stub.bodies if len(body["prompt"]) == 6)
     assert body["max_tokens"] == body["min_tokens"] == 4 and body["ignore_eos"] is True
     assert body["stream_options"] == {"include_usage": True}
@@ -121,11 +121,11 @@ def test_records_are_taken_while_the_load_runs_each_once():
         load = LoadGenerator(stub.url, requests, prompts=_prompts(requests), model="m")
         load.start()
         time.sleep(0.15)
-        early = load.take_records()
+        early = load.take().ended
         assert load.wait(5.0)
-        late = load.take_records()
+        late = load.take().ended
         assert 0 < len(early) < 20 and len(early) + len(late) == 20
-        assert len(load.take_records()) == 0
+        assert len(load.take().ended) == 0
         assert len(load.result().records) == 20
         load.stop()
 

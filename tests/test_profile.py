@@ -50,7 +50,7 @@ def test_a_profile_says_where_it_was_taken(profile):
 def test_a_batch_that_does_not_fit_the_kv_pool_is_skipped_and_said(tmp_path, capsys):
     flags = ["--kv-tokens", "8000", "--clocks-mhz", "1980", "--batches", "4", "64", "--contexts", "1024"]
     assert main(["profile", "--out", str(tmp_path), "--prompts", "128", *flags]) == 0
-    assert "skipped: 64 requests of 1024 tokens" in capsys.readouterr().out
+    assert "64 requests of 1024 tokens that decode together" in capsys.readouterr().out
     (path,) = tmp_path.glob("profile-*/profile.jsonl")
     decode = [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == "decode"]
     assert [row["b"] for row in decode] == [4]

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fuel_ray.errors import ConfigError, GpuError, TelemetryError
-from fuel_ray.live.sampling import Sample, Sampler, changes, held_mean, held_s, next_deadline, window_energy_j
+from fuel_ray.live.sampling import Sample, Sampler, held_mean, held_s, next_deadline, window_energy_j
 
 
 class FakeClock:
@@ -79,7 +79,6 @@ def test_the_ring_keeps_the_newest():
         sampler.sample()
     assert [s.value for s in sampler.since(0)] == [2, 3, 4]
     assert [s.value for s in sampler.since(3)] == [3, 4]
-    assert sampler.latest().value == 4
 
 
 def _failing_at(clock, *bad_s):
@@ -101,8 +100,6 @@ def test_a_failed_read_is_missing_not_zero():
     with pytest.raises(TelemetryError, match="power has no reading, 2 failed: GPU-a is lost at 2") as caught:
         sampler.since(1)
     assert isinstance(caught.value.__cause__, GpuError)
-    with pytest.raises(TelemetryError, match="GPU-a is lost at 2"):
-        sampler.latest()
 
 
 def test_a_gpu_that_comes_back_is_read_again():
@@ -110,14 +107,13 @@ def test_a_gpu_that_comes_back_is_read_again():
     sampler = Sampler(_failing_at(clock, 1), 0.1, clock=clock)
     for clock.now_s in (1, 2):
         sampler.sample()
-    assert sampler.latest().at_s == 2
+    assert [s.at_s for s in sampler.since(0)] == [2]
 
 
 def test_an_interval_without_any_read_is_an_error():
     sampler = Sampler(lambda: 1, 0.1, name="power")
-    for ask in (sampler.latest, lambda: sampler.since(0)):
-        with pytest.raises(TelemetryError, match="power has no reading"):
-            ask()
+    with pytest.raises(TelemetryError, match="power has no reading"):
+        sampler.since(0)
 
 
 def test_a_bug_in_read_is_not_taken_for_a_missing_sample():
@@ -158,7 +154,7 @@ def test_it_can_be_started_again():
     for _ in range(2):
         begun_s = time.monotonic()
         with sampler:
-            assert _soon(lambda since_s=begun_s: sampler.latest().at_s >= since_s)
+            assert _soon(lambda since_s=begun_s: sampler.since(since_s))
 
 
 def _soon(question):
@@ -171,12 +167,6 @@ def _soon(question):
             pass
         time.sleep(0.001)
     return False
-
-
-def test_changes_are_the_first_sightings_of_new_values():
-    samples = _samples((0.0, 5), (0.05, 5), (0.1, 7), (0.15, 7), (0.2, 5))
-    assert [(s.at_s, s.value) for s in changes(samples)] == [(0.0, 5), (0.1, 7), (0.2, 5)]
-    assert changes([]) == ()
 
 
 def test_a_mean_does_not_depend_on_how_often_a_value_was_repeated():

@@ -1,4 +1,4 @@
-"""Whether the hosts of a cluster.yaml answer."""
+"""Whether the hosts of a cluster.yaml answer by ssh, before `ray up` waits for them."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,11 @@ SSH_S = 8
 
 
 def file_checks(path: Path) -> list[Check]:
-    """Whether the hosts of a cluster.yaml answer, all at once."""
+    """A check per host of a cluster.yaml; all are asked at once.
+
+    Raises:
+        ConfigError: it is not a cluster file with named hosts.
+    """
     try:
         settings: dict[str, Any] = yaml.safe_load(path.read_text())
         provider, auth = settings["provider"], settings["auth"]
@@ -30,16 +34,12 @@ def file_checks(path: Path) -> list[Check]:
 
 def _ssh_check(host: str, user: str, key: str | None) -> Check:
     identity = ["-i", str(Path(key).expanduser())] if key else []
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_S}", "-o", "StrictHostKeyChecking=no"]
-    command = [
-        "ssh",
-        *identity,
-        *options,
-        "-o",
-        "UserKnownHostsFile=/dev/null",
-        f"{user}@{host}",
-        "python3 -V",
-    ]
+    options = (
+        *("BatchMode=yes", f"ConnectTimeout={SSH_S}"),
+        *("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"),
+    )
+    flags = [word for option in options for word in ("-o", option)]
+    command = ["ssh", *identity, *flags, f"{user}@{host}", "python3 -V"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SSH_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

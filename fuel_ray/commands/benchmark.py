@@ -1,33 +1,18 @@
 """Send a load to a running vLLM server and record GPU, CPU, KV cache and latencies beside each other."""
 
 import contextlib
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from fuel_ray.errors import ConfigError, GpuError, TelemetryError
-from fuel_ray.live.cpu import CpuMeter
-from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.errors import ConfigError
 from fuel_ray.live.load.loadgen import LoadGenerator
-from fuel_ray.live.load.prompts import TokenPrompts, load_sharegpt
-from fuel_ray.live.sampling import Sampler
-from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
+from fuel_ray.live.load.prompts import drawn_load
+from fuel_ray.live.monitors import monitors
+from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.record import make_folder, write_json
-from fuel_ray.report.benchmark import (
-    Measured,
-    check,
-    cpu_stats,
-    energy_figures,
-    gpu_stats,
-    kv_stats,
-    serving_figures,
-)
-from fuel_ray.types import Requests
+from fuel_ray.report.benchmark import benchmark_result, check
 
 
 @dataclass(frozen=True)
@@ -78,25 +63,33 @@ class BenchmarkConfig:
 
 def run(config: BenchmarkConfig) -> int:
     """Run the benchmark, print its figures and check; Ctrl-C keeps what there is and marks it partial."""
-    if config.num_prompts < 1 or not config.request_rate > 0:
-        raise ConfigError("--num-prompts must be at least 1 and --request-rate above 0")
+    if config.dataset_name == "sharegpt" and config.dataset_path is None:
+        raise ConfigError("--dataset-name sharegpt needs --dataset-path")
     if config.save_result:
         make_folder(config.result_dir)
     base_url = f"http://{config.host}:{config.port}"
     with contextlib.closing(MetricsClient(base_url)) as client:
         client.scrape()  # a wrong address is said before anything is sent
     load = _load(config, base_url)
-    with _monitors(config, base_url) as measured:
+    monitored = monitors(
+        base_url,
+        gpu_ids=config.gpu_ids,
+        gpu_interval_s=config.gpu_monitor_interval,
+        cpu=config.monitor_cpu,
+        kv_interval_s=config.kv_monitor_interval if config.enable_kv_trace else None,
+    )
+    with monitored as measured:
+        for missing in measured.missing:
+            print(missing)
         partial = _send(load, config.num_prompts)
-    result = {
-        **serving_figures(load.result(), model=config.model, request_rate=config.request_rate),
-        "partial": partial,
-        "num_prompts": config.num_prompts,
-        "gpu_power_stats": gpu_stats(measured),
-        "cpu_power_stats": cpu_stats(measured),
-        "kv_cache_monitoring_stats": kv_stats(measured, config.kv_monitor_interval, model=config.model),
-    }
-    result |= energy_figures(result)
+    result = benchmark_result(
+        load.result(),
+        measured,
+        model=config.model,
+        request_rate=config.request_rate,
+        num_prompts=config.num_prompts,
+        partial=partial,
+    )
     if config.save_result:
         name = f"{Path(config.model).name}-benchmark-{datetime.now():%Y%m%d-%H%M%S}.json"
         write_json(config.result_dir / name, result)
@@ -105,52 +98,16 @@ def run(config: BenchmarkConfig) -> int:
     return 130 if partial else 0
 
 
-@contextlib.contextmanager
-def _monitors(config: BenchmarkConfig, base_url: str) -> Iterator[Measured]:
-    """Everything that samples, while the block runs; the samples are there after it."""
-    found = Measured(began_s=time.monotonic())
-    with contextlib.ExitStack() as stack:
-        samplers, counters = {}, {}
-        for index in config.gpu_ids:
-            try:
-                gpus = stack.enter_context(Gpus([index]))
-            except GpuError as error:
-                print(f"GPU {index} is not recorded: {error}")
-                continue
-            counters[index] = (gpus, gpus.energy_j())
-            samplers[index] = stack.enter_context(Sampler(gpus.read, config.gpu_monitor_interval))
-        meter = CpuMeter()
-        found.cpu_modelled = meter.modelled
-        cpu = Sampler(meter.read, config.gpu_monitor_interval, name="CPU") if config.monitor_cpu else None
-        kv = KVCacheMonitor(base_url, config.kv_monitor_interval) if config.enable_kv_trace else None
-        for monitor in (cpu, kv):
-            if monitor is not None:
-                stack.enter_context(monitor)
-        try:
-            yield found
-        finally:
-            found.ended_s = time.monotonic()
-            found.energy_j = {i: (gpus.energy_j(), first) for i, (gpus, first) in counters.items()}
-            with contextlib.suppress(TelemetryError):  # no sample at all shows as none in the result
-                found.gpus = {index: sampler.since(found.began_s) for index, sampler in samplers.items()}
-                found.cpu = cpu.since(found.began_s) if cpu is not None else ()
-            found.kv = kv.trace() if kv is not None else ()
-
-
 def _load(config: BenchmarkConfig, base_url: str) -> LoadGenerator:
-    rng = np.random.default_rng(config.seed)
-    n = config.num_prompts
-    arrival_s = np.cumsum(rng.exponential(1 / config.request_rate, n))
-    prompt_tokens = np.full(n, config.random_input_len)
-    output_tokens = np.full(n, config.random_output_len)
-    texts: list[str] | None = None
-    if config.dataset_name == "sharegpt":
-        if config.dataset_path is None:
-            raise ConfigError("--dataset-name sharegpt needs --dataset-path")
-        texts, output_tokens = load_sharegpt(config.dataset_path, n, rng)
-        prompt_tokens = np.ones(n, np.int64)  # as the server counts them
-    requests = Requests(arrival_s, prompt_tokens, output_tokens, np.full(n, -1), np.zeros(n, np.int64))
-    prompts = texts if texts is not None else TokenPrompts(requests, vocab_size=config.vocab_size, rng=rng)
+    requests, prompts = drawn_load(
+        config.num_prompts,
+        rate_per_s=config.request_rate,
+        prompt_tokens=config.random_input_len,
+        output_tokens=config.random_output_len,
+        vocab_size=config.vocab_size,
+        sharegpt=config.dataset_path if config.dataset_name == "sharegpt" else None,
+        seed=config.seed,
+    )
     return LoadGenerator(base_url, requests, prompts=prompts, model=config.model, timeout_s=config.timeout_s)
 
 

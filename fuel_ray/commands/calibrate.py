@@ -1,16 +1,4 @@
-"""fuel-ray calibrate: fit a calibration pack to a profile of your own server.
-
-A profile is one or more files of JSON lines. Used are rows with these phases, all others are skipped:
-
-    {"phase": "decode", "b": 8, "ctx_mid": 353.0, "itl": 0.0071, "power_w": 451.6, "sm_mhz": 1980}
-    {"phase": "prefill", "n_in": 2048, "c": 1, "ttft_p50": 0.057, "sm_mhz": 1980}
-    {"phase": "prefill_sustained", "n_in": 2048, "ttft_p50": 0.2, "energy_j": 2891, "prompt_tok": 163840}
-    {"phase": "idle", "power_w": 133}
-
-A row may name the pinned clock as ``clock_mhz``. Decode rows otherwise have it from ``sm_mhz``, the mean
-clock, where less than 5 % below the highest counts as the highest; prefill rows without it are taken to be at
-the highest clock, because the power cap lowers their mean.
-"""
+"""fuel-ray calibrate: fit a calibration pack to a profile of your own server."""
 
 import json
 from collections.abc import Sequence
@@ -21,13 +9,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.calibrate import (
-    LeftOut,
-    Profile,
-    fit,
-    leave_one_out,
-    without_outliers,
-)
+from fuel_ray.sim.calibrate import LeftOut, Profile, fit, leave_one_out, without_outliers
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 
@@ -71,8 +53,6 @@ def run(config: CalibrateConfig) -> int:
         raise ConfigError(f"--out {config.out} must end in .json")
     base, shape = load_pack(config.base), load_pack(config.clock_shape_from)
     profile = read_profile(config.profile)
-    if config.power_cap_w is not None and not config.power_cap_w > 0:
-        raise ConfigError(f"--power-cap-w {config.power_cap_w}; it must be above 0")
     cap_w = config.power_cap_w or max(point.power_w for point in profile.decode)
     start = base.perf._replace(power_cap_w=cap_w)
     profile, dropped = without_outliers(profile, base=start, shape=shape.perf)

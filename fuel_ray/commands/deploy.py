@@ -1,10 +1,7 @@
 """fuel-ray deploy: a policy in front of a running vLLM server; clocks and limit are given back at its end."""
 
 import contextlib
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,13 +14,11 @@ from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached, Deployment, Observer, Observers
 from fuel_ray.deploy.exporter import Exporter
 from fuel_ray.deploy.recorder import Recorder
-from fuel_ray.errors import ConfigError, PolicyError
-from fuel_ray.flags import check_ranges, parse_flags
-from fuel_ray.policies.learned import PolicyFolder, read_policy
+from fuel_ray.errors import ConfigError
+from fuel_ray.flags import parse_flags
+from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.record import new_folder, origin
-from fuel_ray.training.checkpoint import is_checkpoint
-
-EXPORT_S = 120.0  # imports on a busy machine
+from fuel_ray.training.checkpoint import policy_folder
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,6 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
         PolicyError: there is no such policy.
     """
     config = parse_flags(DeployConfig, argv, prog=prog)
-    check_ranges(config)
     if config.shadow and config.canary is not None:
         raise ConfigError("--canary needs the policy to rule at times; --shadow never lets it")
     return config
@@ -88,8 +82,30 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
-    folder = _policy(config.policy)
-    target = Target(
+    folder = policy_folder(config.policy)
+    trial = _trial(config, folder)
+
+    def attach_again() -> Attached:
+        return attach(_target(config), folder, interval_s=config.interval_s, trial=trial)
+
+    with contextlib.ExitStack() as opened:
+        exporters: list[Observer] = []
+        if config.metrics_port is not None:
+            info = {"policy": str(folder.path), "mode": "shadow" if config.shadow else "control"}
+            exporter = Exporter(config.metrics_port, folder.slo, host=config.metrics_host, info=info)
+            opened.callback(exporter.close)
+            exporters.append(exporter)
+        first = attach_again()  # what is wrong at first is the user's to know
+        opened.callback(first.loop.node.close)
+        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.slo, trial)
+        opened.callback(recorder.close)
+        deployment = Deployment(attach_again, Observers(recorder, *exporters), interval_s=config.interval_s)
+        deployment.run(first, max_steps=config.max_steps)
+    return 0
+
+
+def _target(config: DeployConfig) -> Target:
+    return Target(
         server=config.server,
         gpu_ids=config.gpu_ids,
         limit_file=config.limit_file,
@@ -100,41 +116,12 @@ def run(config: DeployConfig) -> int:
         guard=config.guard,
     )
 
-    trial = None
-    if config.canary is not None:
-        rng = np.random.default_rng(config.seed)
-        slo = folder.slo
-        trial = Canary(share=config.canary, block_s=config.canary_block_s, slo=slo, rng=rng)
 
-    def attach_again() -> Attached:
-        return attach(target, folder, interval_s=config.interval_s, trial=trial)
-
-    with contextlib.ExitStack() as opened:
-        observers: list[Observer] = []
-        if config.metrics_port is not None:
-            info = {"policy": str(folder.path), "mode": "shadow" if config.shadow else "control"}
-            exporter = Exporter(config.metrics_port, folder.slo, host=config.metrics_host, info=info)
-            opened.callback(exporter.close)
-            observers.append(exporter)
-        first = attach_again()  # what is wrong at first is the user's to know
-        opened.callback(first.loop.node.close)
-        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.slo, trial)
-        opened.callback(recorder.close)
-        deployment = Deployment(attach_again, Observers(recorder, *observers), interval_s=config.interval_s)
-        deployment.run(first, max_steps=config.max_steps)
-    return 0
-
-
-def _policy(path: Path) -> PolicyFolder:
-    """The policy in a folder; a checkpoint is converted in another process, which loads the simulator."""
-    if not is_checkpoint(path):
-        return read_policy(path)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--to", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
-        if done.returncode:
-            raise PolicyError(done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed")
-        return replace(read_policy(Path(folder)), path=path)
+def _trial(config: DeployConfig, folder: PolicyFolder) -> Canary | None:
+    if config.canary is None:
+        return None
+    rng = np.random.default_rng(config.seed)
+    return Canary(share=config.canary, block_s=config.canary_block_s, slo=folder.slo, rng=rng)
 
 
 def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:

@@ -1,29 +1,19 @@
-"""fuel-ray profile: measure what `fuel-ray calibrate` fits a pack to, on a live or a simulated node.
-
-Each point is a burst of equal requests, clock by clock: steps that only decode, by requests in the batch and
-context; prompts one by one, by length; many prompts at once; and the idle server.
-"""
+"""fuel-ray profile: measure what `fuel-ray calibrate` fits a pack to, on a live or a simulated node."""
 
 import contextlib
 import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 from fuel_ray.build.nodes import build_loop, build_spec, served
 from fuel_ray.config import ServingConfig, to_dict
+from fuel_ray.control import ControlLoop
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.record import new_folder, origin, write_json
+from fuel_ray.sim.profile import LONGEST_S, Points, spread
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
-
-CLOCKS = 8  # profiled by default, from half of the highest clock to the highest
-_LONGEST_S = 120  # in which a point has to be there
-_SETTLED = "after_s=1.5"  # the first window is at the highest clock, and a change takes up to 0.2 s
-_PREFILL_REPEATS = 5
-_SUSTAINED = 64  # prompts at once
 
 
 @dataclass(frozen=True)
@@ -58,13 +48,10 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
     config = parse_serving(ProfileConfig, argv, prog=prog, default=ProfileConfig())
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a profile is of one server, give one block size")
-    spec = build_spec(config, config.block_sizes[0])
-    unknown = set(config.clocks_mhz) - set(spec.gpu_clocks_mhz)
-    if unknown:
-        clocks = spec.gpu_clocks_mhz
-        raise ConfigError(
-            f"--clocks-mhz {sorted(unknown)}: none of the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"
-        )
+    clocks = build_spec(config, config.block_sizes[0]).gpu_clocks_mhz
+    if unknown := set(config.clocks_mhz) - set(clocks):
+        known = f"the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"
+        raise ConfigError(f"--clocks-mhz {sorted(unknown)}: none of {known}")
     return config
 
 
@@ -72,7 +59,8 @@ def run(config: ProfileConfig) -> int:
     """Print a line per point as it is measured, and write profile.jsonl; what there is when stopped stays."""
     size = config.block_sizes[0]
     run_dir = new_folder(config.out, "profile")
-    facts = {**origin("profile"), "config": to_dict(config), "origin": _origin(config)}
+    source = "measured" if config.live_server else f"modelled, pack {config.pack}"
+    facts = {**origin("profile"), "config": to_dict(config), "origin": source}
     path = run_dir / "profile.jsonl"
     with served(replace(config, out=run_dir), size) as there, path.open("w") as file:
         spec = build_spec(there, size)
@@ -87,125 +75,32 @@ def run(config: ProfileConfig) -> int:
     return 0
 
 
-def _origin(config: ServingConfig) -> str:
-    return "measured" if config.live_server else f"modelled, pack {config.pack}"
-
-
 def _rows(config: ProfileConfig, spec: NodeSpec) -> Iterator[dict[str, Any]]:
-    batches = [n for n in config.batches if n <= spec.batch_limits[-1]]
-    for clock_mhz in sorted(config.clocks_mhz or _spread(spec.gpu_clocks_mhz), reverse=True):
-        yield _idle(config, clock_mhz)
-        for context in config.contexts:
-            for n in batches:
-                yield from _decode(config, clock_mhz, n, context)
-        for tokens in config.prompts:
-            yield from _prefill(config, clock_mhz, tokens)
-        yield from _sustained(config, clock_mhz, max(config.prompts, default=2048))
+    points = Points(
+        batches=tuple(n for n in config.batches if n <= spec.batch_limits[-1]),
+        contexts=config.contexts,
+        prompts=config.prompts,
+        output_tokens=config.output_tokens,
+        windows=config.windows,
+    )
+    for clock_mhz in sorted(config.clocks_mhz or spread(spec.gpu_clocks_mhz), reverse=True):
+        for point in points.at(clock_mhz):
+            loop = build_loop(
+                config, config.block_sizes[0], horizon_s=float(LONGEST_S), workload=point.workload
+            )
+            with contextlib.closing(loop.node):
+                row = point.row(_windows(loop, clock_mhz, seed=config.seed))
+            if row is None:
+                print(f"skipped: there was no window of {point.what}", flush=True)
+            else:
+                yield row
 
 
-def _idle(config: ProfileConfig, clock_mhz: int) -> dict[str, Any]:
-    with _under_load(config, "burst:count=0") as windows_of:
-        _, *windows = islice(windows_of(clock_mhz), config.windows + 1)
-    return {"phase": "idle", "clock_mhz": clock_mhz, "power_w": _power_w(windows)}
-
-
-def _decode(config: ProfileConfig, clock_mhz: int, n: int, context: int) -> Iterator[dict[str, Any]]:
-    """A row of the windows in which ``n`` requests did nothing but decode."""
-    lengths = f"lengths=fixed,prompt_mean={context},output_mean={config.output_tokens}"
-    used: list[WindowMetrics] = []
-    contexts: list[float] = []
-    generated, running = 0, 0
-    with _under_load(config, f"burst:count={n},{_SETTLED},{lengths}") as windows_of:
-        for window in windows_of(clock_mhz):
-            if running == window.running == n and not (window.prompt_tokens or window.preemptions):
-                used.append(window)
-                contexts.append(context + (generated + window.output_tokens / 2) / n)
-            elif used or window.completed:
-                break
-            generated, running = generated + window.output_tokens, window.running
-            if len(used) == config.windows:
-                break
-    tokens = sum(window.output_tokens for window in used)
-    if not tokens:
-        print(f"skipped: {n} requests of {context} tokens did not decode together for a window", flush=True)
-        return
-    yield {
-        "phase": "decode",
-        "clock_mhz": clock_mhz,
-        "b": n,
-        "ctx_mid": statistics.fmean(contexts),
-        "itl": sum(window.duration_s for window in used) * n / tokens,
-        "power_w": _power_w(used),
-        "sm_mhz": statistics.fmean(window.gpu_clock_mhz or clock_mhz for window in used),
-        "windows": len(used),
-    }
-
-
-def _prefill(config: ProfileConfig, clock_mhz: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """A row of the TTFT of prompts that come one after another to an idle server."""
-    lengths = f"lengths=fixed,prompt_mean={tokens},output_mean=2"
-    workload = f"burst:count={_PREFILL_REPEATS},every_s=2,{_SETTLED},{lengths}"
-    ttfts_s: list[float] = []
-    with _under_load(config, workload) as windows_of:
-        for window in windows_of(clock_mhz):
-            ttfts_s += window.ttfts_s
-            if len(ttfts_s) >= _PREFILL_REPEATS:
-                break
-    if ttfts_s:
-        ttft_s = statistics.median(ttfts_s)
-        yield {"phase": "prefill", "clock_mhz": clock_mhz, "n_in": tokens, "c": 1, "ttft_p50": ttft_s}
-
-
-def _sustained(config: ProfileConfig, clock_mhz: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """A row of the energy of prompts while more of them wait."""
-    workload = f"burst:count={_SUSTAINED},{_SETTLED},lengths=fixed,prompt_mean={tokens},output_mean=1"
-    used: list[WindowMetrics] = []
-    ttfts_s: list[float] = []
-    waiting = 0
-    with _under_load(config, workload) as windows_of:
-        for window in windows_of(clock_mhz):
-            ttfts_s += window.ttfts_s
-            if waiting and window.waiting and window.prompt_tokens:
-                used.append(window)
-            waiting = window.waiting
-            if len(ttfts_s) >= _SUSTAINED:
-                break
-    if not used:
-        print(f"skipped: {_SUSTAINED} prompts of {tokens} tokens were there in less than two windows")
-        return
-    yield {
-        "phase": "prefill_sustained",
-        "clock_mhz": clock_mhz,
-        "n_in": tokens,
-        "c": _SUSTAINED,
-        "ttft_p50": statistics.median(ttfts_s),
-        "energy_j": sum(window.energy_j for window in used),
-        "prompt_tok": sum(window.prompt_tokens for window in used),
-    }
-
-
-@contextlib.contextmanager
-def _under_load(config: ProfileConfig, workload: str) -> Iterator[Callable[[int], Iterator[WindowMetrics]]]:
-    """The windows of a node that has just been given this load, at a clock, without a batch limit."""
-    loop = build_loop(config, config.block_sizes[0], horizon_s=float(_LONGEST_S), workload=workload)
-
-    def windows(clock_mhz: int) -> Iterator[WindowMetrics]:
-        yield loop.reset(seed=config.seed)
-        for _ in range(_LONGEST_S):
-            yield loop.step(Knobs(loop.node.spec.batch_limits[-1], clock_mhz)).metrics
-
-    with contextlib.closing(loop.node):
-        yield windows
-
-
-def _spread(clocks_mhz: Sequence[int]) -> tuple[int, ...]:
-    """Eight clocks from half of the highest to the highest."""
-    upper = [clock_mhz for clock_mhz in clocks_mhz if clock_mhz >= clocks_mhz[-1] / 2]
-    return tuple(sorted({upper[round(i * (len(upper) - 1) / (CLOCKS - 1))] for i in range(CLOCKS)}))
-
-
-def _power_w(windows: Sequence[WindowMetrics]) -> float:
-    return sum(window.energy_j for window in windows) / sum(window.duration_s for window in windows)
+def _windows(loop: ControlLoop, clock_mhz: int, *, seed: int) -> Iterator[WindowMetrics]:
+    """The windows of a node that has just been given its load, at a clock, without a batch limit."""
+    yield loop.reset(seed=seed)
+    for _ in range(LONGEST_S):
+        yield loop.step(Knobs(loop.node.spec.batch_limits[-1], clock_mhz)).metrics
 
 
 def _short(value: Any) -> str:

@@ -3,12 +3,9 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from fuel_ray.errors import ConfigError, FuelRayError, GpuError
-from fuel_ray.live.gpu.lease import unlock
-from fuel_ray.live.gpu.lease_state import owners, state_folder
-from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.errors import ConfigError, FuelRayError
+from fuel_ray.live.gpu.lease import Outcome, unlock_gpus
 
 HOST_S = 60.0
 
@@ -25,14 +22,6 @@ class UnlockConfig:
     """Do it on every host of the Ray cluster that runs here or at RAY_ADDRESS."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a GPU, or of all that could be asked for."""
-
-    text: str
-    failed: bool = False
-
-
 def run(config: UnlockConfig) -> int:
     """Print a line per GPU; 0 if all clocks that were asked for were reset, else 2.
 
@@ -45,30 +34,7 @@ def run(config: UnlockConfig) -> int:
         raise ConfigError("--force needs --gpu-ids, the GPUs to reset")
     if config.cluster:
         return _unlock_cluster(config)
-    return _told("", unlock_here(config.gpu_ids, force=config.force))
-
-
-def unlock_here(gpu_ids: Sequence[str], *, force: bool) -> list[Outcome]:
-    """Unlock on this host.
-
-    Raises:
-        ConfigError: a GPU named twice, or the state folder cannot be written to.
-        GpuError: there is no such GPU, or no driver.
-    """
-    folder = state_folder()
-    if gpu_ids:
-        with Gpus(gpu_ids) as gpus:
-            return [_unlocked(uuid, folder, force=force) for uuid in gpus.uuids]
-    found = owners(folder)
-    if not found:
-        return [Outcome(f"no clocks are recorded as locked in {folder}")]
-    outcomes = []
-    for uuid, owner in found.items():
-        if owner is not None and owner.lives():
-            outcomes.append(Outcome(f"GPU {uuid}: left to {owner}"))
-        else:
-            outcomes.append(_unlocked(uuid, folder, force=False))
-    return outcomes
+    return _told("", unlock_gpus(config.gpu_ids, force=config.force))
 
 
 def _unlock_cluster(config: UnlockConfig) -> int:
@@ -85,7 +51,7 @@ def _unlock_cluster(config: UnlockConfig) -> int:
 
 def _on_host(gpu_ids: tuple[str, ...], force: bool) -> list[Outcome]:
     try:
-        return unlock_here(gpu_ids, force=force)
+        return unlock_gpus(gpu_ids, force=force)
     except FuelRayError as error:  # the other hosts are to be unlocked all the same
         return [Outcome(str(error), failed=True)]
 
@@ -97,11 +63,3 @@ def _told(prefix: str, outcomes: Sequence[Outcome]) -> int:
         else:
             print(f"{prefix}{outcome.text}")
     return 2 if any(outcome.failed for outcome in outcomes) else 0
-
-
-def _unlocked(uuid: str, folder: Path, *, force: bool) -> Outcome:
-    try:
-        unlock(uuid, folder=folder, force=force)
-    except GpuError as error:
-        return Outcome(str(error), failed=True)
-    return Outcome(f"GPU {uuid}: clocks given back")

@@ -10,12 +10,7 @@ import tyro
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.sim.recorded import read_trace
-from fuel_ray.sim.replay import (
-    FIGURES,
-    measured_figures,
-    predicted_figures,
-    relative_errors,
-)
+from fuel_ray.sim.replay import FIGURES, measured_figures, predicted_figures, relative_errors
 
 
 @dataclass(frozen=True)

@@ -117,21 +117,8 @@ class Sampler(Generic[T]):
         entries = [entry for entry in self._entries() if entry.at_s >= begin_s]
         good = tuple(entry for entry in entries if isinstance(entry, Sample))
         if not good:
-            raise self._nothing(entries) from next(
-                (e.error for e in entries if isinstance(e, _Missing)), None
-            )
+            raise self._nothing(entries)
         return good
-
-    def latest(self) -> Sample[T]:
-        """The newest sample.
-
-        Raises:
-            TelemetryError: the newest read failed, or there has been none.
-        """
-        newest = self._entries()[-1:]
-        if newest and isinstance(newest[0], Sample):
-            return newest[0]
-        raise self._nothing(newest)
 
     def _entries(self) -> list[Sample[T] | _Missing]:
         if self._bug is not None:
@@ -154,7 +141,7 @@ class Sampler(Generic[T]):
                 self.sample(due_s)
                 due_s, skipped = next_deadline(due_s, now_s=self._clock(), interval_s=self.interval_s)
                 self.skipped += skipped
-        except Exception as error:  # a bug in read: kept for since() and latest()
+        except Exception as error:  # a bug in read: kept for since()
             logger.exception("%s ended", self.name)
             self._bug = error
 
@@ -163,11 +150,6 @@ def next_deadline(due_s: float, *, now_s: float, interval_s: float) -> tuple[flo
     """The next deadline on the grid of ``due_s`` that is still to come, and how many were missed."""
     missed = max(0, math.floor((now_s - due_s) / interval_s))
     return due_s + (missed + 1) * interval_s, missed
-
-
-def changes(samples: Sequence[Sample[T]]) -> tuple[Sample[T], ...]:
-    """The first sighting of each new value: a stepping sensor's own readings, each once."""
-    return tuple(s for i, s in enumerate(samples) if i == 0 or s.value != samples[i - 1].value)
 
 
 def held_s(

@@ -59,11 +59,6 @@ class AgftLinUcb:
         """Let ``reset`` come back to what is known by now, such as after an episode of training."""
         self._kept = copy.deepcopy(self._memory())
 
-    @property
-    def arms_mhz(self) -> tuple[int, ...]:
-        """The clocks that were not dropped."""
-        return tuple(np.array(self._clocks_mhz)[self._alive()].tolist())
-
     def decide(self, window: WindowMetrics) -> Knobs:
         """Learn from the window and take the clock of highest upper confidence bound."""
         if self._last is not None:

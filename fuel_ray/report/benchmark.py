@@ -1,34 +1,38 @@
 """What a benchmark leaves: the JSON of one run, figure by figure, and its check."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fuel_ray.live.cpu import CpuReading
-from fuel_ray.live.gpu.nvml import GpuReading
 from fuel_ray.live.load.loadgen import LoadResult
+from fuel_ray.live.monitors import Measured
 from fuel_ray.live.sampling import Sample, held_mean, window_energy_j
-from fuel_ray.live.vllm.kv_monitor import TimedSnapshot
 
 _PERCENTILES = (50, 90, 95, 99)
 
 
-@dataclass(slots=True)
-class Measured:
-    """What the monitors saw; times are monotonic."""
-
-    began_s: float
-    ended_s: float = 0.0
-    gpus: Mapping[int, tuple[Sample[GpuReading], ...]] = field(default_factory=dict)
-    energy_j: Mapping[int, tuple[float | None, float | None]] = field(default_factory=dict)  # last, first
-    cpu: tuple[Sample[CpuReading], ...] = ()
-    cpu_modelled: bool = False
-    kv: tuple[TimedSnapshot, ...] = ()
+def benchmark_result(
+    load: LoadResult,
+    measured: Measured,
+    *,
+    model: str,
+    request_rate: float,
+    num_prompts: int,
+    partial: bool,
+) -> dict[str, Any]:
+    """Latencies, energy, power and KV cache of a benchmark, as it is written."""
+    result = {
+        **_serving_figures(load, model=model, request_rate=request_rate),
+        "partial": partial,
+        "num_prompts": num_prompts,
+        "gpu_power_stats": {str(index): _gpu_stats(measured, index) for index in measured.gpus},
+        "cpu_power_stats": _cpu_stats(measured),
+        "kv_cache_monitoring_stats": _kv_stats(measured, model=model),
+    }
+    return result | _energy_figures(result)
 
 
 def check(result: dict[str, Any]) -> list[str]:
@@ -57,7 +61,7 @@ def check(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def serving_figures(result: LoadResult, *, model: str, request_rate: float) -> dict[str, Any]:
+def _serving_figures(result: LoadResult, *, model: str, request_rate: float) -> dict[str, Any]:
     """Figures under the names of ``vllm bench serve --save-result``."""
     records = result.records
     completed = int(np.isfinite(records.finished_s).sum())
@@ -102,12 +106,7 @@ def _latency_ms(name: str, values_s: np.ndarray) -> dict[str, float | None]:
     return {key: float(figure) for key, figure in zip(keys, figures, strict=True)}
 
 
-def gpu_stats(measured: Measured) -> dict[str, Any]:
-    """Per GPU: mean power in mW, utilisations in per cent, energy in J, the samples and their times."""
-    return {str(index): _gpu_stats(measured, index) for index in measured.gpus}
-
-
-def energy_figures(result: dict[str, Any]) -> dict[str, float | None]:
+def _energy_figures(result: dict[str, Any]) -> dict[str, float | None]:
     """Energy of all GPUs over completed requests and over output tokens; None without either."""
     gpus = result["gpu_power_stats"].values()
     energy_j = sum(stats["energy_j"] for stats in gpus) if gpus else None
@@ -123,8 +122,9 @@ def _over(energy_j: float | None, count: int) -> float | None:
 
 
 def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
+    """Mean power in mW, utilisations in per cent, energy in J, the samples and their times."""
     samples = measured.gpus[index]
-    last_j, first_j = measured.energy_j[index]
+    first_j, last_j = measured.energy_j[index]
     counter_j = None if last_j is None or first_j is None else (first_j, last_j)
     power_w = [Sample(sample.due_s, sample.at_s, sample.value.power_w) for sample in samples]
     span = {"begin_s": measured.began_s, "end_s": measured.ended_s}
@@ -140,7 +140,7 @@ def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
     }
 
 
-def cpu_stats(measured: Measured) -> dict[str, Any] | None:
+def _cpu_stats(measured: Measured) -> dict[str, Any] | None:
     """Mean power in W, and whether it was measured or modelled; None if it was not asked for."""
     if len(measured.cpu) < 2:
         return None
@@ -153,7 +153,7 @@ def cpu_stats(measured: Measured) -> dict[str, Any] | None:
     }
 
 
-def kv_stats(measured: Measured, interval_s: float, *, model: str) -> dict[str, Any] | None:
+def _kv_stats(measured: Measured, *, model: str) -> dict[str, Any] | None:
     """The KV cache and the queues over time; None if they were not asked for."""
     trace = measured.kv
     if not trace:
@@ -189,7 +189,7 @@ def kv_stats(measured: Measured, interval_s: float, *, model: str) -> dict[str, 
             },
         },
         "trace": columns | {"time": [at_s - measured.began_s for at_s, _ in trace]},
-        "monitoring_interval_seconds": interval_s,
+        "monitoring_interval_seconds": measured.kv_interval_s,
         "samples_collected": len(trace),
     }  # fmt: skip
 

@@ -131,7 +131,6 @@ class Pack:
     perf: PerfModel
     measured: str  # which axes were measured on this very server
     transferred: str  # which were taken from elsewhere or assumed, and from where
-    sources: tuple[str, ...]
     sha256: str  # of the pack file
 
 
@@ -188,6 +187,5 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
         perf=PerfModel(**{name: float(value) for name, value in raw["perf"].items()}),
         measured=raw["measured"],
         transferred=raw["transferred"],
-        sources=tuple(raw["sources"]),
         sha256=digest,
     )

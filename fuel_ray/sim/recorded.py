@@ -1,4 +1,4 @@
-"""A recorded run as a trace file."""
+"""Recorded runs of a real server, as trace files: JSON objects with ``info`` and ``requests``."""
 
 import json
 import math
@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.replay import (
-    RecordedRun,
-)
+from fuel_ray.sim.replay import RecordedRun
 from fuel_ray.types import Requests
 
 _SIZES = ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens")  # whole numbers of info

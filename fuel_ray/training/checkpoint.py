@@ -1,15 +1,21 @@
 """RLlib's checkpoints, as far as a policy needs them: weights out of a pickle that may hold nothing else."""
 
 import pickle
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fuel_ray.errors import PolicyError
+from fuel_ray.policies.learned import PolicyFolder, read_policy
 
 MODULE_STATE = Path("learner_group/learner/rl_module/default_policy/module_state.pkl")
 MAX_BYTES = 2**28
+EXPORT_S = 120.0  # imports on a busy machine
 _TARGET = "_target_q."
 
 # All that numpy's arrays in a dict need; the module is numpy.core before numpy 2
@@ -34,6 +40,22 @@ class _ArraysOnly(pickle.Unpickler):
 def is_checkpoint(folder: Path) -> bool:
     """Whether this is a checkpoint of RLlib's that has weights."""
     return (folder / MODULE_STATE).is_file()
+
+
+def policy_folder(path: Path) -> PolicyFolder:
+    """The policy in a folder; a checkpoint is converted in another process, which loads the simulator.
+
+    Raises:
+        PolicyError: it is neither, or malformed.
+    """
+    if not is_checkpoint(path):
+        return read_policy(path)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--to", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
+        if done.returncode:
+            raise PolicyError(done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed")
+        return replace(read_policy(Path(folder)), path=path)
 
 
 def q_network(checkpoint: Path) -> dict[str, np.ndarray]:

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fuel_ray.errors import GpuError
-from fuel_ray.live.gpu.lease_state import lock, record_owner, state_folder, state_path
+from fuel_ray.live.gpu.lease_state import lock, owners, record_owner, state_folder, state_path
 from fuel_ray.live.gpu.nvml import Gpus
 
 START_S = 30.0  # imports on a busy machine
@@ -201,6 +202,44 @@ def unlock(uuid: str, *, folder: Path, force: bool = False) -> None:
     with held:
         _reset(uuid)
         state_path(folder, uuid).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a GPU, or of all that could be asked for."""
+
+    text: str
+    failed: bool = False
+
+
+def unlock_gpus(gpu_ids: Sequence[str] = (), *, force: bool = False) -> list[Outcome]:
+    """Give the clocks of these GPUs of this host back; of none, those that dead controllers left.
+
+    Raises:
+        ConfigError: a GPU named twice, or the state folder cannot be written to.
+        GpuError: there is no such GPU, or no driver.
+    """
+    folder = state_folder()
+    if gpu_ids:
+        with Gpus(gpu_ids) as gpus:
+            return [_unlocked(uuid, folder, force=force) for uuid in gpus.uuids]
+    found = owners(folder)
+    if not found:
+        return [Outcome(f"no clocks are recorded as locked in {folder}")]
+    return [
+        Outcome(f"GPU {uuid}: left to {owner}")
+        if owner is not None and owner.lives()
+        else _unlocked(uuid, folder, force=False)
+        for uuid, owner in found.items()
+    ]
+
+
+def _unlocked(uuid: str, folder: Path, *, force: bool) -> Outcome:
+    try:
+        unlock(uuid, folder=folder, force=force)
+    except GpuError as error:
+        return Outcome(str(error), failed=True)
+    return Outcome(f"GPU {uuid}: clocks given back")
 
 
 def _reset(uuid: str) -> None:

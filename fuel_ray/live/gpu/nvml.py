@@ -7,8 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self, TypeVar
@@ -35,13 +34,6 @@ ADVICE = {
     pynvml.NVML_ERROR_NOT_SUPPORTED: "this GPU or its driver does not support it",
     pynvml.NVML_ERROR_UNINITIALIZED: "NVML is closed",
 }
-THROTTLE_REASONS = {
-    getattr(pynvml, f"nvmlClocksEventReason{name}"): name
-    for name in (
-        *("GpuIdle", "ApplicationsClocksSetting", "SwPowerCap", "HwSlowdown", "SyncBoost"),
-        *("SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown", "DisplayClockSetting"),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +43,7 @@ class GpuReading:
     power_w: float  # summed; NVML's own average (1 s since Ampere, but instantaneous on GA100)
     gpu_util: float  # mean share of time in which a kernel ran, 0..1
     mem_util: float  # mean busy share of the memory controllers, 0..1
-    memory_share: float  # used part of all GPU memory, 0..1
     sm_clock_mhz: float  # mean
-    throttle_reasons: tuple[str, ...]  # of any GPU
 
 
 @contextmanager
@@ -74,7 +64,7 @@ def translated(doing: str) -> Iterator[None]:
 class Gpus:
     """One node's GPUs, by UUID or by NVML index (PCI order, whatever CUDA_VISIBLE_DEVICES says); default all.
 
-    Power, energy and memory are summed; utilisations and clocks are means. ``supported_clocks_mhz`` ascend,
+    Power and energy are summed; utilisations and clocks are means. ``supported_clocks_mhz`` ascend,
     are supported by every GPU, and are empty where NVML lists none. Clocks are set by the clock helper that
     FUEL_RAY_CLOCK_SOCKET names, unless ``direct``.
 
@@ -124,25 +114,15 @@ class Gpus:
             with translated("end NVML"):
                 pynvml.nvmlShutdown()
 
-    def can_set_clocks(self, *, try_reset: bool = False, proc: Path = Path("/proc/self")) -> bool:
+    def can_set_clocks(self, *, proc: Path = Path("/proc/self")) -> bool:
         """Whether clocks may be pinned.
 
-        NVML has no question for this, so by default nothing is written: it takes clocks that NVML lists, and
+        NVML has no question for this and nothing is written. It takes clocks that NVML lists, and either
         CAP_SYS_ADMIN, as the kernel driver does, or a clock helper for these GPUs. A hypervisor can still
-        refuse. ``try_reset`` asks the driver by a reset, which drops a lock somebody else has set.
+        refuse.
         """
         if not self.supported_clocks_mhz:
             return False
-        if not try_reset or self._locked:
-            return bool(self._locked) or self._is_allowed(proc)
-        try:
-            self.reset()
-        except GpuError as error:
-            logger.info("clocks cannot be set: %s", error)
-            return False
-        return True
-
-    def _is_allowed(self, proc: Path) -> bool:
         if self._helper is not None:
             return all(map(self._helper.serves, self.uuids))
         return holds_sys_admin(proc)
@@ -171,32 +151,23 @@ class Gpus:
     def read(self) -> GpuReading:
         """Everything cheap at once."""
         rates = self._each("read the utilisation", pynvml.nvmlDeviceGetUtilizationRates)
-        memories = self._each("read the memory", pynvml.nvmlDeviceGetMemoryInfo)
-        masks = self._each("read the throttle reasons", pynvml.nvmlDeviceGetCurrentClocksEventReasons)
         sm_clock = partial(pynvml.nvmlDeviceGetClockInfo, type=pynvml.NVML_CLOCK_SM)
         return GpuReading(
             power_w=self.power_w(),
             gpu_util=fmean(rate.gpu for rate in rates) / 100,
             mem_util=fmean(rate.memory for rate in rates) / 100,
-            memory_share=sum(memory.used for memory in memories) / sum(memory.total for memory in memories),
             sm_clock_mhz=fmean(self._each("read the SM clock", sm_clock)),
-            throttle_reasons=tuple(
-                name for bit, name in THROTTLE_REASONS.items() if bit & reduce(or_, masks)
-            ),
         )
 
     def power_w(self) -> float:
         """Average power, as in ``GpuReading``."""
         return sum(self._each("read the power", pynvml.nvmlDeviceGetPowerUsage)) / 1000
 
-    def instant_power_w(self) -> float | None:
-        """Power at the last 100 ms tick; None where the driver has no such reading."""
-        return _sum_or_none(self._each("read the instant power", _supported(_instant_power_mw)))
-
     def energy_j(self) -> float | None:
         """Energy since the driver was loaded, None where there is no counter (before Volta). Costs 3 ms."""
         counter = _supported(pynvml.nvmlDeviceGetTotalEnergyConsumption)
-        return _sum_or_none(self._each("read the energy counter", counter))
+        values_mj = self._each("read the energy counter", counter)
+        return None if None in values_mj else sum(filter(None, values_mj)) / 1000
 
     def _each(self, doing: str, call: Callable[[Handle], T]) -> list[T]:
         values = []
@@ -283,18 +254,7 @@ def _supported(call: Callable[[Handle], T]) -> Callable[[Handle], T | None]:
     return asked
 
 
-def _sum_or_none(values_milli: list[int | None]) -> float | None:
-    return None if None in values_milli else sum(filter(None, values_milli)) / 1000
-
-
 def _clocks_mhz(handle: Handle) -> list[int]:
     """SM clocks at the highest memory clock, the one that a loaded GPU runs at."""
     memory_clock_mhz = max(pynvml.nvmlDeviceGetSupportedMemoryClocks(handle), default=0)
     return pynvml.nvmlDeviceGetSupportedGraphicsClocks(handle, memory_clock_mhz) if memory_clock_mhz else []
-
-
-def _instant_power_mw(handle: Handle) -> int:
-    field = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])[0]
-    if field.nvmlReturn != pynvml.NVML_SUCCESS:
-        raise pynvml.NVMLError(field.nvmlReturn)
-    return field.value.uiVal

@@ -34,7 +34,6 @@ class LoadResult:
     """
 
     records: RequestRecords
-    sent_s: tuple[float | None, ...]
     received_tokens: tuple[int | None, ...]  # as the server counted them
     itls_s: tuple[tuple[float, ...], ...]  # gaps between chunks, per request
     errors: tuple[str | None, ...]
@@ -151,7 +150,6 @@ def load_result(ended: Sequence[Attempt], duration_s: float) -> LoadResult:
     )
     return LoadResult(
         records=request_records(ended),
-        sent_s=tuple(attempt.sent_s for attempt in ended),
         received_tokens=tuple(attempt.received_tokens for attempt in ended),
         itls_s=tuple(tuple(attempt.itls_s) for attempt in ended),
         errors=tuple(attempt.error for attempt in ended),
@@ -222,7 +220,7 @@ class LoadGenerator:
         return not self._thread.is_alive()
 
     def take(self) -> LoadProgress:
-        """What ended since the last ``take`` or ``take_records``, and what is in flight.
+        """What ended since the last ``take``, and what is in flight.
 
         Raises:
             TelemetryError: the generator itself failed.
@@ -233,14 +231,6 @@ class LoadGenerator:
             in_flight = tuple(map(replace, self._in_flight.values()))
             sent = len(self._ended) + len(in_flight)
         return LoadProgress(time.monotonic() - self._start_s, sent, ended, in_flight)
-
-    def take_records(self) -> RequestRecords:
-        """Records of what ended since the last call, in order of end.
-
-        Raises:
-            TelemetryError: the generator itself failed.
-        """
-        return request_records(self.take().ended)
 
     def result(self) -> LoadResult:
         """Of all that ended so far; complete after ``wait`` or ``stop``.

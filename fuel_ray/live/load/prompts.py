@@ -47,6 +47,32 @@ class TokenPrompts:
         return np.random.default_rng((self._seed, *stream)).integers(self._vocab_size, size=count)
 
 
+def drawn_load(
+    n: int,
+    *,
+    rate_per_s: float,
+    prompt_tokens: int,
+    output_tokens: int,
+    vocab_size: int,
+    sharegpt: Path | None,
+    seed: int,
+) -> tuple[Requests, list[str] | TokenPrompts]:
+    """``n`` requests with exponential gaps, of fixed lengths or of the conversations of a ShareGPT file.
+
+    Raises:
+        ConfigError: not a ShareGPT file, or no conversation of fitting length.
+    """
+    rng = np.random.default_rng(seed)
+    arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, n))
+    unshared = np.full(n, -1), np.zeros(n, np.int64)
+    if sharegpt is not None:
+        texts, answer_tokens = load_sharegpt(sharegpt, n, rng)
+        as_counted_there = np.ones(n, np.int64)  # the server counts a text's tokens
+        return Requests(arrival_s, as_counted_there, answer_tokens, *unshared), texts
+    requests = Requests(arrival_s, np.full(n, prompt_tokens), np.full(n, output_tokens), *unshared)
+    return requests, TokenPrompts(requests, vocab_size=vocab_size, rng=rng)
+
+
 def estimated_tokens(text: str) -> int:
     """Tokens of a text without a tokenizer: a quarter of its characters."""
     return math.ceil(len(text) / _CHARACTERS_PER_TOKEN)

@@ -3,8 +3,6 @@
 import contextlib
 import logging
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,8 +10,6 @@ from typing import Self
 from fuel_ray import vllm_plugin
 from fuel_ray.errors import NodeError
 from fuel_ray.vllm_plugin import Report, clamped
-
-POLL_S = 0.002  # a decode step of a small model takes more
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +24,6 @@ class LimiterStatus:
     wanted_limit: int | None  # None: the server's own limit
     batch_limit: int  # in force at that step
     capacity: int  # the highest limit
-    age_s: float  # since that step
-
-    @property
-    def is_clamped(self) -> bool:
-        """Whether the wanted limit lies outside 1..capacity."""
-        return self.wanted_limit is not None and self.wanted_limit != self.in_force
-
-    @property
-    def in_force(self) -> int:
-        """The wanted limit as the scheduler clamps it; the limit of its last step if there is none wanted."""
-        return self.batch_limit if self.wanted_limit is None else clamped(self.wanted_limit, self.capacity)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there was no request; the next one is admitted only after the wanted limit was read."""
-        return self.running == 0 and self.waiting == 0
 
 
 class BatchLimiter:
@@ -55,23 +35,13 @@ class BatchLimiter:
     Args:
         path: of the control file.
         leased: for this process alone; the limit ends when it does, even if it is killed.
-        clock: monotonic seconds.
-        sleep: waits.
 
     Raises:
         NodeError: the file cannot be made, or another process has leased it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        leased: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ):
+    def __init__(self, path: Path, *, leased: bool = False):
         self.path = Path(path)
-        self._clock, self._sleep = clock, sleep
         self._lease: int | None = None
         self._said: set[int] = set()  # limits that were clamped
         try:
@@ -136,24 +106,7 @@ class BatchLimiter:
             wanted_limit=wanted,
             batch_limit=report.batch_limit,
             capacity=report.capacity,
-            age_s=self._clock() - report.monotonic_ns / 1e9,
         )
-
-    def wait_applied(self, limit: int, timeout_s: float) -> LimiterStatus:
-        """Return once the scheduler admits no more than ``limit`` (clamped); more may still run.
-
-        Raises:
-            NodeError: it did not within ``timeout_s``.
-        """
-        return self._wait("applied", _applied, limit, timeout_s)
-
-    def wait_reached(self, limit: int, timeout_s: float) -> LimiterStatus:
-        """Return once the limit is applied and no more requests than it (clamped) run.
-
-        Raises:
-            NodeError: the running requests did not drain within ``timeout_s``.
-        """
-        return self._wait("reached", _reached, limit, timeout_s)
 
     def close(self) -> None:
         """Give the server its own limit back and remove the file; safe to call twice."""
@@ -163,16 +116,6 @@ class BatchLimiter:
         lease, self._lease = self._lease, None
         if lease is not None:
             os.close(lease)
-
-    def _wait(
-        self, what: str, holds: Callable[[LimiterStatus, int], bool], limit: int, timeout_s: float
-    ) -> LimiterStatus:
-        deadline_s = self._clock() + timeout_s
-        while not holds(status := self.status(), limit):
-            if self._clock() >= deadline_s:
-                raise NodeError(f"batch limit {limit} not {what} after {timeout_s} s: {status}")
-            self._sleep(POLL_S)
-        return status
 
     def _read(self) -> tuple[int | None, Report]:
         try:
@@ -199,12 +142,3 @@ def _holder(path: Path) -> str:
             if len(fields) > 5 and fields[5].endswith(f":{inode}"):
                 return f"pid {fields[4]}"
     return "another process"
-
-
-def _applied(status: LimiterStatus, limit: int) -> bool:
-    expected = clamped(limit, status.capacity)
-    return status.batch_limit == expected or (status.is_idle and status.in_force == expected)
-
-
-def _reached(status: LimiterStatus, limit: int) -> bool:
-    return _applied(status, limit) and status.running <= clamped(limit, status.capacity)

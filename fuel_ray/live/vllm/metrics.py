@@ -20,7 +20,6 @@ _QUERIES = ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_to
 _HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total")
 _CONFIG, _STARTED = ("vllm:cache_config_info",), ("process_start_time_seconds",)
 _TTFT = ("vllm:time_to_first_token_seconds",)
-_ITL = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
 _TPOT = ("vllm:request_time_per_output_token_seconds",)  # a request's mean, since 0.8
 _E2E = ("vllm:e2e_request_latency_seconds",)
 
@@ -28,7 +27,7 @@ SCALARS = (
     *(*_RUNNING, *_WAITING, *_KV_USAGE, *_PROMPT, *_CACHED, *_GENERATION, *_SUCCEEDED, *_PREEMPTIONS),
     *(*_QUERIES, *_HITS, *_CONFIG, *_STARTED),
 )  # a page of these alone can be parsed; it lacks the histograms
-_WANTED = (*SCALARS, *_TTFT, *_ITL, *_TPOT, *_E2E)
+_WANTED = (*SCALARS, *_TTFT, *_TPOT, *_E2E)
 _LINES = (*_WANTED, *(f"# TYPE {name}" for name in _WANTED))  # skipping the others is 10 times as fast
 
 
@@ -38,30 +37,14 @@ class Histogram:
 
     upper_bounds_s: tuple[float, ...]  # ascending, the last is inf
     cumulative_counts: tuple[int, ...]  # as many
-    sum_s: float
     count: int
-
-    @property
-    def mean_s(self) -> float | None:
-        return self.sum_s / self.count if self.count else None
 
     def minus(self, before: "Histogram") -> "Histogram | None":
         """The samples since ``before``; None if the bounds changed."""
         if self.upper_bounds_s != before.upper_bounds_s:
             return None
         counts = tuple(map(int.__sub__, self.cumulative_counts, before.cumulative_counts))
-        return Histogram(self.upper_bounds_s, counts, self.sum_s - before.sum_s, self.count - before.count)
-
-    def percentile_s(self, share: float) -> float | None:
-        """Linear within its bucket; None without samples or where it lies above the last finite bound."""
-        rank = share * self.count
-        below_s, below = 0.0, 0
-        for bound_s, counted in zip(self.upper_bounds_s, self.cumulative_counts, strict=True):
-            if counted >= rank and counted > below:
-                found_s = below_s + (bound_s - below_s) * (rank - below) / (counted - below)
-                return found_s if math.isfinite(found_s) else None
-            below_s, below = bound_s, counted
-        return None
+        return Histogram(self.upper_bounds_s, counts, self.count - before.count)
 
     def samples_s(self) -> tuple[float, ...]:
         """As many values as were counted, evenly spread within each bucket: exact to the bucket.
@@ -110,7 +93,6 @@ class MetricsSnapshot:
     prefix_queries: int | None  # tokens
     prefix_hits: int | None  # tokens
     ttft: Histogram | None
-    itl: Histogram | None
     tpot: Histogram | None
     e2e: Histogram | None
     cache_config: CacheConfig | None
@@ -131,7 +113,6 @@ class MetricsDelta:
     prefix_queries: int | None
     prefix_hits: int | None
     ttft: Histogram | None
-    itl: Histogram | None
     tpot: Histogram | None
     e2e: Histogram | None
 
@@ -142,10 +123,6 @@ class MetricsDelta:
     @property
     def generation_tokens_per_s(self) -> float:
         return self.generation_tokens / self.seconds
-
-    @property
-    def prompt_tokens_per_s(self) -> float:
-        return self.prompt_tokens / self.seconds
 
     @property
     def prefix_hit_rate(self) -> float | None:
@@ -174,7 +151,6 @@ def parse_metrics(text: str) -> MetricsSnapshot:
         prefix_queries=_total_or_none(series, _QUERIES),
         prefix_hits=_total_or_none(series, _HITS),
         ttft=_histogram(series, _TTFT),
-        itl=_histogram(series, _ITL),
         tpot=_histogram(series, _TPOT),
         e2e=_histogram(series, _E2E),
         cache_config=_cache_config(series),
@@ -206,17 +182,16 @@ def difference(before: MetricsSnapshot, after: MetricsSnapshot, seconds: float) 
         prefix_queries=_minus(after.prefix_queries, start.prefix_queries),
         prefix_hits=_minus(after.prefix_hits, start.prefix_hits),
         ttft=_since(after.ttft, start.ttft),
-        itl=_since(after.itl, start.itl),
         tpot=_since(after.tpot, start.tpot),
         e2e=_since(after.e2e, start.e2e),
     )
 
 
 def _just_started(after: MetricsSnapshot) -> MetricsSnapshot:
-    histograms = (after.ttft, after.itl, after.tpot, after.e2e)
-    ttft, itl, tpot, e2e = (h and h.minus(h) for h in histograms)
+    histograms = (after.ttft, after.tpot, after.e2e)
+    ttft, tpot, e2e = (h and h.minus(h) for h in histograms)
     zeros = dict.fromkeys((*_COUNTERS, "prompt_tokens_cached", "prefix_hits"), 0)
-    return replace(after, ttft=ttft, itl=itl, tpot=tpot, e2e=e2e, **zeros)  # type: ignore[arg-type]
+    return replace(after, ttft=ttft, tpot=tpot, e2e=e2e, **zeros)  # type: ignore[arg-type]
 
 
 def _restarted(before: MetricsSnapshot, after: MetricsSnapshot) -> bool:
@@ -314,7 +289,6 @@ def _histogram(series: Series, names: Sequence[str]) -> Histogram | None:
         return None
     bounds_s = tuple(sorted(counts))
     cumulative = tuple(counts[bound_s] for bound_s in bounds_s)
-    sums = _find(series, (f"{name}_sum",))
-    if not sums or not math.isinf(bounds_s[-1]) or list(cumulative) != sorted(cumulative):
+    if not math.isinf(bounds_s[-1]) or list(cumulative) != sorted(cumulative):
         raise TelemetryError(f"{name} is incomplete or not cumulative on the /metrics page")
-    return Histogram(bounds_s, cumulative, sum(value for _, value in sums), cumulative[-1])
+    return Histogram(bounds_s, cumulative, cumulative[-1])

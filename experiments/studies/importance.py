@@ -1,11 +1,19 @@
 """How much a trained policy leans on each feature: permutation importance.
 
-    python benchmarks/importance.py POLICY_FOLDER [--scenario diurnal-scarce] [--slo tight] [--seeds 5]
+    python experiments/studies/importance.py POLICY_FOLDER [--scenario diurnal-scarce] [--slo tight]
+        [--seeds 5]
 
 One feature at a time is replaced, window by window, by its value in another window drawn at random from the
 same episode run with the policy intact. It has no anchor, and the price of a miss is the one tuned for it
 intact; what is shown is what happens to energy and attainment, n held-out episodes, 95 % bootstrap intervals,
 paired by seed. (Breiman, Machine Learning 45, 2001.)
+
+It asks which features a trained policy could do without. It takes one episode of 1,200 windows per feature
+and seed and the tuning of the price before them.
+
+What to expect (docs/arena.md, "Open questions", a DQN of 2026-11-25, 4 seeds): KV usage matters most (-5.1 %
+energy, 0.962 in place of 0.970 of requests within the SLO); seven of 13 features change the energy by under
+1 %, for rate, running requests and token throughput say nearly the same.
 """
 
 import argparse

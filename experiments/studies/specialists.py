@@ -1,11 +1,19 @@
 """The arena in which the DQN of each cell was trained for it, as ``fuel-ray train`` does by default.
 
-    python benchmarks/specialists.py --out FOLDER --slos interactive tight [--policies GENERALIST GREENDLS]
+    python experiments/studies/specialists.py --out FOLDER --slos interactive tight [--policies GENERALIST
+        GREENDLS]
 
-A cell is a workload of the arena and a promise. For each, one policy is trained on the workload that the cell
-is tuned on (seed 0) and takes part as "DQN". The flags are those of ``fuel-ray arena``, the same with
-the same policies everywhere; ``--policies`` take part in every cell. What is done is kept in FOLDER, so that
-the same command goes on after an interruption.
+A cell is a workload of the arena and an SLO. For each, one policy is trained on the workload that the cell is
+tuned on (seed 0) and takes part as "DQN". The flags are those of ``fuel-ray arena``, the same with the same
+policies everywhere; ``--policies`` take part in every cell. What is done is kept in FOLDER, so that the same
+command goes on after an interruption.
+
+It asks what a policy trained for its own load and SLO is worth beside every other policy, and makes the big
+table of docs/arena.md and docs/arena_tables.md. It takes about three minutes per cell and core to train,
+baselines and tuning included, and 7 to 9 minutes on two cores to play 13 workloads under one SLO.
+
+What to expect (docs/arena.md, "What came out", 2026-11-26, block size 16, n = 10): better than the load table
+in 14 of 26 cells, level in ten, worse in two by at most 0.5 %; on average -11.2 % against tuned static.
 """
 
 import shutil

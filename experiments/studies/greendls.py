@@ -1,10 +1,10 @@
 """Train GreenDLS's DQN, by its own constants, on its own kind of server; compare with its authors' run.
 
-    python benchmarks/greendls.py [--seeds 8] [--as-trained]
+    python experiments/studies/greendls.py [--seeds 8] [--as-trained]
 
-Constants (github.com/HIT-HPC-Group/GreenDLS, llm/src, commit aac804f): 4 features, 198 actions, a net of
-4 -> 32 ReLU -> 32 Tanh -> 1 + 198, Adam 5e-4, MSE, uniform replay of 1e5, batch 64, epsilon from 1 to 0.1 by
-8e-5 per update, 8,000 updates, done = 1 always, so nothing is bootstrapped.
+Constants (github.com/HIT-HPC-Group/GreenDLS, llm/src, commit aac804f): 4 features, 198 actions, a net of 4 ->
+32 ReLU -> 32 Tanh -> 1 + 198, Adam 5e-4, MSE, uniform replay of 1e5, batch 64, epsilon from 1 to 0.1 by 8e-5
+per update, 8,000 updates, done = 1 always, so nothing is bootstrapped.
 
 Its server waits for a full batch and one request more, and serves it whole. A batch here costs what as many
 requests served at once by the twin of pack ``v100s-qwen7b-int4`` do (4 tokens in, 24 out): with 24 a batch of
@@ -12,12 +12,17 @@ requests served at once by the twin of pack ``v100s-qwen7b-int4`` do (4 tokens i
 again. Energy is the whole of it, idle power included, as their counter measured.
 
 Assumed: the load, a whole number of requests each second, evenly spaced, 600 s, is Poisson's (theirs looks
-like it: 1 to 15, mean 5.95); a batch that ends beyond the SLO in training empties the queue, since with
-done = 1 each decision is an episode of its own.
+like it: 1 to 15, mean 5.95); a batch that ends beyond the SLO in training empties the queue, since with done
+= 1 each decision is an episode of its own.
 
 ``--as-trained`` trains as their code does: batch times are predicted but nobody waits for them, the rate goes
 in steps of 20 s, random batches are drawn by the rate, and the energy in the reward is the power above idle
 over 20 batches' requests, which is what their predictor of energy was fitted to.
+
+It asks whether the published figures of GreenDLS follow from its constants. It takes 11 s of CPU time per
+training (n = 1). What to expect (docs/arena.md, "GreenDLS reproduced", 2026-11-26, n = 8): 10.15
+J/request in the median (9.85 to 10.60; published: 10.15), most often 24 or 28 requests at 697 to 937 MHz, no
+batch beyond 10 s; ``--as-trained``: 11.7 to 12.4 J/request, 64 to 91 % of batches late.
 """
 
 import argparse
