@@ -59,6 +59,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("episodes", "steps_per_episode"), _COUNT),
     **dict.fromkeys(("batches", "contexts", "prompts", "output_tokens", "windows"), _COUNT),
     "node_wait_s": (0.0, 86_400.0),
+    "seconds": (1.0, 86_400.0),
+    "tuning_seeds": (1, 10_000),
+    "workers": (1, 256),
+    "oracle_segment_s": (1.0, 3600.0),
     **dict.fromkeys(("live.request_timeout_s", "live.start_timeout_s"), (1.0, 86_400.0)),
     **dict.fromkeys(("train.lr", "train.epsilon_share", "train.lr_final_share"), (1e-9, 1.0)),
     **dict.fromkeys(

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from fuel_ray.arena.evaluation import Evaluation, evaluate_block_size
 from fuel_ray.build.cluster import gpus_per_node
+from fuel_ray.build.nodes import build_spec, twin_of
 from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.learned import read_manifest
 from fuel_ray.record import read_json, write_csv, write_json, write_lines
 from fuel_ray.report.sections import summary_table, write_report
 from fuel_ray.training.run import in_parallel, parse_run, policy_folder, prepare, resumable, train_policies
+from fuel_ray.tuning.contenders import check
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.tuned import Tuned
 
@@ -22,7 +24,11 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
     Raises:
         ConfigError: a flag is wrong, or differs from the run that is to be resumed.
     """
-    return parse_run(SweepConfig, argv, prog=prog)
+    config = parse_run(SweepConfig, argv, prog=prog)
+    if config.also:
+        twin = twin_of(config)
+        check("--also", config.also, twin, [build_spec(twin, size) for size in config.block_sizes])
+    return config
 
 
 def run(config: SweepConfig) -> int:

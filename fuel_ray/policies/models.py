@@ -12,6 +12,7 @@ import numpy as np
 from fuel_ray.sim.pack import PerfModel
 from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.types import Slo
+from fuel_ray.workload.lengths import OUTPUT_TOKENS, PROMPT_TOKENS
 
 _PROMPTS = (32, 64, 128, 256, 512, 1024, 2048)  # tokens
 _CONTEXTS = (128, 384, 768, 1536)  # tokens per request
@@ -66,8 +67,8 @@ def fit_batches(
     clocks_mhz: Sequence[int],
     *,
     max_batch: int,
-    prompt_tokens: float = 512.0,
-    output_tokens: float = 220.0,
+    prompt_tokens: float = PROMPT_TOKENS,
+    output_tokens: float = OUTPUT_TOKENS,
 ) -> tuple[BatchModel, ...]:
     """Batch models at these clocks for requests of these mean lengths; the default workload's by default."""
     batches = np.unique(np.geomspace(1, max_batch, 12).round())
@@ -81,7 +82,7 @@ def fit_batches(
     return tuple(models)
 
 
-def token_limits(slo: Slo, *, output_tokens: float = 220.0) -> tuple[float, float]:
+def token_limits(slo: Slo, *, output_tokens: float = OUTPUT_TOKENS) -> tuple[float, float]:
     """TTFT and TPOT limits in s; an e2e limit gives a tenth to the first token, the rest to the others.
 
     A limit that the SLO does not set, and an e2e limit does not imply, is infinite.
