@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
+from fuel_ray.errors import ConfigError
 from fuel_ray.policies.agft import AgftLinUcb
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.eais import Eais
@@ -12,7 +13,7 @@ from fuel_ray.policies.feedback import Feedback
 from fuel_ray.policies.models import fit_batches, fit_steps, token_limits
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
-from fuel_ray.sim.pack import Pack
+from fuel_ray.sim.pack import Pack, PerfModel
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 from fuel_ray.workload.lengths import OUTPUT_TOKENS
 
@@ -28,7 +29,7 @@ class Case:
 
     spec: NodeSpec
     slo: Slo
-    pack: Pack  # for rules that need a model
+    pack: Pack | None  # for rules that need a model
     static: (
         Knobs  # the pair that was tuned for the load; rules that leave the batch limit alone use its limit
     )
@@ -69,7 +70,7 @@ class Learner(Protocol):
         ...
 
 
-def untuned(spec: NodeSpec, slo: Slo, pack: Pack) -> Case:
+def untuned(spec: NodeSpec, slo: Slo, pack: Pack | None) -> Case:
     """Where nothing was tuned: maximum performance stands for what would be."""
     most = spec.max_performance
     return Case(spec, slo, pack, most, LoadTable((), (most,)))
@@ -98,14 +99,14 @@ def color(name: str, among: Sequence[str]) -> str:
 def _eais(case: Case, _: float) -> Policy:
     ttft_s, tpot_s = token_limits(case.slo)
     capacity = case.spec.batch_limits[-1]
-    models = fit_batches(case.pack.perf, _every(case, 8), max_batch=capacity)
+    models = fit_batches(_perf(case), _every(case, 8), max_batch=capacity)
     return Eais(models, slo_s=case.slo.e2e_s or ttft_s + OUTPUT_TOKENS * tpot_s, max_batch=capacity)
 
 
 def _voltana(case: Case, margin: float) -> Policy:
     spec, (ttft_s, tpot_s) = case.spec, token_limits(case.slo)
     return VoltanaLlm(
-        fit_steps(case.pack.perf, _every(case, 4), max_num_seqs=spec.batch_limits[-1]),
+        fit_steps(_perf(case), _every(case, 4), max_num_seqs=spec.batch_limits[-1]),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         batch_limit=case.static.batch_limit,
@@ -127,6 +128,12 @@ def _feedback(case: Case, high: float) -> Policy:
 def _agft(case: Case, _: float) -> Policy:
     clocks_mhz = _every(case, 4)
     return AgftLinUcb(case.spec, case.slo, batch_limit=case.static.batch_limit, clocks_mhz=clocks_mhz)
+
+
+def _perf(case: Case) -> PerfModel:
+    if case.pack is None:
+        raise ConfigError("this rule is made from a model of the GPU: --pack")
+    return case.pack.perf
 
 
 def _every(case: Case, stride: int) -> tuple[int, ...]:
