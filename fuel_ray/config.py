@@ -259,6 +259,8 @@ class SweepConfig(LearnConfig):
     """Negative control, evaluated only; None: leave it out."""
     live_seconds: int = 120
     """Seconds of arrivals per policy and seed when a live node is evaluated."""
+    also: tuple[str, ...] = ()
+    """Policies that are evaluated too: names such as clipper or voltana, folders, package.module:Class."""
 
 
 PLAIN_PRESET = SweepConfig(

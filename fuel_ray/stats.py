@@ -1,6 +1,6 @@
-"""Percentile bootstrap intervals over the few seeds of an evaluation."""
+"""Percentile bootstrap intervals over the few seeds of an evaluation, and the one paired comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,24 @@ class Interval:
     def excludes(self, value: float) -> bool:
         """True when the interval is known and ``value`` lies outside it."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
+
+
+Energies = Mapping[tuple[int, int], float]  # of a policy, by (block size, seed); one block size is 0 for all
+
+
+def relative_energy(own_j: Energies, reference_j: Energies) -> Interval | None:
+    """Energy of one policy over that of another, paired by what both have; None if that is nothing.
+
+    Averaged over block sizes first, so that seeds are what is resampled; with the same resamples for every
+    interval, so that a run has one report.
+    """
+    pairs: dict[int, list[tuple[float, float]]] = {}
+    for key in sorted(own_j.keys() & reference_j.keys(), key=lambda key: key[1]):
+        pairs.setdefault(key[1], []).append((own_j[key], reference_j[key]))
+    if not pairs:
+        return None
+    means = np.array([np.mean(of_seed, axis=0) for of_seed in pairs.values()])
+    return paired_ratio(*means.T, rng=np.random.default_rng(0))
 
 
 def bootstrap_mean(

@@ -11,20 +11,22 @@ import psutil
 import pytest
 
 from fuel_ray.arena.cell import CHOSEN, choose
-from fuel_ray.arena.recommendation import STATIC, Pair, recommendation
+from fuel_ray.arena.comparison import summarise
+from fuel_ray.arena.recommendation import Pair, recommendation
 from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, promise, scenarios_of, serving
-from fuel_ray.arena.tables import headline, markdown, summarise, text
+from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.cli import main
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import ConfigError
+from fuel_ray.policies.catalogue import TUNED_STATIC as STATIC
+from fuel_ray.policies.catalogue import Contender
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.learned import Manifest, load_policy, save_policy
 from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
 from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import Trace
-from fuel_ray.tuning.contenders import Contender
 from fuel_ray.tuning.runs import Runs, score_of
 from fuel_ray.tuning.search import bisected, tune_static_pair, tuned
 from fuel_ray.tuning.static_pair import Score
@@ -121,11 +123,11 @@ def test_where_no_price_keeps_the_promise_the_one_that_comes_nearest_is_taken():
 
 
 def test_what_would_be_deployed_is_chosen_on_the_tuning_seeds():
-    clocks = {"tuned static": 1500, "good": 1400, "breaks": 900}
+    clocks = {STATIC: 1500, "good": 1400, "breaks": 900}
     policies = {name: Static(Knobs(1, clock_mhz)) for name, clock_mhz in clocks.items()}
     assert choose(Practice(), "a", policies, share=0.97) == "good"
     del policies["good"]
-    assert choose(Practice(), "a", policies, share=0.97) == "tuned static"
+    assert choose(Practice(), "a", policies, share=0.97) == STATIC
 
 
 def test_a_contender_without_a_choice_is_not_run():
@@ -160,7 +162,7 @@ def test_of_a_mean_that_nobody_keeps_a_little_less_is_asked():
 
 def a_cell(**energies_j):
     rows = [
-        {"policy": name.replace("_", " "), "seed": seed, "energy_j": e * scale, "requests": 100,
+        {"policy": name, "seed": seed, "energy_j": e * scale, "requests": 100,
          "slo_met": attained >= 0.95, "slo_attainment": attained, "clock_switches": 2,
          "mean_gpu_clock_mhz": 1}
         for name, (e, attained) in energies_j.items() for seed, scale in enumerate((0.9, 1.0, 1.1))
@@ -186,7 +188,7 @@ def test_changes_are_paired_so_that_a_common_factor_has_no_spread():
     assert dqn["vs_tuned_static_low"] == pytest.approx(-10.0)
     assert dqn["vs_tuned_static_high"] == pytest.approx(-10.0)
     assert dqn["vs_max_performance_pct"] == pytest.approx(100 * (4500 / 8000 - 1))
-    assert by_name["tuned static"]["vs_tuned_static_pct"] is None
+    assert by_name[STATIC]["vs_tuned_static_pct"] is None
     assert dqn["vs_oracle_pct"] is None
 
 
@@ -200,13 +202,13 @@ def test_equal_attainment_compares_with_a_mix_of_the_two_clocks_around_it():
 
 def test_tuned_static_is_itself_a_fixed_pair_to_compare_with():
     by_name = {row["policy"]: row for row in summarise(CELL)}
-    assert by_name["tuned static"]["equal_pct"] == pytest.approx(0.0)
+    assert by_name[STATIC]["equal_pct"] == pytest.approx(0.0)
     assert by_name["dqn"]["equal_pct"] == pytest.approx(-10.0)
 
 
 def test_who_misses_what_tuned_static_keeps_is_marked():
     kept = {row["policy"]: row["kept"] for row in summarise(CELL)}
-    assert kept == {"max performance": True, "tuned static": True, "dqn": True, "cheap": False}
+    assert kept == {"max_performance": True, STATIC: True, "dqn": True, "cheap": False}
     rows = markdown(summarise(CELL)).splitlines()
     assert next(line for line in rows if "cheap" in line).split("|")[3].strip() == "0.800 !"
     assert "-10.0 (-10.0..-10.0)" in text(summarise(CELL))
@@ -265,7 +267,7 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
     (run / "cells/steady-60.interactive.json").unlink()
     assert main(["arena", "--resume", str(run)]) == 0
     after = json.loads((run / "cells/steady-60.interactive.json").read_text())
-    ran = {"max performance", "tuned static", "load table", "mine", "mine, free", CHOSEN}
+    ran = {"max_performance", STATIC, "load_table", "mine", "mine, free", CHOSEN}
     assert {row["policy"] for row in after["rows"]} == ran
     assert "1 to do" in capsys.readouterr().out
     assert {**before, "wall_s": 0} == {**after, "wall_s": 0}
@@ -301,22 +303,22 @@ def test_the_policy_that_surely_beats_tuned_static_is_recommended_with_its_runne
     shares = ((STATIC, 16, 1.0), (STATIC, 32, 1.1), ("dqn", 16, 0.8), ("dqn", 32, 0.85))
     pairs = [pair(policy, size, [e * share for e in NOISY]) for policy, size, share in shares]
     best, said = recommendation(pairs, share=0.95)
-    assert best.policy == "dqn" and said.startswith("Recommended: dqn at block size 16")
+    assert best.policy == "dqn" and said.startswith("Recommended: learned (DQN) at block size 16")
     assert "-20.0% (-20.0% to -20.0%)" in said
-    assert "Runner-up: dqn at block size 32" in said
+    assert "Runner-up: learned (DQN) at block size 32" in said
 
 
 def test_tuned_static_is_recommended_where_no_policy_surely_beats_it():
     pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, (90.0, 112.0, 91.0, 105.0))]
     best, said = recommendation(pairs, share=0.95)
     assert best.policy == STATIC and said.startswith("Recommended: tuned static at block size 16")
-    assert "No learned policy beats it" in said
+    assert "No other policy beats it" in said
 
 
 def test_a_policy_that_breaks_the_promise_is_not_recommended():
     pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, [e * 0.5 for e in NOISY], attained=0.9)]
     best, said = recommendation(pairs, share=0.95)
-    assert best.policy == STATIC and "No learned policy keeps the promise" in said
+    assert best.policy == STATIC and "No other policy keeps the SLO" in said
 
 
 def test_what_is_recommended_is_chosen_on_the_tuning_seeds():

@@ -79,6 +79,33 @@ def test_shadow_mode_sets_nothing(stub, gpu, policy, tmp_path):
     assert lines[-1]["applied"] == {"batch_limit": 32, "gpu_clock_mhz": 1980}
 
 
+RULES = [("clipper", []), ("eais", ["--pack", "h100-qwen3-8b"]), ("tests.test_deploy:Lowest", [])]
+
+
+@pytest.mark.parametrize(("rule", "flags"), RULES)
+def test_a_rule_is_watched_and_sets_nothing(rule, flags, stub, gpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    slo = ["--slo-ttft-s", "1", "--slo-tpot-s", "0.05", "--max-num-seqs", "32"]
+    code, lines, run = deploy(stub, rule, tmp_path, "--shadow", *slo, *flags)
+    assert code == 0 and len(lines) == 4 and gpu.calls.count("reset") == 0 and gpu.locked_mhz is None
+    assert run["policy"] == {"rule": rule} and run["slo"]["ttft_s"] == 1.0
+    assert rule != "tests.test_deploy:Lowest" or lines[-1]["chosen"]["gpu_clock_mhz"] == 345
+    assert (run["summary"]["saved_j_modelled"] is None) == (not flags)
+
+
+class Lowest:
+    """A policy from outside."""
+
+    def __init__(self, spec, slo):
+        self._knobs = Knobs(1, spec.gpu_clocks_mhz[0])
+
+    def reset(self):
+        pass
+
+    def decide(self, window):
+        return self._knobs
+
+
 def test_without_clock_control_the_policy_chooses_among_limits_at_the_highest_clock(
     stub, gpu, policy, tmp_path
 ):
@@ -247,6 +274,13 @@ WRONG = [
     "--policy {policy} --out /proc/nowhere",
     "--policy {policy} --nonsense",
     "--shadow",
+    "--policy clipper",
+    "--policy clipper --slo-ttft-s 1 --max-num-seqs 8",
+    "--policy clipper --slo-ttft-s 0 --max-num-seqs 8 --shadow",
+    "--policy clipper --slo-ttft-s 1 --shadow",
+    "--policy eais --slo-ttft-s 1 --max-num-seqs 8 --shadow",
+    "--policy tuned_static --slo-ttft-s 1 --max-num-seqs 8 --shadow",
+    "--policy fuel_ray.types:Nobody --slo-ttft-s 1 --max-num-seqs 8 --shadow",
 ]
 
 

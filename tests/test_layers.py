@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
     ("types", "errors"),
+    ("outside",),
     (
         *(
             "metrics",

@@ -312,9 +312,11 @@ def test_a_run_of_one_block_size_without_control_or_baseline(tmp_path):
 
 
 def test_a_run_without_a_learned_policy_and_one_with_a_further_baseline(tmp_path):
-    page = report_of(tmp_path / "run", block_sizes=(16,), policies=("max_performance", "clipper"))
+    page = report_of(
+        tmp_path / "run", block_sizes=(16,), policies=("max_performance", "clipper", "pack.age:Rule")
+    )
     assert "no learned policy" in page
-    assert "clipper" in page and "a further baseline" in page
+    assert "Clipper" in page and "pack.age:Rule" in page and "a further baseline" in page
 
 
 def test_one_seed_claims_no_interval(tmp_path):

@@ -7,16 +7,26 @@ from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.comparison import ORACLE
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serving
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
-from fuel_ray.policies.static import LoadTable, Static
+from fuel_ray.policies.catalogue import (
+    LOAD_TABLE,
+    PUBLISHED,
+    REFERENCES,
+    TUNED_STATIC,
+    Case,
+    Contender,
+    contender,
+)
+from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.clock_search import allowed_badness
-from fuel_ray.tuning.contenders import Contender, learned, published
+from fuel_ray.tuning.contenders import families, is_folder, of_size
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
 from fuel_ray.tuning.oracle import find_schedule
 from fuel_ray.tuning.runs import Runs
@@ -27,7 +37,7 @@ from fuel_ray.tuning.search import (
     tune_static_pair,
     tune_table,
 )
-from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
+from fuel_ray.types import Knobs, Policy, Slo
 
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
 CHOSEN = "chosen: learned or static"  # by ``choose``
@@ -90,20 +100,20 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     static, share = tune_static_pair(practice, slo, share=contest.config.tune_share, limits=limits)
     allowed = allowed_badness(practice.slos[slo], share)
     table = tune_table(practice, slo, static, share=share, budget=TABLE_BUDGET)
-    policies: dict[str, Policy] = {
-        "max performance": Static(spec.max_performance),
-        "tuned static": Static(static),
-        "load table": table,
-    }
+    case = Case(spec, practice.slos[slo], load_pack(contest.config.pack), static, table)
+    policies: dict[str, Policy] = {}
     settings: dict[str, dict[str, float]] = {}
-    for family in _contenders(contest, practice.slos[slo], spec, static, table):
+    for family in _contenders(contest.config, case):
         name = family[0].name
         policies[name], settings[name] = best_tuned(family, practice, slo, share=share)
     rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
-    chosen = choose(practice, slo, {name: policies[name] for name in _deployable(contest)}, share=share)
-    rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen and contest.config.policies]
+    own = of_size(contest.config.policies, spec.kv_block_size)
+    deployable = [TUNED_STATIC, *(name for name, entry in own.items() if is_folder(entry))]
+    chosen = choose(practice, slo, {name: policies[name] for name in deployable}, share=share)
+    if len(deployable) > 1:
+        rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen]
     if contest.config.oracle:
-        known = [policies[name] for name in dict.fromkeys(("tuned static", "load table", chosen))]
+        known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
         rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
     return {
         "scenario": contest.scenario.name,
@@ -119,23 +129,19 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     }
 
 
-def _deployable(contest: Contest) -> tuple[str, ...]:
-    return ("tuned static", *(folder.name for folder in contest.config.policies))
-
-
 def choose(practice: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
     """The name of the policy that ranks best on the tuning seeds: what would be deployed."""
     ranks = {name: practice.score(policy, slo, share=share).rank(share) for name, policy in policies.items()}
     return min(ranks, key=lambda name: ranks[name])
 
 
-def _contenders(
-    contest: Contest, slo: Slo, spec: NodeSpec, static: Knobs, table: LoadTable
-) -> list[tuple[Contender, ...]]:
-    peers = (
-        published(spec, slo, load_pack(contest.config.pack), static=static) if contest.config.peers else []
-    )
-    return [*((peer,) for peer in peers), *learned(contest.config.policies, spec, slo, table)]
+def _contenders(config: ArenaConfig, case: Case) -> Iterator[tuple[Contender, ...]]:
+    """The references, the published rules if they take part, and whatever else is named."""
+    names = (*REFERENCES, *(PUBLISHED if config.peers else ()))
+    yield from ((contender(name, case),) for name in names)
+    for name, entry in of_size(config.policies, case.spec.kv_block_size).items():
+        if name not in names:
+            yield from families(name, entry, case)
 
 
 def exam(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
@@ -177,7 +183,7 @@ def _oracle_row(
         strides=(TABLE_STRIDE,),
         starts=[[window.knobs.gpu_clock_mhz for window in episode.windows] for episode in episodes],
     )
-    return _row("oracle", found, runs, slo)
+    return _row(ORACLE, found, runs, slo)
 
 
 def frontier(alone: Sequence[Runs], slo: str, batch_limits: Iterable[int]) -> list[dict[str, Any]]:

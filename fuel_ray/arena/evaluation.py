@@ -14,12 +14,14 @@ from fuel_ray.build.nodes import build_loop, patience, served
 from fuel_ray.config import ServingConfig, SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.policies.learned import load_policy, read_manifest
 from fuel_ray.policies.static import Static
 from fuel_ray.record import step_line, summary_fields
-from fuel_ray.stats import paired_ratio
+from fuel_ray.stats import relative_energy
+from fuel_ray.tuning.contenders import of_size
 from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, run_episode
-from fuel_ray.tuning.tuned import Tuned
+from fuel_ray.tuning.tuned import Tuned, tuned_policies
 from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload.spec import parse_workload
 
@@ -34,26 +36,31 @@ class Evaluation:
     lines: list[str]  # of steps.jsonl, for the first seed
 
 
-def comparison(rows: Sequence[Mapping[str, Any]], config: EvaluateConfig, *, partial: bool) -> str:
+Rows = Sequence[Mapping[str, Any]]
+
+
+def static_name(text: str) -> str:
+    """What an entry of --static is called."""
+    return MAX_PERFORMANCE if text == "max" else f"static {text}"
+
+
+def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
     """A table of the policies, means over the seeds; savings are paired, with 95 % bootstrap intervals."""
-    first = f"static {config.static[0]}"
+    first = static_name(config.static[0])
     kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}"
+    width = max(20, *(len(label(row["policy"])) + 1 for row in rows))
     lines = [
         f"{config.workload}, n = {config.seeds} x {config.seconds} s, {kind}{', partial' if partial else ''}",
-        f"{'block':>5}  {'policy':<20}{'J/request':>10}  {'saving (95 %)':<26}{'of SLO':>7}"
+        f"{'block':>5}  {'policy':<{width}}{'J/request':>10}  {'saving (95 %)':<26}{'of SLO':>7}"
         f"{'TTFT p50':>10}{'TPOT p50':>10}{'mean e2e':>10}",
     ]
-    for key in dict.fromkeys((row["block_size"], row["policy"]) for row in rows):
-        own = _by_seed(rows, *key)
-        paired = {seed: row for seed, row in _by_seed(rows, key[0], first).items() if seed in own}
-        own = {seed: own[seed] for seed in paired}
-        saving = _saving(
-            [own[seed]["energy_j_per_request"] for seed in paired],
-            [row["energy_j_per_request"] for row in paired.values()],
-        )
+    for size, policy in dict.fromkeys((row["block_size"], row["policy"]) for row in rows):
+        reference = _by_seed(rows, size, first)
+        own = {seed: row for seed, row in _by_seed(rows, size, policy).items() if seed in reference}
+        saving = "-" if policy == first else _saving(own, reference)
         mean = {name: _mean_of(own.values(), name) for name in _SHOWN}
         lines.append(
-            f"{key[0]:>5}  {key[1]:<20}{mean['energy_j_per_request']:>10.2f}  {saving:<26}"
+            f"{size:>5}  {label(policy):<{width}}{mean['energy_j_per_request']:>10.2f}  {saving:<26}"
             f"{mean['slo_attainment']:>7.3f}{mean['ttft_p50_s'] * 1e3:>7.0f} ms"
             f"{mean['tpot_p50_s'] * 1e3:>7.1f} ms{mean['e2e_mean_s']:>8.2f} s"
         )
@@ -61,24 +68,20 @@ def comparison(rows: Sequence[Mapping[str, Any]], config: EvaluateConfig, *, par
 
 
 _SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
+_BySeed = Mapping[int, Mapping[str, Any]]
 
 
-def _by_seed(
-    rows: Sequence[Mapping[str, Any]], kv_block_size: int, policy: str
-) -> dict[int, Mapping[str, Any]]:
+def _by_seed(rows: Rows, kv_block_size: int, policy: str) -> _BySeed:
     """Rows of one policy that have an energy per request: an episode without requests has none."""
-    return {
-        row["seed"]: row
-        for row in rows
-        if (row["block_size"], row["policy"]) == (kv_block_size, policy)
-        and row["energy_j_per_request"] is not None
-    }
+    of_policy = (row for row in rows if (row["block_size"], row["policy"]) == (kv_block_size, policy))
+    return {row["seed"]: row for row in of_policy if row["energy_j_per_request"] is not None}
 
 
-def _saving(energy_j: Sequence[float], reference_j: Sequence[float]) -> str:
-    if not energy_j or list(energy_j) == list(reference_j):
+def _saving(own: _BySeed, reference: _BySeed) -> str:
+    both = ({(0, seed): row["energy_j_per_request"] for seed, row in by.items()} for by in (own, reference))
+    ratio = relative_energy(*both)
+    if ratio is None:
         return "-"
-    ratio = paired_ratio(energy_j, reference_j, rng=np.random.default_rng(0))
     if ratio.low is None or ratio.high is None:
         return f"{1 - ratio.mean:+.1%}"
     return f"{1 - ratio.mean:+.1%} ({1 - ratio.high:+.1%}..{1 - ratio.low:+.1%})"
@@ -92,12 +95,14 @@ def _mean_of(rows: Iterable[Mapping[str, Any]], name: str) -> float:
 def evaluate_block_size(
     config: SweepConfig, kv_block_size: int, tuned: Mapping[str, Tuned], policy_folder: Path
 ) -> Evaluation:
-    """Evaluate the learned policy and the baselines ``tuned`` for each workload on all held-out seeds."""
+    """Evaluate the learned policy, the baselines ``tuned`` for each workload and whoever plays also."""
     evaluation = Evaluation([], [])
-    for workload in tuned:
+    also = of_size(config.also, kv_block_size)
+    for workload, own in tuned.items():
 
-        def policies(spec: NodeSpec, baselines: Tuned = tuned[workload]) -> dict[str, Policy]:
-            return _policies(spec, baselines, policy_folder)
+        def policies(spec: NodeSpec, workload: str = workload, own: Tuned = own) -> dict[str, Policy]:
+            others = tuned_policies(config, workload, spec, also, share=own.share, tuned=own)
+            return {**_policies(spec, own, policy_folder), **others}
 
         evaluate_policies(
             config,
@@ -148,8 +153,8 @@ def evaluate_policies(
 def _progress(row: Mapping[str, Any]) -> str:
     energy_j = row["energy_j_per_request"]
     return (
-        f"evaluate  block {row['block_size']:>3}  seed {row['seed'] - HELD_OUT_SEED:>2}  {row['policy']:<20}"
-        f"  {'-' if energy_j is None else format(energy_j, '.2f'):>7} J/request"
+        f"evaluate  block {row['block_size']:>3}  seed {row['seed'] - HELD_OUT_SEED:>2}"
+        f"  {label(row['policy']):<20}  {'-' if energy_j is None else format(energy_j, '.2f'):>7} J/request"
         f"  {row['slo_attainment']:.3f} of SLO"
     )
 
@@ -202,8 +207,8 @@ def _evaluate(
 
 def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Policy]:
     return {
-        "max_performance": Static(spec.max_performance),
-        "tuned_static": Static(tuned.static),
-        "load_table": tuned.table,
+        MAX_PERFORMANCE: Static(spec.max_performance),
+        TUNED_STATIC: Static(tuned.static),
+        LOAD_TABLE: tuned.table,
         read_manifest(policy_folder).algorithm: load_policy(policy_folder, spec),
     }

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.figure import Figure
+
+from fuel_ray.policies.catalogue import MAX_PERFORMANCE, TUNED_STATIC, color, label
 
 
 def draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -18,11 +19,8 @@ def draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    policies = [
-        p
-        for p in dict.fromkeys(row["policy"] for row in rows)
-        if p not in ("tuned static", "max performance")
-    ]
+    present = dict.fromkeys(row["policy"] for row in rows)
+    policies = [name for name in present if name not in (MAX_PERFORMANCE, TUNED_STATIC)]
     figure = Figure(figsize=(11, 1.2 + 0.75 * len(scenarios)), layout="constrained")
     axes = figure.subplots()
     for k, policy in enumerate(policies):
@@ -32,11 +30,11 @@ def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         change = [row["vs_tuned_static_pct"] for row in own]
         low = [c - (row["vs_tuned_static_low"] or c) for c, row in zip(change, own, strict=True)]
         high = [(row["vs_tuned_static_high"] or c) - c for c, row in zip(change, own, strict=True)]
-        colour = colormaps["tab20"](2 * k % 20 + 2 * k // 20)
-        axes.errorbar(change, height, xerr=[low, high], fmt="none", capsize=2, linewidth=1, ecolor=colour)
+        ink = color(policy, policies)
+        axes.errorbar(change, height, xerr=[low, high], fmt="none", capsize=2, linewidth=1, ecolor=ink)
         for x, y, filled in zip(change, height, kept, strict=True):
-            axes.plot(x, y, "o", color=colour, markersize=5, markerfacecolor=colour if filled else "white")
-        axes.plot([], [], "o", color=colour, label=policy)
+            axes.plot(x, y, "o", color=ink, markersize=5, markerfacecolor=ink if filled else "white")
+        axes.plot([], [], "o", color=ink, label=label(policy))
     axes.set_yticks(range(len(scenarios)), scenarios)
     axes.set_xlim(-45, 45)
     axes.invert_yaxis()

@@ -1,36 +1,31 @@
 """Which (block size, policy) pair to deploy for a load and an SLO; tuned static where none is better."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from fuel_ray.arena.cell import exam
+from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import RecommendConfig
+from fuel_ray.arena.pool import in_processes
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import Codec
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.learned import (
-    LearnedPolicy,
-    distinct_names,
-    read_manifest,
-    read_policy,
-    save_policy,
-)
+from fuel_ray.policies.catalogue import TUNED_STATIC, Case, label
+from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
-from fuel_ray.stats import Interval, paired_ratio
-from fuel_ray.tuning.contenders import learned
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.stats import Interval, relative_energy
+from fuel_ray.tuning.contenders import families, of_size
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, best_tuned, tune_static_pair, tune_table
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
-STATIC = "tuned static"
 _ASKED = "asked"
 
 
@@ -66,12 +61,10 @@ class Pair:
 
     def against(self, other: "Pair") -> Interval:
         """Energy by the other's, paired by seed."""
-        return paired_ratio(self.energy_j, other.energy_j, rng=np.random.default_rng(0))
-
-
-def of_size(config: RecommendConfig, kv_block_size: int) -> tuple[Path, ...]:
-    """Policy folders for this block size."""
-    return tuple(f for f in config.policies if kv_block_size in read_manifest(f).kv_block_sizes)
+        own, reference = ({(0, k): j for k, j in enumerate(pair.energy_j)} for pair in (self, other))
+        ratio = relative_energy(own, reference)
+        assert ratio is not None, "pairs have seeds"
+        return ratio
 
 
 def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
@@ -91,12 +84,8 @@ def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
 
 
 def by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
-    """The pairs of one block size after the other."""
-    if config.workers == 1 or len(config.block_sizes) == 1:
-        yield from (_pairs(config, size) for size in config.block_sizes)
-        return
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_pairs, [config] * len(config.block_sizes), config.block_sizes)
+    """The pairs of each block size, as they come."""
+    return in_processes(_pairs, [(config, size) for size in config.block_sizes], workers=config.workers)
 
 
 def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
@@ -114,32 +103,37 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
 
     def pair(name: str, policy: Policy, how: str, told: Told | None = None) -> Pair:
         rows = exam(name, policy, alone, _ASKED)
-        requests = tuple(row["requests"] for row in rows)
         return Pair(
             kv_block_size=kv_block_size,
             policy=name,
             asked=share,
             tuned_rank=practice.score(policy, _ASKED, share=share).rank(share),
             energy_j=tuple(row["energy_j"] for row in rows),
-            requests=requests,
-            attained=float(np.average([row["slo_attainment"] for row in rows], weights=requests)),
+            requests=tuple(row["requests"] for row in rows),
+            attained=attainment(rows),
             met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
             how=how,
             told=told,
         )
 
-    pairs = [pair(STATIC, Static(knobs), how)]
-    names = dict(zip(config.policies, distinct_names(config.policies), strict=True))
-    for folder in of_size(config, kv_block_size):
-        (family, *_) = learned((folder,), loop.node.spec, config.slo, table)
+    pairs = [pair(TUNED_STATIC, Static(knobs), how)]
+    case = Case(loop.node.spec, config.slo, load_pack(config.pack), knobs, table)
+    entries = of_size(config.policies, kv_block_size)
+    for name, entry in entries.items():
+        if name == TUNED_STATIC:
+            continue
+        (family, *_) = families(name, entry, case)
         policy, _ = best_tuned(family, practice, _ASKED, share=share)
-        assert isinstance(policy, LearnedPolicy)
-        told = Told(folder, policy.codec, policy.anchor, knobs)
-        pairs.append(pair(names[folder], policy, _how(policy), told))
+        told = None
+        if isinstance(policy, LearnedPolicy):
+            told = Told(Path(entry), policy.codec, policy.anchor, knobs)
+        pairs.append(pair(name, policy, _how(policy), told))
     return pairs
 
 
-def _how(policy: LearnedPolicy) -> str:
+def _how(policy: Policy) -> str:
+    if not isinstance(policy, LearnedPolicy):
+        return "a rule"
     parts = [f"a miss costs {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
     if policy.anchor is not None and policy.anchor.weight > 0.0:
         parts.append(f"{policy.anchor.weight:g} per 100 MHz off the load table")
@@ -149,7 +143,7 @@ def _how(policy: LearnedPolicy) -> str:
 def line(pair: Pair) -> str:
     """One pair, for the terminal."""
     return (
-        f"recommend  block {pair.kv_block_size:>3}  {pair.policy:<16}"
+        f"recommend  block {pair.kv_block_size:>3}  {label(pair.policy):<16}"
         f" {pair.energy_j_per_request:7.2f} J/request  {pair.attained:.3f} of SLO  ({pair.how})"
     )
 
@@ -158,9 +152,9 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     """The pair to deploy and a sentence or two; chosen on the tuning seeds, judged on the held-out ones.
 
     A pair is one of least energy that keeps what was asked on the tuning seeds; a block size at which less
-    can be had than at another counts as missing it. The learned one is deployed if on the held-out seeds it
-    keeps the promise, or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval
-    of the difference excludes none.
+    can be had than at another counts as missing it. It is deployed if on the held-out seeds it keeps the SLO,
+    or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval of the difference
+    excludes none.
     """
     bar = (min if share is None else max)(pair.asked for pair in pairs)
 
@@ -169,15 +163,15 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
         return abs(pair.asked - bar) > SLACK, missed, figure
 
     ranked = sorted(pairs, key=rank)
-    static = next(pair for pair in ranked if pair.policy == STATIC)
-    best = next((pair for pair in ranked if pair.policy != STATIC), None)
+    static = next(pair for pair in ranked if pair.policy == TUNED_STATIC)
+    best = next((pair for pair in ranked if pair.policy != TUNED_STATIC), None)
     if best is None or any(rank(best)[:2]) or not _keeps(best, static, share):
-        sentence = f"Recommended: {_named(static)}. No learned policy keeps the promise."
+        sentence = f"Recommended: {_named(static)}. No other policy keeps the SLO."
         return static, sentence + _warning(static, share)
     change = best.against(static)
     if change.high is None or change.high >= 1.0:
         return static, (
-            f"Recommended: {_named(static)}. No learned policy beats it: the best, {_named(best)}, uses "
+            f"Recommended: {_named(static)}. No other policy beats it: the best, {_named(best)}, uses "
             f"{_percent(change)} energy.{_warning(static, share)}"
         )
     others = [pair for pair in ranked if pair is not best]
@@ -201,7 +195,7 @@ def _warning(pair: Pair, share: float | None) -> str:
 
 
 def _named(pair: Pair) -> str:
-    return f"{pair.policy} at block size {pair.kv_block_size} ({pair.how}, {pair.attained:.1%} of SLO)"
+    return f"{label(pair.policy)} at block size {pair.kv_block_size} ({pair.how}, {pair.attained:.1%} of SLO)"
 
 
 def _percent(ratio: Interval) -> str:

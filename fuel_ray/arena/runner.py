@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 from fuel_ray.arena.cell import Contest, run_scenario
+from fuel_ray.arena.comparison import summarise
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.figures import draw
+from fuel_ray.arena.pool import in_processes
 from fuel_ray.arena.scenarios import SloName, scenarios_of
-from fuel_ray.arena.tables import headline, markdown, summarise, text
+from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.config import to_dict
 from fuel_ray.record import origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.pack import load_pack
@@ -58,7 +58,8 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     )
     began_s = time.monotonic()
     try:
-        for number, name in enumerate(_in_parallel(todo, folder, config.workers), 1):
+        jobs = [(contest, folder) for contest in todo]
+        for number, name in enumerate(in_processes(run_and_write, jobs, workers=config.workers), 1):
             spent_s = time.monotonic() - began_s
             left_s = spent_s / number * (len(todo) - number)
             print(f"arena  {number}/{len(todo)}  {name:<16} {spent_s:.0f} s, {left_s:.0f} left", flush=True)
@@ -66,21 +67,6 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
         print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
         raise
     return [read_json(cell_file(folder, c.scenario.name, slo)) for c in contests for slo in config.slos]
-
-
-def _in_parallel(contests: Sequence[Contest], folder: Path, workers: int) -> Iterator[str]:
-    """Run the contests and name each as it is done; what has not begun is dropped on an error."""
-    if workers == 1 or len(contests) < 2:
-        yield from (run_and_write(contest, folder) for contest in contests)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(contests)), mp_context=get_context("spawn"))
-    try:
-        for future in as_completed([pool.submit(run_and_write, c, folder) for c in contests]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in active_children():  # in the middle of a cell, if this ends early
-            child.terminate()
 
 
 def contests_of(config: ArenaConfig) -> Iterator[Contest]:

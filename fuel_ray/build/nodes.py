@@ -83,6 +83,8 @@ def twinned(config: Settings, specs: Iterable[NodeSpec]) -> Settings:
     Raises:
         ConfigError: there is none, so the pack is of another GPU.
     """
+    if not config.live_server:
+        return config
     pack = load_pack(config.pack)
     common = set(pack.gpu_clocks_mhz).intersection(*(spec.gpu_clocks_mhz for spec in specs))
     if not common:

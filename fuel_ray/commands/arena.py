@@ -2,15 +2,14 @@
 
 from dataclasses import replace
 
-from fuel_ray.arena.config import ArenaConfig
+from fuel_ray.arena.config import ArenaConfig, check_tuning
 from fuel_ray.arena.runner import all_cells, facts, publish
 from fuel_ray.arena.scenarios import scenarios_of
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed
-from fuel_ray.policies.learned import load_policy
 from fuel_ray.record import make_folder, new_folder, write_json
-from fuel_ray.tuning.episodes import TUNING_SEEDS
+from fuel_ray.tuning.contenders import check, names_of
 
 # Settings of a node that are not the user's here
 _OF_SCENARIOS = (
@@ -31,33 +30,15 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
         config = resumed(config.resume, argv, prog=prog, base=ArenaConfig(), may_change=("workers",))
     if config.node != "sim" or len(config.block_sizes) != 1:
         raise ConfigError("the arena needs --node sim and one --block-sizes")
-    _validate(config)
-    return replace(config, slos=tuple(dict.fromkeys(config.slos)))
-
-
-def _validate(config: ArenaConfig) -> None:
-    most = len(TUNING_SEEDS)
-    for flag, value, low, high in (
-        ("--seeds", config.seeds, 1, 10_000),
-        ("--tuning-seeds", config.tuning_seeds, 1, most),
-        ("--seconds", config.seconds, 60, 86_400),
-        ("--workers", config.workers, 1, 256),
-        ("--tune-share", config.tune_share, 0.01, 1),
-        ("--oracle-segment-s", config.oracle_segment_s, 1, 3_600),
-    ):
-        if not low <= value <= high:
-            raise ConfigError(f"{flag} {value}: must be from {low} to {high}")
+    check_tuning(config, None)
     for name in _OF_SCENARIOS:
         if getattr(config, name) != getattr(ArenaConfig(), name):
-            raise ConfigError(f"--{name.replace('_', '-')}: the arena's own scenarios and promises say that")
+            raise ConfigError(f"--{name.replace('_', '-')}: the arena's own scenarios and SLOs say that")
     scenarios_of(config.scenarios)
     if not config.slos:
         raise ConfigError("--slos: at least one of interactive, tight, seed")
-    names = [folder.name for folder in config.policies]
-    if len(set(names)) < len(names):
-        raise ConfigError("--policies: two folders have the same name; rows are named after folders")
-    for folder in config.policies:
-        load_policy(folder, build_spec(config, config.block_sizes[0]))
+    check("--policies", config.policies, config, [build_spec(config, config.block_sizes[0])])
+    return replace(config, slos=tuple(dict.fromkeys(config.slos)))
 
 
 def run(config: ArenaConfig) -> int:
@@ -67,6 +48,6 @@ def run(config: ArenaConfig) -> int:
     if config.resume is None:
         write_json(run_dir / "run.json", facts(config))
     cells = all_cells(config, run_dir)
-    print(f"\n{publish(cells, run_dir, names=[folder.name for folder in config.policies])}")
+    print(f"\n{publish(cells, run_dir, names=names_of(config.policies))}")
     print(f"\nmodelled, pack {config.pack}; wrote {run_dir}")
     return 0

@@ -14,11 +14,13 @@ from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached, Deployment, Observer, Observers
 from fuel_ray.deploy.exporter import Exporter
 from fuel_ray.deploy.recorder import Recorder
+from fuel_ray.deploy.rule import Rule
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_flags
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.record import new_folder, origin
 from fuel_ray.training.checkpoint import policy_folder
+from fuel_ray.types import Slo
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class DeployConfig:
     when this process is killed.
     """
 
-    policy: Annotated[Path, arg(aliases=["--model"])]
-    """Policy folder of a sweep, results/sweep-.../policies/block_16, or an RLlib checkpoint in its run."""
+    policy: Annotated[str, arg(aliases=["--model"])]
+    """Policy folder of a sweep, results/sweep-.../policies/block_16, or an RLlib checkpoint in its run. With
+    --shadow also a name such as clipper, or package.module:Class, for which the SLO is to be said."""
     server: str = "http://127.0.0.1:8000"
     """URL of the running server; it is attached to and never stopped."""
     gpu_ids: tuple[str, ...] = ("0",)
@@ -58,6 +61,14 @@ class DeployConfig:
     """Port of the controller's own /metrics, such as 9464; None: there is none."""
     metrics_host: str = "127.0.0.1"
     """Address that /metrics listens on."""
+    slo_ttft_s: float | None = None
+    """The SLO of a rule, whose requests have a first token within this, in s. A folder has its own."""
+    slo_tpot_s: float | None = None
+    """And a time per output token within this, in s."""
+    slo_e2e_s: float | None = None
+    """And the last token within this, in s."""
+    pack: str | None = None
+    """Calibration pack of the server's GPU, for rules that need a model of it."""
     allow_mismatch: bool = False
     """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
     guard: GuardConfig = field(
@@ -77,12 +88,16 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
     config = parse_flags(DeployConfig, argv, prog=prog)
     if config.shadow and config.canary is not None:
         raise ConfigError("--canary needs the policy to rule at times; --shadow never lets it")
+    if (rule := _rule(config)) is not None:
+        rule.check()
+        if not config.shadow:
+            raise ConfigError(f"--policy {config.policy}: only a folder may rule; this only with --shadow")
     return config
 
 
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
-    folder = policy_folder(config.policy)
+    folder = _rule(config) or policy_folder(Path(config.policy))
     trial = _trial(config, folder)
 
     def attach_again() -> Attached:
@@ -91,7 +106,7 @@ def run(config: DeployConfig) -> int:
     with contextlib.ExitStack() as opened:
         exporters: list[Observer] = []
         if config.metrics_port is not None:
-            info = {"policy": str(folder.path), "mode": "shadow" if config.shadow else "control"}
+            info = {"policy": config.policy, "mode": "shadow" if config.shadow else "control"}
             exporter = Exporter(config.metrics_port, folder.slo, host=config.metrics_host, info=info)
             opened.callback(exporter.close)
             exporters.append(exporter)
@@ -117,18 +132,26 @@ def _target(config: DeployConfig) -> Target:
     )
 
 
-def _trial(config: DeployConfig, folder: PolicyFolder) -> Canary | None:
+def _trial(config: DeployConfig, folder: PolicyFolder | Rule) -> Canary | None:
     if config.canary is None:
         return None
     rng = np.random.default_rng(config.seed)
     return Canary(share=config.canary, block_s=config.canary_block_s, slo=folder.slo, rng=rng)
 
 
-def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:
+def _rule(config: DeployConfig) -> Rule | None:
+    """What is named where --policy is no path."""
+    if Path(config.policy).exists():
+        return None
+    slo = Slo(config.slo_ttft_s, config.slo_tpot_s, config.slo_e2e_s)
+    return Rule(config.policy, slo, config.pack)
+
+
+def _facts(config: DeployConfig, folder: PolicyFolder | Rule) -> dict[str, Any]:
     """What run.json says beforehand."""
     return {
         **origin("deploy"),
         "config": to_dict(config),
-        "policy": folder.manifest.to_dict(),
+        "policy": folder.manifest.to_dict() if isinstance(folder, PolicyFolder) else {"rule": folder.entry},
         "slo": asdict(folder.slo),
     }

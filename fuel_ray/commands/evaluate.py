@@ -4,19 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 from fuel_ray.arena.config import EvaluateConfig
-from fuel_ray.arena.evaluation import Evaluation, comparison, evaluate_policies
+from fuel_ray.arena.evaluation import Evaluation, comparison, evaluate_policies, static_name
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.codec import parse_knobs
 from fuel_ray.config import to_dict
 from fuel_ray.errors import ConfigError, UnsupportedError
-from fuel_ray.flags import parse_serving
-from fuel_ray.policies.learned import (
-    distinct_names,
-    load_policy,
-    read_manifest,
-)
+from fuel_ray.flags import parse_serving, validate_tune_share
+from fuel_ray.policies.catalogue import CATALOGUE
 from fuel_ray.policies.static import Static
 from fuel_ray.record import new_folder, origin, write_csv, write_json, write_lines
+from fuel_ray.tuning.contenders import check, of_size
+from fuel_ray.tuning.tuned import tuned_policies
 from fuel_ray.types import NodeSpec, Policy
 
 
@@ -27,12 +25,16 @@ def parse(argv: list[str], *, prog: str) -> EvaluateConfig:
         ConfigError: a flag is wrong.
     """
     config = parse_serving(EvaluateConfig, argv, prog=prog)
-    if not config.static or config.seeds < 1 or config.seconds < 1:
-        raise ConfigError("--static needs at least one policy, --seeds and --seconds at least 1")
-    for text in config.static:
-        _static(text, build_spec(config, config.block_sizes[0]))
-    for folder in config.policies:
-        read_manifest(folder)
+    if not config.static:
+        raise ConfigError("--static needs at least one policy")
+    if config.node != "ray" or not config.live_server:  # those of a cluster say it once they are there
+        spec = build_spec(config, config.block_sizes[0])
+        for text in config.static:
+            _static(text, spec)
+        sizes = [replace(spec, kv_block_size=size) for size in config.block_sizes]
+        check("--policies", config.policies, config, sizes)
+    if any(entry in CATALOGUE and CATALOGUE[entry].tuned for entry in config.policies):
+        validate_tune_share(config.tune_share, config.slo_share)
     return config
 
 
@@ -64,12 +66,15 @@ def run(config: EvaluateConfig) -> int:
 def _one_block_size(
     config: EvaluateConfig, kv_block_size: int, evaluation: Evaluation, unsupported: dict[str, str]
 ) -> None:
-    named = zip(distinct_names(config.policies), config.policies, strict=True)
-    own = {name: f for name, f in named if kv_block_size in read_manifest(f).kv_block_sizes}
+    entries = of_size(config.policies, kv_block_size)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
 
     def policies(spec: NodeSpec) -> dict[str, Policy]:
-        static = {f"static {text}": _static(text, spec) for text in config.static}
-        return {**static, **{f"dqn {name}": load_policy(folder, spec) for name, folder in own.items()}}
+        static = {static_name(text): _static(text, spec) for text in config.static}
+        share = config.tune_share
+        return {**static, **tuned_policies(config, config.workload, spec, entries, share=share, say=say)}
 
     try:
         evaluate_policies(
@@ -80,7 +85,7 @@ def _one_block_size(
             seeds=config.seeds,
             seconds=config.seconds,
             into=evaluation,
-            say=lambda line: print(line, flush=True),
+            say=say,
         )
     except UnsupportedError as error:
         unsupported[str(kv_block_size)] = str(error)

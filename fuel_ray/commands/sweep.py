@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fuel_ray.arena.evaluation import evaluate_block_size
 from fuel_ray.build.cluster import gpus_per_node
+from fuel_ray.build.nodes import build_spec, twin_of
 from fuel_ray.build.resolve import Resolved
 from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.cluster.jobs import in_parallel
@@ -16,6 +17,7 @@ from fuel_ray.record import read_json, write_json
 from fuel_ray.report.sections import summary_table, write_report
 from fuel_ray.training.rounds import block_sizes_of, in_rounds, merged, merged_lines
 from fuel_ray.training.run import parse_run, policy_folder, prepare, resumable, train_policies
+from fuel_ray.tuning.contenders import check
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.tuned import Tuned
 
@@ -26,7 +28,11 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
     Raises:
         ConfigError: a flag is wrong, or differs from the run that is to be resumed.
     """
-    return parse_run(SweepConfig, argv, prog=prog)
+    config = parse_run(SweepConfig, argv, prog=prog)
+    if config.also:
+        twin = twin_of(config)
+        check("--also", config.also, twin, [build_spec(twin, size) for size in config.block_sizes])
+    return config
 
 
 def run(config: SweepConfig) -> int:

@@ -14,6 +14,7 @@ from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
 from fuel_ray.deploy.estimate import SavingEstimate
+from fuel_ray.deploy.rule import Rule
 from fuel_ray.deploy.shadow import ShadowNode
 from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import ConfigError, NodeError, PolicyError
@@ -28,7 +29,7 @@ from fuel_ray.live.vllm.metrics import CacheConfig
 from fuel_ray.live.vllm.server import served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
-from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.types import Knobs, Node, NodeSpec, Policy
 
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
@@ -52,13 +53,13 @@ class Target:
 
 
 def attach(
-    target: Target, folder: PolicyFolder, *, interval_s: float, trial: Canary | None = None
+    target: Target, folder: PolicyFolder | Rule, *, interval_s: float, trial: Canary | None = None
 ) -> Attached:
     """A control loop around a running server and the policy for it, on trial where that is asked for.
 
     Raises:
         PolicyError: the policy does not fit the server; the message names all that differs.
-        ConfigError: the fallback is not one of the node's settings.
+        ConfigError: the fallback is not one of the node's settings, or a rule lacks something.
         NodeError: the server does not answer, there is no such GPU, or another controller has it.
     """
     with contextlib.ExitStack() as opened:
@@ -72,7 +73,8 @@ def attach(
         if target.limit_file is not None and not target.shadow:
             limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
         spec = _spec(target, folder, gpus, cache, limiter)
-        check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
+        if isinstance(folder, PolicyFolder):
+            check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
         if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
             logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
@@ -92,7 +94,7 @@ def attach(
 
 
 def _spec(
-    target: Target, folder: PolicyFolder, gpus: Gpus, cache: CacheConfig, limiter: BatchLimiter | None
+    target: Target, folder: PolicyFolder | Rule, gpus: Gpus, cache: CacheConfig, limiter: BatchLimiter | None
 ) -> NodeSpec:
     return NodeSpec(
         name=f"{target.server} on {', '.join(gpus.uuids)}",
@@ -111,15 +113,16 @@ def _observed(spec: NodeSpec) -> NodeSpec:
     return replace(spec, gpu_clocks_mhz=spec.gpu_clocks_mhz[-1:])
 
 
-def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
-    """The rules that are asked for; where they say None, the promise's own wait and the tuned static pair."""
-    slo, tuned = folder.slo, folder.manifest.tuned_static
+def _guard(config: GuardConfig, folder: PolicyFolder | Rule, spec: NodeSpec) -> Guard:
+    """The rules that are asked for; where they say None, the SLO's own wait and the tuned static pair."""
+    slo = folder.slo
+    tuned = folder.manifest.tuned_static if isinstance(folder, PolicyFolder) else None
     if config.max_wait_s is None:
         config = replace(config, max_wait_s=slo.wait_limit_s)
     if config.fallback is None and tuned is not None and _can_be_set(tuned, spec):
         config = replace(config, fallback=f"{tuned.batch_limit}@{tuned.gpu_clock_mhz}")
     drift = None
-    if config.drift:
+    if config.drift and isinstance(folder, PolicyFolder):
         drift = DriftDetector(folder.codec, spec, ranges=folder.manifest.feature_ranges)
     return Guard(config.rules(slo, spec), drift=drift)
 
@@ -130,21 +133,25 @@ def _can_be_set(knobs: Knobs, spec: NodeSpec) -> bool:
     return lowest <= knobs.batch_limit <= highest and (len(clocks) == 1 or knobs.gpu_clock_mhz in clocks)
 
 
-def _saving(folder: PolicyFolder, spec: NodeSpec) -> Callable[[StepRecord], float | None]:
+def _saving(folder: PolicyFolder | Rule, spec: NodeSpec) -> Callable[[StepRecord], float | None]:
     """By the pack that the policy was trained on, where that is at hand."""
-    try:
-        pack = load_pack(folder.manifest.pack)
-    except ConfigError:
-        pack = None
-    if pack is None or pack.sha256 != folder.manifest.pack_sha256:
+    pack = folder.pack if isinstance(folder, Rule) else _trained_on(folder)
+    if pack is None:
         return lambda record: None
     estimate, most = SavingEstimate(pack.perf, spec), spec.max_performance
     return lambda record: estimate.saved_j(record.metrics, record.verdict.knobs, reference=most)
 
 
-def _objective(folder: PolicyFolder) -> Energy:
+def _trained_on(folder: PolicyFolder) -> Pack | None:
+    with contextlib.suppress(ConfigError):
+        pack = load_pack(folder.manifest.pack)
+        return pack if pack.sha256 == folder.manifest.pack_sha256 else None
+    return None
+
+
+def _objective(folder: PolicyFolder | Rule) -> Energy:
     """Negative watts, missed limits included at the policy's own price."""
-    price_j = folder.codec.miss_price_j
+    price_j = folder.codec.miss_price_j if isinstance(folder, PolicyFolder) else 0.0
     return Energy(folder.slo, token_price_j=0.0, miss_price_j=price_j, scale_w=1.0, lowest=-math.inf)
 
 
@@ -214,10 +221,12 @@ def _server_check(client: MetricsClient, spec: NodeSpec, server: str) -> Callabl
     return check
 
 
-def _capacity(target: Target, folder: PolicyFolder, limiter: BatchLimiter | None) -> int:
+def _capacity(target: Target, folder: PolicyFolder | Rule, limiter: BatchLimiter | None) -> int:
     """The server's highest batch limit."""
     if target.max_num_seqs is not None:
         return target.max_num_seqs
+    if isinstance(folder, Rule):
+        raise ConfigError(f"--policy {folder.entry}: say the server's capacity, --max-num-seqs")
     deadline_s = time.monotonic() + ATTACH_S
     while limiter is not None and time.monotonic() < deadline_s:
         with contextlib.suppress(NodeError):

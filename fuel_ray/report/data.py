@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.stats import Interval, bootstrap_mean, paired_ratio
+from fuel_ray.policies.catalogue import LEARNED, REFERENCES
+from fuel_ray.stats import Interval, bootstrap_mean, relative_energy
 
-LEARNED = "dqn"
-REFERENCES = ("max_performance", "tuned_static", "load_table")
 ENERGY = "energy_j_per_request"
 _COLUMNS = (
     *("block_size", "policy", "workload", "seed", "workload_digest", "slo_attainment", ENERGY),
@@ -103,26 +102,26 @@ def mean_over_seeds(
     """Mean of a column over the seeds, each averaged over the block sizes; None without values."""
     cells = _cells(run, column, workload=workload, policy=policy, block_size=block_size)
     values = cells.groupby("seed").mean()
-    return bootstrap_mean(values.to_numpy(), rng=_rng()) if len(values) else None
+    return bootstrap_mean(values.to_numpy(), rng=np.random.default_rng(0)) if len(values) else None
 
 
-def relative_energy(
+def energy_against(
     run: Run, policy: str, reference: str, *, workload: str, block_size: int | None = None
 ) -> Interval | None:
     """Energy per request of one policy over that of another, paired by seed; None if they share none."""
-    return _paired(
-        _cells(run, ENERGY, workload=workload, policy=policy, block_size=block_size),
-        _cells(run, ENERGY, workload=workload, policy=reference, block_size=block_size),
+    own, other = (
+        _energies(run, workload=workload, policy=name, block_size=block_size) for name in (policy, reference)
     )
+    return relative_energy(own, other)
 
 
 def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int, int], Interval]:
     """Energy per request at block size a over that at b, paired by seed, for each pair a > b."""
-    cells = {
-        size: _cells(run, ENERGY, workload=workload, policy=policy, block_size=size).droplevel("block_size")
-        for size in run.block_sizes
+    by_size = {
+        size: _energies(run, workload=workload, policy=policy, block_size=size) for size in run.block_sizes
     }
-    ratios = {(a, b): _paired(cells[a], cells[b]) for a in cells for b in cells if a > b}
+    by_size = {size: {(0, seed): j for (_, seed), j in own.items()} for size, own in by_size.items()}
+    ratios = {(a, b): relative_energy(by_size[a], by_size[b]) for a in by_size for b in by_size if a > b}
     return {pair: ratio for pair, ratio in ratios.items() if ratio is not None}
 
 
@@ -156,11 +155,6 @@ def missed(run: Run, attainment: Interval | None) -> bool:
     return attainment is not None and target is not None and attainment.mean < target
 
 
-def _rng() -> np.random.Generator:
-    """The same resamples for every interval, so that a run has one report."""
-    return np.random.default_rng(0)
-
-
 def _cells(run: Run, column: str, *, workload: str, policy: str, block_size: int | None) -> pd.Series:
     """A column indexed by (block_size, seed), without unknown values."""
     rows = run.cells.get((workload, policy))
@@ -170,9 +164,11 @@ def _cells(run: Run, column: str, *, workload: str, policy: str, block_size: int
     return cells if block_size is None else cells[cells.index.get_level_values(0) == block_size]
 
 
-def _paired(numerators: pd.Series, denominators: pd.Series) -> Interval | None:
-    both = pd.concat([numerators, denominators], axis=1, join="inner").groupby("seed").mean()
-    return paired_ratio(*both.to_numpy().T, rng=_rng()) if len(both) else None
+def _energies(
+    run: Run, *, workload: str, policy: str, block_size: int | None
+) -> dict[tuple[int, int], float]:
+    cells = _cells(run, ENERGY, workload=workload, policy=policy, block_size=block_size)
+    return dict(zip(cells.index, cells, strict=True))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,18 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
-from fuel_ray.report.data import ENERGY, LEARNED, Run, mean_over_seeds
-from fuel_ray.report.text import label
+from fuel_ray.policies.catalogue import LEARNED, color, label
+from fuel_ray.report.data import ENERGY, Run, mean_over_seeds
 from fuel_ray.stats import Interval
 
-# Okabe and Ito's colour-blind-safe palette; a policy without a colour of its own takes one of the others.
-_COLORS = {
-    "max_performance": "#7a7a7a",
-    "tuned_static": "#e69f00",
-    "load_table": "#009e73",
-    LEARNED: "#0072b2",
-}
-_OTHER_COLORS = ("#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
 _BLOCK_COLORS = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b", "#6a51a3", "#3f007d")  # light to dark: an order
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_TICKS = 24
@@ -47,12 +39,6 @@ _STYLE = {
     "svg.hashsalt": "fuel_ray",
     "text.parse_math": False,  # names come from files
 }
-
-
-def color(run: Run, policy: str) -> str:
-    """The colour of a policy in every figure and table."""
-    others = [name for name in run.policies if name not in _COLORS]
-    return _COLORS.get(policy) or _OTHER_COLORS[others.index(policy) % len(_OTHER_COLORS)]
 
 
 def learning_curves(run: Run) -> str:
@@ -87,7 +73,7 @@ def energy_against_attainment(run: Run, *, workload: str) -> str:
                     for column in (ENERGY, "slo_attainment")
                 )
                 if energy is not None and share is not None:
-                    _cross(axes, energy, share, color(run, policy), _MARKERS[rank % len(_MARKERS)])
+                    _cross(axes, energy, share, color(policy, run.policies), _MARKERS[rank % len(_MARKERS)])
         if run.attainment_target is not None:
             axes.axhline(100 * run.attainment_target, color="#b3261e", linestyle="--", linewidth=1)
         axes.set(xlabel="energy per request (J)  ← better", ylabel="SLO attainment (%)  better →")
@@ -107,7 +93,7 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
         for policy in run.policies:
             rows = steps[steps["policy"] == policy].sort_values("time_s")
             for axes, column in zip(panels[1:], ("in_system", "gpu_clock_mhz", "batch_limit"), strict=True):
-                _trace(axes, rows, rows[column], color(run, policy))
+                _trace(axes, rows, rows[column], color(policy, run.policies))
         load = steps[steps["policy"] == steps["policy"].iloc[0]].sort_values("time_s")
         _trace(panels[0], load, load["arrivals"] / _window_s(load), "#30343b")
         names = ("arrivals per s", "running + waiting", "GPU clock (MHz)", "batch limit")
@@ -222,7 +208,10 @@ def _heat_map(axes: Any, share: np.ndarray, *, limits: np.ndarray, clocks: np.nd
 
 
 def _policy_key(run: Run) -> list[Line2D]:
-    return [Line2D([], [], color=color(run, name), linewidth=3, label=label(name)) for name in run.policies]
+    return [
+        Line2D([], [], color=color(name, run.policies), linewidth=3, label=label(name))
+        for name in run.policies
+    ]
 
 
 def _scatter_key(run: Run) -> list[Line2D]:

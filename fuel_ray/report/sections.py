@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fuel_ray.policies.catalogue import CATALOGUE, LEARNED, REFERENCES, color, label
 from fuel_ray.report import figures, tables, text
 from fuel_ray.report.data import (
-    LEARNED,
-    REFERENCES,
     Run,
+    energy_against,
     load_run,
     mean_over_seeds,
     missed,
-    relative_energy,
 )
 from fuel_ray.report.page import (
     Cell,
@@ -26,12 +25,6 @@ from fuel_ray.report.page import (
 )
 
 _SHOWN_BLOCK_SIZE = 16  # vLLM's default; the others are folded
-_POLICIES = {
-    "max_performance": "highest clock, no batch limit: a server without control",
-    "tuned_static": "the one (clock, limit) pair with the least energy within the SLO on the training seeds",
-    "load_table": "a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
-    LEARNED: "the DQN that this run trained, one per KV block size, held to the load table where that helped",
-}
 _TERMS = {
     "J/request": "GPU energy divided by requests that arrived; lower is better",
     "SLO attainment": "share of requests that kept the latency promise (SLO); meeting the target is enough",
@@ -117,7 +110,10 @@ def _answer(run: Run) -> Iterator[str]:
         yield paragraph(f"Block size {size} was not run: {reason}")
     yield heading("How to read this")
     policies = [
-        (Cell(text.label(name), dot=figures.color(run, name)), _POLICIES.get(name, "a further baseline"))
+        (
+            Cell(label(name), dot=color(name, run.policies)),
+            CATALOGUE[name].what if name in CATALOGUE else "a further baseline",
+        )
         for name in run.policies
     ]
     yield definitions([*policies, *((Cell(term), meaning) for term, meaning in _TERMS.items())])
@@ -126,9 +122,9 @@ def _answer(run: Run) -> Iterator[str]:
 def _tiles(run: Run) -> Iterator[str]:
     main = run.workloads[0]
     for reference in REFERENCES:
-        ratio = relative_energy(run, LEARNED, reference, workload=main)
+        ratio = energy_against(run, LEARNED, reference, workload=main)
         if ratio is not None:
-            name = f"J/request vs {text.label(reference)}"
+            name = f"J/request vs {label(reference)}"
             yield tile(
                 tables.change(ratio.mean),
                 name=name,

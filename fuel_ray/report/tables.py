@@ -3,20 +3,18 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fuel_ray.policies.catalogue import LEARNED, REFERENCES, color, label
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.report.data import (
     ENERGY,
-    LEARNED,
-    REFERENCES,
     Run,
     digests,
+    energy_against,
     mean_over_seeds,
     missed,
-    relative_energy,
 )
-from fuel_ray.report.figures import color
 from fuel_ray.report.page import Cell, table
-from fuel_ray.report.text import label, percent
+from fuel_ray.report.text import percent
 from fuel_ray.stats import Interval
 
 _HEAD = (
@@ -124,12 +122,14 @@ def _row(run: Run, policy: str, *, workload: str, size: int) -> list[Cell]:
     if (energy := mean(ENERGY)) is None:
         return []
     ratios = (
-        None if name == policy else relative_energy(run, policy, name, workload=workload, block_size=size)
+        None if name == policy else energy_against(run, policy, name, workload=workload, block_size=size)
         for name in REFERENCES
     )
     share = mean("slo_attainment")
     return [
-        Cell(label(policy), style="text mine" if policy == LEARNED else "text", dot=color(run, policy)),
+        Cell(
+            label(policy), style="text mine" if policy == LEARNED else "text", dot=color(policy, run.policies)
+        ),
         _cell(energy, "{:.1f}".format),
         *(_cell(ratio, change) for ratio in ratios),
         _cell(share, percent, style="bad" if missed(run, share) else ""),

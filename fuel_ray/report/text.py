@@ -2,38 +2,22 @@
 
 from collections.abc import Mapping
 
+from fuel_ray.policies.catalogue import LEARNED, LOAD_TABLE, MAX_PERFORMANCE, REFERENCES, TUNED_STATIC, label
 from fuel_ray.report.data import (
-    LEARNED,
-    REFERENCES,
     Run,
     below_target,
     block_size_ratios,
     digests,
+    energy_against,
     mean_over_seeds,
     missed,
-    relative_energy,
     seeds_of,
 )
 from fuel_ray.stats import Interval
 
 SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
 
-_LABELS = {
-    "max_performance": "maximum performance",
-    "tuned_static": "tuned static",
-    "load_table": "load table",
-    LEARNED: "learned (DQN)",
-}
-_IN_PROSE = {
-    "max_performance": "maximum performance",
-    "tuned_static": "the tuned static pair",
-    "load_table": "the load table",
-}
-
-
-def label(policy: str) -> str:
-    """A policy's name for people."""
-    return _LABELS.get(policy, policy.replace("_", " "))
+_IN_PROSE = {TUNED_STATIC: "the tuned static pair", LOAD_TABLE: "the load table"}
 
 
 def percent(share: float) -> str:
@@ -47,9 +31,11 @@ def headline(run: Run) -> str:
     attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=LEARNED)
     if attainment is None:
         return f"This run has no learned policy on the {workload} workload to judge."
-    ratios = {name: relative_energy(run, LEARNED, name, workload=workload) for name in REFERENCES}
+    ratios = {name: energy_against(run, LEARNED, name, workload=workload) for name in REFERENCES}
     energy = [
-        f"{_more(r)} than under {_IN_PROSE[name]}{_range(r)}" for name, r in ratios.items() if r is not None
+        f"{_more(r)} than under {_IN_PROSE.get(name, label(name))}{_range(r)}"
+        for name, r in ratios.items()
+        if r is not None
     ]
     answer = f"learned policy's energy per request is {_and(energy)}, and it" if energy else "learned policy"
     news = _news(missed=missed(run, attainment), ratios=ratios)
@@ -121,7 +107,7 @@ def block_sizes(run: Run) -> str:
 
 def control(run: Run, *, workload: str) -> str:
     """What the negative control says about the comparison itself."""
-    ratio = relative_energy(run, LEARNED, "tuned_static", workload=workload)
+    ratio = energy_against(run, LEARNED, TUNED_STATIC, workload=workload)
     aim = "Under this load a fixed pair is as good as it gets; adapting should gain nothing"
     if ratio is None:
         return f"{aim}; this run has no such comparison."
@@ -136,7 +122,7 @@ def control(run: Run, *, workload: str) -> str:
 
 def _news(*, missed: bool, ratios: Mapping[str, Interval | None]) -> str:
     """How the headline begins."""
-    maximum, static = ratios["max_performance"], ratios["tuned_static"]
+    maximum, static = ratios[MAX_PERFORMANCE], ratios[TUNED_STATIC]
     faults = ["the SLO attainment target is missed"] if missed else []
     if maximum is not None and maximum.mean >= 1:
         faults.append("nothing is saved")
@@ -147,7 +133,7 @@ def _news(*, missed: bool, ratios: Mapping[str, Interval | None]) -> str:
 
 def _untrained(run: Run) -> str:
     """The largest difference where no training can blur it."""
-    ratios = block_size_ratios(run, "max_performance", workload=run.workloads[0])
+    ratios = block_size_ratios(run, MAX_PERFORMANCE, workload=run.workloads[0])
     if not ratios:
         return ""
     (a, b), widest = max(ratios.items(), key=lambda item: abs(item[1].mean - 1))

@@ -1,91 +1,105 @@
-"""Who takes part: the published rules, each with the one number in it that may be tuned, and the learned."""
+"""Who takes part: what a name, a folder or ``package.module:Class`` among --policies stands for."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fuel_ray.policies.agft import AgftLinUcb
+from fuel_ray.config import ServingConfig
+from fuel_ray.errors import ConfigError
+from fuel_ray.outside import load
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
-from fuel_ray.policies.clipper import Clipper
-from fuel_ray.policies.eais import Eais
-from fuel_ray.policies.feedback import Feedback
-from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_manifest
-from fuel_ray.policies.models import fit_batches, fit_steps, token_limits
+from fuel_ray.policies.catalogue import CATALOGUE, LEARNED, Case, Contender, contender, untuned
+from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.static import LoadTable
-from fuel_ray.policies.voltana import Dwell, VoltanaLlm
-from fuel_ray.sim.pack import Pack
-from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
-from fuel_ray.workload.lengths import OUTPUT_TOKENS
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.types import NodeSpec, Policy, Slo
 
-MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
-BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
 LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced policy's is searched
-DWELL_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A policy by name, and the values that its one free number is tuned over.
-
-    With ``monotone`` a higher number keeps the promise more often and costs more: it is found by bisection.
-    """
-
-    name: str
-    make: Callable[[float], Policy]
-    settings: tuple[float, ...] = (0.0,)
-    monotone: bool = False
-
-
-def published(spec: NodeSpec, slo: Slo, pack: Pack, *, static: Knobs) -> list[Contender]:
-    """The peers' rules for this node and promise; those that leave the limit alone use tuned static's."""
-    ttft_s, tpot_s = token_limits(slo)
-    clocks, limit, capacity = spec.gpu_clocks_mhz, static.batch_limit, spec.batch_limits[-1]
-    coarse = clocks[::-1][::4][::-1]
-    steps = fit_steps(pack.perf, coarse, max_num_seqs=capacity)
-    batches = fit_batches(pack.perf, clocks[::-1][::8][::-1], max_batch=capacity)
-    kv_tokens = (spec.num_kv_blocks or 0) * spec.kv_block_size
-
-    def voltana(margin: float) -> VoltanaLlm:
-        return VoltanaLlm(
-            steps, ttft_s=ttft_s, tpot_s=tpot_s, batch_limit=limit, kv_tokens=kv_tokens, margin=margin
-        )
-
-    def feedback(high: float) -> Feedback:
-        return Feedback(spec, ttft_s=ttft_s, tpot_s=tpot_s, batch_limit=limit, low=0.9 * high, high=high)
-
-    e2e_s = slo.e2e_s or ttft_s + OUTPUT_TOKENS * tpot_s
-    return [
-        Contender("Clipper", lambda _: Clipper(spec, slo)),
-        Contender("Clipper, if binding", lambda _: Clipper(spec, slo, only_while_binding=True)),
-        Contender("EAIS", lambda _: Eais(batches, slo_s=e2e_s, max_batch=capacity)),
-        Contender("VoltanaLLM", voltana, MARGINS),
-        Contender("VoltanaLLM, dwell", lambda x: Dwell(voltana(x), dwell_s=DWELL_S), MARGINS),
-        Contender("feedback", feedback, BOUNDS),
-        Contender("AGFT", lambda _: AgftLinUcb(spec, slo, batch_limit=limit, clocks_mhz=coarse)),
-    ]
-
-
-def learned(
-    folders: Sequence[Path], spec: NodeSpec, slo: Slo, table: LoadTable
-) -> list[tuple[Contender, ...]]:
-    """Policies from folders, each as the variants of which the best on the training seeds takes part.
-
-    The price of a miss is tuned where a policy was trained for many prices. One whose reward is energy is
-    kept near the load table, how near is tuned; where it is priced, it takes part once more without.
+def resolve(entry: str, case: Case) -> Contender:
+    """The policy that an entry of --policies stands for; one in a folder is as it was trained.
 
     Raises:
+        ConfigError: it stands for none.
         PolicyError: a folder is malformed, or made for another node.
     """
-    families: list[tuple[Contender, ...]] = []
-    for folder in folders:
-        policy, name = load_policy(folder, spec), folder.name
-        if read_manifest(folder).reward != "energy":
-            families.append((free(name, policy, slo),))
-            continue
-        families.append(kept_near(name, policy, slo, table))
-        if policy.priced:
-            families.append((free(f"{name}, free", policy, slo),))
-    return families
+    if _by_name(entry):
+        return contender(entry, case)
+    if is_folder(entry):
+        policy = load_policy(Path(entry), case.spec)
+        return Contender(entry, lambda _: policy)
+    make = load(entry)
+    return Contender(entry, lambda _: _from_outside(entry, make, case))
+
+
+def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Sequence[NodeSpec]) -> None:
+    """Check that what a flag names can be played on these nodes, before anything is run.
+
+    Raises:
+        ConfigError: an entry stands for no policy.
+        PolicyError: a folder is malformed, or made for another node.
+    """
+    try:
+        for spec in specs:
+            case = untuned(spec, config.slo, load_pack(config.pack))
+            for entry in of_size(entries, spec.kv_block_size).values():
+                resolve(entry, case).make(0.0)
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error}") from error
+
+
+def is_folder(entry: str) -> bool:
+    """Whether an entry of --policies is a policy folder.
+
+    Raises:
+        ConfigError: it is nothing that could be played.
+    """
+    if _by_name(entry) or (":" in entry and not Path(entry).exists()):
+        return False
+    if not Path(entry).is_dir():
+        names = ", ".join(name for name in CATALOGUE if _by_name(name))
+        raise ConfigError(
+            f"policy {entry}: no folder, no package.module:Class, and not in the catalogue: {names}"
+        )
+    return True
+
+
+def names_of(entries: Sequence[str]) -> list[str]:
+    """What the entries are called in tables: a folder by its own name where nothing else has it."""
+    folders = [Path(entry) for entry in entries if is_folder(entry)]
+    own = {str(folder): name for folder, name in zip(folders, distinct_names(folders), strict=True)}
+    return [name if (name := own.get(str(Path(e)), e)) not in CATALOGUE else e for e in entries]
+
+
+def of_size(entries: Sequence[str], kv_block_size: int) -> dict[str, str]:
+    """Those that can play at a block size, by name: a folder was trained for some."""
+    named = zip(names_of(entries), entries, strict=True)
+    return {
+        name: entry
+        for name, entry in named
+        if not is_folder(entry) or kv_block_size in read_manifest(Path(entry)).kv_block_sizes
+    }
+
+
+def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
+    """An entry's contenders, each as the variants of which the best on the tuning seeds takes part.
+
+    For a policy folder the price of a miss is tuned where it was trained for many prices. One whose reward is
+    energy is kept near the load table, how near is tuned; where it is priced, it takes part once more
+    without.
+
+    Raises:
+        ConfigError: the entry stands for no policy.
+        PolicyError: a folder is malformed, or made for another node.
+    """
+    if not is_folder(entry):
+        return [(resolve(entry, case),)]
+    policy = load_policy(Path(entry), case.spec)
+    if read_manifest(Path(entry)).reward != "energy":
+        return [(free(name, policy, case.slo),)]
+    near = kept_near(name, policy, case.slo, case.table)
+    return [near, (free(f"{name}, free", policy, case.slo),)] if policy.priced else [near]
 
 
 def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
@@ -106,3 +120,17 @@ def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> t
         return Contender(name, lambda x: own.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
     return tuple(at(weight) for weight in WEIGHTS)
+
+
+def _by_name(entry: str) -> bool:
+    return entry in CATALOGUE and entry != LEARNED
+
+
+def _from_outside(entry: str, make: Any, case: Case) -> Policy:
+    try:
+        policy: Policy = make(case.spec, case.slo)
+    except TypeError as error:
+        raise ConfigError(f"policy {entry}: it is made as Class(spec, slo): {error}") from error
+    if not (callable(getattr(policy, "reset", None)) and callable(getattr(policy, "decide", None))):
+        raise ConfigError(f"policy {entry}: what it makes has no reset() and decide(window)")
+    return policy

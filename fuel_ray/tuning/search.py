@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
-from fuel_ray.policies.agft import AgftLinUcb
+from fuel_ray.policies.catalogue import Contender, Learner
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.tuning.clock_search import allowed_badness
-from fuel_ray.tuning.contenders import Contender
 from fuel_ray.tuning.oracle import find_load_table
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.static_pair import Score, tune_static
@@ -74,10 +73,10 @@ def best_tuned(
 
 
 def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
-    """The contender with the setting that ranks best on the tuning seeds; AGFT has learned on them."""
+    """The contender with the setting that ranks best on the tuning seeds; a ``Learner`` has played them."""
     best = _search(contender, _ranker(contender, practice, slo, share))
     policy = contender.make(best)
-    if isinstance(policy, AgftLinUcb):
+    if isinstance(policy, Learner):
         for seed in practice.seeds:
             practice.episode(policy, seed)
             policy.keep()

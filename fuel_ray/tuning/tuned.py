@@ -1,23 +1,26 @@
 """What is tuned on training seeds: the baselines, a policy's price and anchor, the score of its weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fuel_ray.build.codec import build_codec
-from fuel_ray.build.nodes import build_loop
-from fuel_ray.config import LearnConfig
+from fuel_ray.build.nodes import build_loop, twin_of, twinned
+from fuel_ray.config import LearnConfig, ServingConfig
 from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.catalogue import CATALOGUE, Case, untuned
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.static import LoadTable
-from fuel_ray.tuning.contenders import LOG_PRICES, kept_near
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.tuning.contenders import LOG_PRICES, kept_near, resolve
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.search import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
+from fuel_ray.tuning.search import tuned as tuned_best
 from fuel_ray.tuning.static_pair import Score
-from fuel_ray.types import Knobs
+from fuel_ray.types import Knobs, NodeSpec, Policy
 
 _ASKED = "asked"  # the promise of the settings
 
@@ -44,8 +47,45 @@ class Tuned:
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds."""
-    practice = _practice(config, kv_block_size, workload)
-    static, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
+    return _baselines(_practice(config, kv_block_size, workload), config.tune_share)
+
+
+def tuned_policies(
+    config: ServingConfig,
+    workload: str,
+    spec: NodeSpec,
+    entries: Mapping[str, str],
+    *,
+    share: float,
+    tuned: Tuned | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Policy]:
+    """The policies that entries of --policies stand for, by name, at work on a node.
+
+    What they need is tuned on the tuning seeds of the node's twin, the baselines too unless they are
+    ``tuned`` already.
+
+    Raises:
+        ConfigError: an entry stands for no policy.
+        PolicyError: a folder is malformed, or made for another node.
+    """
+    pack = load_pack(config.pack)
+    needing = [name for name in entries if name in CATALOGUE and CATALOGUE[name].tuned]
+    if not needing:
+        case = untuned(spec, config.slo, pack)
+        return {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
+    say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
+    practice = _practice(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
+    tuned = tuned or _baselines(practice, share)
+    case = Case(spec, config.slo, pack, tuned.static, tuned.table)
+    return {
+        name: tuned_best(resolve(entry, case), practice, _ASKED, share=tuned.share)[0]
+        for name, entry in entries.items()
+    }
+
+
+def _baselines(practice: Runs, share: float) -> Tuned:
+    static, share = tune_static_pair(practice, _ASKED, share=share, limits=LIMITS_SCARCE)
     return Tuned(static, tune_table(practice, _ASKED, static, share=share), share)
 
 
@@ -98,7 +138,7 @@ def score_weights(
     return scores[best], 10.0**best
 
 
-def _practice(config: LearnConfig, kv_block_size: int, workload: str) -> Runs:
+def _practice(config: ServingConfig, kv_block_size: int, workload: str) -> Runs:
     """The tuning seeds of a workload."""
     horizon_s = float(EPISODE_S)
     loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="first half")

@@ -1,0 +1,217 @@
+"""The policies that are known by name: what they are called and drawn in, and how they are made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.policies.agft import AgftLinUcb
+from fuel_ray.policies.clipper import Clipper
+from fuel_ray.policies.eais import Eais
+from fuel_ray.policies.feedback import Feedback
+from fuel_ray.policies.models import fit_batches, fit_steps, token_limits
+from fuel_ray.policies.static import LoadTable, Static
+from fuel_ray.policies.voltana import Dwell, VoltanaLlm
+from fuel_ray.sim.pack import Pack, PerfModel
+from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
+from fuel_ray.workload.lengths import OUTPUT_TOKENS
+
+MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE, LEARNED = "max_performance", "tuned_static", "load_table", "dqn"
+REFERENCES = (MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE)
+DWELL_S = 5.0
+_OTHER_COLORS = ("#882255", "#999933", "#332288", "#bbbbbb")  # of policies that are not listed below
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a policy is made for; the last two matter only to entries that are ``tuned``."""
+
+    spec: NodeSpec
+    slo: Slo
+    pack: Pack | None  # for rules that need a model
+    static: (
+        Knobs  # the pair that was tuned for the load; rules that leave the batch limit alone use its limit
+    )
+    table: LoadTable  # the load table that was tuned for it
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A policy for people, and its maker, which gets the one free number in it that may be tuned."""
+
+    label: str
+    color: str
+    what: str
+    make: Callable[[Case, float], Policy] | None  # None: it is a folder
+    settings: tuple[float, ...] = (0.0,)  # that are tried; the last is as published
+    tuned: bool = False  # whether something in it is tuned on the load's tuning seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A policy by name, and the values that its one free number is tuned over.
+
+    With ``monotone`` a higher number attains the SLO more often and costs more: it is found by bisection.
+    """
+
+    name: str
+    make: Callable[[float], Policy]
+    settings: tuple[float, ...] = (0.0,)
+    monotone: bool = False
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A policy that learns while it serves: it plays the tuning seeds before it is judged."""
+
+    def keep(self) -> None:
+        """Let ``reset`` come back to what is known by now."""
+        ...
+
+
+def untuned(spec: NodeSpec, slo: Slo, pack: Pack | None) -> Case:
+    """Where nothing was tuned: maximum performance stands for what would be."""
+    most = spec.max_performance
+    return Case(spec, slo, pack, most, LoadTable((), (most,)))
+
+
+def contender(name: str, case: Case) -> Contender:
+    """The catalogue's policy of this name, which is not the learned one."""
+    entry = CATALOGUE[name]
+    assert entry.make is not None, f"{name} is a folder"
+    return Contender(name, partial(entry.make, case), entry.settings)
+
+
+def label(name: str) -> str:
+    """What people call a policy; one that is not listed has the name that it was given."""
+    return CATALOGUE[name].label if name in CATALOGUE else name
+
+
+def color(name: str, among: Sequence[str]) -> str:
+    """The colour of a policy in every figure and table; those that are not listed take the next free one."""
+    if name in CATALOGUE:
+        return CATALOGUE[name].color
+    others = [other for other in among if other not in CATALOGUE]
+    return _OTHER_COLORS[others.index(name) % len(_OTHER_COLORS)]
+
+
+def _eais(case: Case, _: float) -> Policy:
+    ttft_s, tpot_s = token_limits(case.slo)
+    capacity = case.spec.batch_limits[-1]
+    models = fit_batches(_perf(case), _every(case, 8), max_batch=capacity)
+    return Eais(models, slo_s=case.slo.e2e_s or ttft_s + OUTPUT_TOKENS * tpot_s, max_batch=capacity)
+
+
+def _voltana(case: Case, margin: float) -> Policy:
+    spec, (ttft_s, tpot_s) = case.spec, token_limits(case.slo)
+    return VoltanaLlm(
+        fit_steps(_perf(case), _every(case, 4), max_num_seqs=spec.batch_limits[-1]),
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        batch_limit=case.static.batch_limit,
+        kv_tokens=(spec.num_kv_blocks or 0) * spec.kv_block_size,
+        margin=margin,
+    )
+
+
+def _voltana_dwell(case: Case, margin: float) -> Policy:
+    return Dwell(_voltana(case, margin), dwell_s=DWELL_S)
+
+
+def _feedback(case: Case, high: float) -> Policy:
+    ttft_s, tpot_s = token_limits(case.slo)
+    limit = case.static.batch_limit
+    return Feedback(case.spec, ttft_s=ttft_s, tpot_s=tpot_s, batch_limit=limit, low=0.9 * high, high=high)
+
+
+def _agft(case: Case, _: float) -> Policy:
+    clocks_mhz = _every(case, 4)
+    return AgftLinUcb(case.spec, case.slo, batch_limit=case.static.batch_limit, clocks_mhz=clocks_mhz)
+
+
+def _perf(case: Case) -> PerfModel:
+    if case.pack is None:
+        raise ConfigError("this rule is made from a model of the GPU: --pack")
+    return case.pack.perf
+
+
+def _every(case: Case, stride: int) -> tuple[int, ...]:
+    """Every ``stride``-th clock down from the highest, ascending."""
+    return case.spec.gpu_clocks_mhz[::-1][::stride][::-1]
+
+
+_MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
+_BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
+# Most are Okabe and Ito's colour-blind-safe palette
+CATALOGUE: dict[str, Entry] = {
+    MAX_PERFORMANCE: Entry(
+        "maximum performance",
+        "#7a7a7a",
+        "highest clock, no batch limit: a server without control",
+        lambda case, _: Static(case.spec.max_performance),
+    ),
+    TUNED_STATIC: Entry(
+        "tuned static",
+        "#e69f00",
+        "the one (clock, limit) pair with the least energy within the SLO on the training seeds",
+        lambda case, _: Static(case.static),
+        tuned=True,
+    ),
+    LOAD_TABLE: Entry(
+        "load table",
+        "#009e73",
+        "a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
+        lambda case, _: LoadTable(case.table.rates_rps, case.table.knobs),
+        tuned=True,
+    ),
+    "clipper": Entry(
+        "Clipper",
+        "#cc79a7",
+        "the batch limit by additive increase and multiplicative decrease (NSDI 2017)",
+        lambda case, _: Clipper(case.spec, case.slo),
+    ),
+    "clipper_binding": Entry(
+        "Clipper, if binding",
+        "#8c3d6b",
+        "Clipper, but the limit rises only while it binds",
+        lambda case, _: Clipper(case.spec, case.slo, only_while_binding=True),
+    ),
+    "eais": Entry(
+        "EAIS", "#d55e00", "batch and clock together, from fitted latency and energy models", _eais
+    ),
+    "voltana": Entry(
+        "VoltanaLLM",
+        "#56b4e9",
+        "the lowest clock whose predicted latencies are within the SLO",
+        _voltana,
+        _MARGINS,
+        tuned=True,
+    ),
+    "voltana_dwell": Entry(
+        "VoltanaLLM, dwell",
+        "#1f78b4",
+        f"VoltanaLLM, lowering the clock at most every {DWELL_S:g} s",
+        _voltana_dwell,
+        _MARGINS,
+        tuned=True,
+    ),
+    "feedback": Entry(
+        "feedback",
+        "#f0e442",
+        "the clock by measured latency, with hysteresis",
+        _feedback,
+        _BOUNDS,
+        tuned=True,
+    ),
+    "agft": Entry(
+        "AGFT", "#6a51a3", "the clock by a contextual bandit that learns online", _agft, tuned=True
+    ),
+    LEARNED: Entry(
+        "learned (DQN)",
+        "#0072b2",
+        "the DQN that this run trained, one per KV block size, held to the load table where that helped",
+        None,
+    ),
+}
+PUBLISHED = tuple(name for name in CATALOGUE if name not in (*REFERENCES, LEARNED))

@@ -1,0 +1,140 @@
+"""Policies by name and from outside the package, played by every verb that plays policies."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fuel_ray.arena.evaluation import evaluate_block_size
+from fuel_ray.build.nodes import build_spec
+from fuel_ray.cli import main
+from fuel_ray.config import PRESETS
+from fuel_ray.errors import ConfigError
+from fuel_ray.policies.catalogue import CATALOGUE, LEARNED, PUBLISHED, contender, untuned
+from fuel_ray.policies.static import LoadTable
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.tuning import tuned
+from fuel_ray.tuning.contenders import names_of, resolve
+from fuel_ray.tuning.tuned import Tuned
+from fuel_ray.types import Knobs
+from tests.policy_folders import write_policy
+from tests.test_arena import a_priced_policy
+from tests.test_codec import WINDOW
+
+MINE = "examples.outside.policies:Mine"
+CONFIG = replace(PRESETS["default"], block_sizes=(16,))
+SPEC = build_spec(CONFIG, 16)
+CASE = untuned(SPEC, CONFIG.slo, load_pack(CONFIG.pack))
+SHORT = ["--seeds", "1", "--seconds", "60", "--block-sizes", "16", "--workload", "steady:rate_rps=4"]
+
+
+@pytest.fixture(autouse=True)
+def from_the_repository(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+
+
+@pytest.fixture
+def few_tuning_seeds(monkeypatch):
+    monkeypatch.setattr(tuned, "TUNING_SEEDS", (1000,))
+    monkeypatch.setattr(tuned, "EPISODE_S", 60)
+
+
+def played(folder, file="summary.csv"):
+    with next(folder.glob(f"*/{file}")).open() as lines:
+        return list(dict.fromkeys(row["policy"] for row in csv.DictReader(lines)))
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name != LEARNED])
+def test_every_policy_of_the_catalogue_can_be_made_and_decides(name):
+    for setting in contender(name, CASE).settings:
+        policy = contender(name, CASE).make(setting)
+        policy.reset()
+        assert policy.decide(WINDOW).gpu_clock_mhz in SPEC.gpu_clocks_mhz
+
+
+def test_labels_and_colours_tell_the_policies_apart():
+    for part in ("label", "color", "what"):
+        assert len({getattr(entry, part) for entry in CATALOGUE.values()}) == len(CATALOGUE)
+
+
+def test_evaluate_plays_folders_names_and_classes_from_outside(tmp_path, capsys):
+    folder = a_priced_policy(tmp_path / "block_16")
+    flags = ["evaluate", *SHORT, "--out", str(tmp_path / "out"), "--static", "max", "48@1350"]
+    assert main([*flags, "--policies", str(folder), "clipper", MINE]) == 0
+    assert played(tmp_path / "out") == ["max_performance", "static 48@1350", "block_16", "clipper", MINE]
+    assert "Clipper" in capsys.readouterr().out
+
+
+def test_what_a_rule_needs_is_tuned_first_and_that_is_said(tmp_path, capsys, few_tuning_seeds):
+    names = ["tuned_static", "feedback", "agft"]
+    assert main(["evaluate", *SHORT, "--out", str(tmp_path), "--policies", *names]) == 0
+    assert played(tmp_path) == ["max_performance", *names]
+    assert "tune  block  16  tuned_static, feedback, agft: on the tuning seeds" in capsys.readouterr().out
+
+
+def test_the_arena_plays_a_class_from_outside(tmp_path):
+    flags = ["--scenarios", "steady-30", "--seeds", "1", "--tuning-seeds", "1", "--seconds", "60"]
+    more = ["--no-peers", "--no-oracle", "--policies", MINE, "clipper", "--out", str(tmp_path)]
+    assert main(["arena", *flags, *more]) == 0
+    assert played(tmp_path) == ["max_performance", "tuned_static", "load_table", MINE, "clipper"]
+    assert "| Clipper |" in next(tmp_path.glob("*/arena.md")).read_text()
+
+
+def test_recommend_compares_rules_too(tmp_path, capsys):
+    flags = [*SHORT, "--seeds", "2", "--tuning-seeds", "1", "--workers", "1", "--save", str(tmp_path)]
+    assert main(["recommend", *flags, "--policies", "clipper", MINE]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [name in line for name, line in zip(("tuned static", "Clipper", MINE), said, strict=False)] == [
+        True
+    ] * 3
+    assert said[-1].startswith("nothing written to")
+
+
+def test_a_sweep_evaluates_others_beside_its_own(tmp_path, few_tuning_seeds, monkeypatch):
+    monkeypatch.setattr("fuel_ray.arena.evaluation.EPISODE_S", 60)
+    config = replace(CONFIG, seeds=1, also=("clipper", "feedback", MINE))
+    own = Tuned(Knobs(48, 1500), LoadTable((), (Knobs(48, 1500),)), 0.97)
+    folder = a_priced_policy(tmp_path / "p")
+    rows = evaluate_block_size(config, 16, {"steady:rate_rps=4": own}, folder).rows
+    alone = evaluate_block_size(replace(config, also=()), 16, {"steady:rate_rps=4": own}, folder).rows
+    assert rows[:4] == alone and [row["policy"] for row in rows[4:]] == list(config.also)
+
+
+def test_a_policy_that_learns_while_it_serves_has_played_the_tuning_seeds(few_tuning_seeds):
+    (policy,) = tuned.tuned_policies(CONFIG, "steady:rate_rps=4", SPEC, {"agft": "agft"}, share=0.97).values()
+    policy.reset()
+    fresh = contender("agft", CASE).make(0.0)
+    assert policy._tries.sum() > 50 and fresh._tries.sum() == 0
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "storm", "dqn", "examples.outside.policies:Nobody", "examples.nowhere:Mine", "json:loads",
+        "fuel_ray.types:Slo", "collections:Counter",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["evaluate --policies", "sweep --also", "arena --policies"])
+def test_what_is_no_policy_is_said_in_one_line_before_anything_is_run(entry, verb, capsys, tmp_path):
+    assert main([*verb.split(), entry, "--block-sizes", "16", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert entry in error and verb.split()[1] in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_name_lists_the_catalogue():
+    with pytest.raises(ConfigError, match=", ".join(PUBLISHED)):
+        resolve("storm", CASE)
+
+
+def test_a_folder_that_has_the_name_of_a_rule_is_told_apart_from_it(tmp_path):
+    folder = str(write_policy(tmp_path / "clipper"))
+    assert names_of([folder, "clipper", MINE]) == [folder, "clipper", MINE]
+
+
+def test_settings_with_policies_survive_json(tmp_path):
+    assert main(["evaluate", *SHORT, "--out", str(tmp_path), "--policies", MINE]) == 0
+    facts = json.loads(next(tmp_path.glob("*/run.json")).read_text())
+    assert facts["config"]["policies"] == [MINE]
