@@ -15,8 +15,8 @@ import pytest
 
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.types import Knobs
+from tests.simulated import simulated
 from tests.test_lease import FAKE_PYNVML
-from tests.test_node_contract import simulated
 
 pytestmark = pytest.mark.ray
 

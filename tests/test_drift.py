@@ -34,7 +34,12 @@ def trained(name):
     """The settings, codec and ranges of a policy of this preset."""
     config = PRESETS[name]
     spec = build_loop(config, 16, horizon_s=1.0).node.spec
-    return config, spec, build_codec(config, spec), build_manifest(config, (16,), "e").feature_ranges
+    return (
+        config,
+        spec,
+        build_codec(config, spec),
+        build_manifest(config, spec, block_sizes=(16,), engine="e").feature_ranges,
+    )
 
 
 def detector(name):
@@ -52,7 +57,7 @@ def drifts(drift, config, workload, *, knobs, seed, steps):
 def test_a_shift_of_the_load_is_seen_within_two_minutes(name, shift):
     config, drift = trained(name)[0], detector(name)
     own = drifts(drift, config, "steady:rate_rps=5", knobs=SLOW, seed=1, steps=120)
-    workload = (FAR_SHIFTS if config.generalist else SHIFTS)[shift]
+    workload = (FAR_SHIFTS if config.mode == "generalist" else SHIFTS)[shift]
     shifted = drifts(drift, config, workload, knobs=SLOW, seed=2, steps=120)
     assert not any(own) and shifted[-1], shifted
 
@@ -62,7 +67,7 @@ def test_a_shift_of_the_load_is_seen_within_two_minutes(name, shift):
 def test_the_load_of_the_training_is_no_drift(name, knobs):
     config = trained(name)[0]
     for seed in range(2_000_000_000, 2_000_000_004):
-        workload = "mixed:high_rps=14" if config.generalist else config.workload
+        workload = "mixed:high_rps=14" if config.mode == "generalist" else config.workload
         found = drifts(detector(name), config, workload, knobs=knobs, seed=seed, steps=1200)
         assert not any(found), (seed, found.index(True))
 

@@ -13,7 +13,7 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.env import NODE_FAILURE, ParallelServingEnv, ServingEnv
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.training.envs import build_env
-from tests.test_node_contract import simulated
+from tests.simulated import simulated
 
 CONFIG = SweepConfig()
 

@@ -10,28 +10,12 @@ import numpy as np
 import pytest
 
 from fuel_ray.errors import NodeError
-from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, WindowMetrics
-from fuel_ray.workload.spec import parse_workload
 from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.simulated import simulated, simulated_with_a_crowded_pool
 from tests.stub_vllm import serving
 from tests.test_deploy_faults import QuietWatchdog
 from tests.test_live_node import CLOCKS, CountingStub, ListLimiter, live_node
-
-
-def simulated():
-    workload = parse_workload("steady:rate_rps=6")
-    return SimulatedNode(
-        load_pack("h100-qwen3-8b"), workload, kv_block_size=16, horizon_s=40.0, kv_tokens=26_000
-    )
-
-
-def simulated_with_a_crowded_pool():
-    workload = parse_workload("steady:rate_rps=8")
-    return SimulatedNode(
-        load_pack("h100-qwen3-8b"), workload, kv_block_size=16, horizon_s=40.0, kv_tokens=9_000
-    )
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
     (tmp_path / "run.json").write_text('{"engine": "vllm 0.20.2"}')
     with resolve(config, run="r") as found:
-        train._save(found, tmp_path, Trained((16,), (Checkpointed(100, None, arrays),)), 0)
+        train._save(found, tmp_path, Trained((16,), (Checkpointed(100, None, arrays),)), 0, miss_price_j=0.0)
     codec = Codec.from_dict(json.loads((tmp_path / "policies/block_16/codec.json").read_text()))
     seen = Encoder(codec, loop.node.spec).encode(loop.reset(seed=0))
     assert codec.running_scale.count > 1 and seen.any()

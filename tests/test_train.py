@@ -87,4 +87,4 @@ def test_training_may_start_from_a_policy_whose_price_was_tuned(tmp_path):
     folder = write_policy(tmp_path / "p", grid=codec.grid, features=codec.features)
     made = read_policy(folder)
     save_policy(folder, made.arrays, replace(codec, miss_price_j=150.0), made.manifest)
-    train._check_start(replace(config, start_from=folder, block_sizes=(16,)))
+    train._check_start(replace(config, start_from=folder), codec)
