@@ -99,10 +99,11 @@ def train_policies(
     if config.mode == "specialist" and not config.conditional:
         anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
     trained = run_trials(config, run_dir, codecs, anchors)
-    scores = _scored(config, trained, home, anchors if config.anchor else {})
-    curve = [row for trial, own in zip(trained, scores, strict=True) for row in _curve(trial, own)]
+    scored = _scored(config, trained, home, anchors if config.anchor else {})
     engine = read_json(run_dir / "run.json")["engine"]
-    for trial, own in zip(trained, scores, strict=True):
+    curve: list[dict[str, Any]] = []
+    for trial, own in zip(trained, scored, strict=True):
+        curve += _curve(trial, own)
         size, share = trial.block_sizes[0], _share(trial, home)
         best = min(range(len(own)), key=lambda k: (own[k][0].rank(share), k))
         manifest = build_manifest(config, specs[size], block_sizes=trial.block_sizes, engine=engine)
