@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import gymnasium
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from ray.rllib.core.columns import Columns
@@ -21,6 +22,9 @@ from fuel_ray.config import LearnConfig, TrainConfig
 from fuel_ray.env import NODE_FAILURE
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.network import q_values
+from fuel_ray.report.data import Run
+from fuel_ray.report.figures import color
+from fuel_ray.report.text import label
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.ppo import ActorCritic, ppo
 from fuel_ray.training.progress import Episodes
@@ -173,3 +177,11 @@ def test_a_killed_training_goes_on_and_leaves_a_policy_that_needs_neither_ray_no
     assert len(rewards) == 6 and rewards[-1] > rewards[0]
     folder = run_dir / "policies/block_16"
     assert subprocess.run([sys.executable, "-c", ACT, str(folder)], check=False).returncode == 0
+
+
+def test_the_report_calls_the_learned_policy_as_its_algorithm():
+    rows = pd.DataFrame({"policy": ["ppo", "max_performance"]})
+    nothing = pd.DataFrame()
+    run = Run("run", {}, {"train.algorithm": "ppo"}, rows, {}, nothing, nothing)
+    assert run.policies == ["max_performance", "ppo"] and label(run.learned) == "learned (PPO)"
+    assert color(run, "ppo") == color(replace(run, config={}, summary=rows.replace("ppo", "dqn")), "dqn")

@@ -51,8 +51,11 @@ _STYLE = {
 
 def color(run: Run, policy: str) -> str:
     """The colour of a policy in every figure and table."""
-    others = [name for name in run.policies if name not in _COLORS]
-    return _COLORS.get(policy) or _OTHER_COLORS[others.index(policy) % len(_OTHER_COLORS)]
+    others = [name for name in run.policies if name not in (*_COLORS, run.learned)]
+    return (
+        _COLORS.get(LEARNED if policy == run.learned else policy)
+        or _OTHER_COLORS[others.index(policy) % len(_OTHER_COLORS)]
+    )
 
 
 def learning_curves(run: Run) -> str:
@@ -124,7 +127,7 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
 
 def decision_heat_maps(run: Run, *, workload: str) -> str | None:
     """Share of windows in which the learned policy chose each (batch limit, clock), per block size."""
-    steps = _windows(run, workload=workload, policy=LEARNED)
+    steps = _windows(run, workload=workload, policy=run.learned)
     if steps.empty:
         return None
     sizes = sorted(steps["block_size"].unique())

@@ -30,7 +30,7 @@ _POLICIES = {
     "max_performance": "highest clock, no batch limit: a server without control",
     "tuned_static": "the one (clock, limit) pair with the least energy within the SLO on the training seeds",
     "load_table": "a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
-    LEARNED: "the DQN that this run trained, one per KV block size, held to the load table where that helped",
+    LEARNED: "what this run trained, one per KV block size, held to the load table where that helped",
 }
 _TERMS = {
     "J/request": "GPU energy divided by requests that arrived; lower is better",
@@ -38,7 +38,7 @@ _TERMS = {
     "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
     "limit": "batch limit: requests that may run at once; the others wait",
-    "weight on it": "reward per 100 MHz that the DQN must gain to leave the load table; at 10 it never does",
+    "weight on it": "reward per 100 MHz that a policy must gain to leave the table; at 10 it never does",
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
     "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed",
 }
@@ -117,16 +117,19 @@ def _answer(run: Run) -> Iterator[str]:
         yield paragraph(f"Block size {size} was not run: {reason}")
     yield heading("How to read this")
     policies = [
-        (Cell(text.label(name), dot=figures.color(run, name)), _POLICIES.get(name, "a further baseline"))
-        for name in run.policies
+        (Cell(text.label(name), dot=figures.color(run, name)), _meaning(run, name)) for name in run.policies
     ]
     yield definitions([*policies, *((Cell(term), meaning) for term, meaning in _TERMS.items())])
+
+
+def _meaning(run: Run, policy: str) -> str:
+    return _POLICIES.get(LEARNED if policy == run.learned else policy, "a further baseline")
 
 
 def _tiles(run: Run) -> Iterator[str]:
     main = run.workloads[0]
     for reference in REFERENCES:
-        ratio = relative_energy(run, LEARNED, reference, workload=main)
+        ratio = relative_energy(run, run.learned, reference, workload=main)
         if ratio is not None:
             name = f"J/request vs {text.label(reference)}"
             yield tile(
@@ -134,7 +137,7 @@ def _tiles(run: Run) -> Iterator[str]:
                 name=name,
                 note=f"95 % interval {tables.span(ratio, tables.change)}",
             )
-    share = mean_over_seeds(run, "slo_attainment", workload=main, policy=LEARNED)
+    share = mean_over_seeds(run, "slo_attainment", workload=main, policy=run.learned)
     if share is not None:
         note = f"95 % interval {tables.span(share, text.percent)}"
         yield tile(text.percent(share.mean), name="SLO attainment", note=note, bad=missed(run, share))

@@ -6,7 +6,6 @@ from typing import Any
 
 from fuel_ray.report.data import (
     ENERGY,
-    LEARNED,
     REFERENCES,
     Run,
     digests,
@@ -129,7 +128,7 @@ def _row(run: Run, policy: str, *, workload: str, size: int) -> list[Cell]:
     )
     share = mean("slo_attainment")
     return [
-        Cell(label(policy), style="text mine" if policy == LEARNED else "text", dot=color(run, policy)),
+        Cell(label(policy), style="text mine" if policy == run.learned else "text", dot=color(run, policy)),
         _cell(energy, "{:.1f}".format),
         *(_cell(ratio, change) for ratio in ratios),
         _cell(share, percent, style="bad" if missed(run, share) else ""),

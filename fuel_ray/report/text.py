@@ -23,6 +23,7 @@ _LABELS = {
     "tuned_static": "tuned static",
     "load_table": "load table",
     LEARNED: "learned (DQN)",
+    "ppo": "learned (PPO)",
 }
 _IN_PROSE = {
     "max_performance": "maximum performance",
@@ -44,10 +45,10 @@ def percent(share: float) -> str:
 def headline(run: Run) -> str:
     """The answer in one sentence; begins with "Bad news" where the learned policy fails."""
     workload = run.workloads[0]
-    attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=LEARNED)
+    attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=run.learned)
     if attainment is None:
         return f"This run has no learned policy on the {workload} workload to judge."
-    ratios = {name: relative_energy(run, LEARNED, name, workload=workload) for name in REFERENCES}
+    ratios = {name: relative_energy(run, run.learned, name, workload=workload) for name in REFERENCES}
     energy = [
         f"{_more(r)} than under {_IN_PROSE[name]}{_range(r)}" for name, r in ratios.items() if r is not None
     ]
@@ -99,7 +100,7 @@ def misses(run: Run, *, workload: str) -> str:
 def block_sizes(run: Run) -> str:
     """Whether the block sizes differ at all for the learned policy."""
     workload = run.workloads[0]
-    ratios = block_size_ratios(run, LEARNED, workload=workload)
+    ratios = block_size_ratios(run, run.learned, workload=workload)
     if not ratios:
         return "Fewer than two block sizes have a learned policy, so block sizes cannot be compared."
     if any(ratio.low is None for ratio in ratios.values()):
@@ -121,7 +122,7 @@ def block_sizes(run: Run) -> str:
 
 def control(run: Run, *, workload: str) -> str:
     """What the negative control says about the comparison itself."""
-    ratio = relative_energy(run, LEARNED, "tuned_static", workload=workload)
+    ratio = relative_energy(run, run.learned, "tuned_static", workload=workload)
     aim = "Under this load a fixed pair is as good as it gets; adapting should gain nothing"
     if ratio is None:
         return f"{aim}; this run has no such comparison."
