@@ -116,7 +116,7 @@ def main() -> None:
         codecs = {size: build_codec(config, build_spec(config, size)) for size in config.block_sizes}
         start_ray(config)
         with tempfile.TemporaryDirectory() as folder:
-            (trained,) = run_trials(config, Path(folder), codecs)
+            (trained,) = run_trials(config, Path(folder), codecs, {})
         ends = {"": averaged(trained.results, last=3)[-1].arrays}
         if name == "the preset":
             ends[", last result alone"] = trained.results[-1].arrays

@@ -95,7 +95,7 @@ def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) 
     codecs = {size: build_codec(config, build_spec(config, size)) for size in config.block_sizes}
     start_ray(config)
     with tempfile.TemporaryDirectory() as folder:
-        (trained,) = run_trials(config, Path(folder), codecs)
+        (trained,) = run_trials(config, Path(folder), codecs, {})
     for size in sizes:
         arrays = _best(config, trained, size)
         policy = _policy(config, arrays, size)

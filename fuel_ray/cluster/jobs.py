@@ -23,12 +23,8 @@ def in_parallel(
 ) -> list[Result]:
     """Call a function once per job, one core each; results in the order of the jobs.
 
-    Args:
-        what: is printed with how far it is.
-        function: must not depend on this process.
-        jobs: arguments of the calls.
-        at_once: most jobs at a time; None: as many as there are cores.
-        here: whether they need this machine's disk.
+    ``what`` is printed with how far it is. At most ``at_once`` run at a time, or else as many as there are
+    cores; ``here`` says that they need this machine's disk.
     """
     remote = ray.remote(function).options(resources=driver_resource() if here else None)
     references: list[Any] = []

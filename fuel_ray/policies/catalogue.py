@@ -213,5 +213,8 @@ CATALOGUE: dict[str, Entry] = {
         "the DQN that this run trained, one per KV block size, held to the load table where that helped",
         None,
     ),
+    "ppo": Entry(
+        "learned (PPO)", "#0072b2", "what this run trained by PPO; else as the DQN that it stands for", None
+    ),
 }
 PUBLISHED = tuple(name for name in CATALOGUE if name not in (*REFERENCES, LEARNED))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fuel_ray.policies.catalogue import CATALOGUE, LEARNED, REFERENCES, color, label
+from fuel_ray.policies.catalogue import CATALOGUE, REFERENCES, color, label
 from fuel_ray.report import figures, tables, text
 from fuel_ray.report.data import (
     Run,
@@ -122,7 +122,7 @@ def _answer(run: Run) -> Iterator[str]:
 def _tiles(run: Run) -> Iterator[str]:
     main = run.workloads[0]
     for reference in REFERENCES:
-        ratio = energy_against(run, LEARNED, reference, workload=main)
+        ratio = energy_against(run, run.learned, reference, workload=main)
         if ratio is not None:
             name = f"J/request vs {label(reference)}"
             yield tile(
@@ -130,7 +130,7 @@ def _tiles(run: Run) -> Iterator[str]:
                 name=name,
                 note=f"95 % interval {tables.span(ratio, tables.change)}",
             )
-    share = mean_over_seeds(run, "slo_attainment", workload=main, policy=LEARNED)
+    share = mean_over_seeds(run, "slo_attainment", workload=main, policy=run.learned)
     if share is not None:
         note = f"95 % interval {tables.span(share, text.percent)}"
         yield tile(text.percent(share.mean), name="SLO attainment", note=note, bad=missed(run, share))

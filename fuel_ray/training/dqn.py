@@ -27,6 +27,7 @@ from ray.rllib.utils.metrics import (
 
 from fuel_ray.config import LearnConfig, TrainConfig
 from fuel_ray.training.envs import make_env
+from fuel_ray.training.progress import figures
 from fuel_ray.training.replay import Batch, ReplayBuffer
 from fuel_ray.training.rl_module import DuelingDqnModule
 from fuel_ray.training.rollout import Exploration, Sampler, near
@@ -108,8 +109,8 @@ class FastDqn(DQN):
         if len(self._buffer) < c.num_steps_sampled_before_learning_starts:
             return
         with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            figures = self._update(progress)
-        self.metrics.log_dict(figures, key=(LEARNER_RESULTS, DEFAULT_MODULE_ID), window=20)
+            losses = self._update(progress)
+        self.metrics.log_dict(losses, key=(LEARNER_RESULTS, DEFAULT_MODULE_ID), window=20)
         if self._sampler is None:
             with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
                 self.env_runner_group.sync_weights(
@@ -145,14 +146,9 @@ class FastDqn(DQN):
         infos = [info for fragment in fragments for info in fragment.infos]
         steps = {NUM_ENV_STEPS_SAMPLED_LIFETIME: len(infos)}
         self.metrics.log_dict(steps, key=ENV_RUNNER_RESULTS, reduce="lifetime_sum")
-        arrivals = sum(info["arrivals"] for info in infos)
-        figures = {
-            "reward": float(np.mean(np.concatenate([fragment.rewards for fragment in fragments]))),
-            "energy_j_per_request": sum(info["energy_j"] for info in infos) / max(arrivals, 1),
-            "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
-            "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
-        }
-        self.metrics.log_dict(figures, key=(ENV_RUNNER_RESULTS, "fuel"), window=20)
+        reward = float(np.mean(np.concatenate([fragment.rewards for fragment in fragments])))
+        shown = figures(infos, reward=reward)
+        self.metrics.log_dict(shown, key=(ENV_RUNNER_RESULTS, "fuel"), window=20)
 
     def _greedy(self, observations: np.ndarray, penalties: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,15 +33,20 @@ class Episodes(RLlibCallback):
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
         """RLlib's hook: log reward per window, joules per request, SLO attainment and mean clock."""
         infos = [info for info in episode.get_infos() if "energy_j" in info]
-        arrivals = sum(info["arrivals"] for info in infos)
-        if arrivals:
-            figures = {
-                "reward": episode.get_return() / len(infos),
-                "energy_j_per_request": sum(info["energy_j"] for info in infos) / arrivals,
-                "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
-                "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
-            }
-            metrics_logger.log_dict(figures, key="fuel", window=50)
+        if any(info["arrivals"] for info in infos):
+            shown = figures(infos, reward=episode.get_return() / len(infos))
+            metrics_logger.log_dict(shown, key="fuel", window=50)
+
+
+def figures(infos: Sequence[Mapping[str, Any]], *, reward: float) -> dict[str, float]:
+    """What is logged of training windows, of which ``reward`` is the mean."""
+    arrivals = sum(info["arrivals"] for info in infos)
+    return {
+        "reward": reward,
+        "energy_j_per_request": sum(info["energy_j"] for info in infos) / max(arrivals, 1),
+        "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
+        "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
+    }
 
 
 class Progress(tune.Callback):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray.rllib.algorithms.dqn.dqn_learner import QF_NEXT_PREDS, QF_PREDS, QF_TARGET_NEXT_PREDS
+from ray.rllib.algorithms.dqn.dqn_learner import QF_PREDS
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.utils import make_target_network
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetworkAPI
@@ -107,13 +107,3 @@ class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAP
         explore = torch.rand(len(q)) < self.epsilon_schedule.get_current_value()
         random = torch.randint(q.shape[-1], (len(q),))
         return {Columns.ACTIONS: torch.where(explore, random, q.argmax(-1))}
-
-    def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
-        following = batch[Columns.NEXT_OBS]
-        with torch.no_grad():
-            target_next, online_next = self._target_q(following), self.q(following)
-        return {
-            QF_PREDS: self.q(batch[Columns.OBS]),
-            QF_NEXT_PREDS: online_next,
-            QF_TARGET_NEXT_PREDS: target_next,
-        }

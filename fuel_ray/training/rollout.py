@@ -2,29 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fuel_ray.codec import ActionGrid
+from fuel_ray.env import ServingEnv
 
 NEAR_MHZ = 300.0  # how far from the table's clock random actions go
-
-
-class Env(Protocol):
-    """What the sampler needs of a Gymnasium environment, and of one whose policy is held to a load table."""
-
-    @property
-    def base(self) -> int | None: ...
-
-    @property
-    def penalty(self) -> np.ndarray | float: ...
-
-    def reset(self, *, seed: int | None = None) -> tuple[np.ndarray, dict[str, Any]]: ...
-
-    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +61,7 @@ class Exploration:
 class Sampler:
     """Environments that are reset when an episode ends, and what they have seen since the last call."""
 
-    def __init__(self, envs: Sequence[Env], exploration: Exploration, *, seed: int) -> None:
+    def __init__(self, envs: Sequence[ServingEnv], exploration: Exploration, *, seed: int) -> None:
         self._envs, self._exploration = envs, exploration
         self._seen = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
 

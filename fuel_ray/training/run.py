@@ -102,9 +102,10 @@ def train_policies(
         anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
     codecs = {size: setup.codec for size, setup in found.setups.items()}
     trained = run_trials(config, run_dir, codecs, anchors)
-    scores = _scored(config, trained, home, anchors if config.anchor else {})
-    curve = [row for trial, own in zip(trained, scores, strict=True) for row in _curve(trial, own)]
-    for trial, own in zip(trained, scores, strict=True):
+    scored = _scored(config, trained, home, anchors if config.anchor else {})
+    curve: list[dict[str, Any]] = []
+    for trial, own in zip(trained, scored, strict=True):
+        curve += _curve(trial, own)
         share = _share(trial, home)
         best = min(range(len(own)), key=lambda k: (own[k][0].rank(share), k))
         _save(found, run_dir, trial, best, miss_price_j=own[best][1])

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ def run_trials(
     config: LearnConfig,
     run_dir: Path,
     codecs: Mapping[int, Codec],
-    anchors: Mapping[int, Anchor] = MappingProxyType({}),
+    anchors: Mapping[int, Anchor],
 ) -> list[Trained]:
     """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
 
@@ -142,24 +141,12 @@ def algorithm_of(config: LearnConfig) -> Callable[..., AlgorithmConfig]:
 
 
 def settings_of_trials(
-    config: LearnConfig,
-    block_sizes: Any,
-    grid: ActionGrid,
-    anchors: Mapping[int, Anchor] = MappingProxyType({}),
+    config: LearnConfig, block_sizes: Any, grid: ActionGrid, anchors: Mapping[int, Anchor]
 ) -> AlgorithmConfig:
     """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
-    own = config  # a real node is one environment
-    if config.node != "sim":
-        own = replace(config, train=replace(config.train, num_envs=config.nodes_per_trial))
-    settings = own.train
-    model = {
-        "limits": len(grid.batch_limits),
-        "clocks": len(grid.gpu_clocks_mhz),
-        "hidden": settings.hidden,
-        "head": settings.head,
-        "start_from": None if config.start_from is None else str(config.start_from.resolve()),
-    }
-    found = algorithm_of(config)(own, model=model)
+    nodes = config.train.num_envs if config.node == "sim" else config.nodes_per_trial
+    train = replace(config.train, num_envs=nodes)
+    found = algorithm_of(config)(replace(config, train=train), model=_model(config, grid))
     env_config = {
         "config": learning_settings(config),
         "block_sizes": block_sizes,
@@ -168,23 +155,34 @@ def settings_of_trials(
     found.environment(_ENV_NAME, env_config=env_config)
     found.env_runners(
         num_env_runners=0,
-        rollout_fragment_length=settings.fragment_steps,
+        rollout_fragment_length=train.fragment_steps,
         gym_env_vectorize_mode="vector_entry_point" if config.nodes_per_trial > 1 else "sync",
     )
     if config.node == "ray" and config.storage is None:  # this machine's disk has the run's folder
         found.resources(num_cpus_for_main_process=1)
         found.custom_resources_for_main_process = driver_resource()
+    round_steps = nodes * train.fragment_steps
+    rounds = math.ceil(config.steps / train.iterations / round_steps)
     found.learners(num_learners=0)
     found.callbacks(Episodes)
-    round_steps = settings.num_envs * settings.fragment_steps
     found.reporting(
-        min_sample_timesteps_per_iteration=round_steps
-        * math.ceil(config.steps / settings.iterations / round_steps),
+        min_sample_timesteps_per_iteration=rounds * round_steps,
         min_time_s_per_iteration=0,
         metrics_num_episodes_for_smoothing=50,
     )
     found.debugging(seed=config.seed, log_level="ERROR")
     return found
+
+
+def _model(config: LearnConfig, grid: ActionGrid) -> dict[str, Any]:
+    """What the network is."""
+    return {
+        "limits": len(grid.batch_limits),
+        "clocks": len(grid.gpu_clocks_mhz),
+        "hidden": config.train.hidden,
+        "head": config.train.head,
+        "start_from": None if config.start_from is None else str(config.start_from.resolve()),
+    }
 
 
 def _with_nodes(algorithm: type[Algorithm], config: LearnConfig) -> type[Algorithm]:
@@ -196,9 +194,8 @@ def _with_nodes(algorithm: type[Algorithm], config: LearnConfig) -> type[Algorit
 
     def request(settings: Any) -> PlacementGroupFactory:
         own = algorithm.default_resource_request(settings)
-        return PlacementGroupFactory(
-            [*own.bundles, *[bundle] * config.nodes_per_trial], strategy=own.strategy
-        )
+        bundles = [*own.bundles, *[bundle] * config.nodes_per_trial]
+        return PlacementGroupFactory(bundles, strategy=own.strategy)
 
     found: type[Algorithm] = tune.with_resources(algorithm, request)
     found.__qualname__ = algorithm.__qualname__  # Ray names the process after it
