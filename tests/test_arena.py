@@ -101,14 +101,14 @@ class Practice:
 
 def test_tuning_halves_the_distance_to_the_setting_where_the_promise_breaks():
     contender = Contender("c", lambda x: Static(Knobs(1, round(1000 * x))), (1.0, 1.5, 2.0))
-    policy, setting = tuned(contender, Practice(), "a", share=0.97)
+    policy, setting = tuned([contender], Practice(), "a", share=0.97)
     assert setting == pytest.approx(1.3125)  # 1.5, 1.25 breaks, 1.375, 1.3125
     assert policy.knobs.gpu_clock_mhz == 1312
 
 
 def test_a_price_is_bisected_to_where_the_promise_breaks():
     contender = Contender("c", lambda x: Static(Knobs(1, round(1000 * x))), (0.7, 3.7), monotone=True)
-    _, setting = tuned(contender, Practice(), "a", share=0.97)
+    _, setting = tuned([contender], Practice(), "a", share=0.97)
     assert 1.3 <= setting < 1.3 + 3.0 / 2**7
 
 
@@ -132,7 +132,7 @@ def test_what_would_be_deployed_is_chosen_on_the_tuning_seeds():
 
 def test_a_contender_without_a_choice_is_not_run():
     contender = Contender("c", lambda x: Static(Knobs(1, 1000)))
-    assert tuned(contender, None, "a", share=0.97)[1] == 0.0
+    assert tuned([contender], None, "a", share=0.97)[1] == 0.0
 
 
 def a_practice(workload, slo, **settings):

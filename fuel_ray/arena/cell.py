@@ -22,20 +22,20 @@ from fuel_ray.policies.catalogue import (
     Contender,
     contender,
 )
+from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.tuning.clock_search import allowed_badness
+from fuel_ray.tuning.clock_search import allowed_badness, find_schedule
 from fuel_ray.tuning.contenders import families, is_folder, of_size
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
-from fuel_ray.tuning.oracle import find_schedule
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.search import (
     LIMITS_SCARCE,
     TABLE_STRIDE,
-    best_tuned,
     tune_static_pair,
     tune_table,
+    tuned,
 )
 from fuel_ray.types import Knobs, Policy, Slo
 
@@ -105,7 +105,10 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     settings: dict[str, dict[str, float]] = {}
     for family in _contenders(contest.config, case):
         name = family[0].name
-        policies[name], settings[name] = best_tuned(family, practice, slo, share=share)
+        policy, setting = tuned(family, practice, slo, share=share)
+        policies[name], settings[name] = policy, {"setting": setting}
+        if isinstance(policy, LearnedPolicy) and policy.anchor is not None:
+            settings[name]["anchor"] = policy.anchor.weight
     rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
     own = of_size(contest.config.policies, spec.kv_block_size)
     deployable = [TUNED_STATIC, *(name for name, entry in own.items() if is_folder(entry))]

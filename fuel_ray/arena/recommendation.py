@@ -22,7 +22,7 @@ from fuel_ray.stats import Interval, relative_energy
 from fuel_ray.tuning.contenders import families, of_size
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, best_tuned, tune_static_pair, tune_table
+from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, tune_static_pair, tune_table, tuned
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
@@ -123,7 +123,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
         if name == TUNED_STATIC:
             continue
         (family, *_) = families(name, entry, case)
-        policy, _ = best_tuned(family, practice, _ASKED, share=share)
+        policy, _ = tuned(family, practice, _ASKED, share=share)
         told = None
         if isinstance(policy, LearnedPolicy):
             told = Told(Path(entry), policy.codec, policy.anchor, knobs)

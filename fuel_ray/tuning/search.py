@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from fuel_ray.policies.catalogue import Contender, Learner
-from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import LoadTable, Static
-from fuel_ray.tuning.clock_search import allowed_badness
-from fuel_ray.tuning.oracle import find_load_table
+from fuel_ray.tuning.clock_search import allowed_badness, find_load_table
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.static_pair import Score, tune_static
 from fuel_ray.types import Knobs, Policy, Slo
@@ -57,30 +55,19 @@ def tune_table(practice: Runs, slo: str, static: Knobs, *, share: float, budget:
     )
 
 
-def best_tuned(
-    family: Sequence[Contender], practice: Runs, slo: str, *, share: float
-) -> tuple[Policy, dict[str, float]]:
-    """The variant, with its setting, that ranks best on the tuning seeds, and what was tuned."""
-    if len(family) == 1:
-        policy, setting = tuned(family[0], practice, slo, share=share)
-    else:
-        ranks = [_ranker(contender, practice, slo, share) for contender in family]
-        settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
+def tuned(family: Sequence[Contender], practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
+    """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them."""
+    ranks = [_ranker(contender, practice, slo, share) for contender in family]
+    settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
+    best = 0
+    if len(family) > 1:
         best = min(range(len(family)), key=lambda k: ranks[k](settings[k]))
-        policy, setting = family[best].make(settings[best]), settings[best]
-    anchor = policy.anchor if isinstance(policy, LearnedPolicy) else None
-    return policy, {"setting": setting} if anchor is None else {"setting": setting, "anchor": anchor.weight}
-
-
-def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
-    """The contender with the setting that ranks best on the tuning seeds; a ``Learner`` has played them."""
-    best = _search(contender, _ranker(contender, practice, slo, share))
-    policy = contender.make(best)
+    policy = family[best].make(settings[best])
     if isinstance(policy, Learner):
         for seed in practice.seeds:
             practice.episode(policy, seed)
             policy.keep()
-    return policy, best
+    return policy, settings[best]
 
 
 def _ranker(

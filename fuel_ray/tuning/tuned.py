@@ -14,11 +14,11 @@ from fuel_ray.policies.catalogue import CATALOGUE, Case, untuned
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.tuning import search
 from fuel_ray.tuning.contenders import LOG_PRICES, kept_near, resolve
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
-from fuel_ray.tuning.search import tuned as tuned_best
+from fuel_ray.tuning.search import LIMITS_SCARCE, bisected, tune_static_pair, tune_table
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
@@ -81,7 +81,7 @@ def tuned_policies(
     tuned = tuned or _baselines(practice, share)
     case = Case(spec, config.slo, pack, tuned.static, tuned.table)
     return {
-        name: tuned_best(resolve(entry, case), practice, _ASKED, share=tuned.share)[0]
+        name: search.tuned([resolve(entry, case)], practice, _ASKED, share=tuned.share)[0]
         for name, entry in entries.items()
     }
 
@@ -97,7 +97,7 @@ def tune_anchor(
     """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
     practice = _practice(config, kv_block_size, config.workload)
     variants = kept_near("", policy.policy(practice.loop.node.spec), config.slo, tuned.table)
-    best, _ = best_tuned(variants, practice, _ASKED, share=tuned.share)
+    best, _ = search.tuned(variants, practice, _ASKED, share=tuned.share)
     assert isinstance(best, LearnedPolicy)
     assert best.anchor is not None
     return best.anchor, best.codec.miss_price_j
