@@ -28,15 +28,10 @@ from fuel_ray.record import summary_fields
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.clock_search import allowed_badness, find_schedule
 from fuel_ray.tuning.contenders import families, is_folder, of_size
-from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
-from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import (
-    LIMITS_SCARCE,
-    TABLE_STRIDE,
-    tune_static_pair,
-    tune_table,
-    tuned,
-)
+from fuel_ray.tuning.episodes import TUNING_SEEDS, run_episode
+from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, tuned
+from fuel_ray.tuning.tuned import tune_on
 from fuel_ray.types import Knobs, Policy, Slo
 
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
@@ -63,10 +58,8 @@ def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dic
     """A cell per promise that is not ``done``, as plain data."""
     practice = practice_of(contest, loop_of(contest, contest.home))
     stage = loop_of(contest, contest.scenario, part="second half")
-    alone = [
-        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=contest.config.seconds, slos=practice.slos)
-        for i in range(contest.config.seeds)
-    ]
+    config = contest.config
+    alone = held_out(stage, config.seeds, seconds=config.seconds, slos=practice.slos)
     for slo in contest.config.slos:
         if slo not in done:
             began_s = time.monotonic()
@@ -97,9 +90,9 @@ def practice_of(contest: Contest, loop: ControlLoop) -> Runs:
 def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
     spec = practice.loop.node.spec
     limits = LIMITS_AMPLE if contest.scenario.kv_tokens is None else LIMITS_SCARCE
-    static, share = tune_static_pair(practice, slo, share=contest.config.tune_share, limits=limits)
-    allowed = allowed_badness(practice.slos[slo], share)
-    table = tune_table(practice, slo, static, share=share, budget=TABLE_BUDGET)
+    share = contest.config.tune_share
+    base = tune_on(practice, slo, share=share, limits=limits, budget=TABLE_BUDGET)
+    static, table, share = base.static, base.table, base.share
     case = Case(spec, practice.slos[slo], load_pack(contest.config.pack), static, table)
     policies: dict[str, Policy] = {}
     settings: dict[str, dict[str, float]] = {}
@@ -117,6 +110,7 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
         rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen]
     if contest.config.oracle:
         known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
+        allowed = allowed_badness(practice.slos[slo], share)
         rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
     return {
         "scenario": contest.scenario.name,

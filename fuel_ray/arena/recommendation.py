@@ -20,9 +20,10 @@ from fuel_ray.policies.static import Static
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.stats import Interval, relative_energy
 from fuel_ray.tuning.contenders import families, of_size
-from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
-from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, tune_static_pair, tune_table, tuned
+from fuel_ray.tuning.episodes import TUNING_SEEDS
+from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.search import SLACK, tuned
+from fuel_ray.tuning.tuned import tune_on
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
@@ -91,47 +92,39 @@ def by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
 def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     """Tuned static and every policy at one block size."""
     build = partial(build_loop, config, kv_block_size, horizon_s=float(config.seconds))
-    loop, stage = build(part="first half"), build(part="second half")
-    slos = {_ASKED: config.slo}
-    practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=config.seconds, slos=slos)
-    alone = [
-        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=config.seconds, slos=slos) for i in range(config.seeds)
-    ]
-    knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
-    table = tune_table(practice, _ASKED, knobs, share=share)
-    how = f"limit {knobs.batch_limit} at {knobs.gpu_clock_mhz} MHz"
-
-    def pair(name: str, policy: Policy, how: str, told: Told | None = None) -> Pair:
-        rows = exam(name, policy, alone, _ASKED)
-        return Pair(
-            kv_block_size=kv_block_size,
-            policy=name,
-            asked=share,
-            tuned_rank=practice.score(policy, _ASKED, share=share).rank(share),
-            energy_j=tuple(row["energy_j"] for row in rows),
-            requests=tuple(row["requests"] for row in rows),
-            attained=attainment(rows),
-            met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
-            how=how,
-            told=told,
-        )
-
-    pairs = [pair(TUNED_STATIC, Static(knobs), how)]
-    case = Case(loop.node.spec, config.slo, load_pack(config.pack), knobs, table)
-    entries = of_size(config.policies, kv_block_size)
-    for name, entry in entries.items():
-        if name == TUNED_STATIC:
-            continue
+    loop, seconds, slos = build(part="first half"), config.seconds, {_ASKED: config.slo}
+    practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=seconds, slos=slos)
+    alone = held_out(build(part="second half"), config.seeds, seconds=seconds, slos=slos)
+    base = tune_on(practice, _ASKED, share=config.tune_share)
+    case = Case(loop.node.spec, config.slo, load_pack(config.pack), base.static, base.table)
+    pairs = []
+    for name, entry in ({TUNED_STATIC: TUNED_STATIC} | of_size(config.policies, kv_block_size)).items():
         (family, *_) = families(name, entry, case)
-        policy, _ = tuned(family, practice, _ASKED, share=share)
-        told = None
-        if isinstance(policy, LearnedPolicy):
-            told = Told(Path(entry), policy.codec, policy.anchor, knobs)
-        pairs.append(pair(name, policy, _how(policy), told))
+        policy, _ = tuned(family, practice, _ASKED, share=base.share)
+        rows = exam(name, policy, alone, _ASKED)
+        pairs.append(
+            Pair(
+                kv_block_size=kv_block_size,
+                policy=name,
+                asked=base.share,
+                tuned_rank=practice.score(policy, _ASKED, share=base.share).rank(base.share),
+                energy_j=tuple(row["energy_j"] for row in rows),
+                requests=tuple(row["requests"] for row in rows),
+                attained=attainment(rows),
+                met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
+                how=_how(policy),
+                told=Told(Path(entry), policy.codec, policy.anchor, base.static)
+                if isinstance(policy, LearnedPolicy)
+                else None,
+            )
+        )
     return pairs
 
 
 def _how(policy: Policy) -> str:
+    """What was tuned."""
+    if isinstance(policy, Static):
+        return f"limit {policy.knobs.batch_limit} at {policy.knobs.gpu_clock_mhz} MHz"
     if not isinstance(policy, LearnedPolicy):
         return "a rule"
     parts = [f"a miss costs {policy.codec.miss_price_j:.0f} J"] if policy.priced else []

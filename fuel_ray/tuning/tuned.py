@@ -10,7 +10,7 @@ from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, twin_of, twinned
 from fuel_ray.config import LearnConfig, ServingConfig
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, Case, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, Case, Learner, untuned
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
@@ -49,7 +49,15 @@ class Tuned:
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds."""
-    return _baselines(_practice(config, kv_block_size, workload), config.tune_share)
+    return tune_on(_practice(config, kv_block_size, workload), _ASKED, share=config.tune_share)
+
+
+def tune_on(
+    runs: Runs, slo: str, *, share: float, limits: Sequence[int] = LIMITS_SCARCE, budget: int = 60
+) -> Tuned:
+    """The same on any tuning seeds, for one of their SLOs; other arguments as for ``tune_table``."""
+    static, asked = tune_static_pair(runs, slo, share=share, limits=limits)
+    return Tuned(static, tune_table(runs, slo, static, share=asked, budget=budget), asked)
 
 
 def tuned_policies(
@@ -72,23 +80,23 @@ def tuned_policies(
         PolicyError: a folder is malformed, or made for another node.
     """
     pack = load_pack(config.pack)
-    needing = [name for name in entries if name in CATALOGUE and CATALOGUE[name].tuned]
+    case = untuned(spec, config.slo, pack)
+    policies = {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
+    needing = [
+        name
+        for name, policy in policies.items()
+        if isinstance(policy, Learner) or (name in CATALOGUE and CATALOGUE[name].tuned)
+    ]
     if not needing:
-        case = untuned(spec, config.slo, pack)
-        return {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
+        return policies
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
     practice = _practice(twin_of(twinned(config)), spec.kv_block_size, workload)
-    tuned = tuned or _baselines(practice, share)
+    tuned = tuned or tune_on(practice, _ASKED, share=share)
     case = Case(spec, config.slo, pack, tuned.static, tuned.table)
-    return {
-        name: search.tuned([resolve(entry, case)], practice, _ASKED, share=tuned.share)[0]
-        for name, entry in entries.items()
-    }
-
-
-def _baselines(practice: Runs, share: float) -> Tuned:
-    static, share = tune_static_pair(practice, _ASKED, share=share, limits=LIMITS_SCARCE)
-    return Tuned(static, tune_table(practice, _ASKED, static, share=share), share)
+    for name in needing:
+        family = [resolve(entries[name], case)]
+        policies[name], _ = search.tuned(family, practice, _ASKED, share=tuned.share)
+    return policies
 
 
 def tune_anchor(
