@@ -9,7 +9,7 @@ import numpy as np
 
 from fuel_ray.arena.comparison import ORACLE
 from fuel_ray.arena.config import ArenaConfig
-from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serving
+from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_of
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
@@ -55,7 +55,7 @@ class Contest:
 
 
 def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
-    """A cell per promise that is not ``done``, as plain data."""
+    """A cell per SLO that is not ``done``, as plain data."""
     practice = practice_of(contest, loop_of(contest, contest.home))
     stage = loop_of(contest, contest.scenario, part="second half")
     config = contest.config
@@ -77,13 +77,13 @@ def loop_of(contest: Contest, scenario: Scenario, *, part: Part = "first half") 
 
 
 def practice_of(contest: Contest, loop: ControlLoop) -> Runs:
-    """The tuning seeds, and the promises that are made about this load."""
+    """The tuning seeds of this load, and its SLOs."""
     seeds = TUNING_SEEDS[: contest.config.tuning_seeds]
     fastest = Static(loop.node.spec.max_performance)
     episodes = [run_episode(loop, fastest, seed=seed, seconds=contest.config.seconds) for seed in seeds]
     tpots_s = np.concatenate([episode.records.tpot_s for episode in episodes])
     tpot_p95_s = float(np.nanpercentile(tpots_s, 95))
-    slos: dict[str, Slo] = {name: promise(name, tpot_p95_s) for name in contest.config.slos}
+    slos: dict[str, Slo] = {name: slo_of(name, tpot_p95_s) for name in contest.config.slos}
     return Runs(loop, seeds=seeds, seconds=contest.config.seconds, slos=slos)
 
 

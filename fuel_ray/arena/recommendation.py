@@ -51,7 +51,7 @@ class Pair:
     energy_j: tuple[float, ...]
     requests: tuple[int, ...]
     attained: float
-    met: bool  # the promise, on most seeds
+    met: bool  # the SLO, on most seeds
     how: str  # what was tuned
     told: Told | None = None  # of a learned policy
 
@@ -144,8 +144,8 @@ def line(pair: Pair) -> str:
 def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair, str]:
     """The pair to deploy and a sentence or two; chosen on the tuning seeds, judged on the held-out ones.
 
-    A pair is one of least energy that keeps what was asked on the tuning seeds; a block size at which less
-    can be had than at another counts as missing it. It is deployed if on the held-out seeds it keeps the SLO,
+    A pair is one of least energy that attains what was asked on the tuning seeds; a block size at which less
+    can be had than at another counts as missing it. It is deployed if on the held-out seeds it meets the SLO,
     or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval of the difference
     excludes none.
     """
@@ -158,8 +158,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     ranked = sorted(pairs, key=rank)
     static = next(pair for pair in ranked if pair.policy == TUNED_STATIC)
     best = next((pair for pair in ranked if pair.policy != TUNED_STATIC), None)
-    if best is None or any(rank(best)[:2]) or not _keeps(best, static, share):
-        sentence = f"Recommended: {_named(static)}. No other policy keeps the SLO."
+    if best is None or any(rank(best)[:2]) or not _meets(best, static, share):
+        sentence = f"Recommended: {_named(static)}. No other policy meets the SLO."
         return static, sentence + _warning(static, share)
     change = best.against(static)
     if change.high is None or change.high >= 1.0:
@@ -173,8 +173,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     return best, f"Recommended: {_named(best)}: {saved}.{runner_up}{_warning(best, share)}"
 
 
-def _keeps(pair: Pair, static: Pair, share: float | None) -> bool:
-    """Whether the promise is kept on held-out seeds, or as well as by tuned static."""
+def _meets(pair: Pair, static: Pair, share: float | None) -> bool:
+    """Whether the SLO is met on held-out seeds, or as well as by tuned static."""
     if share is None:
         return pair.met or not static.met
     return pair.attained >= min(share, static.attained) - SLACK
@@ -183,8 +183,8 @@ def _keeps(pair: Pair, static: Pair, share: float | None) -> bool:
 def _warning(pair: Pair, share: float | None) -> str:
     if pair.met if share is None else pair.attained >= share - SLACK:
         return ""
-    promised = "the promise" if share is None else f"the {share:.0%} that are promised"
-    return f" It does not keep {promised}: the load is more than this node can serve so."
+    asked = "" if share is None else f" for {share:.0%} of requests"
+    return f" It does not meet the SLO{asked}: the load is more than this node can serve so."
 
 
 def _named(pair: Pair) -> str:

@@ -3,7 +3,7 @@
 Energy and misses of a window depend on its own clock far more than on those before it. So runs at each fixed
 clock say what every cell (a segment of time, or all windows at similar load) would cost at every clock, and
 for a price per unit of badness the cheapest clock per cell is a look-up. The price is then bisected on runs
-of what was chosen, so that the result keeps the SLO as run and not as predicted.
+of what was chosen, so that the result meets the SLO as run and not as predicted.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ class Trace:
 
     @property
     def mean_badness(self) -> float:
-        """Per request; the SLO is kept when it is at most ``allowed_badness``."""
+        """Per request; the SLO is met when it is at most ``allowed_badness``."""
         return float(self.badness.sum()) / max(self.arrivals, 1)
 
 
@@ -82,7 +82,7 @@ def find_schedule(
         supported_mhz: clocks of the GPU, ascending.
         segment_s: seconds that are moved together.
         batch_limit: in all windows.
-        allowed: mean badness that keeps the SLO.
+        allowed: mean badness that meets the SLO.
         strides: places in ``supported_mhz`` by which segments are moved, in turn; clocks are profiled as far
             apart as the first.
         starts: clocks per window, such as those that other policies chose.

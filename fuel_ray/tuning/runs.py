@@ -17,7 +17,7 @@ Played = tuple[np.ndarray, np.ndarray, RequestRecords]  # energy (J) and arrival
 
 
 class Runs:
-    """Plays policies against the same arrivals and judges them by several promises at once."""
+    """Plays policies against the same arrivals and judges them by several SLOs at once."""
 
     def __init__(
         self, loop: ControlLoop, *, seeds: Sequence[int], seconds: float, slos: Mapping[str, Slo]
@@ -39,13 +39,13 @@ class Runs:
         return self._static[policy.knobs][slo]
 
     def runner(self, slo: str) -> Runner:
-        """``traces`` for one promise."""
+        """``traces`` for one SLO."""
         return partial(self.traces, slo=slo)
 
     def score(self, policy: Policy, slo: str, *, share: float) -> Score:
         """Energy per request and attainment, pooled over the seeds.
 
-        For a promise on means, attainment is ``share`` or more if the mean is at ``share`` of its limit.
+        For an SLO on means, attainment is ``share`` or more if the mean is at ``share`` of its limit.
         """
         return score_of(self.traces(policy, slo), self.slos[slo], share=share)
 

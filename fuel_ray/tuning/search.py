@@ -20,7 +20,7 @@ TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence[int]) -> tuple[Knobs, float]:
     """The best pair, and the share of requests that is asked of everybody.
 
-    Where no pair keeps the promise for ``share``, everybody is asked for what the best one keeps, less
+    Where no pair meets the SLO for ``share``, everybody is asked for what the best one attains, less
     ``SLACK``.
     """
     spec = practice.loop.node.spec
@@ -80,8 +80,8 @@ def _ranker(
 def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:
     """The setting of lowest rank; where there is only one, it is not run.
 
-    The settings listed are tried, then halfway to those beside the best, a few times: the promise is often
-    kept on one side of a setting between them and broken on the other. A monotone one is bisected.
+    The settings listed are tried, then halfway to those beside the best, a few times: the SLO is often
+    met on one side of a setting between them and missed on the other. A monotone one is bisected.
     """
     if len(contender.settings) == 1:
         return contender.settings[0]
@@ -99,7 +99,7 @@ def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -
 
 
 def bisected(rank: Callable[[float], tuple[bool, float]], low: float, high: float) -> float:
-    """The best setting seen while looking for the lowest one that keeps the promise."""
+    """The best setting seen while looking for the lowest one that meets the SLO."""
     ranks: dict[float, tuple[bool, float]] = {}
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

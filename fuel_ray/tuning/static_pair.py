@@ -15,7 +15,7 @@ class Score:
     slo_attainment: float
 
     def rank(self, share: float) -> tuple[bool, float]:
-        """Lower is better: least energy of those that keep the SLO for ``share``, or else most attainment."""
+        """Lower is better: least energy of those that meet the SLO for ``share``, or else most attainment."""
         missed = self.slo_attainment < share
         return missed, -self.slo_attainment if missed else self.energy_j_per_request
 
@@ -24,10 +24,10 @@ Scorer = Callable[[Policy], Score]
 
 
 def tune_static(score: Scorer, spec: NodeSpec, *, share: float, limits: Sequence[int]) -> Knobs:
-    """The pair of least energy that keeps the SLO for ``share`` of the requests.
+    """The pair of least energy that meets the SLO for ``share`` of the requests.
 
     Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid
-    around the best pair. Without any pair that keeps the SLO, the one of highest attainment.
+    around the best pair. Without any pair that meets the SLO, the one of highest attainment.
     """
     tried: dict[Knobs, Score] = {}
 

@@ -22,7 +22,7 @@ from fuel_ray.tuning.search import LIMITS_SCARCE, bisected, tune_static_pair, tu
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
-_ASKED = "asked"  # the promise of the settings
+_ASKED = "asked"  # the SLO of the settings
 
 
 @dataclass(frozen=True, slots=True)
