@@ -32,7 +32,7 @@ _ASKED = "asked"
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A learned policy as it was tuned here: where it came from, and what it is told."""
+    """A learned policy as it was tuned here: where it came from, and what was tuned."""
 
     folder: Path
     codec: Codec
@@ -69,7 +69,7 @@ class Pair:
 
 
 def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
-    """The policy, told what was tuned; for its block size alone, since the static pair and the table are."""
+    """The policy with what was tuned, for its block size alone, since the static pair and the table are."""
     assert config.save is not None
     policy = read_policy(told.folder)
     manifest = replace(
