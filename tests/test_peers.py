@@ -19,8 +19,14 @@ from fuel_ray.policies.static import ClockSchedule, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.sim.perf_model import step_cost
-from fuel_ray.tuning.clock_search import Trace, allowed_badness, badness, trace
-from fuel_ray.tuning.oracle import find_load_table, find_schedule
+from fuel_ray.tuning.clock_search import (
+    Trace,
+    allowed_badness,
+    badness,
+    find_load_table,
+    find_schedule,
+    trace_of,
+)
 from fuel_ray.types import Knobs, RequestRecords, Slo
 from tests.test_codec import SPEC, WINDOW
 
@@ -325,8 +331,7 @@ def test_badness_is_a_miss_or_the_share_of_a_mean_limit():
     assert badness(records, E2E).tolist() == [0.2, 0.5]
     assert allowed_badness(SLO, 0.95) == pytest.approx(0.05)
     assert allowed_badness(E2E, 1.0) == 1.0
-    windows = [replace(QUIET, arrivals=1), replace(QUIET, arrivals=1), replace(QUIET, arrivals=1)]
-    result = trace(windows, records, SLO)
+    result = trace_of(np.full(3, 600.0), np.ones(3, int), records, SLO)
     assert result.badness.tolist() == [0.0, 1.0, 1.0]  # the third has no record
     assert result.rate_rps[0] == 0.0 and result.rate_rps[1] == 1.0
 
@@ -409,7 +414,9 @@ def simulated(seeds, *, slo=SLO, workload="piecewise:rates=2@60+16@60"):
             windows = [loop.reset(seed=seed)]
             for _ in range(130):
                 windows.append(loop.step(policy.decide(windows[-1])).metrics)
-            traces.append(trace(windows, loop.node.take_records(), slo))
+            energy_j = np.array([window.energy_j for window in windows])
+            arrivals = np.array([window.arrivals for window in windows])
+            traces.append(trace_of(energy_j, arrivals, loop.node.take_records(), slo))
         return traces
 
     return run

@@ -259,7 +259,7 @@ def test_the_parts_come_in_order(full_report):
         "Results on the diurnal workload",
         "Do the block sizes differ?",
         "Learning",
-        "Energy against the latency promise",
+        "Energy against SLO attainment",
         "What each policy chose over time",
         "What the learned policy chooses",
         "Negative control: the steady workload",

@@ -29,10 +29,11 @@ from fuel_ray.arena.scenarios import SCENARIOS, SloName
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.config import PRESETS, SweepConfig
+from fuel_ray.policies.catalogue import Contender
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.training.trials import averaged, run_trials, start_ray
-from fuel_ray.tuning.contenders import LOG_PRICES, Contender
+from fuel_ray.tuning.contenders import LOG_PRICES
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.search import LIMITS_SCARCE, tuned
@@ -91,7 +92,7 @@ class Cell:
         plain = LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
         promise = self.practice.slos[self.slo]
         contender = Contender("", lambda x: plain.for_slo(promise, miss_price_j=10.0**x), LOG_PRICES, True)
-        policy, _ = tuned(contender, self.practice, self.slo, share=self.share)
+        policy, _ = tuned([contender], self.practice, self.slo, share=self.share)
         assert isinstance(policy, LearnedPolicy)
         energy_j, kept = self.figures(policy)
         return f"{100 * (energy_j / self.static_j - 1):+.1f} ({kept:.3f})"

@@ -67,7 +67,7 @@ def main() -> None:
     slo = practice.slos[given.slo]
     _, share = tune_static_pair(practice, given.slo, share=0.97, limits=(40, 48))
     contender = free(given.policy.name, load_policy(given.policy, loop.node.spec), slo)
-    policy, setting = tuned(contender, practice, given.slo, share=share)
+    policy, setting = tuned([contender], practice, given.slo, share=share)
     assert isinstance(policy, LearnedPolicy)
     print(f"{given.policy.name} on {given.scenario}, {given.slo} SLO, a miss costs {10**setting:.0f} J\n")
     print("| feature replaced | energy, % (95 %) | of SLO |\n|---|--:|--:|")

@@ -9,7 +9,7 @@ import numpy as np
 
 from fuel_ray.arena.comparison import ORACLE
 from fuel_ray.arena.config import ArenaConfig
-from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, promise, serving
+from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_of
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
@@ -22,21 +22,16 @@ from fuel_ray.policies.catalogue import (
     Contender,
     contender,
 )
+from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.tuning.clock_search import allowed_badness
+from fuel_ray.tuning.clock_search import allowed_badness, find_schedule
 from fuel_ray.tuning.contenders import families, is_folder, of_size
-from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS, run_episode
-from fuel_ray.tuning.oracle import find_schedule
-from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import (
-    LIMITS_SCARCE,
-    TABLE_STRIDE,
-    best_tuned,
-    tune_static_pair,
-    tune_table,
-)
+from fuel_ray.tuning.episodes import TUNING_SEEDS, run_episode
+from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, tuned
+from fuel_ray.tuning.tuned import tune_on
 from fuel_ray.types import Knobs, Policy, Slo
 
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
@@ -60,13 +55,11 @@ class Contest:
 
 
 def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
-    """A cell per promise that is not ``done``, as plain data."""
+    """A cell per SLO that is not ``done``, as plain data."""
     practice = practice_of(contest, loop_of(contest, contest.home))
     stage = loop_of(contest, contest.scenario, part="second half")
-    alone = [
-        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=contest.config.seconds, slos=practice.slos)
-        for i in range(contest.config.seeds)
-    ]
+    config = contest.config
+    alone = held_out(stage, config.seeds, seconds=config.seconds, slos=practice.slos)
     for slo in contest.config.slos:
         if slo not in done:
             began_s = time.monotonic()
@@ -84,28 +77,31 @@ def loop_of(contest: Contest, scenario: Scenario, *, part: Part = "first half") 
 
 
 def practice_of(contest: Contest, loop: ControlLoop) -> Runs:
-    """The tuning seeds, and the promises that are made about this load."""
+    """The tuning seeds of this load, and its SLOs."""
     seeds = TUNING_SEEDS[: contest.config.tuning_seeds]
     fastest = Static(loop.node.spec.max_performance)
     episodes = [run_episode(loop, fastest, seed=seed, seconds=contest.config.seconds) for seed in seeds]
     tpots_s = np.concatenate([episode.records.tpot_s for episode in episodes])
     tpot_p95_s = float(np.nanpercentile(tpots_s, 95))
-    slos: dict[str, Slo] = {name: promise(name, tpot_p95_s) for name in contest.config.slos}
+    slos: dict[str, Slo] = {name: slo_of(name, tpot_p95_s) for name in contest.config.slos}
     return Runs(loop, seeds=seeds, seconds=contest.config.seconds, slos=slos)
 
 
 def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
     spec = practice.loop.node.spec
     limits = LIMITS_AMPLE if contest.scenario.kv_tokens is None else LIMITS_SCARCE
-    static, share = tune_static_pair(practice, slo, share=contest.config.tune_share, limits=limits)
-    allowed = allowed_badness(practice.slos[slo], share)
-    table = tune_table(practice, slo, static, share=share, budget=TABLE_BUDGET)
+    share = contest.config.tune_share
+    base = tune_on(practice, slo, share=share, limits=limits, budget=TABLE_BUDGET)
+    static, table, share = base.static, base.table, base.share
     case = Case(spec, practice.slos[slo], load_pack(contest.config.pack), static, table)
     policies: dict[str, Policy] = {}
     settings: dict[str, dict[str, float]] = {}
     for family in _contenders(contest.config, case):
         name = family[0].name
-        policies[name], settings[name] = best_tuned(family, practice, slo, share=share)
+        policy, setting = tuned(family, practice, slo, share=share)
+        policies[name], settings[name] = policy, {"setting": setting}
+        if isinstance(policy, LearnedPolicy) and policy.anchor is not None:
+            settings[name]["anchor"] = policy.anchor.weight
     rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
     own = of_size(contest.config.policies, spec.kv_block_size)
     deployable = [TUNED_STATIC, *(name for name, entry in own.items() if is_folder(entry))]
@@ -114,6 +110,7 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
         rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen]
     if contest.config.oracle:
         known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
+        allowed = allowed_badness(practice.slos[slo], share)
         rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
     return {
         "scenario": contest.scenario.name,

@@ -132,21 +132,18 @@ def evaluate_policies(
     Raises:
         NodeError: a window could not be measured; what was added before stays.
     """
-    horizon_s = float(seconds)
     digest = parse_workload(workload).digest()
     with contextlib.ExitStack() as opened:
-        there_config = opened.enter_context(served(config, kv_block_size))
-        loop = build_loop(
-            there_config, kv_block_size, horizon_s=horizon_s, workload=workload, part="second half"
-        )
+        own = opened.enter_context(served(config, kv_block_size))
+        loop = build_loop(own, kv_block_size, horizon_s=float(seconds), workload=workload, part="second half")
         opened.callback(loop.node.close)
         there = policies(loop.node.spec)
         for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + seeds):
             for name, policy in there.items():
                 labels = {"block_size": kv_block_size, "policy": name, "workload": workload, "seed": seed}
-                lines = into.lines if seed == HELD_OUT_SEED else None
-                figures = _persistently(config, loop, policy, labels, lines, seconds=seconds)
+                figures, lines = _episode(config, loop, policy, labels, seconds=seconds)
                 into.rows.append({**labels, "workload_digest": digest, **figures})
+                into.lines.extend(lines)
                 say(_progress(into.rows[-1]))
 
 
@@ -159,50 +156,29 @@ def _progress(row: Mapping[str, Any]) -> str:
     )
 
 
-def _persistently(
-    config: ServingConfig,
-    loop: ControlLoop,
-    policy: Policy,
-    labels: dict[str, Any],
-    lines: list[str] | None,
-    *,
-    seconds: float,
-) -> dict[str, Any]:
-    """As ``_evaluate``; on a cluster an episode whose node was lost is begun again on another."""
+def _episode(
+    config: ServingConfig, loop: ControlLoop, policy: Policy, labels: dict[str, Any], *, seconds: float
+) -> tuple[dict[str, Any], list[str]]:
+    """What the summary says of one episode, and of the first seed the step lines.
+
+    On a cluster an episode whose node was lost is begun again on another.
+    """
     for left in reversed(range(patience(config))):
-        of_this_try: list[str] | None = None if lines is None else []
+        lines: list[str] = []
+
+        def observe(record: StepRecord, lines: list[str] = lines) -> None:
+            if labels["seed"] == HELD_OUT_SEED:
+                lines.append(step_line(record, time_s=float(record.step), labels=labels))
+
         try:
-            figures = _evaluate(config, loop, policy, labels, of_this_try, seconds=seconds)
+            episode = run_episode(loop, policy, seed=labels["seed"], seconds=seconds, observe=observe)
         except NodeError as error:
             if not left or isinstance(error, UnsupportedError):
                 raise
-            logger.warning(
-                "block %s, seed %s is begun again: %s", labels["block_size"], labels["seed"], error
-            )
+            logger.warning("block %s, seed %s: begun again: %s", labels["block_size"], labels["seed"], error)
             continue
-        if lines is not None:
-            lines += of_this_try or []
-        return figures
+        return summary_fields(episode.totals.summary(episode.records, config.slo)), lines
     raise AssertionError("the last try returns or raises")
-
-
-def _evaluate(
-    config: ServingConfig,
-    loop: ControlLoop,
-    policy: Policy,
-    labels: dict[str, Any],
-    lines: list[str] | None,
-    *,
-    seconds: float,
-) -> dict[str, Any]:
-    """What the summary says of one episode; step lines are added to ``lines`` where asked for."""
-
-    def observe(record: StepRecord) -> None:
-        if lines is not None:
-            lines.append(step_line(record, time_s=float(record.step), labels=labels))
-
-    episode = run_episode(loop, policy, seed=labels["seed"], seconds=seconds, observe=observe)
-    return summary_fields(episode.totals.summary(episode.records, config.slo))
 
 
 def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Policy]:

@@ -40,7 +40,7 @@ def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("change of energy per request in % (hollow: misses the SLO that tuned static keeps)")
+    axes.set_xlabel("change of energy per request in % (hollow: misses the SLO that tuned static meets)")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -20,9 +20,10 @@ from fuel_ray.policies.static import Static
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.stats import Interval, relative_energy
 from fuel_ray.tuning.contenders import families, of_size
-from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
-from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, best_tuned, tune_static_pair, tune_table
+from fuel_ray.tuning.episodes import TUNING_SEEDS
+from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.search import SLACK, tuned
+from fuel_ray.tuning.tuned import tune_on
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
@@ -31,7 +32,7 @@ _ASKED = "asked"
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A learned policy as it was tuned here: where it came from, and what it is told."""
+    """A learned policy as it was tuned here: where it came from, and what was tuned."""
 
     folder: Path
     codec: Codec
@@ -50,7 +51,7 @@ class Pair:
     energy_j: tuple[float, ...]
     requests: tuple[int, ...]
     attained: float
-    met: bool  # the promise, on most seeds
+    met: bool  # the SLO, on most seeds
     how: str  # what was tuned
     told: Told | None = None  # of a learned policy
 
@@ -68,7 +69,7 @@ class Pair:
 
 
 def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
-    """The policy, told what was tuned; for its block size alone, since the static pair and the table are."""
+    """The policy with what was tuned, for its block size alone, since the static pair and the table are."""
     assert config.save is not None
     policy = read_policy(told.folder)
     manifest = replace(
@@ -91,47 +92,39 @@ def by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
 def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     """Tuned static and every policy at one block size."""
     build = partial(build_loop, config, kv_block_size, horizon_s=float(config.seconds))
-    loop, stage = build(part="first half"), build(part="second half")
-    slos = {_ASKED: config.slo}
-    practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=config.seconds, slos=slos)
-    alone = [
-        Runs(stage, seeds=[HELD_OUT_SEED + i], seconds=config.seconds, slos=slos) for i in range(config.seeds)
-    ]
-    knobs, share = tune_static_pair(practice, _ASKED, share=config.tune_share, limits=LIMITS_SCARCE)
-    table = tune_table(practice, _ASKED, knobs, share=share)
-    how = f"limit {knobs.batch_limit} at {knobs.gpu_clock_mhz} MHz"
-
-    def pair(name: str, policy: Policy, how: str, told: Told | None = None) -> Pair:
-        rows = exam(name, policy, alone, _ASKED)
-        return Pair(
-            kv_block_size=kv_block_size,
-            policy=name,
-            asked=share,
-            tuned_rank=practice.score(policy, _ASKED, share=share).rank(share),
-            energy_j=tuple(row["energy_j"] for row in rows),
-            requests=tuple(row["requests"] for row in rows),
-            attained=attainment(rows),
-            met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
-            how=how,
-            told=told,
-        )
-
-    pairs = [pair(TUNED_STATIC, Static(knobs), how)]
-    case = Case(loop.node.spec, config.slo, load_pack(config.pack), knobs, table)
-    entries = of_size(config.policies, kv_block_size)
-    for name, entry in entries.items():
-        if name == TUNED_STATIC:
-            continue
+    loop, seconds, slos = build(part="first half"), config.seconds, {_ASKED: config.slo}
+    practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=seconds, slos=slos)
+    alone = held_out(build(part="second half"), config.seeds, seconds=seconds, slos=slos)
+    base = tune_on(practice, _ASKED, share=config.tune_share)
+    case = Case(loop.node.spec, config.slo, load_pack(config.pack), base.static, base.table)
+    pairs = []
+    for name, entry in ({TUNED_STATIC: TUNED_STATIC} | of_size(config.policies, kv_block_size)).items():
         (family, *_) = families(name, entry, case)
-        policy, _ = best_tuned(family, practice, _ASKED, share=share)
-        told = None
-        if isinstance(policy, LearnedPolicy):
-            told = Told(Path(entry), policy.codec, policy.anchor, knobs)
-        pairs.append(pair(name, policy, _how(policy), told))
+        policy, _ = tuned(family, practice, _ASKED, share=base.share)
+        rows = exam(name, policy, alone, _ASKED)
+        pairs.append(
+            Pair(
+                kv_block_size=kv_block_size,
+                policy=name,
+                asked=base.share,
+                tuned_rank=practice.score(policy, _ASKED, share=base.share).rank(base.share),
+                energy_j=tuple(row["energy_j"] for row in rows),
+                requests=tuple(row["requests"] for row in rows),
+                attained=attainment(rows),
+                met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
+                how=_how(policy),
+                told=Told(Path(entry), policy.codec, policy.anchor, base.static)
+                if isinstance(policy, LearnedPolicy)
+                else None,
+            )
+        )
     return pairs
 
 
 def _how(policy: Policy) -> str:
+    """What was tuned."""
+    if isinstance(policy, Static):
+        return f"limit {policy.knobs.batch_limit} at {policy.knobs.gpu_clock_mhz} MHz"
     if not isinstance(policy, LearnedPolicy):
         return "a rule"
     parts = [f"a miss costs {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
@@ -151,8 +144,8 @@ def line(pair: Pair) -> str:
 def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair, str]:
     """The pair to deploy and a sentence or two; chosen on the tuning seeds, judged on the held-out ones.
 
-    A pair is one of least energy that keeps what was asked on the tuning seeds; a block size at which less
-    can be had than at another counts as missing it. It is deployed if on the held-out seeds it keeps the SLO,
+    A pair is one of least energy that attains what was asked on the tuning seeds; a block size at which less
+    can be had than at another counts as missing it. It is deployed if on the held-out seeds it meets the SLO,
     or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval of the difference
     excludes none.
     """
@@ -165,8 +158,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     ranked = sorted(pairs, key=rank)
     static = next(pair for pair in ranked if pair.policy == TUNED_STATIC)
     best = next((pair for pair in ranked if pair.policy != TUNED_STATIC), None)
-    if best is None or any(rank(best)[:2]) or not _keeps(best, static, share):
-        sentence = f"Recommended: {_named(static)}. No other policy keeps the SLO."
+    if best is None or any(rank(best)[:2]) or not _meets(best, static, share):
+        sentence = f"Recommended: {_named(static)}. No other policy meets the SLO."
         return static, sentence + _warning(static, share)
     change = best.against(static)
     if change.high is None or change.high >= 1.0:
@@ -180,8 +173,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     return best, f"Recommended: {_named(best)}: {saved}.{runner_up}{_warning(best, share)}"
 
 
-def _keeps(pair: Pair, static: Pair, share: float | None) -> bool:
-    """Whether the promise is kept on held-out seeds, or as well as by tuned static."""
+def _meets(pair: Pair, static: Pair, share: float | None) -> bool:
+    """Whether the SLO is met on held-out seeds, or as well as by tuned static."""
     if share is None:
         return pair.met or not static.met
     return pair.attained >= min(share, static.attained) - SLACK
@@ -190,8 +183,8 @@ def _keeps(pair: Pair, static: Pair, share: float | None) -> bool:
 def _warning(pair: Pair, share: float | None) -> str:
     if pair.met if share is None else pair.attained >= share - SLACK:
         return ""
-    promised = "the promise" if share is None else f"the {share:.0%} that are promised"
-    return f" It does not keep {promised}: the load is more than this node can serve so."
+    asked = "" if share is None else f" for {share:.0%} of requests"
+    return f" It does not meet the SLO{asked}: the load is more than this node can serve so."
 
 
 def _named(pair: Pair) -> str:

@@ -58,8 +58,8 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     )
     began_s = time.monotonic()
     try:
-        jobs = [(contest, folder) for contest in todo]
-        for number, name in enumerate(in_processes(run_and_write, jobs, workers=config.workers), 1):
+        calls = [(contest, folder) for contest in todo]
+        for number, name in enumerate(in_processes(run_and_write, calls, workers=config.workers), 1):
             spent_s = time.monotonic() - began_s
             left_s = spent_s / number * (len(todo) - number)
             print(f"arena  {number}/{len(todo)}  {name:<16} {spent_s:.0f} s, {left_s:.0f} left", flush=True)

@@ -1,4 +1,4 @@
-"""The workloads and promises that policies are compared on, each defined once, by name."""
+"""The workloads and SLOs that policies are compared on, each defined once, by name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from fuel_ray.types import Slo
 SloName = Literal["interactive", "tight", "seed"]
 SLO_NAMES: tuple[SloName, ...] = get_args(SloName)
 INTERACTIVE = Slo(ttft_s=1.0, tpot_s=0.05)
-TIGHT_STRETCH = 1.1  # TPOT limit of the tight promise, by its 95th percentile at maximum performance
+TIGHT_STRETCH = 1.1  # TPOT limit of the tight SLO, by its 95th percentile at maximum performance
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def serving(scenario: Scenario, base: ServingConfig) -> ServingConfig:
     return replace(base, workload=scenario.workload, kv_tokens=scenario.kv_tokens)
 
 
-def promise(name: SloName, tpot_p95_s: float) -> Slo:
+def slo_of(name: SloName, tpot_p95_s: float) -> Slo:
     """The SLO of this name, given what the 95th percentile of TPOT is at maximum performance."""
     if name == "interactive":
         return INTERACTIVE

@@ -13,7 +13,7 @@ _RIDGE = 1.0
 
 
 class AgftLinUcb:
-    """LinUCB (Li et al., WWW 2010) over clocks with AGFT's features (FACTS.md, section 4).
+    """LinUCB (Li et al., WWW 2010) over clocks with AGFT's features.
 
     Features: has-queue, prefill tokens/s, decode tokens/s, packing, concurrency, KV usage, prefix hit rate,
     scaled to about 0..1, and 1. AGFT decides every 0.8 s; this one decides per window. Reward, exploration

@@ -10,7 +10,7 @@ from fuel_ray.policies.agft import AgftLinUcb
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.eais import Eais
 from fuel_ray.policies.feedback import Feedback
-from fuel_ray.policies.models import fit_batches, fit_steps, token_limits
+from fuel_ray.policies.models import every, fit_batches, fit_steps, token_limits
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import Pack, PerfModel
@@ -30,10 +30,8 @@ class Case:
     spec: NodeSpec
     slo: Slo
     pack: Pack | None  # for rules that need a model
-    static: (
-        Knobs  # the pair that was tuned for the load; rules that leave the batch limit alone use its limit
-    )
-    table: LoadTable  # the load table that was tuned for it
+    static: Knobs  # tuned for the load; rules that leave the batch limit alone use its limit
+    table: LoadTable  # tuned for the load
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +40,10 @@ class Entry:
 
     label: str
     color: str
-    what: str
     make: Callable[[Case, float], Policy] | None  # None: it is a folder
     settings: tuple[float, ...] = (0.0,)  # that are tried; the last is as published
     tuned: bool = False  # whether something in it is tuned on the load's tuning seeds
+    what: str = "a published rule"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +94,21 @@ def color(name: str, among: Sequence[str]) -> str:
     return _OTHER_COLORS[others.index(name) % len(_OTHER_COLORS)]
 
 
+def _clipper_binding(case: Case, _: float) -> Policy:
+    return Clipper(case.spec, case.slo, only_while_binding=True)
+
+
 def _eais(case: Case, _: float) -> Policy:
     ttft_s, tpot_s = token_limits(case.slo)
     capacity = case.spec.batch_limits[-1]
-    models = fit_batches(_perf(case), _every(case, 8), max_batch=capacity)
+    models = fit_batches(_perf(case), every(case.spec.gpu_clocks_mhz, 8), max_batch=capacity)
     return Eais(models, slo_s=case.slo.e2e_s or ttft_s + OUTPUT_TOKENS * tpot_s, max_batch=capacity)
 
 
 def _voltana(case: Case, margin: float) -> Policy:
     spec, (ttft_s, tpot_s) = case.spec, token_limits(case.slo)
     return VoltanaLlm(
-        fit_steps(_perf(case), _every(case, 4), max_num_seqs=spec.batch_limits[-1]),
+        fit_steps(_perf(case), every(case.spec.gpu_clocks_mhz, 4), max_num_seqs=spec.batch_limits[-1]),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         batch_limit=case.static.batch_limit,
@@ -126,7 +128,7 @@ def _feedback(case: Case, high: float) -> Policy:
 
 
 def _agft(case: Case, _: float) -> Policy:
-    clocks_mhz = _every(case, 4)
+    clocks_mhz = every(case.spec.gpu_clocks_mhz, 4)
     return AgftLinUcb(case.spec, case.slo, batch_limit=case.static.batch_limit, clocks_mhz=clocks_mhz)
 
 
@@ -136,85 +138,39 @@ def _perf(case: Case) -> PerfModel:
     return case.pack.perf
 
 
-def _every(case: Case, stride: int) -> tuple[int, ...]:
-    """Every ``stride``-th clock down from the highest, ascending."""
-    return case.spec.gpu_clocks_mhz[::-1][::stride][::-1]
-
-
 _MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
 _BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
 # Most are Okabe and Ito's colour-blind-safe palette
 CATALOGUE: dict[str, Entry] = {
     MAX_PERFORMANCE: Entry(
-        "maximum performance",
-        "#7a7a7a",
-        "highest clock, no batch limit: a server without control",
+        *("maximum performance", "#7a7a7a"),
         lambda case, _: Static(case.spec.max_performance),
+        what="highest clock, no batch limit: a server without control",
     ),
     TUNED_STATIC: Entry(
-        "tuned static",
-        "#e69f00",
-        "the one (clock, limit) pair with the least energy within the SLO on the training seeds",
+        *("tuned static", "#e69f00"),
         lambda case, _: Static(case.static),
         tuned=True,
+        what="the one (clock, limit) pair with the least energy within the SLO on the training seeds",
     ),
     LOAD_TABLE: Entry(
-        "load table",
-        "#009e73",
-        "a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
-        lambda case, _: LoadTable(case.table.rates_rps, case.table.knobs),
+        *("load table", "#009e73"),
+        lambda case, _: case.table,
         tuned=True,
+        what="a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
     ),
-    "clipper": Entry(
-        "Clipper",
-        "#cc79a7",
-        "the batch limit by additive increase and multiplicative decrease (NSDI 2017)",
-        lambda case, _: Clipper(case.spec, case.slo),
-    ),
-    "clipper_binding": Entry(
-        "Clipper, if binding",
-        "#8c3d6b",
-        "Clipper, but the limit rises only while it binds",
-        lambda case, _: Clipper(case.spec, case.slo, only_while_binding=True),
-    ),
-    "eais": Entry(
-        "EAIS", "#d55e00", "batch and clock together, from fitted latency and energy models", _eais
-    ),
-    "voltana": Entry(
-        "VoltanaLLM",
-        "#56b4e9",
-        "the lowest clock whose predicted latencies are within the SLO",
-        _voltana,
-        _MARGINS,
-        tuned=True,
-    ),
-    "voltana_dwell": Entry(
-        "VoltanaLLM, dwell",
-        "#1f78b4",
-        f"VoltanaLLM, lowering the clock at most every {DWELL_S:g} s",
-        _voltana_dwell,
-        _MARGINS,
-        tuned=True,
-    ),
-    "feedback": Entry(
-        "feedback",
-        "#f0e442",
-        "the clock by measured latency, with hysteresis",
-        _feedback,
-        _BOUNDS,
-        tuned=True,
-    ),
-    "agft": Entry(
-        "AGFT", "#6a51a3", "the clock by a contextual bandit that learns online", _agft, tuned=True
-    ),
+    "clipper": Entry("Clipper", "#cc79a7", lambda case, _: Clipper(case.spec, case.slo)),
+    "clipper_binding": Entry("Clipper, if binding", "#8c3d6b", _clipper_binding),
+    "eais": Entry("EAIS", "#d55e00", _eais),
+    "voltana": Entry("VoltanaLLM", "#56b4e9", _voltana, _MARGINS, tuned=True),
+    "voltana_dwell": Entry("VoltanaLLM, dwell", "#1f78b4", _voltana_dwell, _MARGINS, tuned=True),
+    "feedback": Entry("feedback", "#f0e442", _feedback, _BOUNDS, tuned=True),
+    "agft": Entry("AGFT", "#6a51a3", _agft, tuned=True),
     LEARNED: Entry(
-        "learned (DQN)",
-        "#0072b2",
-        "the DQN that this run trained, one per KV block size, held to the load table where that helped",
-        None,
+        *("learned (DQN)", "#0072b2"),
+        make=None,
+        what="the DQN that this run trained, one per KV block size, held to the load table where that helped",
     ),
-    "ppo": Entry(
-        "learned (PPO)", "#0072b2", "what this run trained by PPO; else as the DQN that it stands for", None
-    ),
+    "ppo": Entry("learned (PPO)", "#0072b2", None, what="as the DQN, trained by PPO"),
 }
-PUBLISHED = tuple(name for name in CATALOGUE if name not in (*REFERENCES, LEARNED))
+PUBLISHED = tuple(name for name, entry in CATALOGUE.items() if entry.make and name not in REFERENCES)

@@ -10,7 +10,7 @@ from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 class Feedback:
     """Raises the clock when the 95th percentile of TTFT or TPOT comes near its limit, lowers it slowly.
 
-    After GreenLLM (FACTS.md, section 4): fine steps of 15 MHz on P95 latency, and a hysteresis of three
+    After GreenLLM: fine steps of 15 MHz on P95 latency, and a hysteresis of three
     intervals before the clock is lowered. Above ``high`` of a limit the clock is raised by ``up_mhz``, and
     to the highest when a limit is broken; below ``low`` three times in a row it is lowered by ``down_mhz``.
     The two bounds, the steps up and the memory of ``memory_s`` for the percentiles are ours.

@@ -75,6 +75,11 @@ def fit_batches(perf: PerfModel, clocks_mhz: Sequence[int], *, max_batch: int) -
     return tuple(models)
 
 
+def every(clocks_mhz: Sequence[int], stride: int) -> tuple[int, ...]:
+    """Every ``stride``-th clock down from the highest, ascending."""
+    return tuple(clocks_mhz[::-1][::stride][::-1])
+
+
 def token_limits(slo: Slo, *, output_tokens: float = OUTPUT_TOKENS) -> tuple[float, float]:
     """TTFT and TPOT limits in s; an e2e limit gives a tenth to the first token, the rest to the others.
 

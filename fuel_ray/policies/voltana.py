@@ -11,11 +11,11 @@ _IDLE_S = 5.0  # without new metrics for longer than this: the lowest clock
 class VoltanaLlm:
     """The lowest clock whose predicted latencies keep their limits.
 
-    VoltanaLLM's order (FACTS.md, section 4): load over a threshold: highest clock; no new metrics: keep the
+    VoltanaLLM's order: load over a threshold: highest clock; no new metrics: keep the
     clock, after 5 s the lowest; requests waiting: highest; else the lowest clock with
     prediction <= limit (1 + margin) - offset, else the highest. It controls servers that only prefill or
     only decode; this one does both, so the predicted ITL is stretched by the share of time that the window's
-    prefills take. Threshold (share of the KV blocks), margin and offset are not in FACTS.md: ours.
+    prefills take. Threshold (share of the KV blocks), margin and offset are ours.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class VoltanaLlm:
 class Dwell:
     """Takes a policy's lower clocks only when ``dwell_s`` have passed since the last change, higher at once.
 
-    Clock writes take 23 to 200 ms to act and cost the GPU (FACTS.md, section 2).
+    Clock writes take 23 to 200 ms to act and cost the GPU, measured on an H100.
     """
 
     def __init__(self, policy: Policy, *, dwell_s: float) -> None:

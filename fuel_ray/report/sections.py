@@ -27,7 +27,7 @@ from fuel_ray.report.page import (
 _SHOWN_BLOCK_SIZE = 16  # vLLM's default; the others are folded
 _TERMS = {
     "J/request": "GPU energy divided by requests that arrived; lower is better",
-    "SLO attainment": "share of requests that kept the latency promise (SLO); meeting the target is enough",
+    "SLO attainment": "share of requests within all limits on latency (SLO); meeting the target is enough",
     "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
     "limit": "batch limit: requests that may run at once; the others wait",
@@ -146,7 +146,7 @@ def _figures(run: Run) -> Iterator[str]:
     if len(run.learning):
         yield heading("Learning")
         yield figure(figures.learning_curves(run), caption=_LEARNING)
-    yield heading("Energy against the latency promise")
+    yield heading("Energy against SLO attainment")
     yield figure(
         figures.energy_against_attainment(run, workload=main), caption=f"Workload {main}. {_SCATTER}"
     )

@@ -1,4 +1,4 @@
-"""The report's tables: what each policy cost and kept, and how the run was made."""
+"""The report's tables: what each policy cost and attained, and how the run was made."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -78,7 +78,7 @@ def misses(run: Run, *, workload: str) -> str:
         names.append(f"{label(policy)} at block size {sizes}")
     return (
         f"Below the SLO attainment target of {percent(run.attainment_target)}: {'; '.join(names)}. "
-        "Their energy is not at the same promise as the others'."
+        "Their energy is not at the same attainment as the others'."
     )
 
 

@@ -1,19 +1,21 @@
-"""Knobs per cell of time, from runs at fixed clocks: what the oracle and the load table start from.
+"""Knobs per cell of time, from runs at fixed clocks: an oracle that knows the arrivals, and the load table.
 
 Energy and misses of a window depend on its own clock far more than on those before it. So runs at each fixed
 clock say what every cell (a segment of time, or all windows at similar load) would cost at every clock, and
 for a price per unit of badness the cheapest clock per cell is a look-up. The price is then bisected on runs
-of what was chosen, so that the result keeps the SLO as run and not as predicted.
+of what was chosen, so that the result meets the SLO as run and not as predicted.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from fuel_ray.averages import smoothed_rates
-from fuel_ray.policies.static import Static
-from fuel_ray.types import Knobs, Policy, RequestRecords, Slo, WindowMetrics
+from fuel_ray.policies.models import every
+from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
+from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
 
 _BISECTIONS = 8
 
@@ -29,7 +31,7 @@ class Trace:
 
     @property
     def mean_badness(self) -> float:
-        """Per request; the SLO is kept when it is at most ``allowed_badness``."""
+        """Per request; the SLO is met when it is at most ``allowed_badness``."""
         return float(self.badness.sum()) / max(self.arrivals, 1)
 
 
@@ -50,27 +52,94 @@ def allowed_badness(slo: Slo, share: float) -> float:
     return share if slo.share is None else 1.0 - share
 
 
-def trace(windows: Sequence[WindowMetrics], records: RequestRecords, slo: Slo) -> Trace:
-    """A trace of an episode's windows and its requests; one without a record is as bad as can be."""
-    energy_j = np.array([window.energy_j for window in windows])
-    arrivals = np.array([window.arrivals for window in windows])
-    return trace_of(energy_j, arrivals, records, slo, window_s=windows[0].duration_s)
-
-
-def trace_of(
-    energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords, slo: Slo, *, window_s: float = 1.0
-) -> Trace:
-    """The same from energy and arrivals per window of equal length."""
+def trace_of(energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords, slo: Slo) -> Trace:
+    """A trace from energy and arrivals per window of 1 s; a request without a record is as bad as can be."""
     bad = np.zeros(len(energy_j))
-    at = np.minimum((records.arrival_s / window_s + 1e-9).astype(int), len(bad) - 1)
+    at = np.minimum((records.arrival_s + 1e-9).astype(int), len(bad) - 1)
     np.add.at(bad, at, badness(records, slo))
     bad[-1] += (int(arrivals.sum()) - len(records)) * (1.0 if slo.share is not None else 10.0)
-    rates = np.array([0.0, *smoothed_rates(arrivals, window_s=window_s)[:-1]])
+    rates = np.array([0.0, *smoothed_rates(arrivals)[:-1]])
     return Trace(energy_j, bad, rates, int(arrivals.sum()))
 
 
+def find_schedule(
+    run: Runner,
+    supported_mhz: Sequence[int],
+    *,
+    segment_s: float,
+    batch_limit: int,
+    allowed: float,
+    strides: Sequence[int] = (4,),
+    starts: Sequence[Sequence[int]] = (),
+) -> ClockSchedule:
+    """The schedule of least energy found for exactly the arrivals that ``run`` plays, in windows of 1 s.
+
+    A bound by search, not a proof: the best of the fixed clocks per segment and of ``starts``,
+    improved by moving segments up and down.
+
+    Args:
+        run: plays a policy against the arrivals that are known.
+        supported_mhz: clocks of the GPU, ascending.
+        segment_s: seconds that are moved together.
+        batch_limit: in all windows.
+        allowed: mean badness that meets the SLO.
+        strides: places in ``supported_mhz`` by which segments are moved, in turn; clocks are profiled as far
+            apart as the first.
+        starts: clocks per window, such as those that other policies chose.
+    """
+    clocks = every(supported_mhz, strides[0])
+    traces = _fixed(run, clocks, batch_limit)
+
+    def cell_of(t: Trace) -> np.ndarray:
+        return (np.arange(len(t.energy_j)) / segment_s + 1e-9).astype(int)
+
+    by_segment = partial(ClockSchedule, segment_s=segment_s, batch_limit=batch_limit)
+    coarse = _Attempts(run, by_segment, allowed=allowed)
+    coarse.bisect_price(_grid(clocks, traces, cell_of))
+    make = partial(ClockSchedule, segment_s=1.0, batch_limit=batch_limit)
+    attempts = _Attempts(run, make, allowed=allowed)
+    segment_of = cell_of(max((per_seed[0] for per_seed in traces), key=lambda t: len(t.energy_j)))
+    for start in ([coarse.best()[segment] for segment in segment_of], *starts):
+        attempts.cost(tuple([*start, *[start[-1]] * len(segment_of)][: len(segment_of)]))
+    for stride in strides:
+        attempts.exchange(supported_mhz, segment_of, stride=stride)
+    return make(attempts.best())
+
+
+def find_load_table(
+    run: Runner,
+    supported_mhz: Sequence[int],
+    *,
+    batch_limit: int,
+    allowed: float,
+    rows: int = 10,
+    stride: int = 4,
+    budget: int = 60,
+) -> LoadTable:
+    """The table from arrival rate to clock of least energy on the seeds that ``run`` plays.
+
+    Rows are equally wide up to the highest rate seen. Other arguments as for ``find_schedule``.
+    """
+    clocks = every(supported_mhz, stride)
+    traces = _fixed(run, clocks, batch_limit)
+    highest_rps = max(float(t.rate_rps.max()) for per_seed in traces for t in per_seed)
+    rates_rps = [highest_rps * row / rows for row in range(1, rows)]
+
+    def cell_of(t: Trace) -> np.ndarray:
+        return np.minimum(np.searchsorted(rates_rps, t.rate_rps), rows - 1)
+
+    def make(clocks_mhz: tuple[int, ...]) -> LoadTable:
+        return LoadTable(rates_rps, [Knobs(batch_limit, clock_mhz) for clock_mhz in clocks_mhz])
+
+    attempts = _Attempts(run, make, allowed=allowed)
+    attempts.bisect_price(_grid(clocks, traces, cell_of))
+    attempts.descend(supported_mhz, stride=max(1, stride // 2), budget=budget // 2)
+    attempts.descend(supported_mhz, stride=1, budget=budget - budget // 2)
+    return make(attempts.best())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Grid:
+class _Grid:
     """What each cell costs at each clock, summed over seeds: (clocks, cells)."""
 
     clocks_mhz: tuple[int, ...]
@@ -83,16 +152,14 @@ class Grid:
         return tuple(self.clocks_mhz[k] for k in best)
 
 
-def profile(
-    run: Runner, clocks_mhz: Sequence[int], *, batch_limit: int
-) -> tuple[tuple[int, ...], list[Sequence[Trace]]]:
+def _fixed(run: Runner, clocks_mhz: Sequence[int], batch_limit: int) -> list[Sequence[Trace]]:
     """Traces of runs at each fixed clock."""
-    return tuple(clocks_mhz), [run(Static(Knobs(batch_limit, clock_mhz))) for clock_mhz in clocks_mhz]
+    return [run(Static(Knobs(batch_limit, clock_mhz))) for clock_mhz in clocks_mhz]
 
 
-def grid_of(
+def _grid(
     clocks_mhz: Sequence[int], traces: Sequence[Sequence[Trace]], cell_of: Callable[[Trace], np.ndarray]
-) -> Grid:
+) -> _Grid:
     """Sum the windows of each cell; ``cell_of`` gives each window's cell, 0 .. cells - 1."""
     cells = 1 + max(int(cell_of(t).max()) for per_seed in traces for t in per_seed)
     energy_j, bad = np.zeros((2, len(clocks_mhz), cells))
@@ -100,10 +167,10 @@ def grid_of(
         for t in per_seed:
             np.add.at(energy_j[k], cell_of(t), t.energy_j)
             np.add.at(bad[k], cell_of(t), t.badness)
-    return Grid(tuple(clocks_mhz), energy_j, bad)
+    return _Grid(tuple(clocks_mhz), energy_j, bad)
 
 
-class Attempts:
+class _Attempts:
     """Runs candidates (a clock per cell) once each and knows the best so far."""
 
     def __init__(self, run: Runner, make: Callable[[tuple[int, ...]], Policy], *, allowed: float) -> None:
@@ -124,7 +191,7 @@ class Attempts:
         energy_j, bad = self.cost(clocks_mhz)
         return bad > self._allowed, bad if bad > self._allowed else energy_j
 
-    def bisect_price(self, grid: Grid) -> None:
+    def bisect_price(self, grid: _Grid) -> None:
         """Try the cheapest clocks at prices between which the allowed badness lies."""
         scale_j = float(grid.energy_j.min(axis=0).sum()) / max(float(grid.badness.max(axis=0).sum()), 1.0)
         low, high = scale_j * 1e-4, scale_j * 1e6

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
-from fuel_ray.outside import load
+from fuel_ray.outside import made
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, LEARNED, Case, Contender, contender, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, Case, Contender, contender, untuned
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import NodeSpec, Policy, Slo
+from fuel_ray.types import NodeSpec, Slo
 
 LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced policy's is searched
 
@@ -27,10 +26,9 @@ def resolve(entry: str, case: Case) -> Contender:
     if _by_name(entry):
         return contender(entry, case)
     if is_folder(entry):
-        policy = load_policy(Path(entry), case.spec)
+        policy = _load(entry, case)
         return Contender(entry, lambda _: policy)
-    make = load(entry)
-    return Contender(entry, lambda _: _from_outside(entry, make, case))
+    return Contender(entry, lambda _: made(entry, needs=("reset", "decide"), spec=case.spec, slo=case.slo))
 
 
 def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Sequence[NodeSpec]) -> None:
@@ -95,7 +93,7 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     """
     if not is_folder(entry):
         return [(resolve(entry, case),)]
-    policy = load_policy(Path(entry), case.spec)
+    policy = _load(entry, case)
     if read_manifest(Path(entry)).reward != "energy":
         return [(free(name, policy, case.slo),)]
     near = kept_near(name, policy, case.slo, case.table)
@@ -123,14 +121,8 @@ def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> t
 
 
 def _by_name(entry: str) -> bool:
-    return entry in CATALOGUE and entry != LEARNED
+    return entry in CATALOGUE and CATALOGUE[entry].make is not None
 
 
-def _from_outside(entry: str, make: Any, case: Case) -> Policy:
-    try:
-        policy: Policy = make(case.spec, case.slo)
-    except TypeError as error:
-        raise ConfigError(f"policy {entry}: it is made as Class(spec, slo): {error}") from error
-    if not (callable(getattr(policy, "reset", None)) and callable(getattr(policy, "decide", None))):
-        raise ConfigError(f"policy {entry}: what it makes has no reset() and decide(window)")
-    return policy
+def _load(entry: str, case: Case) -> LearnedPolicy:
+    return load_policy(Path(entry), case.spec)

@@ -9,7 +9,7 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.policies.static import Planned, Static
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.tuning.clock_search import Runner, Trace, trace_of
-from fuel_ray.tuning.episodes import DRAIN_S, Episode, run_episode
+from fuel_ray.tuning.episodes import DRAIN_S, HELD_OUT_SEED, Episode, run_episode
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
 
@@ -17,7 +17,7 @@ Played = tuple[np.ndarray, np.ndarray, RequestRecords]  # energy (J) and arrival
 
 
 class Runs:
-    """Plays policies against the same arrivals and judges them by several promises at once."""
+    """Plays policies against the same arrivals and judges them by several SLOs at once."""
 
     def __init__(
         self, loop: ControlLoop, *, seeds: Sequence[int], seconds: float, slos: Mapping[str, Slo]
@@ -39,13 +39,13 @@ class Runs:
         return self._static[policy.knobs][slo]
 
     def runner(self, slo: str) -> Runner:
-        """``traces`` for one promise."""
+        """``traces`` for one SLO."""
         return partial(self.traces, slo=slo)
 
     def score(self, policy: Policy, slo: str, *, share: float) -> Score:
         """Energy per request and attainment, pooled over the seeds.
 
-        For a promise on means, attainment is ``share`` or more if the mean is at ``share`` of its limit.
+        For an SLO on means, attainment is ``share`` or more if the mean is at ``share`` of its limit.
         """
         return score_of(self.traces(policy, slo), self.slos[slo], share=share)
 
@@ -77,6 +77,11 @@ class Runs:
             at_least=int(self._seconds),
         )
         return energy_j, arrivals[: len(energy_j)], node.take_records()
+
+
+def held_out(loop: ControlLoop, seeds: int, *, seconds: float, slos: Mapping[str, Slo]) -> list[Runs]:
+    """So many held-out seeds, each by itself."""
+    return [Runs(loop, seeds=[HELD_OUT_SEED + k], seconds=seconds, slos=slos) for k in range(seeds)]
 
 
 def score_of(traces: Sequence[Trace], slo: Slo, *, share: float) -> Score:

@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from fuel_ray.policies.catalogue import Contender, Learner
-from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import LoadTable, Static
-from fuel_ray.tuning.clock_search import allowed_badness
-from fuel_ray.tuning.oracle import find_load_table
+from fuel_ray.tuning.clock_search import allowed_badness, find_load_table
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.static_pair import Score, tune_static
 from fuel_ray.types import Knobs, Policy, Slo
@@ -22,7 +20,7 @@ TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence[int]) -> tuple[Knobs, float]:
     """The best pair, and the share of requests that is asked of everybody.
 
-    Where no pair keeps the promise for ``share``, everybody is asked for what the best one keeps, less
+    Where no pair meets the SLO for ``share``, everybody is asked for what the best one attains, less
     ``SLACK``.
     """
     spec = practice.loop.node.spec
@@ -57,30 +55,19 @@ def tune_table(practice: Runs, slo: str, static: Knobs, *, share: float, budget:
     )
 
 
-def best_tuned(
-    family: Sequence[Contender], practice: Runs, slo: str, *, share: float
-) -> tuple[Policy, dict[str, float]]:
-    """The variant, with its setting, that ranks best on the tuning seeds, and what was tuned."""
-    if len(family) == 1:
-        policy, setting = tuned(family[0], practice, slo, share=share)
-    else:
-        ranks = [_ranker(contender, practice, slo, share) for contender in family]
-        settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
+def tuned(family: Sequence[Contender], practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
+    """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them."""
+    ranks = [_ranker(contender, practice, slo, share) for contender in family]
+    settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
+    best = 0
+    if len(family) > 1:
         best = min(range(len(family)), key=lambda k: ranks[k](settings[k]))
-        policy, setting = family[best].make(settings[best]), settings[best]
-    anchor = policy.anchor if isinstance(policy, LearnedPolicy) else None
-    return policy, {"setting": setting} if anchor is None else {"setting": setting, "anchor": anchor.weight}
-
-
-def tuned(contender: Contender, practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
-    """The contender with the setting that ranks best on the tuning seeds; a ``Learner`` has played them."""
-    best = _search(contender, _ranker(contender, practice, slo, share))
-    policy = contender.make(best)
+    policy = family[best].make(settings[best])
     if isinstance(policy, Learner):
         for seed in practice.seeds:
             practice.episode(policy, seed)
             policy.keep()
-    return policy, best
+    return policy, settings[best]
 
 
 def _ranker(
@@ -93,8 +80,8 @@ def _ranker(
 def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:
     """The setting of lowest rank; where there is only one, it is not run.
 
-    The settings listed are tried, then halfway to those beside the best, a few times: the promise is often
-    kept on one side of a setting between them and broken on the other. A monotone one is bisected.
+    The settings listed are tried, then halfway to those beside the best, a few times: the SLO is often
+    met on one side of a setting between them and missed on the other. A monotone one is bisected.
     """
     if len(contender.settings) == 1:
         return contender.settings[0]
@@ -112,7 +99,7 @@ def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -
 
 
 def bisected(rank: Callable[[float], tuple[bool, float]], low: float, high: float) -> float:
-    """The best setting seen while looking for the lowest one that keeps the promise."""
+    """The best setting seen while looking for the lowest one that meets the SLO."""
     ranks: dict[float, tuple[bool, float]] = {}
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

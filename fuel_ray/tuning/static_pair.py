@@ -15,7 +15,7 @@ class Score:
     slo_attainment: float
 
     def rank(self, share: float) -> tuple[bool, float]:
-        """Lower is better: least energy of those that keep the SLO for ``share``, or else most attainment."""
+        """Lower is better: least energy of those that meet the SLO for ``share``, or else most attainment."""
         missed = self.slo_attainment < share
         return missed, -self.slo_attainment if missed else self.energy_j_per_request
 
@@ -24,37 +24,29 @@ Scorer = Callable[[Policy], Score]
 
 
 def tune_static(score: Scorer, spec: NodeSpec, *, share: float, limits: Sequence[int]) -> Knobs:
-    """The pair of least energy that keeps the SLO for ``share`` of the requests.
+    """The pair of least energy that meets the SLO for ``share`` of the requests.
 
     Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid
-    around the best pair. Without any pair that keeps the SLO, the one of highest attainment.
+    around the best pair. Without any pair that meets the SLO, the one of highest attainment.
     """
-    search = _Search(lambda knobs: score(Static(knobs)), share)
+    tried: dict[Knobs, Score] = {}
+
+    def attempt(knobs: Knobs) -> Score:
+        if knobs not in tried:
+            tried[knobs] = score(Static(knobs))
+        return tried[knobs]
+
+    def best() -> Knobs:
+        return min(tried, key=lambda knobs: tried[knobs].rank(share))
+
     clocks = spec.gpu_clocks_mhz
     stride = max(1, len(clocks) // 16)
     for limit in sorted(limits, reverse=True):
         for clock_mhz in clocks[::-1][::stride]:
-            if search.score(Knobs(limit, clock_mhz)).slo_attainment < share - 0.05:
+            if attempt(Knobs(limit, clock_mhz)).slo_attainment < share - 0.05:
                 break
-    best = search.best()
-    middle = clocks.index(best.gpu_clock_mhz)
+    coarse = best()
+    middle = clocks.index(coarse.gpu_clock_mhz)
     for clock_mhz in clocks[max(0, middle - stride + 1) : middle + stride]:
-        search.score(replace(best, gpu_clock_mhz=clock_mhz))
-    return search.best()
-
-
-class _Search:
-    """Scores every pair once and knows the best so far."""
-
-    def __init__(self, score: Callable[[Knobs], Score], share: float) -> None:
-        self._score, self._share = score, share
-        self._tried: dict[Knobs, Score] = {}
-
-    def score(self, knobs: Knobs) -> Score:
-        if knobs not in self._tried:
-            self._tried[knobs] = self._score(knobs)
-        return self._tried[knobs]
-
-    def best(self) -> Knobs:
-        """The one of least energy that keeps the SLO, or else the one of highest attainment."""
-        return min(self._tried, key=lambda knobs: self._tried[knobs].rank(self._share))
+        attempt(replace(coarse, gpu_clock_mhz=clock_mhz))
+    return best()

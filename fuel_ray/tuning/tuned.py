@@ -10,19 +10,19 @@ from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, twin_of, twinned
 from fuel_ray.config import LearnConfig, ServingConfig
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, Case, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, Case, Learner, untuned
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.tuning import search
 from fuel_ray.tuning.contenders import LOG_PRICES, kept_near, resolve
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import LIMITS_SCARCE, best_tuned, bisected, tune_static_pair, tune_table
-from fuel_ray.tuning.search import tuned as tuned_best
+from fuel_ray.tuning.search import LIMITS_SCARCE, bisected, tune_static_pair, tune_table
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
-_ASKED = "asked"  # the promise of the settings
+_ASKED = "asked"  # the SLO of the settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,15 @@ class Tuned:
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds."""
-    return _baselines(_practice(config, kv_block_size, workload), config.tune_share)
+    return tune_on(_practice(config, kv_block_size, workload), _ASKED, share=config.tune_share)
+
+
+def tune_on(
+    runs: Runs, slo: str, *, share: float, limits: Sequence[int] = LIMITS_SCARCE, budget: int = 60
+) -> Tuned:
+    """The same on any tuning seeds, for one of their SLOs; other arguments as for ``tune_table``."""
+    static, asked = tune_static_pair(runs, slo, share=share, limits=limits)
+    return Tuned(static, tune_table(runs, slo, static, share=asked, budget=budget), asked)
 
 
 def tuned_policies(
@@ -70,23 +78,23 @@ def tuned_policies(
         PolicyError: a folder is malformed, or made for another node.
     """
     pack = load_pack(config.pack)
-    needing = [name for name in entries if name in CATALOGUE and CATALOGUE[name].tuned]
+    case = untuned(spec, config.slo, pack)
+    policies = {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
+    needing = [
+        name
+        for name, policy in policies.items()
+        if isinstance(policy, Learner) or (name in CATALOGUE and CATALOGUE[name].tuned)
+    ]
     if not needing:
-        case = untuned(spec, config.slo, pack)
-        return {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
+        return policies
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
     practice = _practice(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
-    tuned = tuned or _baselines(practice, share)
+    tuned = tuned or tune_on(practice, _ASKED, share=share)
     case = Case(spec, config.slo, pack, tuned.static, tuned.table)
-    return {
-        name: tuned_best(resolve(entry, case), practice, _ASKED, share=tuned.share)[0]
-        for name, entry in entries.items()
-    }
-
-
-def _baselines(practice: Runs, share: float) -> Tuned:
-    static, share = tune_static_pair(practice, _ASKED, share=share, limits=LIMITS_SCARCE)
-    return Tuned(static, tune_table(practice, _ASKED, static, share=share), share)
+    for name in needing:
+        family = [resolve(entries[name], case)]
+        policies[name], _ = search.tuned(family, practice, _ASKED, share=tuned.share)
+    return policies
 
 
 def tune_anchor(
@@ -95,7 +103,7 @@ def tune_anchor(
     """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
     practice = _practice(config, kv_block_size, config.workload)
     variants = kept_near("", policy.policy(practice.loop.node.spec), config.slo, tuned.table)
-    best, _ = best_tuned(variants, practice, _ASKED, share=tuned.share)
+    best, _ = search.tuned(variants, practice, _ASKED, share=tuned.share)
     assert isinstance(best, LearnedPolicy)
     assert best.anchor is not None
     return best.anchor, best.codec.miss_price_j
