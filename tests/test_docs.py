@@ -1,4 +1,4 @@
-"""What README and docs show is true: imports work, files are there, rooms are named, code is the files' own."""
+"""What README and docs show is true: imports work, files are there, rooms are named, code is the files'."""
 
 import ast
 import importlib
