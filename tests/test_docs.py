@@ -81,3 +81,14 @@ def test_a_study_says_its_command_its_time_and_what_to_expect(script):
     said = " ".join((ast.get_docstring(ast.parse(script.read_text())) or "").split())
     assert f"python {named(script)}" in said
     assert "It takes" in said and "What to expect" in said
+
+
+EXAMPLES = [*sorted((ROOT / "examples").rglob("*.py")), ROOT / "fuel_ray/training/ppo.py"]
+
+
+def test_the_code_of_the_page_on_extending_is_the_code_of_the_files():
+    blocks = BLOCK.findall((ROOT / "docs/extending.md").read_text())
+    texts = [path.read_text() for path in EXAMPLES if path.exists()]
+    assert len(blocks) >= 5
+    for block in blocks:
+        assert any(block in text for text in texts), block
