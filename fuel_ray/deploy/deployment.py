@@ -25,7 +25,7 @@ class Attached:
 
 
 class Observer(Protocol):
-    """Is told everything that happens; every window is either measured or lost."""
+    """Hears of everything that happens; every window is either measured or lost."""
 
     def attached(self, attached: Attached) -> None: ...
 
