@@ -103,7 +103,7 @@ def read_costs(gpus: Gpus) -> dict[str, str]:
 def counter_against_power(gpus: Gpus, *, windows: int, seconds: float) -> str:
     """Window energy by the counter over window energy by integrated power, in per cent."""
     differences = []
-    sampler = Sampler(gpus.power_w, GPU_INTERVAL_S)
+    sampler = Sampler(lambda: gpus.read().power_w, GPU_INTERVAL_S)
     with sampler:
         time.sleep(1.5)
         for _ in range(windows):

@@ -127,7 +127,7 @@ class Run:
         self.events = Events(self.gpu)
 
     def __call__(self, *, windows):
-        run = Deployment(self._attach, self.events, interval_s=0.05)
+        run = Deployment(self._attach, [self.events], interval_s=0.05)
         run.run(self._attach(), max_steps=windows)
         assert self.events.steps() == list(range(windows)), "every window is measured or lost, once"
         assert self.gpu.locked_mhz is None and not self.limit_file.exists()
@@ -453,7 +453,7 @@ def test_a_day_of_windows_leaves_memory_as_it_was(tmp_path, monkeypatch):
     def sleep(duration_s):
         clock[0] += duration_s
 
-    run = Deployment(attached, recorder, interval_s=1.0, clock=lambda: clock[0], sleep=sleep)
+    run = Deployment(attached, [recorder], interval_s=1.0, clock=lambda: clock[0], sleep=sleep)
     blocks = []
     for hour in range(1, 25):
         run.run(attached(), max_steps=3600 * hour)

@@ -11,7 +11,7 @@ from tyro.conf import arg
 from fuel_ray.config import GuardConfig, to_dict
 from fuel_ray.deploy.attach import Target, attach
 from fuel_ray.deploy.canary import Canary
-from fuel_ray.deploy.deployment import Attached, Deployment, Observer, Observers
+from fuel_ray.deploy.deployment import Attached, Deployment, Observer
 from fuel_ray.deploy.exporter import Exporter
 from fuel_ray.deploy.recorder import Recorder
 from fuel_ray.deploy.rule import Rule
@@ -104,17 +104,17 @@ def run(config: DeployConfig) -> int:
         return attach(_target(config), folder, interval_s=config.interval_s, trial=trial)
 
     with contextlib.ExitStack() as opened:
-        exporters: list[Observer] = []
+        observers: list[Observer] = []
         if config.metrics_port is not None:
             info = {"policy": config.policy, "mode": "shadow" if config.shadow else "control"}
             exporter = Exporter(config.metrics_port, folder.slo, host=config.metrics_host, info=info)
             opened.callback(exporter.close)
-            exporters.append(exporter)
+            observers.append(exporter)
         first = attach_again()  # what is wrong at first is the user's to know
         opened.callback(first.loop.node.close)
         recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.slo, trial)
         opened.callback(recorder.close)
-        deployment = Deployment(attach_again, Observers(recorder, *exporters), interval_s=config.interval_s)
+        deployment = Deployment(attach_again, [recorder, *observers], interval_s=config.interval_s)
         deployment.run(first, max_steps=config.max_steps)
     return 0
 

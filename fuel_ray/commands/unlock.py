@@ -34,7 +34,7 @@ def run(config: UnlockConfig) -> int:
         raise ConfigError("--force needs --gpu-ids, the GPUs to reset")
     if config.cluster:
         return _unlock_cluster(config)
-    return _told("", unlock_gpus(config.gpu_ids, force=config.force))
+    return _print("", unlock_gpus(config.gpu_ids, force=config.force))
 
 
 def _unlock_cluster(config: UnlockConfig) -> int:
@@ -45,7 +45,7 @@ def _unlock_cluster(config: UnlockConfig) -> int:
     for there in on_hosts(_on_host, config.gpu_ids, config.force, timeout_s=HOST_S):
         answer = there.answer
         outcomes = [Outcome(str(answer), failed=True)] if isinstance(answer, FuelRayError) else answer
-        status = max(status, _told(f"{there.host}  ", outcomes))
+        status = max(status, _print(f"{there.host}  ", outcomes))
     return status
 
 
@@ -56,7 +56,7 @@ def _on_host(gpu_ids: tuple[str, ...], force: bool) -> list[Outcome]:
         return [Outcome(str(error), failed=True)]
 
 
-def _told(prefix: str, outcomes: Sequence[Outcome]) -> int:
+def _print(prefix: str, outcomes: Sequence[Outcome]) -> int:
     for outcome in outcomes:
         if outcome.failed:
             print(f"fuel-ray: {prefix}{outcome.text}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class Attached:
 
 
 class Observer(Protocol):
-    """Is told everything that happens; every window is either measured or lost."""
+    """Hears of everything that happens; every window is either measured or lost."""
 
     def attached(self, attached: Attached) -> None: ...
 
@@ -34,29 +34,6 @@ class Observer(Protocol):
     def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None: ...
 
     def detached(self, error: FuelRayError) -> None: ...
-
-
-class Observers:
-    """Several observers as one."""
-
-    def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
-
-    def attached(self, attached: Attached) -> None:
-        for observer in self._observers:
-            observer.attached(attached)
-
-    def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
-        for observer in self._observers:
-            observer.measured(record, decision_s=decision_s, saved_j=saved_j)
-
-    def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
-        for observer in self._observers:
-            observer.lost(step, chosen, error)
-
-    def detached(self, error: FuelRayError) -> None:
-        for observer in self._observers:
-            observer.detached(error)
 
 
 class Deployment:
@@ -69,13 +46,13 @@ class Deployment:
     def __init__(
         self,
         attach: Callable[[], Attached],
-        observer: Observer,
+        observers: Sequence[Observer],
         *,
         interval_s: float,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._attach, self._observer, self._interval_s = attach, observer, interval_s
+        self._attach, self._observers, self._interval_s = attach, observers, interval_s
         self._clock, self._sleep = clock, sleep
         self._step = 0  # windows so far, lost ones too
 
@@ -90,13 +67,15 @@ class Deployment:
         while True:
             try:
                 with contextlib.closing(attached.loop.node):
-                    self._observer.attached(attached)
+                    for observer in self._observers:
+                        observer.attached(attached)
                     self._control(attached, max_steps)
                 return
             except (NodeError, PolicyError) as error:
                 if not self._step or self._over(max_steps):
                     raise
-                self._observer.detached(error)
+                for observer in self._observers:
+                    observer.detached(error)
             attached = self._attached_again()
 
     def _over(self, max_steps: int | None) -> bool:
@@ -112,7 +91,8 @@ class Deployment:
             record = self._next(attached, chosen, max_steps)
             if record is None:
                 return
-            self._observer.measured(record, decision_s=decision_s, saved_j=attached.saved_j(record))
+            for observer in self._observers:
+                observer.measured(record, decision_s=decision_s, saved_j=attached.saved_j(record))
             window = record.metrics
 
     def _next(self, attached: Attached, chosen: Knobs, max_steps: int | None) -> StepRecord | None:
@@ -133,7 +113,8 @@ class Deployment:
                     attached.check()
                 return record
             except (NodeError, PolicyError) as error:
-                self._observer.lost(step, chosen, error)
+                for observer in self._observers:
+                    observer.lost(step, chosen, error)
                 lost += 1
                 if isinstance(error, PolicyError):
                     raise
@@ -149,5 +130,6 @@ class Deployment:
             try:
                 return self._attach()
             except FuelRayError as error:
-                self._observer.detached(error)
+                for observer in self._observers:
+                    observer.detached(error)
                 wait_s = min(2 * wait_s, longest_s)

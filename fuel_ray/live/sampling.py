@@ -65,7 +65,8 @@ class Sampler(Generic[T]):
         self.failed = 0  # reads
         self._read, self._clock = read, clock
         self._ring: deque[Sample[T] | _Missing] = deque(maxlen=capacity)
-        self._lock = threading.Lock()
+        self._news = threading.Condition()
+        self._began_s = math.inf
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._bug: Exception | None = None
@@ -82,7 +83,7 @@ class Sampler(Generic[T]):
         if self._thread is not None:
             return
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
-        self._stop, self._bug = threading.Event(), None
+        self._stop, self._bug, self._began_s = threading.Event(), None, self._clock()
         self._thread = threading.Thread(target=self._run, args=(self._stop,), name=self.name, daemon=True)
         self._thread.start()
 
@@ -105,8 +106,9 @@ class Sampler(Generic[T]):
         except NodeError as error:
             entry = _Missing(at_s, error)
             self.failed += 1
-        with self._lock:
+        with self._news:
             self._ring.append(entry)
+            self._news.notify_all()
 
     def since(self, begin_s: float) -> tuple[Sample[T], ...]:
         """Good samples read at or after ``begin_s``, oldest first; at least one.
@@ -120,10 +122,29 @@ class Sampler(Generic[T]):
             raise self._nothing(entries)
         return good
 
+    def samples(self) -> tuple[Sample[T], ...]:
+        """All good samples that are kept, oldest first."""
+        return tuple(entry for entry in self._entries() if isinstance(entry, Sample))
+
+    def latest(self, *, timeout_s: float) -> Sample[T]:
+        """The newest sample; the first one after ``start`` is waited for.
+
+        Raises:
+            TelemetryError: the newest read failed, there has been none in time, or it was not started.
+        """
+        if self._thread is None:
+            raise TelemetryError(f"{self.name} is not running: call start()")
+        with self._news:
+            self._news.wait_for(lambda: self._ring and self._ring[-1].at_s >= self._began_s, timeout_s)
+        newest = self._entries()[-1:]
+        if newest and isinstance(newest[0], Sample):
+            return newest[0]
+        raise self._nothing(newest)
+
     def _entries(self) -> list[Sample[T] | _Missing]:
         if self._bug is not None:
             raise TelemetryError(f"{self.name} ended: {self._bug!r}") from self._bug
-        with self._lock:
+        with self._news:
             return list(self._ring)
 
     def _nothing(self, entries: Sequence[Sample[T] | _Missing]) -> TelemetryError:

@@ -231,12 +231,8 @@ def _idle_w(row: dict[str, Any], where: str) -> float:
 
 def _number(row: dict[str, Any], key: str, where: str) -> float:
     value = row.get(key)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):
         raise ConfigError(f"{where}: {key} is {value}; it must be a number above 0")
     return float(value)
 

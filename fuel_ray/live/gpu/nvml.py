@@ -153,15 +153,11 @@ class Gpus:
         rates = self._each("read the utilisation", pynvml.nvmlDeviceGetUtilizationRates)
         sm_clock = partial(pynvml.nvmlDeviceGetClockInfo, type=pynvml.NVML_CLOCK_SM)
         return GpuReading(
-            power_w=self.power_w(),
+            power_w=sum(self._each("read the power", pynvml.nvmlDeviceGetPowerUsage)) / 1000,
             gpu_util=fmean(rate.gpu for rate in rates) / 100,
             mem_util=fmean(rate.memory for rate in rates) / 100,
             sm_clock_mhz=fmean(self._each("read the SM clock", sm_clock)),
         )
-
-    def power_w(self) -> float:
-        """Average power, as in ``GpuReading``."""
-        return sum(self._each("read the power", pynvml.nvmlDeviceGetPowerUsage)) / 1000
 
     def energy_j(self) -> float | None:
         """Energy since the driver was loaded, None where there is no counter (before Volta). Costs 3 ms."""

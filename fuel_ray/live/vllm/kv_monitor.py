@@ -2,15 +2,16 @@
 
 import http.client
 import math
-import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from types import TracebackType
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Self
 from urllib.parse import quote, urlsplit
 
 from fuel_ray.errors import ConfigError, TelemetryError
+from fuel_ray.live.sampling import Sampler
 from fuel_ray.live.vllm.metrics import SCALARS, MetricsSnapshot, difference, parse_metrics
 
 _FILTER = "/?" + "&".join(f"name[]={quote(name)}" for name in SCALARS)  # without the slash vLLM ignores it
@@ -143,45 +144,31 @@ class KVCacheMonitor:
         if not (math.isfinite(interval) and interval >= _MIN_INTERVAL_S):
             raise ConfigError(f"the monitor's interval is {interval} s; at least {_MIN_INTERVAL_S}")
         self.interval_s = interval
-        self._timeout_s = timeout_s
+        self._timeout_s, self._clock = timeout_s, clock
         self._client = MetricsClient(base_url, timeout_s=timeout_s)
-        self._clock = clock
-        self._trace: deque[TimedSnapshot] = deque(maxlen=max_samples)
-        self._error: str | None = None
-        self._lock = threading.Lock()
-        self._scraped = threading.Event()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        read = partial(self._client.scrape, filtered=interval < _FULL_PAGE_FROM_S)
+        name = f"the monitor of {self._client.url}"
+        self._sampler = Sampler(read, interval, name=name, clock=clock, capacity=max_samples)
 
     def start(self) -> None:
         """Begin to scrape; the first state may take as long as the server takes to answer."""
-        if self._thread is not None:
-            return
-        self._stopping.clear()
-        self._scraped.clear()
-        self._thread = threading.Thread(target=self._watch, name="kv-cache-monitor", daemon=True)
-        self._thread.start()
+        self._sampler.start()
 
     def stop(self) -> None:
         """Stop scraping and close the connection; the trace stays. Safe to call twice."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(2 * self._timeout_s + 1.0)
-        self._thread = None
+        self._sampler.stop()
+        self._client.close()
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.stop()
 
     def trace(self) -> tuple[TimedSnapshot, ...]:
         """All samples kept so far with their monotonic times; a failed scrape leaves a gap."""
-        with self._lock:
-            return tuple(self._trace)
+        return tuple((sample.at_s, sample.value) for sample in self._sampler.samples())
 
     def get_current_state(self) -> dict[str, float]:
         """The state now; a key that is unknown is absent. ``kv_cache_usage`` and its like are 0..1.
@@ -191,52 +178,15 @@ class KVCacheMonitor:
         Raises:
             TelemetryError: not started, or the server gave no good answer for the latest scrape.
         """
-        if self._thread is None:
-            raise TelemetryError(f"the monitor of {self._client.url} is not running: call start()")
-        self._scraped.wait(2 * self.interval_s + 2 * self._timeout_s)
-        with self._lock:
-            error, recent = self._error, self._recent()
-        if error is not None:
-            raise TelemetryError(error)
-        if not recent or self._clock() - recent[-1][0] > 2 * self.interval_s + self._timeout_s:
+        newest = self._sampler.latest(timeout_s=2 * self.interval_s + 2 * self._timeout_s)
+        if self._clock() - newest.at_s > 2 * self.interval_s + self._timeout_s:
             raise TelemetryError(f"{self._client.url}: no answer since {2 * self.interval_s:g} s and more")
-        return state(recent)
-
-    def _recent(self) -> list[TimedSnapshot]:
-        if not self._trace:
-            return []
-        since_s = self._trace[-1][0] - max(_RATE_WINDOW_S, 2 * self.interval_s)
-        found: list[TimedSnapshot] = []
-        for item in reversed(self._trace):
-            found.append(item)
-            if item[0] <= since_s:
-                break
-        return found[::-1]
-
-    def _watch(self) -> None:
-        start_s = self._clock()
-        try:
-            while not self._stopping.is_set():
-                self._scrape()
-                tick = math.floor((self._clock() - start_s) / self.interval_s) + 1  # late ticks are skipped
-                self._stopping.wait(max(0.0, start_s + tick * self.interval_s - self._clock()))
-        finally:
-            self._client.close()
-
-    def _scrape(self) -> None:
-        try:
-            snapshot = self._client.scrape(filtered=self.interval_s < _FULL_PAGE_FROM_S)
-        except TelemetryError as error:
-            with self._lock:
-                self._error = str(error)
-        else:
-            with self._lock:
-                self._error = None
-                self._trace.append((self._clock(), snapshot))
-        self._scraped.set()
+        trace = self.trace()
+        since_s = newest.at_s - max(_RATE_WINDOW_S, 2 * self.interval_s)
+        return state(trace[max(0, bisect_right(trace, since_s, key=itemgetter(0)) - 1) :])
 
 
-def state(recent: list[TimedSnapshot]) -> dict[str, float]:
+def state(recent: Sequence[TimedSnapshot]) -> dict[str, float]:
     """The latest snapshot under the names that users of the monitor know, with rates since the first one."""
     (first_s, first), (last_s, last) = recent[0], recent[-1]
     found: dict[str, float] = {
