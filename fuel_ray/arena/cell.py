@@ -135,7 +135,10 @@ def _contenders(
     peers = (
         published(spec, slo, load_pack(contest.config.pack), static=static) if contest.config.peers else []
     )
-    return [*((peer,) for peer in peers), *learned(contest.config.policies, spec, slo, table)]
+    return [
+        *((peer,) for peer in peers),
+        *learned(contest.config.policies, spec, slo, table, extra_features=contest.config.extra_features),
+    ]
 
 
 def exam(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:

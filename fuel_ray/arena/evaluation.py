@@ -99,7 +99,8 @@ def evaluate_block_size(
     for workload in tuned:
 
         def policies(spec: NodeSpec, baselines: Tuned = tuned[workload]) -> dict[str, Policy]:
-            return _policies(spec, baselines, policy_folder)
+            policy = load_policy(policy_folder, spec, extra_features=config.extra_features)
+            return {**_baselines(spec, baselines), "dqn": policy}
 
         evaluate_policies(
             config,
@@ -198,10 +199,9 @@ def _evaluate(
     return summary_fields(episode.totals.summary(episode.records, config.slo))
 
 
-def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Policy]:
+def _baselines(spec: NodeSpec, tuned: Tuned) -> dict[str, Policy]:
     return {
         "max_performance": Static(spec.max_performance),
         "tuned_static": Static(tuned.static),
         "load_table": tuned.table,
-        "dqn": load_policy(policy_folder, spec),
     }

@@ -77,7 +77,7 @@ def of_size(config: RecommendConfig, kv_block_size: int) -> tuple[Path, ...]:
 def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
     """The policy, told what was tuned; for its block size alone, since the static pair and the table are."""
     assert config.save is not None
-    policy = read_policy(told.folder)
+    policy = read_policy(told.folder, extra_features=config.extra_features)
     manifest = replace(
         policy.manifest,
         kv_block_sizes=(pair.kv_block_size,),
@@ -131,7 +131,9 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     pairs = [pair(STATIC, Static(knobs), how)]
     names = dict(zip(config.policies, distinct_names(config.policies), strict=True))
     for folder in of_size(config, kv_block_size):
-        (family, *_) = learned((folder,), loop.node.spec, config.slo, table)
+        (family, *_) = learned(
+            (folder,), loop.node.spec, config.slo, table, extra_features=config.extra_features
+        )
         policy, _ = best_tuned(family, practice, _ASKED, share=share)
         assert isinstance(policy, LearnedPolicy)
         told = Told(folder, policy.codec, policy.anchor, knobs)

@@ -57,7 +57,7 @@ def _validate(config: ArenaConfig) -> None:
     if len(set(names)) < len(names):
         raise ConfigError("--policies: two folders have the same name; rows are named after folders")
     for folder in config.policies:
-        load_policy(folder, build_spec(config, config.block_sizes[0]))
+        load_policy(folder, build_spec(config, config.block_sizes[0]), extra_features=config.extra_features)
 
 
 def run(config: ArenaConfig) -> int:

@@ -63,6 +63,8 @@ class DeployConfig:
     """Port of the controller's own /metrics, such as 9464; None: there is none."""
     metrics_host: str = "127.0.0.1"
     """Address that /metrics listens on."""
+    extra_features: tuple[str, ...] = ()
+    """package.module:FEATURES that the policy needs."""
     allow_mismatch: bool = False
     """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
     guard: GuardConfig = field(
@@ -88,7 +90,7 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
-    folder = _policy(config.policy)
+    folder = _policy(config.policy, config.extra_features)
     target = Target(
         server=config.server,
         gpu_ids=config.gpu_ids,
@@ -125,16 +127,17 @@ def run(config: DeployConfig) -> int:
     return 0
 
 
-def _policy(path: Path) -> PolicyFolder:
+def _policy(path: Path, extra_features: tuple[str, ...]) -> PolicyFolder:
     """The policy in a folder; a checkpoint is converted in another process, which loads the simulator."""
     if not is_checkpoint(path):
-        return read_policy(path)
+        return read_policy(path, extra_features=extra_features)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--to", folder]
+        command += ["--extra-features", *extra_features] if extra_features else []
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
         if done.returncode:
             raise PolicyError(done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed")
-        return replace(read_policy(Path(folder)), path=path)
+        return replace(read_policy(Path(folder), extra_features=extra_features), path=path)
 
 
 def _facts(config: DeployConfig, folder: PolicyFolder) -> dict[str, Any]:

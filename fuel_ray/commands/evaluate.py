@@ -1,6 +1,7 @@
 """Evaluate policies on held-out seeds: the verb, and what a sweep calls."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fuel_ray.arena.config import EvaluateConfig
@@ -68,8 +69,9 @@ def _one_block_size(
     own = {name: f for name, f in named if kv_block_size in read_manifest(f).kv_block_sizes}
 
     def policies(spec: NodeSpec) -> dict[str, Policy]:
+        policy = partial(load_policy, spec=spec, extra_features=config.extra_features)
         static = {f"static {text}": _static(text, spec) for text in config.static}
-        return {**static, **{f"dqn {name}": load_policy(folder, spec) for name, folder in own.items()}}
+        return {**static, **{f"dqn {name}": policy(folder) for name, folder in own.items()}}
 
     try:
         evaluate_policies(

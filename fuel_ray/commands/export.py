@@ -7,6 +7,7 @@ from fuel_ray.build.codec import build_codec, build_manifest
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.config import SweepConfig, load_config
 from fuel_ray.errors import ConfigError, PolicyError
+from fuel_ray.flags import check_named
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import read_json
 from fuel_ray.training.checkpoint import is_checkpoint, q_network
@@ -22,6 +23,12 @@ class ExportConfig:
     """Checkpoint folder in its run: results/sweep-.../tune/TRIAL/checkpoint_000015."""
     to: Path | None = None
     """Policy folder to write; None: `policy` in the checkpoint."""
+    extra_features: tuple[str, ...] = ()
+    """package.module:FEATURES of the run; its other code from outside is named as here."""
+    reward: str | None = None
+    """package.module:Class of the run."""
+    workload: str | None = None
+    """package.module:function of the run, with its values."""
 
 
 def run(config: ExportConfig) -> int:
@@ -40,6 +47,7 @@ def run(config: ExportConfig) -> int:
             f"{checkpoint} is not in the folder of its run, whose {_RUN_JSON} says the settings"
         )
     settings = load_config(run_dir / _RUN_JSON, base=SweepConfig())
+    check_named(settings, (*config.extra_features, config.reward or "", config.workload or ""))
     sizes = _block_sizes(checkpoint)
     engine = read_json(run_dir / _RUN_JSON).get("engine", "unknown")
     codec = build_codec(settings, build_spec(settings, sizes[0]))
@@ -48,7 +56,9 @@ def run(config: ExportConfig) -> int:
         save_policy(folder, q_network(checkpoint), codec, build_manifest(settings, sizes, engine))
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
-    read_policy(folder)  # weights of another shape than the settings say
+    read_policy(
+        folder, extra_features=config.extra_features
+    )  # weights of another shape than the settings say
     print(f"wrote {folder}")
     return 0
 

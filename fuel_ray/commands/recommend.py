@@ -41,7 +41,7 @@ def parse(argv: list[str], *, prog: str) -> RecommendConfig:
     parse_workload(config.workload)
     for size in config.block_sizes:
         for folder in of_size(config, size):
-            load_policy(folder, build_spec(config, size))
+            load_policy(folder, build_spec(config, size), extra_features=config.extra_features)
     if not any(of_size(config, size) for size in config.block_sizes):
         raise ConfigError(f"--policies: none is for block size {', '.join(map(str, config.block_sizes))}")
     return config

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from fuel_ray.codec import ActionGrid, Codec, Encoder
 from fuel_ray.drift import Range
 from fuel_ray.errors import ConfigError, PolicyError
+from fuel_ray.outside import reference
 from fuel_ray.policies.anchor import Anchor, GridAnchor
 from fuel_ray.policies.network import Head, folded, q_values
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
@@ -47,11 +48,13 @@ class Manifest:
     feature_ranges: Mapping[str, Range] = field(default_factory=dict)  # seen in training
     anchor: Anchor | None = None  # tuned for the same load
     slo: Slo | None = None  # of the deployment; None: that of the training
+    needs: tuple[str, ...] = ()  # features from outside, package.module:FEATURES
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         anchor = None if self.anchor is None else self.anchor.to_dict()
-        return {**asdict(self), "anchor": anchor, "format": FORMAT}
+        plain = {**asdict(self), "anchor": anchor, "format": FORMAT}
+        return plain if self.needs else {key: value for key, value in plain.items() if key != "needs"}
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Manifest":
@@ -62,7 +65,7 @@ class Manifest:
             TypeError: a key is unknown or missing.
         """
         typed = {key: value for key, value in raw.items() if key not in _NOT_USED}
-        typed["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
+        typed["kv_block_sizes"], typed["needs"] = tuple(raw["kv_block_sizes"]), tuple(raw.get("needs", ()))
         ranges = raw.get("feature_ranges", {})
         typed["feature_ranges"] = {name: (low, high) for name, (low, high) in ranges.items()}
         kinds = {"anchor": Anchor.from_dict, "tuned_static": _knobs, "slo": _slo}
@@ -201,6 +204,7 @@ def _check_manifest(manifest: Manifest) -> None:
     for name in ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version"):
         _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
     _expect(_are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
+    _expect(all(reference(name) == name for name in manifest.needs), "needs are not package.module:NAME")
     _expect(manifest.head in get_args(Head), f"head {manifest.head!r} is unknown")
     for name, (low, high) in manifest.feature_ranges.items():
         _expect(-math.inf < low <= high < math.inf, f"the range of {name} is not one")
@@ -255,15 +259,17 @@ class PolicyFolder:
         return LearnedPolicy(self.arrays, self.codec, spec, head=manifest.head, anchor=manifest.anchor)
 
 
-def read_policy(folder: Path) -> PolicyFolder:
-    """The policy in a folder, for any node.
+def read_policy(folder: Path, *, extra_features: Sequence[str] = ()) -> PolicyFolder:
+    """The policy in a folder, for any node; ``extra_features`` are those that the user named.
 
     Raises:
-        PolicyError: the folder is malformed.
+        PolicyError: the folder is malformed, or needs features that are not named.
     """
     manifest = read_manifest(folder)
+    if missing := [name for name in manifest.needs if name not in extra_features]:
+        raise PolicyError(f"{folder} needs features from outside: give --extra-features {' '.join(missing)}")
     try:
-        codec = Codec.from_dict(_json(folder / "codec.json"))
+        codec = Codec.from_dict(_json(folder / "codec.json"), extra_features=manifest.needs)
         _check_codec(codec)
         arrays = load_file(folder / "weights.safetensors")
         _expect(all(np.isfinite(array).all() for array in arrays.values()), "some weights are not finite")
@@ -283,13 +289,13 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
-    """The policy in a folder, ready to control a node.
+def load_policy(folder: Path, spec: NodeSpec, *, extra_features: Sequence[str] = ()) -> LearnedPolicy:
+    """The policy in a folder, ready to control a node; ``extra_features`` are those that the user named.
 
     Raises:
-        PolicyError: the folder is malformed, or was made for another block size, model or GPU.
+        PolicyError: as ``read_policy``, or it was made for another block size, model or GPU.
     """
-    found = read_policy(folder)
+    found = read_policy(folder, extra_features=extra_features)
     manifest = found.manifest
     if spec.kv_block_size not in manifest.kv_block_sizes:
         raise PolicyError(

@@ -193,6 +193,7 @@ def _module_spec(config: LearnConfig) -> RLModuleSpec:
             "clocks": len(grid.gpu_clocks_mhz),
             "hidden": settings.hidden,
             "head": settings.head,
+            "extra_features": config.extra_features,
             "start_from": None if config.start_from is None else str(config.start_from.resolve()),
             "epsilon": [
                 [0, settings.epsilon_initial],

@@ -65,7 +65,12 @@ def published(spec: NodeSpec, slo: Slo, pack: Pack, *, static: Knobs) -> list[Co
 
 
 def learned(
-    folders: Sequence[Path], spec: NodeSpec, slo: Slo, table: LoadTable
+    folders: Sequence[Path],
+    spec: NodeSpec,
+    slo: Slo,
+    table: LoadTable,
+    *,
+    extra_features: Sequence[str] = (),
 ) -> list[tuple[Contender, ...]]:
     """Policies from folders, each as the variants of which the best on the training seeds takes part.
 
@@ -77,7 +82,7 @@ def learned(
     """
     families: list[tuple[Contender, ...]] = []
     for folder in folders:
-        policy, name = load_policy(folder, spec), folder.name
+        policy, name = load_policy(folder, spec, extra_features=extra_features), folder.name
         if read_manifest(folder).reward != "energy":
             families.append((free(name, policy, slo),))
             continue
