@@ -131,8 +131,10 @@ def test_a_policy_folder_or_settings_alone_never_load_code(trap, tmp_path, capsy
 
 def test_an_export_loads_nothing_that_was_not_named(trap, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fuel_ray.commands.export.is_checkpoint", lambda path: True)
-    settings = to_dict(replace(PRESETS["plain"], extra_features=("trap:FEATURES",)))
-    (tmp_path / "run.json").write_text(json.dumps({"config": settings}))
+    settings = learning_settings(replace(PRESETS["plain"], extra_features=("trap:FEATURES",)))
+    (tmp_path / "run.json").write_text("{}")
+    trial = {"env_config": {"config": settings, "block_sizes": [16]}}
+    (tmp_path / "params.json").write_text(json.dumps(trial))
     assert main(["export", "--checkpoint", str(tmp_path / "checkpoint")]) == 2
     assert "add --extra-features trap:FEATURES" in capsys.readouterr().err
     assert not trap.exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fuel_ray.build.codec import build_codec, build_manifest
 from fuel_ray.build.nodes import build_spec
-from fuel_ray.config import SweepConfig, load_config
+from fuel_ray.config import LearnConfig, from_dict
 from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.flags import check_named
 from fuel_ray.policies.learned import read_policy, save_policy
@@ -46,9 +46,8 @@ def run(config: ExportConfig) -> int:
         raise PolicyError(
             f"{checkpoint} is not in the folder of its run, whose {_RUN_JSON} says the settings"
         )
-    settings = load_config(run_dir / _RUN_JSON, base=SweepConfig())
+    settings, sizes = _trained(checkpoint.parent / "params.json")
     check_named(settings, (*config.extra_features, config.reward or "", config.workload or ""))
-    sizes = _block_sizes(checkpoint)
     engine = read_json(run_dir / _RUN_JSON).get("engine", "unknown")
     codec = build_codec(settings, build_spec(settings, sizes[0]))
     folder = config.to or checkpoint / "policy"
@@ -63,12 +62,11 @@ def run(config: ExportConfig) -> int:
     return 0
 
 
-def _block_sizes(checkpoint: Path) -> tuple[int, ...]:
-    """Those that the trial was trained on."""
-    params = read_json(checkpoint.parent / "params.json")
+def _trained(params: Path) -> tuple[LearnConfig, tuple[int, ...]]:
+    """The settings and the block sizes that a trial was trained with."""
     try:
-        return tuple(int(size) for size in params["env_config"]["block_sizes"])
+        raw = read_json(params)["env_config"]
+        sizes = tuple(int(size) for size in raw["block_sizes"])
+        return from_dict(raw["config"], base=LearnConfig(), source=str(params)), sizes
     except (KeyError, TypeError, ValueError) as error:
-        raise PolicyError(
-            f"{checkpoint.parent}/params.json does not say the block sizes: {error!r}"
-        ) from error
+        raise PolicyError(f"{params} does not say how the trial was trained: {error!r}") from error

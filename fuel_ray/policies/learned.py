@@ -68,19 +68,15 @@ class Manifest:
         typed["kv_block_sizes"], typed["needs"] = tuple(raw["kv_block_sizes"]), tuple(raw.get("needs", ()))
         ranges = raw.get("feature_ranges", {})
         typed["feature_ranges"] = {name: (low, high) for name, (low, high) in ranges.items()}
-        kinds = {"anchor": Anchor.from_dict, "tuned_static": _knobs, "slo": _slo}
-        for name, from_dict in kinds.items():
-            if typed.get(name) is not None:
-                typed[name] = from_dict(typed[name])
-        manifest = Manifest(**typed)
-        _check_manifest(manifest)
-        return manifest
+        for name, typed_from in (("anchor", Anchor.from_dict), ("tuned_static", _knobs), ("slo", _slo)):
+            typed[name] = None if raw.get(name) is None else typed_from(raw[name])
+        return _checked(Manifest(**typed))
 
 
 class LearnedPolicy:
     """Takes the action of highest Q in every window; on an observe-only node, among those of its clock.
 
-    With an anchor, Q less what the anchor penalties.
+    With an anchor, Q less the penalty for leaving it.
     """
 
     def __init__(
@@ -199,7 +195,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def _check_manifest(manifest: Manifest) -> None:
+def _checked(manifest: Manifest) -> Manifest:
     """Types that a hand or a hostile one may have changed."""
     for name in ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version"):
         _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
@@ -208,6 +204,7 @@ def _check_manifest(manifest: Manifest) -> None:
     _expect(manifest.head in get_args(Head), f"head {manifest.head!r} is unknown")
     for name, (low, high) in manifest.feature_ranges.items():
         _expect(-math.inf < low <= high < math.inf, f"the range of {name} is not one")
+    return manifest
 
 
 def _knobs(raw: Mapping[str, Any]) -> Knobs:

@@ -53,9 +53,8 @@ class Options:
         """All values; numbers as such, whole ones as int."""
         self._asked += self._given
         numbers = {key: as_number(text) for key, text in self._given.items()}
-        return {
-            key: self._given[key] if math.isnan(x) else int(x) if x.is_integer() else x
-            for key, x in numbers.items()
+        return self._given | {
+            key: int(x) if x.is_integer() else x for key, x in numbers.items() if not math.isnan(x)
         }
 
     def refuse_the_rest(self) -> None:
