@@ -283,11 +283,14 @@ class Codec:
         )
 
 
-class Recent:
-    """The context of every window of one node: remembers the load of the last seconds."""
+class Encoder:
+    """A codec at work on one node: remembers the load of the last seconds."""
 
-    def __init__(self, codec: Codec, spec: NodeSpec) -> None:
-        self._codec, self._spec = codec, spec
+    def __init__(self, codec: Codec, spec: NodeSpec, *, learn_scale: bool = False) -> None:
+        self._codec = codec
+        self._spec = spec
+        self._learn_scale = learn_scale
+        self._features = [codec.table[name] for name in codec.features]
         self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
 
     def reset(self) -> None:
@@ -296,32 +299,13 @@ class Recent:
         self._requests.reset()
 
     def context(self, window: WindowMetrics) -> Context:
-        """What there is to know beside one more window."""
-        return Context(
-            spec=self._spec,
-            slo=self._codec.slo,
-            arrival_rate_ewma_rps=self._arrival_rate.update(window),
-            miss_price_j=self._codec.miss_price_j,
-            requests=self._requests.update(window),
-        )
-
-
-class Encoder:
-    """A codec at work on one node: remembers the load of the last seconds."""
-
-    def __init__(self, codec: Codec, spec: NodeSpec, *, learn_scale: bool = False) -> None:
-        self._codec = codec
-        self._learn_scale = learn_scale
-        self._features = [codec.table[name] for name in codec.features]
-        self._recent = Recent(codec, spec)
-
-    def reset(self) -> None:
-        """Forget the past."""
-        self._recent.reset()
+        """What features may need beside one more window."""
+        rate_rps, requests = self._arrival_rate.update(window), self._requests.update(window)
+        return Context(self._spec, self._codec.slo, rate_rps, self._codec.miss_price_j, requests)
 
     def encode(self, window: WindowMetrics) -> np.ndarray:
         """The observation after a window: (features,) float32 within the codec's bounds."""
-        context = self._recent.context(window)
+        context = self.context(window)
         values = []
         for feature in self._features:
             value = (feature.value(window, context) or 0.0) / feature.scale

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from fuel_ray.averages import EWMA_S
-from fuel_ray.codec import Codec, Context, Feature, Recent
+from fuel_ray.codec import Codec, Context, Encoder, Feature
 from fuel_ray.types import NodeSpec, WindowMetrics
 
 DRIFT_S = 30.0  # time constant over which windows outside the range are weighed
@@ -19,12 +19,12 @@ def observed_ranges(
 ) -> dict[str, Range]:
     """Lowest and highest value of each feature of the load, in units of its scale."""
     found: dict[str, Range] = {}
-    recent = Recent(codec, spec)
+    encoder = Encoder(codec, spec)
     for episode in episodes:
-        recent.reset()
+        encoder.reset()
         seconds = 0.0
         for window in episode:
-            context = recent.context(window)
+            context = encoder.context(window)
             seconds += window.duration_s
             if seconds < EWMA_S:
                 continue  # a first window's own rate is no average yet
@@ -53,17 +53,17 @@ class DriftDetector:
             for name, feature in codec.table.items()
             if feature.load or name in known
         ]
-        self._recent = Recent(codec, spec)
+        self._encoder = Encoder(codec, spec)
         self.reset()
 
     def reset(self) -> None:
         """Forget the past."""
-        self._recent.reset()
+        self._encoder.reset()
         self._share, self._drifted = 0.0, False
 
     def update(self, window: WindowMetrics) -> bool:
         """Whether the load has drifted out of range, after one more window."""
-        context = self._recent.context(window)
+        context = self._encoder.context(window)
         outside = any(_outside(feature, span, window, context) for feature, span in self._watched)
         self._share += (outside - self._share) * -math.expm1(-window.duration_s / DRIFT_S)
         if self._share > 0.5:

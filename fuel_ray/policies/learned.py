@@ -90,38 +90,28 @@ class LearnedPolicy:
     ) -> None:
         self._arrays = folded(arrays, clocks=len(codec.grid.gpu_clocks_mhz))
         self._head = head
-        self._codec = codec
+        self.codec = codec  # what it sees and may choose
         self._spec = spec
         self._encoder = Encoder(codec, spec)
         self._actions = _actions(codec.grid, spec)
-        self._anchor = anchor
+        self.anchor = anchor  # what it is kept near
         self._anchored = None if anchor is None else GridAnchor(anchor, codec.grid)
 
     @property
     def priced(self) -> bool:
         """Whether it was trained for many prices of a miss, so that one can be chosen."""
-        return "miss_price" in self._codec.features
+        return "miss_price" in self.codec.features
 
     def for_slo(self, slo: Slo, *, miss_price_j: float) -> "LearnedPolicy":
         """The same policy for another SLO and price; limits that are not in ``slo`` stay as they were."""
-        own = self._codec.slo
+        own = self.codec.slo
         both = replace(own, ttft_s=slo.ttft_s or own.ttft_s, tpot_s=slo.tpot_s or own.tpot_s)
-        codec = replace(self._codec, slo=both, miss_price_j=miss_price_j)
-        return LearnedPolicy(self._arrays, codec, self._spec, head=self._head, anchor=self._anchor)
+        codec = replace(self.codec, slo=both, miss_price_j=miss_price_j)
+        return LearnedPolicy(self._arrays, codec, self._spec, head=self._head, anchor=self.anchor)
 
     def near(self, anchor: Anchor | None) -> "LearnedPolicy":
         """The same policy, kept near this anchor or none."""
-        return LearnedPolicy(self._arrays, self._codec, self._spec, head=self._head, anchor=anchor)
-
-    @property
-    def codec(self) -> Codec:
-        """What it sees and may choose."""
-        return self._codec
-
-    @property
-    def anchor(self) -> Anchor | None:
-        """What it is kept near."""
-        return self._anchor
+        return LearnedPolicy(self._arrays, self.codec, self._spec, head=self._head, anchor=anchor)
 
     def reset(self) -> None:
         """Forget the past."""
@@ -137,18 +127,13 @@ class LearnedPolicy:
         base = self._anchored.decide(window)
         return self._anchored.decode(self._best(observation, self._anchored.penalty(base)), base)
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What it sees, by name."""
-        return self._codec.features
-
     def observe(self, window: WindowMetrics) -> np.ndarray:
         """What it sees of a window: (features,) float32."""
         return self._encoder.encode(window)
 
     def act(self, observation: np.ndarray) -> Knobs:
         """The knobs of highest Q, without an anchor."""
-        return self._codec.grid.decode(self._best(observation))
+        return self.codec.grid.decode(self._best(observation))
 
     def _best(self, observation: np.ndarray, penalty: np.ndarray | float = 0.0) -> int:
         """The index of the action of highest Q less penalty."""
