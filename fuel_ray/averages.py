@@ -59,20 +59,17 @@ class RecentRequests:
 
     def reset(self) -> None:
         """Forget the past."""
-        self._seen, self._begun, self._prompt, self._hits, self._output = 0, 0.0, 0.0, 0.0, 0.0
+        self._seen = 0
+        self._sums = np.zeros(4)  # requests, their prompt tokens, those of them in the cache, output tokens
 
     def update(self, window: WindowMetrics) -> RequestMeans:
         """The means after one more window."""
         begun, hit_rate = len(window.ttfts_s), min(window.prefix_hit_rate or 0.0, 0.99)
-        hits = window.prompt_tokens * hit_rate / (1.0 - hit_rate)
-        left = math.exp(-begun / EWMA_REQUESTS)
+        prompt = window.prompt_tokens / (1.0 - hit_rate)
         self._seen += begun
-        self._begun = self._begun * left + begun
-        self._prompt = self._prompt * left + window.prompt_tokens + hits
-        self._hits = self._hits * left + hits
-        self._output = self._output * left + window.output_tokens
+        self._sums *= math.exp(-begun / EWMA_REQUESTS)
+        self._sums += begun, prompt, prompt * hit_rate, window.output_tokens
         if self._seen < EWMA_REQUESTS:
             return RequestMeans()
-        return RequestMeans(
-            self._prompt / self._begun, self._output / self._begun, self._hits / max(self._prompt, 1.0)
-        )
+        requests, prompt, hits, output = self._sums.tolist()
+        return RequestMeans(prompt / requests, output / requests, hits / max(prompt, 1.0))

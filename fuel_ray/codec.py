@@ -1,8 +1,9 @@
 """What a policy sees and what it may choose: the feature table and the action grid."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from fuel_ray.averages import ArrivalRate, RecentRequests, RequestMeans
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import window_attainment
+from fuel_ray.outside import load
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 
@@ -109,6 +111,24 @@ PRICED_FEATURES = (
 )  # fmt: skip
 GREENDLS_FEATURES = tuple(name for name in FEATURES if name.startswith("greendls_"))
 PLAIN_FEATURES = (*SEED_FEATURES, "arrival_rate_ewma", "gpu_clock", "oldest_wait")
+
+
+@lru_cache
+def feature_table(extra: tuple[str, ...]) -> dict[str, Feature]:
+    """All features by name, those of ``package.module:FEATURES`` included.
+
+    Raises:
+        ConfigError: one is no mapping of names to features, or has a name that there is already.
+    """
+    table = dict(FEATURES)
+    for name in extra:
+        found = load(name)
+        if not isinstance(found, Mapping) or not all(isinstance(x, Feature) for x in found.values()):
+            raise ConfigError(f"{name} is no mapping of names to Feature")
+        if twice := [feature for feature in found if feature in table]:
+            raise ConfigError(f"{name}: there is a feature {', '.join(twice)} already")
+        table |= found
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +241,17 @@ class Codec:
     slo: Slo
     running_scale: RunningScale | None = None  # fixed scales of the feature table if None
     miss_price_j: float = 0.0  # of a missed limit; seen by policies with that feature
+    extra_features: tuple[str, ...] = ()  # package.module:FEATURES that the user named
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.features if name not in FEATURES]
+        unknown = [name for name in self.features if name not in self.table]
         if unknown or not self.features:
-            raise ConfigError(f"features {unknown} are unknown; allowed are {', '.join(FEATURES)}")
+            raise ConfigError(f"features {unknown} are unknown; allowed are {', '.join(self.table)}")
+
+    @property
+    def table(self) -> Mapping[str, Feature]:
+        """The features that there are."""
+        return feature_table(self.extra_features)
 
     @property
     def low(self) -> np.ndarray:
@@ -237,14 +263,14 @@ class Codec:
         """Upper bounds of the observation."""
         if self.running_scale:
             return np.full(len(self.features), 5.0, np.float32)
-        return np.array([FEATURES[name].high for name in self.features], np.float32)
+        return np.array([self.table[name].high for name in self.features], np.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
-        return asdict(self)
+        """As plain data, for JSON; it names no code."""
+        return {name: value for name, value in asdict(self).items() if name != "extra_features"}
 
     @staticmethod
-    def from_dict(raw: dict[str, Any]) -> "Codec":
+    def from_dict(raw: dict[str, Any], *, extra_features: tuple[str, ...] = ()) -> "Codec":
         """The inverse of ``to_dict``."""
         scale = raw["running_scale"]
         return Codec(
@@ -253,29 +279,7 @@ class Codec:
             slo=Slo(**raw["slo"]),
             running_scale=RunningScale(**scale) if scale else None,
             miss_price_j=float(raw.get("miss_price_j", 0.0)),
-        )
-
-
-class Recent:
-    """The context of every window of one node: remembers the load of the last seconds."""
-
-    def __init__(self, codec: Codec, spec: NodeSpec) -> None:
-        self._codec, self._spec = codec, spec
-        self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
-
-    def reset(self) -> None:
-        """Forget the past."""
-        self._arrival_rate.reset()
-        self._requests.reset()
-
-    def context(self, window: WindowMetrics) -> Context:
-        """What there is to know beside one more window."""
-        return Context(
-            spec=self._spec,
-            slo=self._codec.slo,
-            arrival_rate_ewma_rps=self._arrival_rate.update(window),
-            miss_price_j=self._codec.miss_price_j,
-            requests=self._requests.update(window),
+            extra_features=extra_features,
         )
 
 
@@ -284,17 +288,24 @@ class Encoder:
 
     def __init__(self, codec: Codec, spec: NodeSpec, *, learn_scale: bool = False) -> None:
         self._codec = codec
+        self._spec = spec
         self._learn_scale = learn_scale
-        self._features = [FEATURES[name] for name in codec.features]
-        self._recent = Recent(codec, spec)
+        self._features = [codec.table[name] for name in codec.features]
+        self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
 
     def reset(self) -> None:
         """Forget the past."""
-        self._recent.reset()
+        self._arrival_rate.reset()
+        self._requests.reset()
+
+    def context(self, window: WindowMetrics) -> Context:
+        """What features may need beside one more window."""
+        rate_rps, requests = self._arrival_rate.update(window), self._requests.update(window)
+        return Context(self._spec, self._codec.slo, rate_rps, self._codec.miss_price_j, requests)
 
     def encode(self, window: WindowMetrics) -> np.ndarray:
         """The observation after a window: (features,) float32 within the codec's bounds."""
-        context = self._recent.context(window)
+        context = self.context(window)
         values = []
         for feature in self._features:
             value = (feature.value(window, context) or 0.0) / feature.scale

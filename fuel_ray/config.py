@@ -179,7 +179,7 @@ class ServingConfig:
     prefix_caching: bool = True
     """Whether full KV blocks are found again."""
     workload: str = "diurnal"
-    """Workload to serve: NAME[:key=value,...]."""
+    """Workload to serve: NAME[:key=value,...]; NAME may be package.module:function, a Workload's maker."""
     slo_ttft_s: float | None = 1.0
     """Limit on the time to first token in s; None: no limit."""
     slo_tpot_s: float | None = 0.05
@@ -188,10 +188,12 @@ class ServingConfig:
     """Limit on the time from arrival to the last token in s; None: no limit."""
     slo_share: float | None = 0.95
     """Share of requests that must keep all limits, 0..1; None: the means must keep them."""
-    reward: Reward = "energy"
-    """Reward that windows are scored by."""
+    reward: Reward | str = "energy"
+    """Reward that windows are scored by; or package.module:Class, an Objective."""
     miss_price_j: float = 200.0
     """Joules charged per missed limit by the energy reward."""
+    extra_features: tuple[str, ...] = ()
+    """package.module:FEATURES, more features by name."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 0
     """Seed of everything random."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from fuel_ray.averages import EWMA_S
-from fuel_ray.codec import FEATURES, Codec, Context, Recent
+from fuel_ray.codec import Codec, Context, Encoder, Feature
 from fuel_ray.types import NodeSpec, WindowMetrics
 
 DRIFT_S = 30.0  # time constant over which windows outside the range are weighed
@@ -19,17 +19,17 @@ def observed_ranges(
 ) -> dict[str, Range]:
     """Lowest and highest value of each feature of the load, in units of its scale."""
     found: dict[str, Range] = {}
-    recent = Recent(codec, spec)
+    encoder = Encoder(codec, spec)
     for episode in episodes:
-        recent.reset()
+        encoder.reset()
         seconds = 0.0
         for window in episode:
-            context = recent.context(window)
+            context = encoder.context(window)
             seconds += window.duration_s
             if seconds < EWMA_S:
                 continue  # a first window's own rate is no average yet
-            for name, feature in FEATURES.items():
-                if feature.load and (value := _value(name, window, context)) is not None:
+            for name, feature in codec.table.items():
+                if feature.load and (value := _value(feature, window, context)) is not None:
                     low, high = found.get(name, (value, value))
                     found[name] = min(low, value), max(high, value)
     return found
@@ -47,20 +47,24 @@ class DriftDetector:
             ranges: lowest and highest value of a feature in training, in units of its scale; where there is
                 none, what the feature table can express.
         """
-        of_load = {name: (0.0, feature.high) for name, feature in FEATURES.items() if feature.load}
-        self._ranges = {**of_load, **{k: v for k, v in (ranges or {}).items() if k in FEATURES}}
-        self._recent = Recent(codec, spec)
+        known = dict(ranges or {})
+        self._watched = [
+            (feature, known.get(name, (0.0, feature.high)))
+            for name, feature in codec.table.items()
+            if feature.load or name in known
+        ]
+        self._encoder = Encoder(codec, spec)
         self.reset()
 
     def reset(self) -> None:
         """Forget the past."""
-        self._recent.reset()
+        self._encoder.reset()
         self._share, self._drifted = 0.0, False
 
     def update(self, window: WindowMetrics) -> bool:
         """Whether the load has drifted out of range, after one more window."""
-        context = self._recent.context(window)
-        outside = any(self._outside(name, window, context) for name in self._ranges)
+        context = self._encoder.context(window)
+        outside = any(_outside(feature, span, window, context) for feature, span in self._watched)
         self._share += (outside - self._share) * -math.expm1(-window.duration_s / DRIFT_S)
         if self._share > 0.5:
             self._drifted = True
@@ -68,14 +72,15 @@ class DriftDetector:
             self._drifted = False
         return self._drifted
 
-    def _outside(self, name: str, window: WindowMetrics, context: Context) -> bool:
-        low, high = self._ranges[name]
-        value = _value(name, window, context)
-        margin = max(MARGIN * (high - low), LEAST_MARGIN)
-        return value is not None and not low - margin <= value <= high + margin
+
+def _outside(feature: Feature, span: Range, window: WindowMetrics, context: Context) -> bool:
+    low, high = span
+    value = _value(feature, window, context)
+    margin = max(MARGIN * (high - low), LEAST_MARGIN)
+    return value is not None and not low - margin <= value <= high + margin
 
 
-def _value(name: str, window: WindowMetrics, context: Context) -> float | None:
-    """A feature in units of its scale; None if it is unknown."""
-    value = FEATURES[name].value(window, context)
-    return None if value is None else value / FEATURES[name].scale
+def _value(feature: Feature, window: WindowMetrics, context: Context) -> float | None:
+    """In units of its scale; None if it is unknown."""
+    value = feature.value(window, context)
+    return None if value is None else value / feature.scale

@@ -6,23 +6,27 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import tyro
 
-from fuel_ray.codec import FEATURES
+from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     ALGORITHMS,
     DQN_ONLY,
     PRESETS,
     LearnConfig,
+    Reward,
     Serving,
     ServingConfig,
     SweepConfig,
     TrainConfig,
     load_config,
+    to_dict,
 )
 from fuel_ray.errors import ConfigError
+from fuel_ray.objective import from_outside
+from fuel_ray.outside import reference
 
 # Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
 _COUNT, _SHARE, _STEP_SIZE, _WAIT_S = (1, 10**9), (0.0, 1.0), (1e-9, 1.0), (0.0, 86_400.0)
@@ -99,8 +103,34 @@ def parse_serving(
         if preset is not None and base.preset != preset:
             raise ConfigError(f"--preset {preset}: --config {path} has settings of preset {base.preset}")
     config = parse_flags(config_class, argv, prog=prog, default=base)
+    check_named(config, argv)
     validate(config)
     return config
+
+
+def check_named(settings: Any, words: Sequence[str]) -> None:
+    """Check that code from outside is named by the user's own words, not only by a file.
+
+    Raises:
+        ConfigError: some is not; the message says what to add to the command line.
+    """
+    values = (word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words)
+    named = {reference(value) for value in values}
+    for flag, text in _texts(to_dict(settings)):
+        if reference(text) not in (None, *named):
+            raise ConfigError(
+                "its settings name code from outside, which is loaded only where the command line names it "
+                f"too: add {flag} {text}"
+            )
+
+
+def _texts(settings: dict[str, Any], prefix: str = "--") -> Iterator[tuple[str, str]]:
+    """Every text among the settings, with its flag."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _texts(value, f"{prefix}{name.replace('_', '-')}.")
+        items = value if isinstance(value, tuple) else (value,)
+        yield from ((prefix + name.replace("_", "-"), item) for item in items if isinstance(item, str))
 
 
 def resumed(folder: Path, argv: list[str], *, prog: str, base: Serving, may_change: Sequence[str]) -> Serving:
@@ -140,6 +170,12 @@ def validate(config: ServingConfig) -> None:
             raise ConfigError(f"--block-sizes {size}: not a power of two from 1 to 256")
     if not config.block_sizes or len(set(config.block_sizes)) < len(config.block_sizes):
         raise ConfigError("--block-sizes: give at least one, each once")
+    if reference(config.reward) == config.reward:
+        from_outside(config.reward, config.slo, miss_price_j=config.miss_price_j)
+    elif config.reward not in get_args(Reward):
+        rewards = ", ".join(get_args(Reward))
+        raise ConfigError(f"--reward {config.reward}: one of {rewards}, or package.module:Class")
+    feature_table(config.extra_features)
     _validate_slo(config)
     _validate_live(config)
     if isinstance(config, LearnConfig):
@@ -171,9 +207,10 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _validate_training(config: LearnConfig) -> None:
-    unknown = [name for name in config.features if name not in FEATURES]
+    table = feature_table(config.extra_features)
+    unknown = [name for name in config.features if name not in table]
     if unknown or not config.features or len(set(config.features)) < len(config.features):
-        raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(FEATURES)}")
+        raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(table)}")
     _validate_algorithm(config)
     validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from fuel_ray.outside import made
 from fuel_ray.types import Slo, WindowMetrics
 
 GREENDLS_K = 150.0  # GreenDLS, llm/src/scheduler.py: weight of energy efficiency
@@ -12,6 +13,16 @@ class Objective(Protocol):
     """Scores a window; higher is better."""
 
     def reward(self, window: WindowMetrics) -> float: ...
+
+
+def from_outside(name: str, slo: Slo, *, miss_price_j: float) -> Objective:
+    """The objective that a ``package.module:Class`` makes of the SLO and the price of a miss.
+
+    Raises:
+        ConfigError: there is no such class, or it is no objective.
+    """
+    found: Objective = made(name, needs=("reward",), slo=slo, miss_price_j=miss_price_j)
+    return found
 
 
 class Unscored:

@@ -14,6 +14,7 @@ from fuel_ray.config import PRESETS, to_dict
 from fuel_ray.errors import PolicyError
 from fuel_ray.policies.learned import load_policy, read_policy
 from fuel_ray.training.checkpoint import MODULE_STATE, q_network
+from fuel_ray.training.envs import learning_settings
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import serving
 from tests.traffic_stub import TrafficStub
@@ -40,8 +41,10 @@ def checkpoint(tmp_path):
     folder = tmp_path / "sweep-1" / "tune" / "trial" / "checkpoint_000001"
     (folder / MODULE_STATE).parent.mkdir(parents=True)
     (folder / MODULE_STATE).write_bytes(pickle.dumps(state))
-    (folder.parent / "params.json").write_text(json.dumps({"env_config": {"block_sizes": [16]}}))
-    facts = {"config": to_dict(CONFIG), "engine": "vLLM 0.20.2"}
+    (folder.parent / "params.json").write_text(
+        json.dumps({"env_config": {"block_sizes": [16], "config": learning_settings(CONFIG)}})
+    )
+    facts = {"config": {**to_dict(CONFIG), "episodes": 3}, "engine": "vLLM 0.20.2"}  # of `train`
     (tmp_path / "sweep-1" / "run.json").write_text(json.dumps(facts))
     return folder
 

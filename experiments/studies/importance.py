@@ -73,7 +73,7 @@ def main() -> None:
     print("| feature replaced | energy, % (95 %) | of SLO |\n|---|--:|--:|")
     seen: list[list[np.ndarray]] = [[] for _ in range(given.seeds)]
     intact: list[float] = []
-    for k in (None, *range(len(policy.features))):
+    for k in (None, *range(len(policy.codec.features))):
         energies_j, kept, requests = [], 0, 0
         for i in range(given.seeds):
             episode = run_episode(stage, Shuffled(policy, k, seen[i], i), seed=HELD_OUT_SEED + i)
@@ -83,7 +83,7 @@ def main() -> None:
         intact = energies_j if k is None else intact
         change = paired_ratio(energies_j, intact, rng=np.random.default_rng(0))
         low, high = change.low or change.mean, change.high or change.mean
-        name = "none" if k is None else policy.features[k]
+        name = "none" if k is None else policy.codec.features[k]
         shown = f"{100 * change.mean - 100:+.1f} ({100 * low - 100:+.1f}..{100 * high - 100:+.1f})"
         print(f"| {name} | {'-' if k is None else shown} | {kept / requests:.3f} |", flush=True)
 

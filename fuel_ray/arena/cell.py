@@ -93,7 +93,8 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     share = contest.config.tune_share
     base = tune_on(practice, slo, share=share, limits=limits, budget=TABLE_BUDGET)
     static, table, share = base.static, base.table, base.share
-    case = Case(spec, practice.slos[slo], load_pack(contest.config.pack), static, table)
+    config = contest.config
+    case = Case(spec, practice.slos[slo], load_pack(config.pack), static, table, config.extra_features)
     policies: dict[str, Policy] = {}
     settings: dict[str, dict[str, float]] = {}
     for family in _contenders(contest.config, case):

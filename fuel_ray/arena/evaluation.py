@@ -102,7 +102,13 @@ def evaluate_block_size(
 
         def policies(spec: NodeSpec, workload: str = workload, own: Tuned = own) -> dict[str, Policy]:
             others = tuned_policies(config, workload, spec, also, share=own.share, tuned=own)
-            return {**_policies(spec, own, policy_folder), **others}
+            references: dict[str, Policy] = {
+                MAX_PERFORMANCE: Static(spec.max_performance),
+                TUNED_STATIC: Static(own.static),
+                LOAD_TABLE: own.table,
+            }
+            learned = load_policy(policy_folder, spec, extra_features=config.extra_features)
+            return {**references, read_manifest(policy_folder).algorithm: learned, **others}
 
         evaluate_policies(
             config,
@@ -179,12 +185,3 @@ def _episode(
             continue
         return summary_fields(episode.totals.summary(episode.records, config.slo)), lines
     raise AssertionError("the last try returns or raises")
-
-
-def _policies(spec: NodeSpec, tuned: Tuned, policy_folder: Path) -> dict[str, Policy]:
-    return {
-        MAX_PERFORMANCE: Static(spec.max_performance),
-        TUNED_STATIC: Static(tuned.static),
-        LOAD_TABLE: tuned.table,
-        read_manifest(policy_folder).algorithm: load_policy(policy_folder, spec),
-    }

@@ -71,7 +71,7 @@ class Pair:
 def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
     """The policy with what was tuned, for its block size alone, since the static pair and the table are."""
     assert config.save is not None
-    policy = read_policy(told.folder)
+    policy = read_policy(told.folder, extra_features=config.extra_features)
     manifest = replace(
         policy.manifest,
         kv_block_sizes=(pair.kv_block_size,),
@@ -96,7 +96,8 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=seconds, slos=slos)
     alone = held_out(build(part="second half"), config.seeds, seconds=seconds, slos=slos)
     base = tune_on(practice, _ASKED, share=config.tune_share)
-    case = Case(loop.node.spec, config.slo, load_pack(config.pack), base.static, base.table)
+    pack, extra = load_pack(config.pack), config.extra_features
+    case = Case(loop.node.spec, config.slo, pack, base.static, base.table, extra)
     pairs = []
     for name, entry in ({TUNED_STATIC: TUNED_STATIC} | of_size(config.policies, kv_block_size)).items():
         (family, *_) = families(name, entry, case)

@@ -48,6 +48,7 @@ def build_codec(config: LearnConfig, spec: NodeSpec) -> Codec:
         grid=build_grid(config, spec),
         slo=config.slo,
         miss_price_j=config.miss_price_j,
+        extra_features=config.extra_features,
         running_scale=_random_scale(config, spec.kv_block_size)
         if config.normalisation == "running"
         else None,
@@ -106,6 +107,7 @@ def build_manifest(
         workload_digest=parse_workload(config.workload).digest(),
         head=config.train.head,
         algorithm=config.train.algorithm,
+        needs=config.extra_features,
         fuel_ray_version=__version__,
         feature_ranges=observed_ranges(*_random_episodes(config, block_sizes[0], episodes=episodes)),
     )

@@ -1,7 +1,8 @@
 """The reward that settings name."""
 
 from fuel_ray.config import ServingConfig
-from fuel_ray.objective import Energy, GreenDls, Objective
+from fuel_ray.objective import Energy, GreenDls, Objective, from_outside
+from fuel_ray.outside import reference
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.sim.perf_model import step_cost
 
@@ -11,6 +12,8 @@ _REFERENCE_SEQS, _REFERENCE_CONTEXT = 16, 16 * 700
 
 def build_objective(config: ServingConfig) -> Objective:
     """The reward that the settings name."""
+    if reference(config.reward):
+        return from_outside(config.reward, config.slo, miss_price_j=config.miss_price_j)
     if config.reward == "energy":
         perf = load_pack(config.pack).perf
         duration_s, power_w, _ = step_cost(

@@ -69,6 +69,8 @@ class DeployConfig:
     """And the last token within this, in s."""
     pack: str | None = None
     """Calibration pack of the server's GPU, for rules that need a model of it."""
+    extra_features: tuple[str, ...] = ()
+    """package.module:FEATURES that the policy needs."""
     allow_mismatch: bool = False
     """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
     guard: GuardConfig = field(
@@ -97,7 +99,7 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
-    folder = _rule(config) or policy_folder(Path(config.policy))
+    folder = _rule(config) or policy_folder(Path(config.policy), extra_features=config.extra_features)
     trial = _trial(config, folder)
 
     def attach_again() -> Attached:

@@ -7,8 +7,9 @@ from typing import Any
 
 from fuel_ray.build.codec import build_codec, build_manifest
 from fuel_ray.build.nodes import build_spec
-from fuel_ray.config import SweepConfig, load_config
+from fuel_ray.config import LearnConfig, from_dict
 from fuel_ray.errors import ConfigError, PolicyError
+from fuel_ray.flags import check_named
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import read_json
 from fuel_ray.training.checkpoint import is_checkpoint, q_network
@@ -25,6 +26,12 @@ class ExportConfig:
     """Checkpoint folder in its run: results/sweep-.../tune/TRIAL/checkpoint_000015."""
     to: Path | None = None
     """Policy folder to write; None: `policy` in the checkpoint."""
+    extra_features: tuple[str, ...] = ()
+    """package.module:FEATURES of the run; its other code from outside is named as here."""
+    reward: str | None = None
+    """package.module:Class of the run."""
+    workload: str | None = None
+    """package.module:function of the run, with its values."""
 
 
 def run(config: ExportConfig) -> int:
@@ -42,8 +49,8 @@ def run(config: ExportConfig) -> int:
         raise PolicyError(
             f"{checkpoint} is not in the folder of its run, whose {_RUN_JSON} says the settings"
         )
-    settings = load_config(run_dir / _RUN_JSON, base=SweepConfig())
-    sizes = _block_sizes(checkpoint)
+    settings, sizes = _trained(checkpoint.parent / "params.json")
+    check_named(settings, (*config.extra_features, config.reward or "", config.workload or ""))
     facts = read_json(run_dir / _RUN_JSON)
     spec = _spec(settings, sizes[0], facts)
     engine = facts.get("engine") or "unknown"
@@ -53,12 +60,14 @@ def run(config: ExportConfig) -> int:
         save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
-    read_policy(folder)  # weights of another shape than the settings say
+    read_policy(
+        folder, extra_features=config.extra_features
+    )  # weights of another shape than the settings say
     print(f"wrote {folder}")
     return 0
 
 
-def _spec(settings: SweepConfig, kv_block_size: int, facts: Mapping[str, Any]) -> NodeSpec:
+def _spec(settings: LearnConfig, kv_block_size: int, facts: Mapping[str, Any]) -> NodeSpec:
     """The node that it was trained on; the run says it, since a live one may be elsewhere."""
     raw = facts.get("nodes", {}).get(str(kv_block_size))
     if raw is None:
@@ -67,12 +76,11 @@ def _spec(settings: SweepConfig, kv_block_size: int, facts: Mapping[str, Any]) -
     return NodeSpec(**values)
 
 
-def _block_sizes(checkpoint: Path) -> tuple[int, ...]:
-    """Those that the trial was trained on."""
-    params = read_json(checkpoint.parent / "params.json")
+def _trained(params: Path) -> tuple[LearnConfig, tuple[int, ...]]:
+    """The settings and the block sizes that a trial was trained with."""
     try:
-        return tuple(int(size) for size in params["env_config"]["block_sizes"])
+        raw = read_json(params)["env_config"]
+        sizes = tuple(int(size) for size in raw["block_sizes"])
+        return from_dict(raw["config"], base=LearnConfig(), source=str(params)), sizes
     except (KeyError, TypeError, ValueError) as error:
-        raise PolicyError(
-            f"{checkpoint.parent}/params.json does not say the block sizes: {error!r}"
-        ) from error
+        raise PolicyError(f"{params} does not say how the trial was trained: {error!r}") from error

@@ -32,6 +32,7 @@ class Case:
     pack: Pack | None  # for rules that need a model
     static: Knobs  # tuned for the load; rules that leave the batch limit alone use its limit
     table: LoadTable  # tuned for the load
+    extra_features: tuple[str, ...] = ()  # code that a policy folder may need
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,10 @@ class Learner(Protocol):
         ...
 
 
-def untuned(spec: NodeSpec, slo: Slo, pack: Pack | None) -> Case:
+def untuned(spec: NodeSpec, slo: Slo, pack: Pack | None, *, extra_features: tuple[str, ...] = ()) -> Case:
     """Where nothing was tuned: maximum performance stands for what would be."""
     most = spec.max_performance
-    return Case(spec, slo, pack, most, LoadTable((), (most,)))
+    return Case(spec, slo, pack, most, LoadTable((), (most,)), extra_features)
 
 
 def contender(name: str, case: Case) -> Contender:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from fuel_ray.codec import ActionGrid, Codec, Encoder
 from fuel_ray.drift import Range
 from fuel_ray.errors import ConfigError, PolicyError
+from fuel_ray.outside import reference
 from fuel_ray.policies.anchor import Anchor, GridAnchor
 from fuel_ray.policies.network import Head, folded, q_values
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
@@ -48,11 +49,13 @@ class Manifest:
     feature_ranges: Mapping[str, Range] = field(default_factory=dict)  # seen in training
     anchor: Anchor | None = None  # tuned for the same load
     slo: Slo | None = None  # of the deployment; None: that of the training
+    needs: tuple[str, ...] = ()  # features from outside, package.module:FEATURES
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         anchor = None if self.anchor is None else self.anchor.to_dict()
-        return {**asdict(self), "anchor": anchor, "format": FORMAT}
+        plain = {**asdict(self), "anchor": anchor, "format": FORMAT}
+        return plain if self.needs else {key: value for key, value in plain.items() if key != "needs"}
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Manifest":
@@ -63,22 +66,18 @@ class Manifest:
             TypeError: a key is unknown or missing.
         """
         typed = {key: value for key, value in raw.items() if key not in _NOT_USED}
-        typed["kv_block_sizes"] = tuple(raw["kv_block_sizes"])
+        typed["kv_block_sizes"], typed["needs"] = tuple(raw["kv_block_sizes"]), tuple(raw.get("needs", ()))
         ranges = raw.get("feature_ranges", {})
         typed["feature_ranges"] = {name: (low, high) for name, (low, high) in ranges.items()}
-        kinds = {"anchor": Anchor.from_dict, "tuned_static": _knobs, "slo": _slo}
-        for name, from_dict in kinds.items():
-            if typed.get(name) is not None:
-                typed[name] = from_dict(typed[name])
-        manifest = Manifest(**typed)
-        _check_manifest(manifest)
-        return manifest
+        for name, typed_from in (("anchor", Anchor.from_dict), ("tuned_static", _knobs), ("slo", _slo)):
+            typed[name] = None if raw.get(name) is None else typed_from(raw[name])
+        return _checked(Manifest(**typed))
 
 
 class LearnedPolicy:
     """Takes the action of highest Q in every window; on an observe-only node, among those of its clock.
 
-    With an anchor, Q less what the anchor penalties.
+    With an anchor, Q less the penalty for leaving it.
     """
 
     def __init__(
@@ -92,38 +91,28 @@ class LearnedPolicy:
     ) -> None:
         self._arrays = folded(arrays, clocks=len(codec.grid.gpu_clocks_mhz))
         self._head = head
-        self._codec = codec
+        self.codec = codec  # what it sees and may choose
         self._spec = spec
         self._encoder = Encoder(codec, spec)
         self._actions = _actions(codec.grid, spec)
-        self._anchor = anchor
+        self.anchor = anchor  # what it is kept near
         self._anchored = None if anchor is None else GridAnchor(anchor, codec.grid)
 
     @property
     def priced(self) -> bool:
         """Whether it was trained for many prices of a miss, so that one can be chosen."""
-        return "miss_price" in self._codec.features
+        return "miss_price" in self.codec.features
 
     def for_slo(self, slo: Slo, *, miss_price_j: float) -> "LearnedPolicy":
         """The same policy for another SLO and price; limits that are not in ``slo`` stay as they were."""
-        own = self._codec.slo
+        own = self.codec.slo
         both = replace(own, ttft_s=slo.ttft_s or own.ttft_s, tpot_s=slo.tpot_s or own.tpot_s)
-        codec = replace(self._codec, slo=both, miss_price_j=miss_price_j)
-        return LearnedPolicy(self._arrays, codec, self._spec, head=self._head, anchor=self._anchor)
+        codec = replace(self.codec, slo=both, miss_price_j=miss_price_j)
+        return LearnedPolicy(self._arrays, codec, self._spec, head=self._head, anchor=self.anchor)
 
     def near(self, anchor: Anchor | None) -> "LearnedPolicy":
         """The same policy, kept near this anchor or none."""
-        return LearnedPolicy(self._arrays, self._codec, self._spec, head=self._head, anchor=anchor)
-
-    @property
-    def codec(self) -> Codec:
-        """What it sees and may choose."""
-        return self._codec
-
-    @property
-    def anchor(self) -> Anchor | None:
-        """What it is kept near."""
-        return self._anchor
+        return LearnedPolicy(self._arrays, self.codec, self._spec, head=self._head, anchor=anchor)
 
     def reset(self) -> None:
         """Forget the past."""
@@ -139,18 +128,13 @@ class LearnedPolicy:
         base = self._anchored.decide(window)
         return self._anchored.decode(self._best(observation, self._anchored.penalty(base)), base)
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What it sees, by name."""
-        return self._codec.features
-
     def observe(self, window: WindowMetrics) -> np.ndarray:
         """What it sees of a window: (features,) float32."""
         return self._encoder.encode(window)
 
     def act(self, observation: np.ndarray) -> Knobs:
         """The knobs of highest Q, without an anchor."""
-        return self._codec.grid.decode(self._best(observation))
+        return self.codec.grid.decode(self._best(observation))
 
     def _best(self, observation: np.ndarray, penalty: np.ndarray | float = 0.0) -> int:
         """The index of the action of highest Q less penalty."""
@@ -197,15 +181,17 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def _check_manifest(manifest: Manifest) -> None:
+def _checked(manifest: Manifest) -> Manifest:
     """Types that a hand or a hostile one may have changed."""
     names = ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version", "algorithm")
     for name in names:
         _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
     _expect(_are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
+    _expect(all(reference(name) == name for name in manifest.needs), "needs are not package.module:NAME")
     _expect(manifest.head in get_args(Head), f"head {manifest.head!r} is unknown")
     for name, (low, high) in manifest.feature_ranges.items():
         _expect(-math.inf < low <= high < math.inf, f"the range of {name} is not one")
+    return manifest
 
 
 def _knobs(raw: Mapping[str, Any]) -> Knobs:
@@ -257,15 +243,17 @@ class PolicyFolder:
         return LearnedPolicy(self.arrays, self.codec, spec, head=manifest.head, anchor=manifest.anchor)
 
 
-def read_policy(folder: Path) -> PolicyFolder:
-    """The policy in a folder, for any node.
+def read_policy(folder: Path, *, extra_features: Sequence[str] = ()) -> PolicyFolder:
+    """The policy in a folder, for any node; ``extra_features`` are those that the user named.
 
     Raises:
-        PolicyError: the folder is malformed.
+        PolicyError: the folder is malformed, or needs features that are not named.
     """
     manifest = read_manifest(folder)
+    if missing := [name for name in manifest.needs if name not in extra_features]:
+        raise PolicyError(f"{folder} needs features from outside: give --extra-features {' '.join(missing)}")
     try:
-        codec = Codec.from_dict(_json(folder / "codec.json"))
+        codec = Codec.from_dict(_json(folder / "codec.json"), extra_features=manifest.needs)
         _check_codec(codec)
         arrays = load_file(folder / "weights.safetensors")
         _expect(all(np.isfinite(array).all() for array in arrays.values()), "some weights are not finite")
@@ -285,13 +273,13 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def load_policy(folder: Path, spec: NodeSpec) -> LearnedPolicy:
-    """The policy in a folder, ready to control a node.
+def load_policy(folder: Path, spec: NodeSpec, *, extra_features: Sequence[str] = ()) -> LearnedPolicy:
+    """The policy in a folder, ready to control a node; ``extra_features`` are those that the user named.
 
     Raises:
-        PolicyError: the folder is malformed, or was made for another block size, model or GPU.
+        PolicyError: as ``read_policy``, or it was made for another block size, model or GPU.
     """
-    found = read_policy(folder)
+    found = read_policy(folder, extra_features=extra_features)
     manifest = found.manifest
     if spec.kv_block_size not in manifest.kv_block_sizes:
         raise PolicyError(

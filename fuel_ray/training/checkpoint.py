@@ -42,20 +42,21 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / MODULE_STATE).is_file()
 
 
-def policy_folder(path: Path) -> PolicyFolder:
+def policy_folder(path: Path, *, extra_features: tuple[str, ...] = ()) -> PolicyFolder:
     """The policy in a folder; a checkpoint is converted in another process, which loads the simulator.
 
     Raises:
         PolicyError: it is neither, or malformed.
     """
     if not is_checkpoint(path):
-        return read_policy(path)
+        return read_policy(path, extra_features=extra_features)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--to", folder]
+        command += ["--extra-features", *extra_features] if extra_features else []
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
         if done.returncode:
             raise PolicyError(done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed")
-        return replace(read_policy(Path(folder)), path=path)
+        return replace(read_policy(Path(folder), extra_features=extra_features), path=path)
 
 
 def q_network(checkpoint: Path) -> dict[str, np.ndarray]:

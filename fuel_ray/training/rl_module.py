@@ -1,5 +1,6 @@
 """The Q network as an RLlib module. Only training imports this; acting needs ``network.q_values``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,14 @@ class DuelingQNet(nn.Module):
         return q
 
 
-def built(features: int, *, start_from: str | None, **model: Any) -> DuelingQNet:
+def built(
+    features: int, *, start_from: str | None, extra_features: Sequence[str], **model: Any
+) -> DuelingQNet:
     """The network of a module's ``model_config``, with the weights of the policy that it starts from."""
     names = ("limits", "clocks", "hidden", "head")
     network = DuelingQNet(features, **{name: model[name] for name in names})
     if start_from is not None:
-        arrays = read_policy(Path(start_from)).arrays
+        arrays = read_policy(Path(start_from), extra_features=extra_features).arrays
         network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     return network
 

@@ -172,7 +172,9 @@ def _curve(trial: Trained, scores: Sequence[tuple[Score, float]]) -> Iterator[di
 def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:
     """Write into the policies what was tuned for their load: the static pair and, of one size, the anchor."""
     folders = {size: policy_folder(config, run_dir, size) for size in tuned}
-    policies = {size: read_policy(folder) for size, folder in folders.items()}
+    policies = {
+        size: read_policy(folder, extra_features=config.extra_features) for size, folder in folders.items()
+    }
     anchors: dict[int, tuple[Anchor | None, float]] = {
         size: (None, policy.codec.miss_price_j) for size, policy in policies.items()
     }
@@ -194,7 +196,7 @@ def _check_start(config: LearnConfig, codec: Codec) -> None:
     """The policy that training begins with has to see and to choose the same."""
     if config.start_from is None:
         return
-    start = read_policy(config.start_from)
+    start = read_policy(config.start_from, extra_features=config.extra_features)
     seen = replace(start.codec, miss_price_j=codec.miss_price_j)  # the price is found after training
     if start.manifest.head != config.train.head or seen.to_dict() != codec.to_dict():
         raise PolicyError(

@@ -181,6 +181,7 @@ def _model(config: LearnConfig, grid: ActionGrid) -> dict[str, Any]:
         "clocks": len(grid.gpu_clocks_mhz),
         "hidden": config.train.hidden,
         "head": config.train.head,
+        "extra_features": config.extra_features,
         "start_from": None if config.start_from is None else str(config.start_from.resolve()),
     }
 

@@ -40,7 +40,7 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
     """
     try:
         for spec in specs:
-            case = untuned(spec, config.slo, load_pack(config.pack))
+            case = untuned(spec, config.slo, load_pack(config.pack), extra_features=config.extra_features)
             for entry in of_size(entries, spec.kv_block_size).values():
                 resolve(entry, case).make(0.0)
     except ConfigError as error:
@@ -125,4 +125,4 @@ def _by_name(entry: str) -> bool:
 
 
 def _load(entry: str, case: Case) -> LearnedPolicy:
-    return load_policy(Path(entry), case.spec)
+    return load_policy(Path(entry), case.spec, extra_features=case.extra_features)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.outside import reference
 
 
 class Options:
@@ -15,7 +16,8 @@ class Options:
 
     def __init__(self, text: str, *, defaults: str = "") -> None:
         self.text = text.strip()
-        self.name, _, pairs = self.text.partition(":")
+        self.name = reference(self.text) or self.text.partition(":")[0]
+        pairs = self.text[len(self.name) + 1 :]
         self._asked: list[str] = []
         self._given = self._pairs(defaults) | self._pairs(pairs)
 
@@ -46,6 +48,14 @@ class Options:
         if value not in (allowed := tuple(allowed)):
             raise self.error(f"{key} is {value!r}; one of {', '.join(allowed)}")
         return value
+
+    def values(self) -> dict[str, float | str]:
+        """All values; numbers as such, whole ones as int."""
+        self._asked += self._given
+        numbers = {key: as_number(text) for key, text in self._given.items()}
+        return self._given | {
+            key: int(x) if x.is_integer() else x for key, x in numbers.items() if not math.isnan(x)
+        }
 
     def refuse_the_rest(self) -> None:
         """Check that every key given was asked for."""

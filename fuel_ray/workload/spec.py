@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.outside import made, reference
 from fuel_ray.types import Requests
 from fuel_ray.workload.arrivals import Arrivals, Burst, Diurnal, Evenly, Gamma, Mmpp, Piecewise
 from fuel_ray.workload.lengths import (
@@ -62,11 +63,13 @@ class Workload(Protocol):
 def parse_workload(text: str) -> Workload:
     """The workload of ``NAME[:key=value,...]``, such as ``diurnal:low_rps=1,high_rps=12``.
 
+    NAME may be ``package.module:function``, which is called with the values.
+
     Raises:
         ConfigError: a name, key or value is wrong, or a trace file cannot be read.
     """
-    name = text.strip().partition(":")[0]
-    options = Options(text, defaults=_PRESETS.get(name, ""))
+    options = Options(text, defaults=_PRESETS.get(text.strip().partition(":")[0], ""))
+    name = options.name
     workload: Workload
     if name in _READERS or name in _SHIPPED:
         workload = _replay(options)
@@ -75,8 +78,10 @@ def parse_workload(text: str) -> Workload:
     elif name in _ARRIVALS:
         arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
         workload = Synthetic(options.text, arrivals, lengths, prefixes)
+    elif reference(name):
+        workload = made(name, needs=_NEEDS, **options.values())
     else:
-        names = ", ".join((*_ARRIVALS, "mixed", *_SHIPPED, *_READERS))
+        names = ", ".join((*_ARRIVALS, "mixed", *_SHIPPED, *_READERS, "package.module:function"))
         raise ConfigError(f"workload {name!r} is unknown; one of {names}")
     options.refuse_the_rest()
     return workload
@@ -184,6 +189,7 @@ def _path(options: Options) -> Path:
     return Path(path).expanduser()
 
 
+_NEEDS = ("name", "period_s", "mean_rate_rps", "halves", "generate", "digest")  # of a Workload
 _ARRIVALS = {
     "steady": _steady,
     "gamma": _gamma,
