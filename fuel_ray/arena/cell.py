@@ -137,7 +137,7 @@ def _contenders(
     )
     return [
         *((peer,) for peer in peers),
-        *learned(contest.config.policies, spec, slo, table, extra_features=contest.config.extra_features),
+        *learned(contest.config.policies, spec, slo, table, contest.config.extra_features),
     ]
 
 

@@ -131,9 +131,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     pairs = [pair(STATIC, Static(knobs), how)]
     names = dict(zip(config.policies, distinct_names(config.policies), strict=True))
     for folder in of_size(config, kv_block_size):
-        (family, *_) = learned(
-            (folder,), loop.node.spec, config.slo, table, extra_features=config.extra_features
-        )
+        (family, *_) = learned((folder,), loop.node.spec, config.slo, table, config.extra_features)
         policy, _ = best_tuned(family, practice, _ASKED, share=share)
         assert isinstance(policy, LearnedPolicy)
         told = Told(folder, policy.codec, policy.anchor, knobs)

@@ -112,7 +112,7 @@ def _observed(spec: NodeSpec) -> NodeSpec:
 
 
 def _guard(config: GuardConfig, folder: PolicyFolder, spec: NodeSpec) -> Guard:
-    """The rules that are asked for; where they say None, the promise's own wait and the tuned static pair."""
+    """The rules that are asked for; where they say None, the SLO's own wait and the tuned static pair."""
     slo, tuned = folder.slo, folder.manifest.tuned_static
     if config.max_wait_s is None:
         config = replace(config, max_wait_s=slo.wait_limit_s)

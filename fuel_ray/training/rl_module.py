@@ -73,9 +73,8 @@ class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAP
             head=settings["head"],
         )
         if settings["start_from"] is not None:
-            arrays = read_policy(
-                Path(settings["start_from"]), extra_features=settings["extra_features"]
-            ).arrays
+            extra = settings.get("extra_features", ())
+            arrays = read_policy(Path(settings["start_from"]), extra_features=extra).arrays
             self.q.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
         self.epsilon_schedule = Scheduler(fixed_value_or_schedule=settings["epsilon"], framework="torch")
 

@@ -65,12 +65,7 @@ def published(spec: NodeSpec, slo: Slo, pack: Pack, *, static: Knobs) -> list[Co
 
 
 def learned(
-    folders: Sequence[Path],
-    spec: NodeSpec,
-    slo: Slo,
-    table: LoadTable,
-    *,
-    extra_features: Sequence[str] = (),
+    folders: Sequence[Path], spec: NodeSpec, slo: Slo, table: LoadTable, extra_features: Sequence[str] = ()
 ) -> list[tuple[Contender, ...]]:
     """Policies from folders, each as the variants of which the best on the training seeds takes part.
 
