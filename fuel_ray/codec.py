@@ -85,7 +85,7 @@ FEATURES: dict[str, Feature] = {
     "output_tokens_ewma": Feature(500.0, lambda w, c: c.requests.output_tokens, high=32.0, load=True),
     "prefix_hit_rate_ewma": Feature(1.0, lambda w, c: c.requests.prefix_hit_rate, load=True),
     "oldest_wait": Feature(1.0, _wait_of_slo),
-    # What a policy for any load and promise needs
+    # What a policy for any load and SLO needs
     "running_of_capacity": Feature(1.0, lambda w, c: w.running / c.spec.batch_limits[-1]),
     "waiting_of_capacity": Feature(1.0, lambda w, c: w.waiting / c.spec.batch_limits[-1]),
     "arrival_rate_trend": Feature(

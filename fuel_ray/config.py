@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
 from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Rules
+from fuel_ray.outside import Reference, reference
 from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
@@ -188,7 +189,7 @@ class ServingConfig:
     """Limit on the time from arrival to the last token in s; None: no limit."""
     slo_share: float | None = 0.95
     """Share of requests that must keep all limits, 0..1; None: the means must keep them."""
-    reward: Reward | str = "energy"
+    reward: Reward | Reference = "energy"
     """Reward that windows are scored by; or package.module:Class, an Objective."""
     miss_price_j: float = 200.0
     """Joules charged per missed limit by the energy reward."""
@@ -401,8 +402,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
     if args:
         return any(_fits(value, option) for option in args)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is Reference:
+        return isinstance(value, str) and reference(value) == value
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, str) if kind is Path else isinstance(value, kind)

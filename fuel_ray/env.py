@@ -46,7 +46,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         anchor: GridAnchor | None = None,
         shadows: Sequence[ControlLoop | None] = (),
     ) -> None:
-        """``codecs``, one per loop, may differ from ``codec`` in their promises; not in features or grid.
+        """``codecs``, one per loop, may differ from ``codec`` in SLO and price; not in features or grid.
 
         ``anchor`` is what the policy will be held by: ``base`` and ``penalty`` say what it says.
 

@@ -150,15 +150,15 @@ class _Misses:
         if self._slo is None:
             return 0.0
         slo = self._slo
-        keep = math.exp(-window.duration_s / LATENCY_S)
+        left = math.exp(-window.duration_s / LATENCY_S)
         worst = 0.0
         for name, values_s, limit_s in slo.limited(window.latencies_s):
             cost, samples = self._sums.get(name, (0.0, 0.0))
             if slo.share is None:
-                cost = keep * cost + sum(values_s) / limit_s
+                cost = left * cost + sum(values_s) / limit_s
             else:
-                cost = keep * cost + sum(value_s > limit_s for value_s in values_s)
-            samples = keep * samples + len(values_s)
+                cost = left * cost + sum(value_s > limit_s for value_s in values_s)
+            samples = left * samples + len(values_s)
             self._sums[name] = cost, samples
             allowed = 0.5 if slo.share is None else max(1.0 - slo.share, 1e-3)
             worst = max(worst, cost / allowed / max(samples, 20.0))

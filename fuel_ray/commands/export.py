@@ -60,9 +60,7 @@ def run(config: ExportConfig) -> int:
         save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
-    read_policy(
-        folder, extra_features=config.extra_features
-    )  # weights of another shape than the settings say
+    read_policy(folder, extra_features=config.extra_features)  # the settings may say another shape
     print(f"wrote {folder}")
     return 0
 

@@ -54,7 +54,7 @@ class Exporter:
         self._limit = gauge("batch_limit", "Batch limit: chosen, permitted by the guard, applied", "kind")
         self._power_w = gauge("power_watts", "Mean GPU power of the last window")
         self._reward = gauge("reward", "Reward of the last window: negative watts with the price of misses")
-        self._attainment = gauge("slo_attainment", "Smallest share of a limit kept in the last window")
+        self._attainment = gauge("slo_attainment", "Smallest share of a limit met in the last window")
         self._load = gauge("requests", "Requests at the end of the last window", "state")
         self._wait_s = gauge("oldest_wait_seconds", "Age of the oldest request without a first token")
         self._latency_s = gauge("latency_seconds", "Mean of the last window that had any", "which")

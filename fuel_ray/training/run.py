@@ -172,9 +172,8 @@ def _curve(trial: Trained, scores: Sequence[tuple[Score, float]]) -> Iterator[di
 def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:
     """Write into the policies what was tuned for their load: the static pair and, of one size, the anchor."""
     folders = {size: policy_folder(config, run_dir, size) for size in tuned}
-    policies = {
-        size: read_policy(folder, extra_features=config.extra_features) for size, folder in folders.items()
-    }
+    extra = config.extra_features
+    policies = {size: read_policy(folder, extra_features=extra) for size, folder in folders.items()}
     anchors: dict[int, tuple[Anchor | None, float]] = {
         size: (None, policy.codec.miss_price_j) for size, policy in policies.items()
     }

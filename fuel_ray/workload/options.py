@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.outside import reference
 
 
 class Options:
@@ -14,9 +13,9 @@ class Options:
         ConfigError: from any method, if the text is not what it asks for.
     """
 
-    def __init__(self, text: str, *, defaults: str = "") -> None:
+    def __init__(self, text: str, *, name: str | None = None, defaults: str = "") -> None:
         self.text = text.strip()
-        self.name = reference(self.text) or self.text.partition(":")[0]
+        self.name = name or self.text.partition(":")[0]
         pairs = self.text[len(self.name) + 1 :]
         self._asked: list[str] = []
         self._given = self._pairs(defaults) | self._pairs(pairs)
@@ -51,7 +50,6 @@ class Options:
 
     def values(self) -> dict[str, float | str]:
         """All values; numbers as such, whole ones as int."""
-        self._asked += self._given
         numbers = {key: as_number(text) for key, text in self._given.items()}
         return self._given | {
             key: int(x) if x.is_integer() else x for key, x in numbers.items() if not math.isnan(x)

@@ -68,8 +68,11 @@ def parse_workload(text: str) -> Workload:
     Raises:
         ConfigError: a name, key or value is wrong, or a trace file cannot be read.
     """
-    options = Options(text, defaults=_PRESETS.get(text.strip().partition(":")[0], ""))
-    name = options.name
+    name, names = text.strip().partition(":")[0], (*_ARRIVALS, "mixed", *_SHIPPED, *_READERS)
+    if name not in names and (code := reference(text.strip())):
+        found: Workload = made(code, needs=_NEEDS, **Options(text, name=code).values())
+        return found
+    options = Options(text, defaults=_PRESETS.get(name, ""))
     workload: Workload
     if name in _READERS or name in _SHIPPED:
         workload = _replay(options)
@@ -78,11 +81,9 @@ def parse_workload(text: str) -> Workload:
     elif name in _ARRIVALS:
         arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
         workload = Synthetic(options.text, arrivals, lengths, prefixes)
-    elif reference(name):
-        workload = made(name, needs=_NEEDS, **options.values())
     else:
-        names = ", ".join((*_ARRIVALS, "mixed", *_SHIPPED, *_READERS, "package.module:function"))
-        raise ConfigError(f"workload {name!r} is unknown; one of {names}")
+        allowed = ", ".join((*names, "package.module:function"))
+        raise ConfigError(f"workload {name!r} is unknown; one of {allowed}")
     options.refuse_the_rest()
     return workload
 
