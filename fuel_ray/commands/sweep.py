@@ -46,6 +46,8 @@ def _stages(config: SweepConfig, run_dir: Path) -> None:
     """Train and choose checkpoints, tune the baselines, evaluate; each leaves its files."""
     began_s = time.monotonic()
     tuned = train_policies(config, run_dir, _workloads(config))
+    if config.also:
+        print(f"also  {', '.join(config.also)}; what they need is tuned on the tuning seeds of the twin")
     _evaluate(config, run_dir, tuned)
     facts = read_json(run_dir / "run.json")
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
