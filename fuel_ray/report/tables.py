@@ -5,14 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fuel_ray.policies.catalogue import LEARNED, REFERENCES, color, label
-from fuel_ray.report.data import (
-    ENERGY,
-    Run,
-    digests,
-    energy_against,
-    mean_over_seeds,
-    missed,
-)
+from fuel_ray.report.data import ENERGY, Run, digests, energy_against, mean_over_seeds, missed
 from fuel_ray.report.page import Cell, table
 from fuel_ray.report.text import percent
 from fuel_ray.stats import Interval
