@@ -31,6 +31,7 @@ from fuel_ray.arena.runner import cell_file, contests_of, run_and_write
 from fuel_ray.arena.scenarios import Scenario, SloName
 from fuel_ray.commands.arena import parse, publish
 from fuel_ray.record import make_folder, read_json
+from fuel_ray.tuning.contenders import names_of
 
 
 def policy_folder(home: Scenario, slo: SloName, out: Path) -> Path:
@@ -59,7 +60,7 @@ def train(contest: Contest, slo: SloName, out: Path) -> str:
 
 def play(contest: Contest, slo: SloName, out: Path) -> str:
     """Run a cell, keep it, and name it."""
-    policies = (policy_folder(contest.home, slo, out), *contest.config.policies)
+    policies = (str(policy_folder(contest.home, slo, out)), *contest.config.policies)
     config = replace(contest.config, slos=(slo,), policies=policies)
     run_and_write(replace(contest, config=config), out / "cells")
     return f"played {contest.scenario.name}, {slo}"
@@ -78,7 +79,7 @@ def main() -> None:
         for task, some in ((train, untrained), (play, todo)):
             for future in as_completed([pool.submit(task, *cell, config.out) for cell in some]):
                 print(f"{future.result()}  {time.monotonic() - began_s:.0f} s", flush=True)
-    names = ["DQN", *(policy.name for policy in config.policies)]
+    names = ["DQN", *names_of(config.policies)]
     print(publish([read_json(file) for file in files], config.out, names=names))
 
 

@@ -66,6 +66,8 @@ def _round(found: Resolved[SweepConfig], run_dir: Path) -> None:
         for size, by_load in tuned.items()
     }
     write_json(run_dir / "run.json", facts)
+    if config.also:
+        print(f"also  {', '.join(config.also)}; what they need is tuned on the tuning seeds of the twin")
     _evaluate(config, run_dir, tuned)
 
 

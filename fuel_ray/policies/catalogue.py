@@ -20,7 +20,8 @@ from fuel_ray.workload.lengths import OUTPUT_TOKENS
 MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE, LEARNED = "max_performance", "tuned_static", "load_table", "dqn"
 REFERENCES = (MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE)
 DWELL_S = 5.0
-_OTHER_COLORS = ("#882255", "#999933", "#332288", "#bbbbbb")  # of policies that are not listed below
+# Of policies that are not listed below (Tol's muted palette)
+_OTHER_COLORS = ("#882255", "#999933", "#332288", "#88ccee", "#117733", "#aa4499", "#ddcc77", "#bbbbbb")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,24 +5,8 @@ from pathlib import Path
 
 from fuel_ray.policies.catalogue import CATALOGUE, REFERENCES, color, label
 from fuel_ray.report import figures, tables, text
-from fuel_ray.report.data import (
-    Run,
-    energy_against,
-    load_run,
-    mean_over_seeds,
-    missed,
-)
-from fuel_ray.report.page import (
-    Cell,
-    definitions,
-    figure,
-    folded,
-    heading,
-    page,
-    paragraph,
-    tile,
-    tiles,
-)
+from fuel_ray.report.data import Run, energy_against, load_run, mean_over_seeds, missed
+from fuel_ray.report.page import Cell, definitions, figure, folded, heading, page, paragraph, tile, tiles
 
 _SHOWN_BLOCK_SIZE = 16  # vLLM's default; the others are folded
 _TERMS = {
