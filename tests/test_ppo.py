@@ -58,11 +58,11 @@ class Loads(gymnasium.Env):
 
 @pytest.mark.ray
 def test_a_known_optimum_is_learned_and_acts_by_argmax_of_the_exported_arrays(tmp_path):
-    train = TrainConfig(gamma=0.5, lr=3e-3, num_envs=8, fragment_steps=32, batch_size=64)
+    train = TrainConfig(gamma=0.5, lr=3e-3, num_envs=8, fragment_steps=8, batch_size=64)
     register_env("three loads", lambda _: Loads())
     connect(cluster=False)
     settings = ppo(LearnConfig(steps=5120, train=train), model=MODEL)
-    settings.environment("three loads").env_runners(num_env_runners=0, rollout_fragment_length=32)
+    settings.environment("three loads").env_runners(num_env_runners=0)
     settings.learners(num_learners=0).debugging(seed=0, log_level="ERROR")
     algorithm = settings.build_algo()
     for _ in range(20):
