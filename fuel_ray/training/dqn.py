@@ -40,7 +40,10 @@ def dqn(config: LearnConfig, *, model: Mapping[str, Any]) -> "FastDqnConfig":
     found = FastDqnConfig()
     found.settings, found.total_steps = settings, config.steps
     found.own_sampler = config.node == "sim"
-    found.env_runners(num_envs_per_env_runner=1 if found.own_sampler else settings.num_envs)
+    found.env_runners(
+        num_envs_per_env_runner=1 if found.own_sampler else settings.num_envs,
+        rollout_fragment_length=settings.fragment_steps,
+    )
     found.training(
         lr=settings.lr,
         gamma=settings.gamma,

@@ -13,16 +13,18 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from fuel_ray.config import LearnConfig
 from fuel_ray.training.rl_module import built
 
-LAMBDA, CLIP, EPOCHS = 0.95, 0.2, 10  # Schulman et al., 2017, for continuous control
+LAMBDA, CLIP = 0.95, 0.2  # Schulman et al., 2017
 ENTROPY = 0.01  # its weight at the start of the training; it falls linearly to 0
+FRAGMENTS, EPOCHS = 4, 20  # of --train.fragment-steps in a batch, and passes over it
 
 
 def ppo(config: LearnConfig, *, model: Mapping[str, Any]) -> PPOConfig:
     """RLlib's settings of PPO, as far as another algorithm's differ; ``model`` is what the network is."""
     settings = config.train
-    batch = settings.num_envs * settings.fragment_steps
+    steps = FRAGMENTS * settings.fragment_steps
+    batch = settings.num_envs * steps
     found = PPOConfig()
-    found.env_runners(num_envs_per_env_runner=settings.num_envs)
+    found.env_runners(num_envs_per_env_runner=settings.num_envs, rollout_fragment_length=steps)
     found.training(
         lr=[[0, settings.lr], [config.steps, settings.lr * settings.lr_final_share]],
         gamma=settings.gamma,

@@ -61,11 +61,6 @@ def start_ray(config: LearnConfig) -> None:
         require_nodes(config.nodes_per_trial, gpus=gpus_per_node(config), wait_s=config.node_wait_s)
 
 
-def trial_block_sizes(config: LearnConfig) -> list[list[int]]:
-    """The block sizes of each trial: one each, or all in one for a conditional policy."""
-    return [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
-
-
 def run_trials(
     config: LearnConfig,
     run_dir: Path,
@@ -81,7 +76,7 @@ def run_trials(
         KeyboardInterrupt: the user stopped it; what there is can be resumed.
     """
     register_env(_ENV_NAME, make_env)
-    sizes = trial_block_sizes(config)
+    sizes = [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
     grid = codecs[config.block_sizes[0]].grid
     space = settings_of_trials(config, tune.grid_search(sizes), grid, anchors)
     algorithm = _with_nodes(space.algo_class, config)
@@ -155,13 +150,12 @@ def settings_of_trials(
     found.environment(_ENV_NAME, env_config=env_config)
     found.env_runners(
         num_env_runners=0,
-        rollout_fragment_length=train.fragment_steps,
         gym_env_vectorize_mode="vector_entry_point" if config.nodes_per_trial > 1 else "sync",
     )
     if config.node == "ray" and config.storage is None:  # this machine's disk has the run's folder
         found.resources(num_cpus_for_main_process=1)
         found.custom_resources_for_main_process = driver_resource()
-    round_steps = nodes * train.fragment_steps
+    round_steps = nodes * found.rollout_fragment_length
     rounds = math.ceil(config.steps / train.iterations / round_steps)
     found.learners(num_learners=0)
     found.callbacks(Episodes)
