@@ -20,7 +20,7 @@ BOUNDS_S = (0.1, 0.5, 1.0, math.inf)
 
 def histogram(*counts):
     cumulative = tuple(sum(counts[: i + 1]) for i in range(len(counts)))
-    return Histogram(BOUNDS_S, cumulative, 1.0, cumulative[-1])
+    return Histogram(BOUNDS_S, cumulative, cumulative[-1])
 
 
 @given(st.tuples(*[st.integers(0, 9)] * 4))
