@@ -230,7 +230,7 @@ def _idle_w(row: dict[str, Any], where: str) -> float:
 
 
 def _number(row: dict[str, Any], key: str, where: str) -> float:
-    value = row.get(key)
+    value: Any = row.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and math.isfinite(value) and value > 0):
         raise ConfigError(f"{where}: {key} is {value}; it must be a number above 0")
