@@ -14,6 +14,10 @@ from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, WindowMetrics
 from fuel_ray.workload.spec import parse_workload
+from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.stub_vllm import serving
+from tests.test_deploy_faults import QuietWatchdog
+from tests.test_live_node import CLOCKS, CountingStub, ListLimiter, live_node
 
 
 def simulated():
@@ -45,12 +49,6 @@ REAL_TIME = Pace(0.05, late_s=0.5, requests=3)
 @contextlib.contextmanager
 def live(monkeypatch):
     """A GpuNode over a fake NVML and a real HTTP server; 120 requests come within 40 of its seconds."""
-    # here, as actors of other tests import this module, and have an NVML of their own
-    from tests.fake_nvml import FakeGpu, FakeNvml
-    from tests.stub_vllm import serving
-    from tests.test_deploy_faults import QuietWatchdog
-    from tests.test_live_node import CLOCKS, CountingStub, ListLimiter, live_node
-
     gpu = FakeGpu(clocks_mhz=CLOCKS[::-1], energy_mj=None)
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(gpu))
     monkeypatch.setattr("fuel_ray.live.gpu.lease._Watchdog", QuietWatchdog)
