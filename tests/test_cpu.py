@@ -3,7 +3,7 @@
 import pytest
 
 from fuel_ray.errors import TelemetryError
-from fuel_ray.live.cpu import CpuMeter, UtilizationModel, cpu_times
+from fuel_ray.live.cpu import IDLE_W, SPAN_W, CpuMeter, cpu_times
 
 
 def _domain(root, domain, *, name, energy_uj, range_uj=1_000_000):
@@ -29,10 +29,8 @@ class FakeMachine:
         self.busy_s += seconds * self.cores * util
         self.all_s += seconds * self.cores
 
-    def meter(self, root, **arguments):
-        return CpuMeter(
-            root=root, clock=lambda: self.now_s, times=lambda: (self.busy_s, self.all_s), **arguments
-        )
+    def meter(self, root):
+        return CpuMeter(root=root, clock=lambda: self.now_s, times=lambda: (self.busy_s, self.all_s))
 
 
 def test_packages_are_summed_and_their_parts_and_psys_are_not(tmp_path):
@@ -61,12 +59,12 @@ def test_a_counter_that_wraps_goes_on_counting(tmp_path):
 
 def test_without_rapl_the_energy_is_the_stated_model_and_marked(tmp_path):
     machine = FakeMachine()
-    meter = machine.meter(tmp_path / "absent", model=UtilizationModel(idle_w=10, span_w=100))
+    meter = machine.meter(tmp_path / "absent")
     machine.run(2.0, util=0.5)
-    assert meter.read().energy_j == pytest.approx(2 * 60)
+    assert meter.read().energy_j == pytest.approx(2 * IDLE_W + SPAN_W)
     machine.run(1.0, util=0.0)
     reading = meter.read()
-    assert (meter.modelled, reading.util, reading.energy_j) == (True, 0.0, pytest.approx(130))
+    assert (meter.modelled, reading.util, reading.energy_j) == (True, 0.0, pytest.approx(3 * IDLE_W + SPAN_W))
     assert "no RAPL package" in meter.reason
 
 
@@ -106,11 +104,11 @@ def test_utilisation_is_that_since_the_last_reading(tmp_path):
 
 def test_a_reading_within_one_tick_has_no_utilisation_and_loses_no_energy(tmp_path):
     machine = FakeMachine()
-    meter = machine.meter(tmp_path, model=UtilizationModel(idle_w=10, span_w=0))
+    meter = machine.meter(tmp_path)
     machine.now_s += 0.004
     assert meter.read().util is None
     machine.run(0.996, util=1.0)
-    assert meter.read().energy_j == pytest.approx(10)
+    assert meter.read().energy_j == pytest.approx(IDLE_W + SPAN_W)
 
 
 def test_this_machine_has_times():

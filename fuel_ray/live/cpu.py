@@ -10,6 +10,7 @@ import psutil
 from fuel_ray.errors import TelemetryError
 
 POWERCAP = Path("/sys/class/powercap")
+IDLE_W, SPAN_W = 60.0, 140.0  # of the model: all CPUs idle, and what is added at full use; one 200 W socket
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +19,6 @@ class CpuReading:
 
     energy_j: float  # since the meter was made
     util: float | None  # busy share of all cores since the last reading, 0..1; None if no tick has passed
-
-
-@dataclass(frozen=True, slots=True)
-class UtilizationModel:
-    """CPU power as a line over its utilisation; the defaults assume one 200 W socket."""
-
-    idle_w: float = 60.0
-    span_w: float = 140.0  # added at full utilisation
-
-    def power_w(self, util: float) -> float:
-        """Modelled power of the whole machine's CPUs."""
-        return self.idle_w + self.span_w * util
 
 
 def cpu_times() -> tuple[float, float]:
@@ -51,11 +40,9 @@ class CpuMeter:
         self,
         *,
         root: Path = POWERCAP,
-        model: UtilizationModel | None = None,
         clock: Callable[[], float] = time.monotonic,
         times: Callable[[], tuple[float, float]] = cpu_times,
     ):
-        self.model = model or UtilizationModel()
         self.reason: str | None = None
         self._packages: tuple[_Package, ...] = ()
         try:
@@ -87,7 +74,7 @@ class CpuMeter:
             return None  # ticks are 10 ms: the time is left for the next call
         util = min(1.0, max(0.0, (busy_s - self._busy_s) / (all_s - self._all_s)))
         now_s = self._clock()
-        self._modelled_j += self.model.power_w(util) * (now_s - self._read_at_s)
+        self._modelled_j += (IDLE_W + SPAN_W * util) * (now_s - self._read_at_s)
         self._read_at_s, self._busy_s, self._all_s = now_s, busy_s, all_s
         return util
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -39,7 +40,7 @@ class Histogram:
     cumulative_counts: tuple[int, ...]  # as many
     count: int
 
-    def minus(self, before: "Histogram") -> "Histogram | None":
+    def __sub__(self, before: "Histogram") -> "Histogram | None":
         """The samples since ``before``; None if the bounds changed."""
         if self.upper_bounds_s != before.upper_bounds_s:
             return None
@@ -78,13 +79,10 @@ class CacheConfig:
         return max(1, self.num_gpu_blocks - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsSnapshot:
-    """One page, summed over engines; None where the page does not say. Tokens and requests since start."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """What a server has counted; None where the page does not say."""
 
-    running: int
-    waiting: int
-    kv_usage: float  # share of the KV blocks in use, 0..1
     prompt_tokens: int
     generation_tokens: int
     requests_succeeded: int
@@ -95,26 +93,25 @@ class MetricsSnapshot:
     ttft: Histogram | None
     tpot: Histogram | None
     e2e: Histogram | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSnapshot(Counters):
+    """One page, summed over engines, counted since the server's start."""
+
+    running: int
+    waiting: int
+    kv_usage: float  # share of the KV blocks in use, 0..1
     cache_config: CacheConfig | None
     started_s: float | None  # Unix time at which the server process started
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsDelta:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsDelta(Counters):
     """What happened between two snapshots; None where one of them does not say."""
 
     seconds: float
     restarted: bool  # the server restarted in between: everything here counts from that restart
-    prompt_tokens: int
-    generation_tokens: int
-    requests_succeeded: int
-    prompt_tokens_cached: int | None
-    preemptions: int | None
-    prefix_queries: int | None
-    prefix_hits: int | None
-    ttft: Histogram | None
-    tpot: Histogram | None
-    e2e: Histogram | None
 
     @property
     def requests_per_s(self) -> float:
@@ -169,29 +166,10 @@ def difference(before: MetricsSnapshot, after: MetricsSnapshot, seconds: float) 
     """
     if not seconds > 0:
         raise TelemetryError(f"no rates over {seconds} s between two scrapes of /metrics")
-    restarted = _restarted(before, after)
-    start = _just_started(after) if restarted else before
-    return MetricsDelta(
-        seconds=seconds,
-        restarted=restarted,
-        prompt_tokens=after.prompt_tokens - start.prompt_tokens,
-        generation_tokens=after.generation_tokens - start.generation_tokens,
-        requests_succeeded=after.requests_succeeded - start.requests_succeeded,
-        prompt_tokens_cached=_minus(after.prompt_tokens_cached, start.prompt_tokens_cached),
-        preemptions=_minus(after.preemptions, start.preemptions),
-        prefix_queries=_minus(after.prefix_queries, start.prefix_queries),
-        prefix_hits=_minus(after.prefix_hits, start.prefix_hits),
-        ttft=_since(after.ttft, start.ttft),
-        tpot=_since(after.tpot, start.tpot),
-        e2e=_since(after.e2e, start.e2e),
-    )
-
-
-def _just_started(after: MetricsSnapshot) -> MetricsSnapshot:
-    histograms = (after.ttft, after.tpot, after.e2e)
-    ttft, tpot, e2e = (h and h.minus(h) for h in histograms)
-    zeros = dict.fromkeys((*_COUNTERS, "prompt_tokens_cached", "prefix_hits"), 0)
-    return replace(after, ttft=ttft, tpot=tpot, e2e=e2e, **zeros)  # type: ignore[arg-type]
+    counted = {f.name: getattr(after, f.name) for f in fields(Counters)}
+    if not (restarted := _restarted(before, after)):
+        counted = {name: _minus(value, getattr(before, name)) for name, value in counted.items()}
+    return MetricsDelta(seconds=seconds, restarted=restarted, **counted)
 
 
 def _restarted(before: MetricsSnapshot, after: MetricsSnapshot) -> bool:
@@ -201,12 +179,8 @@ def _restarted(before: MetricsSnapshot, after: MetricsSnapshot) -> bool:
     return any(change is not None and change < 0 for change in changes)
 
 
-def _minus(after: int | None, before: int | None) -> int | None:
+def _minus(after: Any, before: Any) -> Any:
     return None if after is None or before is None else after - before
-
-
-def _since(after: Histogram | None, before: Histogram | None) -> Histogram | None:
-    return None if after is None or before is None else after.minus(before)
 
 
 def _read(text: str) -> Series:
