@@ -411,7 +411,7 @@ def test_a_priced_policy_is_told_the_promise_and_the_price(tmp_path):
     loop = build_loop(PRESETS["default"], 16, horizon_s=10.0)
     window = loop.reset(seed=1)
     seen, untold = told.observe(window), policy.observe(window)
-    differs = [name for name, a, b in zip(policy.features, seen, untold, strict=True) if a != b]
+    differs = [name for name, a, b in zip(policy.codec.features, seen, untold, strict=True) if a != b]
     assert set(differs) <= {"tpot_limit", "miss_price", "token_gap"} and {"tpot_limit", "miss_price"} <= set(
         differs
     )

@@ -83,8 +83,12 @@ def test_a_workload_from_outside_is_served():
 def test_a_policy_folder_says_which_features_it_needs_and_that_they_were_not_named(tmp_path):
     codec = build_codec(CONFIG, build_spec(CONFIG, 16))
     made_by_hand = read_policy(write_policy(tmp_path / "p", grid=codec.grid, features=("waiting",) * 3))
+    manifest = build_manifest(CONFIG, build_spec(CONFIG, 16), block_sizes=(16,), engine="e")
     save_policy(
-        tmp_path / "q", made_by_hand.arrays, codec, replace(build_manifest(CONFIG, (16,), "e"), head="joint")
+        tmp_path / "q",
+        made_by_hand.arrays,
+        codec,
+        replace(manifest, head="joint"),
     )
     raw = json.loads((tmp_path / "q" / "manifest.json").read_text())
     assert raw["needs"] == [EXTRA] and raw["reward"] == REWARD and raw["workload"] == WORKLOAD

@@ -23,7 +23,6 @@ from fuel_ray.env import NODE_FAILURE
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.network import q_values
 from fuel_ray.report.data import Run
-from fuel_ray.report.figures import color
 from fuel_ray.report.text import label
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.ppo import ActorCritic, ppo
@@ -184,4 +183,3 @@ def test_the_report_calls_the_learned_policy_as_its_algorithm():
     nothing = pd.DataFrame()
     run = Run("run", {}, {"train.algorithm": "ppo"}, rows, {}, nothing, nothing)
     assert run.policies == ["max_performance", "ppo"] and label(run.learned) == "learned (PPO)"
-    assert color(run, "ppo") == color(replace(run, config={}, summary=rows.replace("ppo", "dqn")), "dqn")

@@ -173,6 +173,6 @@ CATALOGUE: dict[str, Entry] = {
         make=None,
         what="the DQN that this run trained, one per KV block size, held to the load table where that helped",
     ),
-    "ppo": Entry("learned (PPO)", "#0072b2", None, what="as the DQN, trained by PPO"),
+    "ppo": Entry("learned (PPO)", "#004b87", None, what="as the DQN, trained by PPO"),
 }
 PUBLISHED = tuple(name for name, entry in CATALOGUE.items() if entry.make and name not in REFERENCES)

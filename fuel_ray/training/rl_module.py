@@ -61,7 +61,7 @@ class DuelingQNet(nn.Module):
 
 
 def built(
-    features: int, *, start_from: str | None, extra_features: Sequence[str], **model: Any
+    features: int, *, start_from: str | None, extra_features: Sequence[str] = (), **model: Any
 ) -> DuelingQNet:
     """The network of a module's ``model_config``, with the weights of the policy that it starts from."""
     names = ("limits", "clocks", "hidden", "head")
