@@ -6,17 +6,18 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NewType
 
 from fuel_ray.errors import ConfigError
 
+Reference = NewType("Reference", str)  # package.module:NAME
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(?=:|$)")
 
 
-def reference(text: str) -> str | None:
+def reference(text: str) -> Reference | None:
     """The ``package.module:NAME`` that a text is or begins with, up to a colon; None if there is none."""
     found = _REFERENCE.match(text)
-    return None if found is None else found.group()
+    return None if found is None else Reference(found.group())
 
 
 def load(name: str) -> Any:

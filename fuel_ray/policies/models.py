@@ -62,19 +62,12 @@ def fit_steps(perf: PerfModel, clocks_mhz: Sequence[int], *, max_num_seqs: int) 
     return tuple(_fit_step(perf, clock_mhz, max_num_seqs) for clock_mhz in clocks_mhz)
 
 
-def fit_batches(
-    perf: PerfModel,
-    clocks_mhz: Sequence[int],
-    *,
-    max_batch: int,
-    prompt_tokens: float = PROMPT_TOKENS,
-    output_tokens: float = OUTPUT_TOKENS,
-) -> tuple[BatchModel, ...]:
-    """Batch models at these clocks for requests of these mean lengths; the default workload's by default."""
+def fit_batches(perf: PerfModel, clocks_mhz: Sequence[int], *, max_batch: int) -> tuple[BatchModel, ...]:
+    """Batch models at these clocks for requests as long as the default workload's are on average."""
     batches = np.unique(np.geomspace(1, max_batch, 12).round())
     models = []
     for clock_mhz in clocks_mhz:
-        costs = [_batch_cost(perf, b, clock_mhz, prompt_tokens, output_tokens) for b in batches.tolist()]
+        costs = [_batch_cost(perf, b, clock_mhz) for b in batches.tolist()]
         (request_s, request_j), (fixed_s, fixed_j) = _least_squares(
             batches[:, None], np.array(costs)
         ).tolist()
@@ -115,14 +108,13 @@ def _prefill_cost(perf: PerfModel, tokens: float, clock_mhz: int) -> tuple[float
     return max(work_s, launch_s), work_s * power_w + max(launch_s - work_s, 0.0) * perf.stall_w
 
 
-def _batch_cost(
-    perf: PerfModel, batch: float, clock_mhz: int, prompt_tokens: float, output_tokens: float
-) -> tuple[float, float]:
+def _batch_cost(perf: PerfModel, batch: float, clock_mhz: int) -> tuple[float, float]:
     """Time in s and energy in J of a static batch: its prefills, then its decode steps."""
-    prefill_s, prefill_j = _prefill_cost(perf, prompt_tokens, clock_mhz)
-    context = batch * (prompt_tokens + output_tokens / 2)
+    prefill_s, prefill_j = _prefill_cost(perf, PROMPT_TOKENS, clock_mhz)
+    context = batch * (PROMPT_TOKENS + OUTPUT_TOKENS / 2)
     step_s, power_w, _ = step_cost(perf, batch, context, 0, clock_mhz)
-    return batch * prefill_s + output_tokens * step_s, batch * prefill_j + output_tokens * step_s * power_w
+    decode_s = OUTPUT_TOKENS * step_s
+    return batch * prefill_s + decode_s, batch * prefill_j + decode_s * power_w
 
 
 def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:

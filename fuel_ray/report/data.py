@@ -43,8 +43,13 @@ class Run:
     def policies(self) -> list[str]:
         """Policies in the order of the tables: references, others as they come, the learned one last."""
         present = list(self.summary["policy"].unique())
-        others = [name for name in present if name not in (*REFERENCES, LEARNED)]
-        return [name for name in (*REFERENCES, *others, LEARNED) if name in present]
+        others = [name for name in present if name not in (*REFERENCES, self.learned)]
+        return [name for name in (*REFERENCES, *others, self.learned) if name in present]
+
+    @property
+    def learned(self) -> str:
+        """The learned policy, which is called as the algorithm that trained it."""
+        return str(self.setting("algorithm") or LEARNED)
 
     @property
     def workloads(self) -> list[str]:

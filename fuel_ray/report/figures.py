@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
-from fuel_ray.policies.catalogue import LEARNED, color, label
+from fuel_ray.policies.catalogue import color, label
 from fuel_ray.report.data import ENERGY, Run, mean_over_seeds
 from fuel_ray.stats import Interval
 
@@ -110,7 +110,7 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
 
 def decision_heat_maps(run: Run, *, workload: str) -> str | None:
     """Share of windows in which the learned policy chose each (batch limit, clock), per block size."""
-    steps = _windows(run, workload=workload, policy=LEARNED)
+    steps = _windows(run, workload=workload, policy=run.learned)
     if steps.empty:
         return None
     sizes = sorted(steps["block_size"].unique())

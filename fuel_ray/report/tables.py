@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fuel_ray.policies.catalogue import LEARNED, REFERENCES, color, label
+from fuel_ray.policies.catalogue import REFERENCES, color, label
 from fuel_ray.report.data import ENERGY, Run, digests, energy_against, mean_over_seeds, missed
 from fuel_ray.report.page import Cell, table
 from fuel_ray.report.text import percent
@@ -121,7 +121,9 @@ def _row(run: Run, policy: str, *, workload: str, size: int) -> list[Cell]:
     share = mean("slo_attainment")
     return [
         Cell(
-            label(policy), style="text mine" if policy == LEARNED else "text", dot=color(policy, run.policies)
+            label(policy),
+            style="text mine" if policy == run.learned else "text",
+            dot=color(policy, run.policies),
         ),
         _cell(energy, "{:.1f}".format),
         *(_cell(ratio, change) for ratio in ratios),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fuel_ray.policies.catalogue import LEARNED, LOAD_TABLE, MAX_PERFORMANCE, REFERENCES, TUNED_STATIC, label
+from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, REFERENCES, TUNED_STATIC, label
 from fuel_ray.report.data import (
     Run,
     below_target,
@@ -28,10 +28,10 @@ def percent(share: float) -> str:
 def headline(run: Run) -> str:
     """The answer in one sentence; begins with "Bad news" where the learned policy fails."""
     workload = run.workloads[0]
-    attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=LEARNED)
+    attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=run.learned)
     if attainment is None:
         return f"This run has no learned policy on the {workload} workload to judge."
-    ratios = {name: energy_against(run, LEARNED, name, workload=workload) for name in REFERENCES}
+    ratios = {name: energy_against(run, run.learned, name, workload=workload) for name in REFERENCES}
     energy = [
         f"{_more(r)} than under {_IN_PROSE.get(name, label(name))}{_range(r)}"
         for name, r in ratios.items()
@@ -85,7 +85,7 @@ def misses(run: Run, *, workload: str) -> str:
 def block_sizes(run: Run) -> str:
     """Whether the block sizes differ at all for the learned policy."""
     workload = run.workloads[0]
-    ratios = block_size_ratios(run, LEARNED, workload=workload)
+    ratios = block_size_ratios(run, run.learned, workload=workload)
     if not ratios:
         return "Fewer than two block sizes have a learned policy, so block sizes cannot be compared."
     if any(ratio.low is None for ratio in ratios.values()):
@@ -107,7 +107,7 @@ def block_sizes(run: Run) -> str:
 
 def control(run: Run, *, workload: str) -> str:
     """What the negative control says about the comparison itself."""
-    ratio = energy_against(run, LEARNED, TUNED_STATIC, workload=workload)
+    ratio = energy_against(run, run.learned, TUNED_STATIC, workload=workload)
     aim = "Under this load a fixed pair is as good as it gets; adapting should gain nothing"
     if ratio is None:
         return f"{aim}; this run has no such comparison."

@@ -7,7 +7,7 @@ from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.outside import made
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, LEARNED, Case, Contender, contender, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, Case, Contender, contender, untuned
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
@@ -23,7 +23,7 @@ def resolve(entry: str, case: Case) -> Contender:
         ConfigError: it stands for none.
         PolicyError: a folder is malformed, or made for another node.
     """
-    if _by_name(entry):
+    if entry in PLAYABLE:
         return contender(entry, case)
     if is_folder(entry):
         policy = _load(entry, case)
@@ -53,10 +53,10 @@ def is_folder(entry: str) -> bool:
     Raises:
         ConfigError: it is nothing that could be played.
     """
-    if _by_name(entry) or (":" in entry and not Path(entry).exists()):
+    if entry in PLAYABLE or (":" in entry and not Path(entry).exists()):
         return False
     if not Path(entry).is_dir():
-        names = ", ".join(name for name in CATALOGUE if _by_name(name))
+        names = ", ".join(PLAYABLE)
         raise ConfigError(
             f"policy {entry}: no folder, no package.module:Class, and not in the catalogue: {names}"
         )
@@ -118,10 +118,6 @@ def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> t
         return Contender(name, lambda x: own.promising(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
     return tuple(at(weight) for weight in WEIGHTS)
-
-
-def _by_name(entry: str) -> bool:
-    return entry in CATALOGUE and entry != LEARNED
 
 
 def _load(entry: str, case: Case) -> LearnedPolicy:
