@@ -1,6 +1,7 @@
 """Who takes part: what a name, a folder or ``package.module:Class`` among --policies stands for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fuel_ray.config import ServingConfig
@@ -11,7 +12,7 @@ from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, Case, Contender, co
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import NodeSpec, Slo
+from fuel_ray.types import Knobs, NodeSpec, Slo
 
 LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced policy's is searched
 
@@ -31,6 +32,19 @@ def resolve(entry: str, case: Case) -> Contender:
     return Contender(entry, lambda _: made(entry, needs=("reset", "decide"), spec=case.spec, slo=case.slo))
 
 
+def case_of(
+    config: ServingConfig,
+    spec: NodeSpec,
+    *,
+    slo: Slo | None = None,
+    static: Knobs | None = None,
+    table: LoadTable | None = None,
+) -> Case:
+    """What policies are made for on a node of these settings; None: as the settings say, and nothing tuned."""
+    bare = untuned(spec, slo or config.slo, load_pack(config.pack))
+    return replace(bare, static=static or bare.static, table=table or bare.table)
+
+
 def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Sequence[NodeSpec]) -> None:
     """Check that what a flag names can be played on these nodes, before anything is run.
 
@@ -40,9 +54,8 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
     """
     try:
         for spec in specs:
-            case = untuned(spec, config.slo, load_pack(config.pack))
             for entry in of_size(entries, spec.kv_block_size).values():
-                resolve(entry, case).make(0.0)
+                resolve(entry, case_of(config, spec)).make(0.0)
     except ConfigError as error:
         raise ConfigError(f"{flag}: {error}") from error
 
