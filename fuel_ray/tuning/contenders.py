@@ -40,7 +40,7 @@ def case_of(
     static: Knobs | None = None,
     table: LoadTable | None = None,
 ) -> Case:
-    """What policies are made for on a node of these settings; None: as the settings say, and nothing tuned."""
+    """What policies are made for on a node of these settings; None: as they say, and nothing tuned."""
     bare = untuned(spec, slo or config.slo, load_pack(config.pack))
     return replace(bare, static=static or bare.static, table=table or bare.table)
 
