@@ -25,9 +25,8 @@ from fuel_ray.policies.catalogue import (
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
-from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.clock_search import allowed_badness, find_schedule
-from fuel_ray.tuning.contenders import families, is_folder, of_size
+from fuel_ray.tuning.contenders import case_of, families, is_folder, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, run_episode
 from fuel_ray.tuning.runs import Runs, held_out
 from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, tuned
@@ -93,8 +92,7 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     share = contest.config.tune_share
     base = tune_on(practice, slo, share=share, limits=limits, budget=TABLE_BUDGET)
     static, table, share = base.static, base.table, base.share
-    config = contest.config
-    case = Case(spec, practice.slos[slo], load_pack(config.pack), static, table, config.extra_features)
+    case = case_of(contest.config, spec, slo=practice.slos[slo], static=static, table=table)
     policies: dict[str, Policy] = {}
     settings: dict[str, dict[str, float]] = {}
     for family in _contenders(contest.config, case):

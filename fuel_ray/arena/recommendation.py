@@ -14,12 +14,11 @@ from fuel_ray.arena.pool import in_processes
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import Codec
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import TUNED_STATIC, Case, label
+from fuel_ray.policies.catalogue import TUNED_STATIC, label
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
-from fuel_ray.sim.pack import load_pack
 from fuel_ray.stats import Interval, relative_energy
-from fuel_ray.tuning.contenders import families, of_size
+from fuel_ray.tuning.contenders import case_of, families, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs, held_out
 from fuel_ray.tuning.search import SLACK, tuned
@@ -96,8 +95,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=seconds, slos=slos)
     alone = held_out(build(part="second half"), config.seeds, seconds=seconds, slos=slos)
     base = tune_on(practice, _ASKED, share=config.tune_share)
-    pack, extra = load_pack(config.pack), config.extra_features
-    case = Case(loop.node.spec, config.slo, pack, base.static, base.table, extra)
+    case = case_of(config, loop.node.spec, static=base.static, table=base.table)
     pairs = []
     for name, entry in ({TUNED_STATIC: TUNED_STATIC} | of_size(config.policies, kv_block_size)).items():
         (family, *_) = families(name, entry, case)

@@ -168,11 +168,8 @@ CATALOGUE: dict[str, Entry] = {
     "voltana_dwell": Entry("VoltanaLLM, dwell", "#1f78b4", _voltana_dwell, _MARGINS, tuned=True),
     "feedback": Entry("feedback", "#f0e442", _feedback, _BOUNDS, tuned=True),
     "agft": Entry("AGFT", "#6a51a3", _agft, tuned=True),
-    LEARNED: Entry(
-        *("learned (DQN)", "#0072b2"),
-        make=None,
-        what="the DQN that this run trained, one per KV block size, held to the load table where that helped",
-    ),
-    "ppo": Entry("learned (PPO)", "#004b87", None, what="as the DQN, trained by PPO"),
+    LEARNED: Entry("learned (DQN)", "#0072b2", make=None),
+    "ppo": Entry("learned (PPO)", "#0072b2", make=None),
 }
-PUBLISHED = tuple(name for name, entry in CATALOGUE.items() if entry.make and name not in REFERENCES)
+PLAYABLE = tuple(name for name, entry in CATALOGUE.items() if entry.make is not None)
+PUBLISHED = tuple(name for name in PLAYABLE if name not in REFERENCES)

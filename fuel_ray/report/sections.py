@@ -15,7 +15,7 @@ _TERMS = {
     "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
     "limit": "batch limit: requests that may run at once; the others wait",
-    "weight on it": "reward per 100 MHz that the DQN must gain to leave the load table; at 10 it never does",
+    "weight on it": "reward per 100 MHz that a policy must gain to leave the table; at 10 it never does",
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
     "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed",
 }
@@ -94,13 +94,15 @@ def _answer(run: Run) -> Iterator[str]:
         yield paragraph(f"Block size {size} was not run: {reason}")
     yield heading("How to read this")
     policies = [
-        (
-            Cell(label(name), dot=color(name, run.policies)),
-            CATALOGUE[name].what if name in CATALOGUE else "a further baseline",
-        )
-        for name in run.policies
+        (Cell(label(name), dot=color(name, run.policies)), _meaning(run, name)) for name in run.policies
     ]
     yield definitions([*policies, *((Cell(term), meaning) for term, meaning in _TERMS.items())])
+
+
+def _meaning(run: Run, policy: str) -> str:
+    if policy == run.learned:
+        return "what this run trained, one per KV block size, held to the load table where that helped"
+    return CATALOGUE[policy].what if policy in CATALOGUE else "a further baseline"
 
 
 def _tiles(run: Run) -> Iterator[str]:

@@ -5,14 +5,7 @@ from typing import Any
 
 from fuel_ray.policies.catalogue import REFERENCES, color, label
 from fuel_ray.policies.static import LoadTable
-from fuel_ray.report.data import (
-    ENERGY,
-    Run,
-    digests,
-    energy_against,
-    mean_over_seeds,
-    missed,
-)
+from fuel_ray.report.data import ENERGY, Run, digests, energy_against, mean_over_seeds, missed
 from fuel_ray.report.page import Cell, table
 from fuel_ray.report.text import percent
 from fuel_ray.stats import Interval

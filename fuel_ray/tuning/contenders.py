@@ -1,17 +1,18 @@
 """Who takes part: what a name, a folder or ``package.module:Class`` among --policies stands for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.outside import made
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, Case, Contender, contender, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, Case, Contender, contender, untuned
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import NodeSpec, Slo
+from fuel_ray.types import Knobs, NodeSpec, Slo
 
 LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced policy's is searched
 
@@ -23,12 +24,25 @@ def resolve(entry: str, case: Case) -> Contender:
         ConfigError: it stands for none.
         PolicyError: a folder is malformed, or made for another node.
     """
-    if _by_name(entry):
+    if entry in PLAYABLE:
         return contender(entry, case)
     if is_folder(entry):
         policy = _load(entry, case)
         return Contender(entry, lambda _: policy)
     return Contender(entry, lambda _: made(entry, needs=("reset", "decide"), spec=case.spec, slo=case.slo))
+
+
+def case_of(
+    config: ServingConfig,
+    spec: NodeSpec,
+    *,
+    slo: Slo | None = None,
+    static: Knobs | None = None,
+    table: LoadTable | None = None,
+) -> Case:
+    """What policies are made for on a node of these settings; None: as they say, and nothing tuned."""
+    bare = untuned(spec, slo or config.slo, load_pack(config.pack), extra_features=config.extra_features)
+    return replace(bare, static=static or bare.static, table=table or bare.table)
 
 
 def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Sequence[NodeSpec]) -> None:
@@ -40,9 +54,8 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
     """
     try:
         for spec in specs:
-            case = untuned(spec, config.slo, load_pack(config.pack), extra_features=config.extra_features)
             for entry in of_size(entries, spec.kv_block_size).values():
-                resolve(entry, case).make(0.0)
+                resolve(entry, case_of(config, spec)).make(0.0)
     except ConfigError as error:
         raise ConfigError(f"{flag}: {error}") from error
 
@@ -53,10 +66,10 @@ def is_folder(entry: str) -> bool:
     Raises:
         ConfigError: it is nothing that could be played.
     """
-    if _by_name(entry) or (":" in entry and not Path(entry).exists()):
+    if entry in PLAYABLE or (":" in entry and not Path(entry).exists()):
         return False
     if not Path(entry).is_dir():
-        names = ", ".join(name for name in CATALOGUE if _by_name(name))
+        names = ", ".join(PLAYABLE)
         raise ConfigError(
             f"policy {entry}: no folder, no package.module:Class, and not in the catalogue: {names}"
         )
@@ -118,10 +131,6 @@ def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> t
         return Contender(name, lambda x: own.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
     return tuple(at(weight) for weight in WEIGHTS)
-
-
-def _by_name(entry: str) -> bool:
-    return entry in CATALOGUE and CATALOGUE[entry].make is not None
 
 
 def _load(entry: str, case: Case) -> LearnedPolicy:

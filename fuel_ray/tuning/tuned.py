@@ -10,12 +10,11 @@ from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, twin_of, twinned
 from fuel_ray.config import LearnConfig, ServingConfig
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, Learner, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, Learner
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.static import LoadTable
-from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning import search
-from fuel_ray.tuning.contenders import LOG_PRICES, kept_near, resolve
+from fuel_ray.tuning.contenders import LOG_PRICES, case_of, kept_near, resolve
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.search import LIMITS_SCARCE, bisected, tune_static_pair, tune_table
@@ -77,8 +76,7 @@ def tuned_policies(
         ConfigError: an entry stands for no policy.
         PolicyError: a folder is malformed, or made for another node.
     """
-    pack = load_pack(config.pack)
-    case = untuned(spec, config.slo, pack, extra_features=config.extra_features)
+    case = case_of(config, spec)
     policies = {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
     needing = [
         name
@@ -90,7 +88,7 @@ def tuned_policies(
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
     practice = _practice(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
     tuned = tuned or tune_on(practice, _ASKED, share=share)
-    case = replace(case, static=tuned.static, table=tuned.table)
+    case = case_of(config, spec, static=tuned.static, table=tuned.table)
     for name in needing:
         family = [resolve(entries[name], case)]
         policies[name], _ = search.tuned(family, practice, _ASKED, share=tuned.share)
