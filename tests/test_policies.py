@@ -323,7 +323,8 @@ def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
     net = DuelingQNet(13, limits=3, clocks=14, hidden=(), head="additive")
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
     (tmp_path / "run.json").write_text('{"engine": "vllm 0.20.2"}')
-    train._save(config, tmp_path, Trained((16,), (Checkpointed(100, None, arrays),)), 0)
+    trained, spec = Trained((16,), (Checkpointed(100, None, arrays),)), loop.node.spec
+    train._save(config, tmp_path, trained, 0, spec=spec, codec=build_codec(config, spec))
     codec = Codec.from_dict(json.loads((tmp_path / "policies/block_16/codec.json").read_text()))
     seen = Encoder(codec, loop.node.spec).encode(loop.reset(seed=0))
     assert codec.running_scale.count > 1 and seen.any()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fuel_ray.build.codec import build_codec, build_manifest
 from fuel_ray.build.nodes import build_engine, build_node, build_spec, twin_of, twinned
 from fuel_ray.cluster.jobs import in_parallel
+from fuel_ray.codec import Codec
 from fuel_ray.config import LearnConfig, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving, resumed
@@ -20,6 +21,7 @@ from fuel_ray.training.trials import Trained, algorithm_of, run_trials, start_ra
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
+from fuel_ray.types import NodeSpec
 
 TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
 _PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
@@ -100,15 +102,13 @@ def train_policies(
         anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
     trained = run_trials(config, run_dir, codecs, anchors)
     scored = _scored(config, trained, home, anchors if config.anchor else {})
-    engine = read_json(run_dir / "run.json")["engine"]
     curve: list[dict[str, Any]] = []
     for trial, own in zip(trained, scored, strict=True):
         curve += _curve(trial, own)
         size, share = trial.block_sizes[0], _share(trial, home)
         best = min(range(len(own)), key=lambda k: (own[k][0].rank(share), k))
-        manifest = build_manifest(config, specs[size], block_sizes=trial.block_sizes, engine=engine)
         codec = replace(codecs[size], miss_price_j=own[best][1])
-        save_policy(policy_folder(config, run_dir, size), trial.results[best].arrays, codec, manifest)
+        _save(config, run_dir, trial, best, spec=specs[size], codec=codec)
     write_csv(run_dir / "learning.csv", curve)
     _tell(config, run_dir, home)
     return by_size
@@ -167,6 +167,16 @@ def _curve(trial: Trained, scores: Sequence[tuple[Score, float]]) -> Iterator[di
             "energy_j_per_request": score.energy_j_per_request,
             "slo_attainment": score.slo_attainment,
         }
+
+
+def _save(
+    config: LearnConfig, run_dir: Path, trial: Trained, best: int, *, spec: NodeSpec, codec: Codec
+) -> None:
+    """Write a policy folder."""
+    engine = read_json(run_dir / "run.json")["engine"]
+    manifest = build_manifest(config, spec, block_sizes=trial.block_sizes, engine=engine)
+    folder = policy_folder(config, run_dir, trial.block_sizes[0])
+    save_policy(folder, trial.results[best].arrays, codec, manifest)
 
 
 def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:
