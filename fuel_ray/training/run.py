@@ -169,6 +169,18 @@ def _curve(trial: Trained, scores: Sequence[tuple[Score, float]]) -> Iterator[di
         }
 
 
+def _save(
+    found: Resolved[Learning], run_dir: Path, trial: Trained, best: int, *, miss_price_j: float
+) -> None:
+    """Write a policy folder."""
+    size = trial.block_sizes[0]
+    setup = found.setups[size]
+    sizes = trial.block_sizes
+    manifest = build_manifest(found.config, setup.spec, block_sizes=sizes, engine=setup.engine)
+    codec = replace(setup.codec, miss_price_j=miss_price_j)
+    save_policy(policy_folder(found.config, run_dir, size), trial.results[best].arrays, codec, manifest)
+
+
 def _tell(config: LearnConfig, run_dir: Path, tuned: Mapping[int, Tuned]) -> None:
     """Write into the policies what was tuned for their load: the static pair and, of one size, the anchor."""
     folders = {size: policy_folder(config, run_dir, size) for size in tuned}
@@ -233,15 +245,3 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
     if config.storage is not None:
         publish(run_dir, config.storage)
     return run_dir
-
-
-def _save(
-    found: Resolved[Learning], run_dir: Path, trial: Trained, best: int, *, miss_price_j: float
-) -> None:
-    """Write a policy folder."""
-    size = trial.block_sizes[0]
-    setup = found.setups[size]
-    sizes = trial.block_sizes
-    manifest = build_manifest(found.config, setup.spec, block_sizes=sizes, engine=setup.engine)
-    codec = replace(setup.codec, miss_price_j=miss_price_j)
-    save_policy(policy_folder(found.config, run_dir, size), trial.results[best].arrays, codec, manifest)
