@@ -273,3 +273,28 @@ def test_a_nodes_figures_are_on_the_metrics_page_of_its_host(node, two_hosts):
     assert figures["power_w"] == pytest.approx(window.energy_j)
     assert (figures["running"], figures["waiting"]) == (window.running, window.waiting)
     assert figures["kv_usage"] == pytest.approx(window.kv_usage)
+
+
+def test_a_server_outlives_the_nodes_on_it_and_is_started_once(two_hosts, tmp_path):
+    from fuel_ray.cluster.node import NoServer, end_actor, node_actor
+
+    def serve(gpu_ids):
+        with (tmp_path / "starts").open("a") as log:
+            log.write("start\n")
+        return NoServer(gpu_ids)
+
+    actor = node_actor(serve, gpus=0, name="kept")
+    for _ in range(2):
+        node = remote_node(name="kept")
+        assert served(node)[0] == served(simulated())[0]
+        node.close()
+    assert (tmp_path / "starts").read_text().count("start") == 1
+    (pid,) = [pid for host in two_hosts.hosts for pid in actors_of(host)]
+    node = remote_node(name="kept")
+    os.kill(pid, signal.SIGKILL)
+    assert served(node)[0] == served(simulated())[0]  # Ray starts the actor again, and it its server
+    assert (tmp_path / "starts").read_text().count("start") == 2
+    node.close()
+    end_actor(actor)
+    with pytest.raises(NodeError, match="kept, which has the node's server, is gone"):
+        remote_node(name="kept")

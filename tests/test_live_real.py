@@ -171,5 +171,7 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp
     manifest = json.loads((folder / "policies" / "block_32" / "manifest.json").read_text())
     assert (manifest["gpu_name"], manifest["engine"]) == ("NVIDIA H100 80GB HBM3", run["engine"])
     assert "Measured on hardware" in (folder / "report.html").read_text()
+    logs = "".join(path.read_text() for path in tmp_path.rglob("vllm-block-32.log"))
+    assert logs.count("Starting vLLM server on") == 1  # one start for question, training and evaluation
     actions = [line.split()[2] for line in (tmp_path / "nvml.log").read_text().splitlines()]
     assert "set" in actions and actions[-1] == "reset"

@@ -111,6 +111,7 @@ def served(config: Settings, kv_block_size: int) -> Iterator[Settings]:
     if config.node != "live" or is_kept(config):
         yield config
         return
+    print(f"serve  block {kv_block_size}: starting, log in {config.out}", flush=True)
     with LiveServer(config, kv_block_size) as server:
         yield replace(config, live=server.config.live)
 

@@ -36,7 +36,7 @@ def in_rounds(
         done = {*finished(), *map(int, read_json(run_dir / "run.json")["unsupported"])}
         left = tuple(size for size in sizes if size not in done or not config.live_server)
         if left:
-            with resolve(replace(config, block_sizes=left), run=run_dir.name) as found:
+            with resolve(replace(config, block_sizes=left, out=run_dir), run=run_dir.name) as found:
                 _note(run_dir, found)
                 if found.setups:
                     work(found)
