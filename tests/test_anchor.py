@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fuel_ray.arena.cell import Contest, loop_of, practice_of
+from fuel_ray.arena.cell import Job, loop_of, tuning_runs
 from fuel_ray.arena.config import ArenaConfig, RecommendConfig
-from fuel_ray.arena.recommendation import Pair, Told, save
+from fuel_ray.arena.recommendation import Fitted, Pair, save
 from fuel_ray.arena.scenarios import SCENARIOS
 from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.config import PRESETS
@@ -124,18 +124,18 @@ def test_a_malformed_anchor_is_refused(tmp_path, damage):
 def test_a_policy_that_knows_nothing_is_kept_near_the_table(tmp_path):
     """Its best action breaks the promise, so that it is not let free, and is no worse than the table."""
     scenario = SCENARIOS["diurnal-scarce"]
-    contest = Contest(ArenaConfig(slos=("tight",), tuning_seeds=1, seconds=240), scenario)
-    practice = practice_of(contest, loop_of(contest, scenario))
+    job = Job(ArenaConfig(slos=("tight",), tuning_seeds=1, seconds=240), scenario)
+    tuning = tuning_runs(job, loop_of(job, scenario))
     fast = Knobs(128, 1980)
-    allowed = 1.0 - practice.score(Static(fast), "tight", share=0.97).slo_attainment + 0.005
-    clocks = practice.loop.node.spec.gpu_clocks_mhz
+    allowed = 1.0 - tuning.score(Static(fast), "tight", share=0.97).slo_attainment + 0.005
+    clocks = tuning.loop.node.spec.gpu_clocks_mhz
     table = find_load_table(
-        practice.runner("tight"), clocks, batch_limit=128, allowed=allowed, stride=8, budget=4
+        tuning.runner("tight"), clocks, batch_limit=128, allowed=allowed, stride=8, budget=4
     )
-    share = practice.score(table, "tight", share=0.97).slo_attainment
+    share = tuning.score(table, "tight", share=0.97).slo_attainment
     policy = read_policy(write_policy(tmp_path / "p", best=Knobs(4, 990))).policy(SPEC)
-    best, _ = tuned(kept_near("p", policy, practice.slos["tight"], table), practice, "tight", share=share)
-    kept, plain = (practice.score(p, "tight", share=share) for p in (best, table))
+    best, _ = tuned(kept_near("p", policy, tuning.slos["tight"], table), tuning, "tight", share=share)
+    kept, plain = (tuning.score(p, "tight", share=share) for p in (best, table))
     assert best.anchor.weight > 0.0
     assert kept.slo_attainment >= share and kept.energy_j_per_request <= plain.energy_j_per_request
 
@@ -143,10 +143,10 @@ def test_a_policy_that_knows_nothing_is_kept_near_the_table(tmp_path):
 def test_what_is_recommended_is_saved_as_it_was_tuned(tmp_path):
     folder = write_policy(tmp_path / "p", sizes=(8, 16), best=Knobs(32, 990))
     codec = replace(read_policy(folder).codec, miss_price_j=70.0, slo=Slo(ttft_s=1.0, tpot_s=0.02))
-    told = Told(folder, codec, Anchor(TABLE, 10.0), static=BASE)
-    pair = Pair(16, "p", 0.97, (False, 1.0), (1.0,), (1,), 0.97, True, "tuned", told)
+    fitted = Fitted(folder, codec, Anchor(TABLE, 10.0), static=BASE)
+    pair = Pair(16, "p", 0.97, (False, 1.0), (1.0,), (1,), 0.97, True, "tuned", fitted)
     config = RecommendConfig(workload="mmpp", save=tmp_path / "saved", slo_e2e_s=8.0, slo_ttft_s=None)
-    save(pair, told, config)
+    save(pair, fitted, config)
     saved = read_policy(tmp_path / "saved")
     assert saved.codec == codec and saved.slo == Slo(tpot_s=0.05, e2e_s=8.0)
     assert saved.manifest.kv_block_sizes == (16,) and saved.manifest.workload == "mmpp"

@@ -85,7 +85,7 @@ def test_a_fixed_pair_is_run_once():
     again = runs.traces(Static(Knobs(64, 1500)), "b")
     assert played == {1: 1, 2: 1}
     assert [t.arrivals for t in first] == [t.arrivals for t in again]
-    assert sum(t.badness.sum() for t in again) > sum(t.badness.sum() for t in first)
+    assert sum(t.penalty.sum() for t in again) > sum(t.penalty.sum() for t in first)
 
 
 # Tuning by one number
@@ -142,19 +142,19 @@ def a_practice(workload, slo, **settings):
 
 
 def test_tuned_limits_are_those_that_the_server_has():
-    practice = a_practice("steady:rate_rps=3", Slo(ttft_s=1.0, tpot_s=0.05), max_num_seqs=16)
-    knobs, _ = tune_static_pair(practice, "asked", share=0.97, limits=(24, 64))
+    tuning = a_practice("steady:rate_rps=3", Slo(ttft_s=1.0, tpot_s=0.05), max_num_seqs=16)
+    knobs, _ = tune_static_pair(tuning, "asked", share=0.97, limits=(24, 64))
     assert knobs.batch_limit == 16
 
 
 def test_of_a_mean_that_nobody_keeps_a_little_less_is_asked():
-    """For means the number asked for is badness, so that less is more."""
+    """For means the number asked for is penalty, so that less is more."""
     slo = Slo(e2e_s=1.0, share=None)
-    practice = a_practice("steady:rate_rps=6", slo)
-    knobs, asked = tune_static_pair(practice, "asked", share=0.97, limits=(48,))
-    reached = practice.traces(Static(practice.loop.node.spec.max_performance), "asked")[0].mean_badness
+    tuning = a_practice("steady:rate_rps=6", slo)
+    knobs, asked = tune_static_pair(tuning, "asked", share=0.97, limits=(48,))
+    reached = tuning.traces(Static(tuning.loop.node.spec.max_performance), "asked")[0].mean_penalty
     assert reached > 1.0 and asked == pytest.approx(reached + 0.005, abs=0.002)
-    assert not practice.score(Static(knobs), "asked", share=asked).rank(asked)[0]
+    assert not tuning.score(Static(knobs), "asked", share=asked).rank(asked)[0]
 
 
 # Tables

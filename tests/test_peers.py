@@ -21,10 +21,10 @@ from fuel_ray.sim.pack import load_pack
 from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.tuning.clock_search import (
     Trace,
-    allowed_badness,
-    badness,
+    allowed_penalty,
     find_load_table,
     find_schedule,
+    penalty,
     trace_of,
 )
 from fuel_ray.types import Knobs, RequestRecords, Slo
@@ -311,13 +311,13 @@ def test_the_oracle_finds_the_lowest_clock_of_each_segment():
     found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.0, strides=(4, 2))
     assert all(0 <= clock - best <= 30 for clock, best in zip(found.clocks_mhz[5::10], BEST_MHZ, strict=True))
     (result,) = toy(found)
-    assert result.mean_badness == 0.0
+    assert result.mean_penalty == 0.0
 
 
 def test_the_oracle_spends_the_misses_that_are_allowed():
     found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.25)
     (result,) = toy(found)
-    assert 0.2 < result.mean_badness <= 0.25
+    assert 0.2 < result.mean_penalty <= 0.25
     assert result.energy_j.sum() < toy(Static(Knobs(64, 1500)))[0].energy_j.sum()
 
 
@@ -327,12 +327,12 @@ def test_badness_is_a_miss_or_the_share_of_a_mean_limit():
         finished_s=np.array([2.0, 6.5]), prompt_tokens=np.array([5, 5]), output_tokens=np.array([31, 51]),
         preemptions=np.array([0, 0]),
     )  # fmt: skip
-    assert badness(records, SLO).tolist() == [0.0, 1.0]
-    assert badness(records, E2E).tolist() == [0.2, 0.5]
-    assert allowed_badness(SLO, 0.95) == pytest.approx(0.05)
-    assert allowed_badness(E2E, 1.0) == 1.0
+    assert penalty(records, SLO).tolist() == [0.0, 1.0]
+    assert penalty(records, E2E).tolist() == [0.2, 0.5]
+    assert allowed_penalty(SLO, 0.95) == pytest.approx(0.05)
+    assert allowed_penalty(E2E, 1.0) == 1.0
     result = trace_of(np.full(3, 600.0), np.ones(3, int), records, SLO)
-    assert result.badness.tolist() == [0.0, 1.0, 1.0]  # the third has no record
+    assert result.penalty.tolist() == [0.0, 1.0, 1.0]  # the third has no record
     assert result.rate_rps[0] == 0.0 and result.rate_rps[1] == 1.0
 
 
@@ -427,8 +427,8 @@ def test_the_oracle_beats_every_fixed_clock_where_the_load_changes():
     found = find_schedule(run, CLOCKS, segment_s=20.0, batch_limit=128, allowed=0.05, strides=(8,))
     fixed = [run(Static(Knobs(128, clock)))[0] for clock in CLOCKS[::8]]
     (result,) = run(found)
-    kept = [t.energy_j.sum() for t in fixed if t.mean_badness <= 0.05]
-    assert result.mean_badness <= 0.05
+    kept = [t.energy_j.sum() for t in fixed if t.mean_penalty <= 0.05]
+    assert result.mean_penalty <= 0.05
     assert result.energy_j.sum() < min(kept)
 
 
@@ -438,7 +438,7 @@ def test_a_found_load_table_is_no_worse_than_a_fixed_clock():
 
     def cost(policy):
         traces = run(policy)
-        return sum(t.energy_j.sum() for t in traces), sum(t.badness.sum() for t in traces) / sum(
+        return sum(t.energy_j.sum() for t in traces), sum(t.penalty.sum() for t in traces) / sum(
             t.arrivals for t in traces
         )
 

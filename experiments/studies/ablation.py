@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fuel_ray.arena.cell import LIMITS_AMPLE, Contest, exam, loop_of, practice_of
+from fuel_ray.arena.cell import LIMITS_AMPLE, Job, held_out_rows, loop_of, tuning_runs
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, SloName
 from fuel_ray.build.codec import build_codec
@@ -69,30 +69,30 @@ class Cell:
 
     def __init__(self, scenario: str, slo: SloName, seeds: int) -> None:
         own = SCENARIOS[scenario]
-        contest = Contest(ArenaConfig(slos=(slo,), seeds=seeds, tuning_seeds=4), own)
+        job = Job(ArenaConfig(slos=(slo,), seeds=seeds, tuning_seeds=4), own)
         self.slo = slo
-        self.practice = practice_of(contest, loop_of(contest, own))
-        loop = loop_of(contest, own, part="second half")
+        self.tuning = tuning_runs(job, loop_of(job, own))
+        loop = loop_of(job, own, part="second half")
         limits = LIMITS_AMPLE if own.kv_tokens is None else LIMITS_SCARCE
-        self.static, self.share = tune_static(self.practice, slo, share=0.97, limits=limits)
-        slos = self.practice.slos
+        self.static, self.share = tune_static(self.tuning, slo, share=0.97, limits=limits)
+        slos = self.tuning.slos
         self.alone = [Runs(loop, seeds=[HELD_OUT_SEED + i], seconds=1200, slos=slos) for i in range(seeds)]
         self.static_j, self.static_kept = self.figures(Static(self.static))
 
     def figures(self, policy: Static | LearnedPolicy) -> tuple[float, float]:
         """J per request and attainment."""
-        rows = exam("", policy, self.alone, self.slo)
+        rows = held_out_rows("", policy, self.alone, self.slo)
         requests = [row["requests"] for row in rows]
         kept = float(np.average([row["slo_attainment"] for row in rows], weights=requests))
         return sum(row["energy_j"] for row in rows) / sum(requests), kept
 
     def shown(self, config: SweepConfig, arrays: dict[str, np.ndarray]) -> str:
         """The learned policy's change against tuned static."""
-        spec = self.practice.loop.node.spec
+        spec = self.tuning.loop.node.spec
         plain = LearnedPolicy(arrays, build_codec(config, spec), spec, head=config.train.head)
-        promise = self.practice.slos[self.slo]
+        promise = self.tuning.slos[self.slo]
         contender = Contender("", lambda x: plain.for_slo(promise, miss_price_j=10.0**x), LOG_PRICES, True)
-        policy, _ = tuned([contender], self.practice, self.slo, share=self.share)
+        policy, _ = tuned([contender], self.tuning, self.slo, share=self.share)
         assert isinstance(policy, LearnedPolicy)
         energy_j, kept = self.figures(policy)
         return f"{100 * (energy_j / self.static_j - 1):+.1f} ({kept:.3f})"

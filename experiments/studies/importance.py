@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fuel_ray.arena.cell import Contest, loop_of, practice_of
+from fuel_ray.arena.cell import Job, loop_of, tuning_runs
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, SLO_NAMES
 from fuel_ray.policies.learned import LearnedPolicy, load_policy
@@ -60,14 +60,14 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=5)
     given = arguments.parse_args()
     scenario = SCENARIOS[given.scenario]
-    contest = Contest(ArenaConfig(slos=(given.slo,), tuning_seeds=4), scenario)
-    loop = loop_of(contest, scenario)
-    practice = practice_of(contest, loop)
-    stage = loop_of(contest, scenario, part="second half")
-    slo = practice.slos[given.slo]
-    _, share = tune_static_pair(practice, given.slo, share=0.97, limits=(40, 48))
+    job = Job(ArenaConfig(slos=(given.slo,), tuning_seeds=4), scenario)
+    loop = loop_of(job, scenario)
+    tuning = tuning_runs(job, loop)
+    stage = loop_of(job, scenario, part="second half")
+    slo = tuning.slos[given.slo]
+    _, share = tune_static_pair(tuning, given.slo, share=0.97, limits=(40, 48))
     contender = free(given.policy.name, load_policy(given.policy, loop.node.spec), slo)
-    policy, setting = tuned([contender], practice, given.slo, share=share)
+    policy, setting = tuned([contender], tuning, given.slo, share=share)
     assert isinstance(policy, LearnedPolicy)
     print(f"{given.policy.name} on {given.scenario}, {given.slo} SLO, a miss costs {10**setting:.0f} J\n")
     print("| feature replaced | energy, % (95 %) | of SLO |\n|---|--:|--:|")

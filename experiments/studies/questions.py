@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.cell import exam
+from fuel_ray.arena.cell import held_out_rows
 from fuel_ray.arena.scenarios import INTERACTIVE
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, build_spec
@@ -100,7 +100,7 @@ def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) 
         arrays = _best(config, trained, size)
         policy = _policy(config, arrays, size)
         runs = [_runs(config, size, [HELD_OUT_SEED + i], config.slo) for i in range(given.seeds)]
-        rows = exam(label, policy, runs, "asked")
+        rows = held_out_rows(label, policy, runs, "asked")
         requests = np.array([row["requests"] for row in rows])
         attained = np.average([row["slo_attainment"] for row in rows], weights=requests)
         name = label if len(sizes) == 1 else f"{label}, at {size}"
@@ -108,10 +108,10 @@ def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) 
 
 
 def _best(config: SweepConfig, trained: Trained, size: int) -> dict[str, np.ndarray]:
-    practice = _runs(config, size, TUNING_SEEDS[:4], config.slo)
+    tuning = _runs(config, size, TUNING_SEEDS[:4], config.slo)
 
     def rank(arrays: dict[str, np.ndarray]) -> tuple[bool, float]:
-        score: Score = practice.score(_policy(config, arrays, size), "asked", share=config.tune_share)
+        score: Score = tuning.score(_policy(config, arrays, size), "asked", share=config.tune_share)
         return score.rank(config.tune_share)
 
     return min((result.arrays for result in trained.results[-4:]), key=rank)

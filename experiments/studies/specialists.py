@@ -25,9 +25,9 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from fuel_ray.arena.cell import Contest, loop_of, practice_of
+from fuel_ray.arena.cell import Job, loop_of, tuning_runs
 from fuel_ray.arena.config import ArenaConfig
-from fuel_ray.arena.runner import cell_file, contests_of, run_and_write
+from fuel_ray.arena.runner import cell_file, jobs_of, run_and_write
 from fuel_ray.arena.scenarios import Scenario, SloName
 from fuel_ray.commands.arena import parse, publish
 from fuel_ray.record import make_folder, read_json
@@ -38,14 +38,14 @@ def policy_folder(home: Scenario, slo: SloName, out: Path) -> Path:
     return out / "policies" / f"{home.name}.{slo}" / "DQN"
 
 
-def train(contest: Contest, slo: SloName, out: Path) -> str:
+def train(job: Job, slo: SloName, out: Path) -> str:
     """Train the policy for a cell and name it."""
-    home = contest.home
+    home = job.home
     folder = policy_folder(home, slo, out)
-    promise = practice_of(contest, loop_of(contest, home)).slos[slo]
-    flags = ["--workload", home.workload, "--kv-tokens", str(home.kv_tokens), "--pack", contest.config.pack]
-    flags += ["--block-sizes", str(contest.config.block_sizes[0])]
-    flags += ["--tune-share", str(contest.config.tune_share)]
+    promise = tuning_runs(job, loop_of(job, home)).slos[slo]
+    flags = ["--workload", home.workload, "--kv-tokens", str(home.kv_tokens), "--pack", job.config.pack]
+    flags += ["--block-sizes", str(job.config.block_sizes[0])]
+    flags += ["--tune-share", str(job.config.tune_share)]
     for name in ("ttft_s", "tpot_s", "e2e_s", "share"):
         flags += [f"--slo-{name.replace('_', '-')}", str(getattr(promise, name))]
     runs = folder.parent / "runs"
@@ -58,22 +58,22 @@ def train(contest: Contest, slo: SloName, out: Path) -> str:
     return f"trained for {home.name}, {slo}"
 
 
-def play(contest: Contest, slo: SloName, out: Path) -> str:
+def play(job: Job, slo: SloName, out: Path) -> str:
     """Run a cell, keep it, and name it."""
-    policies = (str(policy_folder(contest.home, slo, out)), *contest.config.policies)
-    config = replace(contest.config, slos=(slo,), policies=policies)
-    run_and_write(replace(contest, config=config), out / "cells")
-    return f"played {contest.scenario.name}, {slo}"
+    policies = (str(policy_folder(job.home, slo, out)), *job.config.policies)
+    config = replace(job.config, slos=(slo,), policies=policies)
+    run_and_write(replace(job, config=config), out / "cells")
+    return f"played {job.scenario.name}, {slo}"
 
 
 def main() -> None:
     config: ArenaConfig = parse(sys.argv[1:], prog="specialists")
     folder, began_s = config.out / "cells", time.monotonic()
     make_folder(folder)
-    cells = [(contest, slo) for slo in config.slos for contest in contests_of(config)]
-    files = [cell_file(folder, contest.scenario.name, slo) for contest, slo in cells]
+    cells = [(job, slo) for slo in config.slos for job in jobs_of(config)]
+    files = [cell_file(folder, job.scenario.name, slo) for job, slo in cells]
     todo = [cell for cell, file in zip(cells, files, strict=True) if not file.is_file()]
-    homes = {policy_folder(contest.home, slo, config.out): (contest, slo) for contest, slo in todo}
+    homes = {policy_folder(job.home, slo, config.out): (job, slo) for job, slo in todo}
     untrained = [cell for folder, cell in homes.items() if not folder.exists()]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         for task, some in ((train, untrained), (play, todo)):

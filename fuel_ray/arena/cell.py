@@ -25,7 +25,7 @@ from fuel_ray.policies.catalogue import (
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
-from fuel_ray.tuning.clock_search import allowed_badness, find_schedule
+from fuel_ray.tuning.clock_search import allowed_penalty, find_schedule
 from fuel_ray.tuning.contenders import case_of, families, is_folder, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, run_episode
 from fuel_ray.tuning.runs import Runs, held_out
@@ -41,7 +41,7 @@ _RECORDED = ("slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class Job:
     """A scenario and how it is run."""
 
     config: ArenaConfig
@@ -53,68 +53,66 @@ class Contest:
         return SCENARIOS[self.scenario.tuned_on or self.scenario.name]
 
 
-def run_scenario(contest: Contest, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
+def run_scenario(job: Job, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
     """A cell per SLO that is not ``done``, as plain data."""
-    practice = practice_of(contest, loop_of(contest, contest.home))
-    stage = loop_of(contest, contest.scenario, part="second half")
-    config = contest.config
-    alone = held_out(stage, config.seeds, seconds=config.seconds, slos=practice.slos)
-    for slo in contest.config.slos:
+    tuning = tuning_runs(job, loop_of(job, job.home))
+    stage = loop_of(job, job.scenario, part="second half")
+    config = job.config
+    alone = held_out(stage, config.seeds, seconds=config.seconds, slos=tuning.slos)
+    for slo in job.config.slos:
         if slo not in done:
             began_s = time.monotonic()
-            cell = _cell(contest, slo, practice, alone)
+            cell = _cell(job, slo, tuning, alone)
             yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
 
 
-def loop_of(contest: Contest, scenario: Scenario, *, part: Part = "first half") -> ControlLoop:
+def loop_of(job: Job, scenario: Scenario, *, part: Part = "first half") -> ControlLoop:
     """A node under the scenario's load, by default the part that is tuned on."""
-    config = serving(scenario, contest.config)
-    node = build_node(
-        config, contest.config.block_sizes[0], horizon_s=float(contest.config.seconds), part=part
-    )
+    config = serving(scenario, job.config)
+    node = build_node(config, job.config.block_sizes[0], horizon_s=float(job.config.seconds), part=part)
     return ControlLoop(node, Unscored())
 
 
-def practice_of(contest: Contest, loop: ControlLoop) -> Runs:
+def tuning_runs(job: Job, loop: ControlLoop) -> Runs:
     """The tuning seeds of this load, and its SLOs."""
-    seeds = TUNING_SEEDS[: contest.config.tuning_seeds]
+    seeds = TUNING_SEEDS[: job.config.tuning_seeds]
     fastest = Static(loop.node.spec.max_performance)
-    episodes = [run_episode(loop, fastest, seed=seed, seconds=contest.config.seconds) for seed in seeds]
+    episodes = [run_episode(loop, fastest, seed=seed, seconds=job.config.seconds) for seed in seeds]
     tpots_s = np.concatenate([episode.records.tpot_s for episode in episodes])
     tpot_p95_s = float(np.nanpercentile(tpots_s, 95))
-    slos: dict[str, Slo] = {name: slo_of(name, tpot_p95_s) for name in contest.config.slos}
-    return Runs(loop, seeds=seeds, seconds=contest.config.seconds, slos=slos)
+    slos: dict[str, Slo] = {name: slo_of(name, tpot_p95_s) for name in job.config.slos}
+    return Runs(loop, seeds=seeds, seconds=job.config.seconds, slos=slos)
 
 
-def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
-    spec = practice.loop.node.spec
-    limits = LIMITS_AMPLE if contest.scenario.kv_tokens is None else LIMITS_SCARCE
-    share = contest.config.tune_share
-    base = tune_on(practice, slo, share=share, limits=limits, budget=TABLE_BUDGET)
+def _cell(job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
+    spec = tuning.loop.node.spec
+    limits = LIMITS_AMPLE if job.scenario.kv_tokens is None else LIMITS_SCARCE
+    share = job.config.tune_share
+    base = tune_on(tuning, slo, share=share, limits=limits, budget=TABLE_BUDGET)
     static, table, share = base.static, base.table, base.share
-    case = case_of(contest.config, spec, slo=practice.slos[slo], static=static, table=table)
+    case = case_of(job.config, spec, slo=tuning.slos[slo], static=static, table=table)
     policies: dict[str, Policy] = {}
     settings: dict[str, dict[str, float]] = {}
-    for family in _contenders(contest.config, case):
+    for family in _contenders(job.config, case):
         name = family[0].name
-        policy, setting = tuned(family, practice, slo, share=share)
+        policy, setting = tuned(family, tuning, slo, share=share)
         policies[name], settings[name] = policy, {"setting": setting}
         if isinstance(policy, LearnedPolicy) and policy.anchor is not None:
             settings[name]["anchor"] = policy.anchor.weight
-    rows = [row for name, policy in policies.items() for row in exam(name, policy, alone, slo)]
-    own = of_size(contest.config.policies, spec.kv_block_size)
+    rows = [row for name, policy in policies.items() for row in held_out_rows(name, policy, alone, slo)]
+    own = of_size(job.config.policies, spec.kv_block_size)
     deployable = [TUNED_STATIC, *(name for name, entry in own.items() if is_folder(entry))]
-    chosen = choose(practice, slo, {name: policies[name] for name in deployable}, share=share)
+    chosen = choose(tuning, slo, {name: policies[name] for name in deployable}, share=share)
     if len(deployable) > 1:
         rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen]
-    if contest.config.oracle:
+    if job.config.oracle:
         known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
-        allowed = allowed_badness(practice.slos[slo], share)
-        rows += [_oracle_row(contest, runs, slo, known, allowed) for runs in alone]
+        allowed = allowed_penalty(tuning.slos[slo], share)
+        rows += [_oracle_row(job, runs, slo, known, allowed) for runs in alone]
     return {
-        "scenario": contest.scenario.name,
+        "scenario": job.scenario.name,
         "slo": slo,
-        "limits": asdict(practice.slos[slo]),
+        "limits": asdict(tuning.slos[slo]),
         "share": share,
         "static": asdict(static),
         "table": table.to_dict(),
@@ -125,9 +123,9 @@ def _cell(contest: Contest, slo: SloName, practice: Runs, alone: Sequence[Runs])
     }
 
 
-def choose(practice: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
+def choose(tuning: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
     """The name of the policy that ranks best on the tuning seeds: what would be deployed."""
-    ranks = {name: practice.score(policy, slo, share=share).rank(share) for name, policy in policies.items()}
+    ranks = {name: tuning.score(policy, slo, share=share).rank(share) for name, policy in policies.items()}
     return min(ranks, key=lambda name: ranks[name])
 
 
@@ -140,7 +138,7 @@ def _contenders(config: ArenaConfig, case: Case) -> Iterator[tuple[Contender, ..
             yield from families(name, entry, case)
 
 
-def exam(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
+def held_out_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
     """One row per held-out seed."""
     return [_row(name, policy, runs, slo) for runs in alone]
 
@@ -159,7 +157,7 @@ def _row(name: str, policy: Policy, runs: Runs, slo: str) -> dict[str, Any]:
 
 
 def _oracle_row(
-    contest: Contest, runs: Runs, slo: SloName, policies: Sequence[Policy], allowed: float
+    job: Job, runs: Runs, slo: SloName, policies: Sequence[Policy], allowed: float
 ) -> dict[str, Any]:
     """The best schedule found for one seed, from those that the policies chose on it.
 
@@ -168,12 +166,12 @@ def _oracle_row(
     (seed,) = runs.seeds
     for policy in policies:
         (own,) = runs.traces(policy, slo)
-        allowed = max(allowed, own.mean_badness)
+        allowed = max(allowed, own.mean_penalty)
     episodes = [runs.episode(policy, seed) for policy in policies]
     found = find_schedule(
         runs.runner(slo),
         runs.loop.node.spec.gpu_clocks_mhz,
-        segment_s=contest.config.oracle_segment_s,
+        segment_s=job.config.oracle_segment_s,
         batch_limit=episodes[0].windows[-1].knobs.batch_limit,
         allowed=allowed,
         strides=(TABLE_STRIDE,),
@@ -183,7 +181,7 @@ def _oracle_row(
 
 
 def frontier(alone: Sequence[Runs], slo: str, batch_limits: Iterable[int]) -> list[dict[str, Any]]:
-    """What fixed pairs do on the held-out seeds, per seed: energy, requests and badness."""
+    """What fixed pairs do on the held-out seeds, per seed: energy, requests and penalty."""
     clocks = alone[0].loop.node.spec.gpu_clocks_mhz[::-1][::TABLE_STRIDE]
     rows = []
     for knobs in (Knobs(limit, clock_mhz) for limit in sorted(batch_limits) for clock_mhz in clocks):
@@ -193,7 +191,7 @@ def frontier(alone: Sequence[Runs], slo: str, batch_limits: Iterable[int]) -> li
                 **asdict(knobs),
                 "energy_j": [float(t.energy_j.sum()) for t in traces],
                 "requests": [t.arrivals for t in traces],
-                "badness": [float(t.badness.sum()) for t in traces],
+                "badness": [float(t.penalty.sum()) for t in traces],
             }
         )
     return rows

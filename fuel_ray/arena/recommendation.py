@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fuel_ray.arena.cell import exam
+from fuel_ray.arena.cell import held_out_rows
 from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import RecommendConfig
 from fuel_ray.arena.pool import in_processes
@@ -30,7 +30,7 @@ _ASKED = "asked"
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Fitted:
     """A learned policy as it was tuned here: where it came from, and what was tuned."""
 
     folder: Path
@@ -52,7 +52,7 @@ class Pair:
     attained: float
     met: bool  # the SLO, on most seeds
     how: str  # what was tuned
-    told: Told | None = None  # of a learned policy
+    fitted: Fitted | None = None  # of a learned policy
 
     @property
     def energy_j_per_request(self) -> float:
@@ -67,20 +67,20 @@ class Pair:
         return ratio
 
 
-def save(pair: Pair, told: Told, config: RecommendConfig) -> None:
+def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:
     """The policy with what was tuned, for its block size alone, since the static pair and the table are."""
     assert config.save is not None
-    policy = read_policy(told.folder, extra_features=config.extra_features)
+    policy = read_policy(fitted.folder, extra_features=config.extra_features)
     manifest = replace(
         policy.manifest,
         kv_block_sizes=(pair.kv_block_size,),
         workload=config.workload,
         workload_digest=parse_workload(config.workload).digest(),
-        tuned_static=told.static,
+        tuned_static=fitted.static,
         slo=config.slo,
-        anchor=told.anchor,
+        anchor=fitted.anchor,
     )
-    save_policy(config.save, policy.arrays, told.codec, manifest)
+    save_policy(config.save, policy.arrays, fitted.codec, manifest)
 
 
 def by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
@@ -92,27 +92,27 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     """Tuned static and every policy at one block size."""
     build = partial(build_loop, config, kv_block_size, horizon_s=float(config.seconds))
     loop, seconds, slos = build(part="first half"), config.seconds, {_ASKED: config.slo}
-    practice = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=seconds, slos=slos)
+    tuning = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=seconds, slos=slos)
     alone = held_out(build(part="second half"), config.seeds, seconds=seconds, slos=slos)
-    base = tune_on(practice, _ASKED, share=config.tune_share)
+    base = tune_on(tuning, _ASKED, share=config.tune_share)
     case = case_of(config, loop.node.spec, static=base.static, table=base.table)
     pairs = []
     for name, entry in ({TUNED_STATIC: TUNED_STATIC} | of_size(config.policies, kv_block_size)).items():
         (family, *_) = families(name, entry, case)
-        policy, _ = tuned(family, practice, _ASKED, share=base.share)
-        rows = exam(name, policy, alone, _ASKED)
+        policy, _ = tuned(family, tuning, _ASKED, share=base.share)
+        rows = held_out_rows(name, policy, alone, _ASKED)
         pairs.append(
             Pair(
                 kv_block_size=kv_block_size,
                 policy=name,
                 asked=base.share,
-                tuned_rank=practice.score(policy, _ASKED, share=base.share).rank(base.share),
+                tuned_rank=tuning.score(policy, _ASKED, share=base.share).rank(base.share),
                 energy_j=tuple(row["energy_j"] for row in rows),
                 requests=tuple(row["requests"] for row in rows),
                 attained=attainment(rows),
                 met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
                 how=_how(policy),
-                told=Told(Path(entry), policy.codec, policy.anchor, base.static)
+                fitted=Fitted(Path(entry), policy.codec, policy.anchor, base.static)
                 if isinstance(policy, LearnedPolicy)
                 else None,
             )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fuel_ray.arena.cell import Contest, run_scenario
+from fuel_ray.arena.cell import Job, run_scenario
 from fuel_ray.arena.comparison import summarise
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.figures import draw
@@ -51,14 +51,12 @@ def _episode(cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     """Every cell in order, from its file where there is one."""
     folder = run_dir / "cells"
-    contests = list(contests_of(config))
-    todo = [contest for contest in contests if len(_done(contest, folder)) < len(config.slos)]
-    print(
-        f"arena  {run_dir}: {len(contests)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True
-    )
+    jobs = list(jobs_of(config))
+    todo = [job for job in jobs if len(_done(job, folder)) < len(config.slos)]
+    print(f"arena  {run_dir}: {len(jobs)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True)
     began_s = time.monotonic()
     try:
-        calls = [(contest, folder) for contest in todo]
+        calls = [(job, folder) for job in todo]
         for number, name in enumerate(in_processes(run_and_write, calls, workers=config.workers), 1):
             spent_s = time.monotonic() - began_s
             left_s = spent_s / number * (len(todo) - number)
@@ -66,25 +64,23 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     except KeyboardInterrupt:
         print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
         raise
-    return [read_json(cell_file(folder, c.scenario.name, slo)) for c in contests for slo in config.slos]
+    return [read_json(cell_file(folder, c.scenario.name, slo)) for c in jobs for slo in config.slos]
 
 
-def contests_of(config: ArenaConfig) -> Iterator[Contest]:
+def jobs_of(config: ArenaConfig) -> Iterator[Job]:
     """One per workload."""
-    return (Contest(config, scenario) for scenario in scenarios_of(config.scenarios))
+    return (Job(config, scenario) for scenario in scenarios_of(config.scenarios))
 
 
-def run_and_write(contest: Contest, folder: Path) -> str:
+def run_and_write(job: Job, folder: Path) -> str:
     """Run what is not yet in the folder, keep each cell as it is done; the workload's name."""
-    for cell in run_scenario(contest, _done(contest, folder)):
+    for cell in run_scenario(job, _done(job, folder)):
         write_json(cell_file(folder, cell["scenario"], cell["slo"]), cell)
-    return contest.scenario.name
+    return job.scenario.name
 
 
-def _done(contest: Contest, folder: Path) -> tuple[SloName, ...]:
-    return tuple(
-        slo for slo in contest.config.slos if cell_file(folder, contest.scenario.name, slo).is_file()
-    )
+def _done(job: Job, folder: Path) -> tuple[SloName, ...]:
+    return tuple(slo for slo in job.config.slos if cell_file(folder, job.scenario.name, slo).is_file())
 
 
 def cell_file(folder: Path, scenario: str, slo: str) -> Path:

@@ -62,8 +62,8 @@ def run(config: RecommendConfig) -> int:
     pairs.sort(key=lambda pair: config.block_sizes.index(pair.kv_block_size))
     best, sentence = recommendation(pairs, share=config.slo.share)
     print("\n" + sentence)
-    if config.save is not None and best.told is not None:
-        save(best, best.told, config)
+    if config.save is not None and best.fitted is not None:
+        save(best, best.fitted, config)
         print(f"wrote {config.save}; to deploy: fuel-ray deploy --policy {config.save} ...")
     elif config.save is not None:
         print(f"nothing written to {config.save}: {label(best.policy)} is no policy folder")

@@ -2,7 +2,7 @@
 
 Energy and misses of a window depend on its own clock far more than on those before it. So runs at each fixed
 clock say what every cell (a segment of time, or all windows at similar load) would cost at every clock, and
-for a price per unit of badness the cheapest clock per cell is a look-up. The price is then bisected on runs
+for a price per unit of penalty the cheapest clock per cell is a look-up. The price is then bisected on runs
 of what was chosen, so that the result meets the SLO as run and not as predicted.
 """
 
@@ -25,20 +25,20 @@ class Trace:
     """One episode, per window that was measured: arrays of equal length (windows,)."""
 
     energy_j: np.ndarray
-    badness: np.ndarray  # of the requests that arrived in the window; ``badness`` of its requests, summed
+    penalty: np.ndarray  # of the requests that arrived in the window; ``penalty`` of its requests, summed
     rate_rps: np.ndarray  # moving average of the arrival rate before the window; the policies' input
     arrivals: int
 
     @property
-    def mean_badness(self) -> float:
-        """Per request; the SLO is met when it is at most ``allowed_badness``."""
-        return float(self.badness.sum()) / max(self.arrivals, 1)
+    def mean_penalty(self) -> float:
+        """Per request; the SLO is met when it is at most ``allowed_penalty``."""
+        return float(self.penalty.sum()) / max(self.arrivals, 1)
 
 
 Runner = Callable[[Policy], Sequence[Trace]]  # one trace per seed, in the same order each time
 
 
-def badness(records: RequestRecords, slo: Slo) -> np.ndarray:
+def penalty(records: RequestRecords, slo: Slo) -> np.ndarray:
     """Per request 1 if it missed a limit, else 0; where the means count, its largest latency / limit."""
     if slo.share is not None:
         return (~records.meets(slo)).astype(float)
@@ -47,8 +47,8 @@ def badness(records: RequestRecords, slo: Slo) -> np.ndarray:
     return np.asarray(np.max(shares, axis=0))
 
 
-def allowed_badness(slo: Slo, share: float) -> float:
-    """Mean badness at which ``share`` of the requests keep the SLO, or the means are at ``share`` of it."""
+def allowed_penalty(slo: Slo, share: float) -> float:
+    """Mean penalty at which ``share`` of the requests keep the SLO, or the means are at ``share`` of it."""
     return share if slo.share is None else 1.0 - share
 
 
@@ -56,7 +56,7 @@ def trace_of(energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords
     """A trace from energy and arrivals per window of 1 s; a request without a record is as bad as can be."""
     bad = np.zeros(len(energy_j))
     at = np.minimum((records.arrival_s + 1e-9).astype(int), len(bad) - 1)
-    np.add.at(bad, at, badness(records, slo))
+    np.add.at(bad, at, penalty(records, slo))
     bad[-1] += (int(arrivals.sum()) - len(records)) * (1.0 if slo.share is not None else 10.0)
     rates = np.array([0.0, *smoothed_rates(arrivals)[:-1]])
     return Trace(energy_j, bad, rates, int(arrivals.sum()))
@@ -82,7 +82,7 @@ def find_schedule(
         supported_mhz: clocks of the GPU, ascending.
         segment_s: seconds that are moved together.
         batch_limit: in all windows.
-        allowed: mean badness that meets the SLO.
+        allowed: mean penalty that meets the SLO.
         strides: places in ``supported_mhz`` by which segments are moved, in turn; clocks are profiled as far
             apart as the first.
         starts: clocks per window, such as those that other policies chose.
@@ -144,11 +144,11 @@ class _Grid:
 
     clocks_mhz: tuple[int, ...]
     energy_j: np.ndarray
-    badness: np.ndarray
+    penalty: np.ndarray
 
     def cheapest(self, price_j: float) -> tuple[int, ...]:
-        """Per cell the clock of least energy plus ``price_j`` per unit of badness; (cells,)."""
-        best = (self.energy_j + price_j * self.badness).argmin(axis=0)
+        """Per cell the clock of least energy plus ``price_j`` per unit of penalty; (cells,)."""
+        best = (self.energy_j + price_j * self.penalty).argmin(axis=0)
         return tuple(self.clocks_mhz[k] for k in best)
 
 
@@ -166,7 +166,7 @@ def _grid(
     for k, per_seed in enumerate(traces):
         for t in per_seed:
             np.add.at(energy_j[k], cell_of(t), t.energy_j)
-            np.add.at(bad[k], cell_of(t), t.badness)
+            np.add.at(bad[k], cell_of(t), t.penalty)
     return _Grid(tuple(clocks_mhz), energy_j, bad)
 
 
@@ -178,22 +178,22 @@ class _Attempts:
         self._tried: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def cost(self, clocks_mhz: tuple[int, ...]) -> tuple[float, float]:
-        """Energy in J and mean badness of a candidate over all seeds."""
+        """Energy in J and mean penalty of a candidate over all seeds."""
         if clocks_mhz not in self._tried:
             traces = self._run(self._make(clocks_mhz))
             arrivals = sum(t.arrivals for t in traces)
-            bad = sum(float(t.badness.sum()) for t in traces) / max(arrivals, 1)
+            bad = sum(float(t.penalty.sum()) for t in traces) / max(arrivals, 1)
             self._tried[clocks_mhz] = sum(float(t.energy_j.sum()) for t in traces), bad
         return self._tried[clocks_mhz]
 
     def rank(self, clocks_mhz: tuple[int, ...]) -> tuple[bool, float]:
-        """Lower is better: least energy of those within the allowed badness, or else least badness."""
+        """Lower is better: least energy of those within the allowed penalty, or else least penalty."""
         energy_j, bad = self.cost(clocks_mhz)
         return bad > self._allowed, bad if bad > self._allowed else energy_j
 
     def bisect_price(self, grid: _Grid) -> None:
-        """Try the cheapest clocks at prices between which the allowed badness lies."""
-        scale_j = float(grid.energy_j.min(axis=0).sum()) / max(float(grid.badness.max(axis=0).sum()), 1.0)
+        """Try the cheapest clocks at prices between which the allowed penalty lies."""
+        scale_j = float(grid.energy_j.min(axis=0).sum()) / max(float(grid.penalty.max(axis=0).sum()), 1.0)
         low, high = scale_j * 1e-4, scale_j * 1e6
         for _ in range(_BISECTIONS):
             price_j = (low * high) ** 0.5
@@ -217,7 +217,7 @@ class _Attempts:
         """Move many groups of clocks at once: up where that buys most, down where it costs least.
 
         Each group, the clocks of one cell, is moved by itself; then, for prices between which the allowed
-        badness lies, every group makes its best move of the three (down, none, up) together.
+        penalty lies, every group makes its best move of the three (down, none, up) together.
         """
         base = self.best()
         clocks, supported = np.array(base), np.array(supported_mhz)
@@ -229,7 +229,7 @@ class _Attempts:
                 moved = np.where(cell_of == cell, np.clip(at + step, 0, len(supported) - 1), at)
                 cost = self.cost(tuple(supported[moved].tolist()))
                 moves[:, cell, k] = cost[0] - energy_j, cost[1] - bad
-        low, high = energy_j * 1e-3, energy_j * 1e3  # J per unit of mean badness
+        low, high = energy_j * 1e-3, energy_j * 1e3  # J per unit of mean penalty
         for _ in range(_BISECTIONS):
             price_j = (low * high) ** 0.5
             steps = (moves[0] + price_j * moves[1]).argmin(axis=1)[cell_of] - 1

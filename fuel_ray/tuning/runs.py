@@ -88,7 +88,7 @@ def score_of(traces: Sequence[Trace], slo: Slo, *, share: float) -> Score:
     """What these traces amount to."""
     arrivals = max(sum(t.arrivals for t in traces), 1)
     energy_j = float(np.sum([t.energy_j.sum() for t in traces])) / arrivals
-    bad = float(np.sum([t.badness.sum() for t in traces])) / arrivals
+    bad = float(np.sum([t.penalty.sum() for t in traces])) / arrivals
     if slo.share is not None:
         return Score(energy_j, 1.0 - bad)
     return Score(energy_j, min(max(1.0, share), share * share / max(bad, 1e-9)))

@@ -5,7 +5,7 @@ from functools import cache, partial
 
 from fuel_ray.policies.catalogue import Contender, Learner
 from fuel_ray.policies.static import LoadTable, Static
-from fuel_ray.tuning.clock_search import allowed_badness, find_load_table
+from fuel_ray.tuning.clock_search import allowed_penalty, find_load_table
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.static_pair import Score, tune_static
 from fuel_ray.types import Knobs, Policy, Slo
@@ -17,64 +17,64 @@ BISECTIONS = 8
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 
 
-def tune_static_pair(practice: Runs, slo: str, *, share: float, limits: Sequence[int]) -> tuple[Knobs, float]:
+def tune_static_pair(tuning: Runs, slo: str, *, share: float, limits: Sequence[int]) -> tuple[Knobs, float]:
     """The best pair, and the share of requests that is asked of everybody.
 
     Where no pair meets the SLO for ``share``, everybody is asked for what the best one attains, less
     ``SLACK``.
     """
-    spec = practice.loop.node.spec
+    spec = tuning.loop.node.spec
     highest = spec.batch_limits[-1]
     limits = sorted({highest, *(limit for limit in limits if limit < highest)})
 
     def score(policy: Policy, share: float) -> Score:
-        return practice.score(policy, slo, share=share)
+        return tuning.score(policy, slo, share=share)
 
     fastest = [Static(Knobs(limit, spec.gpu_clocks_mhz[-1])) for limit in limits]
     reachable = max(score(policy, share).slo_attainment for policy in fastest)
-    asked = share if reachable >= share else eased(practice.slos[slo], share, reachable)
+    asked = share if reachable >= share else asked_less(tuning.slos[slo], share, reachable)
     return tune_static(partial(score, share=asked), spec, share=asked, limits=limits), asked
 
 
-def eased(slo: Slo, share: float, reachable: float) -> float:
+def asked_less(slo: Slo, share: float, reachable: float) -> float:
     """What to ask for where the best there is attains only ``reachable`` by ``share``: a little less."""
     if slo.share is None:  # means, which are at share / reachable of what is asked
         return share * share / reachable + SLACK
     return reachable - SLACK
 
 
-def tune_table(practice: Runs, slo: str, static: Knobs, *, share: float, budget: int = 60) -> LoadTable:
+def tune_table(tuning: Runs, slo: str, static: Knobs, *, share: float, budget: int = 60) -> LoadTable:
     """The best load table at this pair's limit; ``budget`` runs are spent on single moves."""
     return find_load_table(
-        practice.runner(slo),
-        practice.loop.node.spec.gpu_clocks_mhz,
+        tuning.runner(slo),
+        tuning.loop.node.spec.gpu_clocks_mhz,
         batch_limit=static.batch_limit,
-        allowed=allowed_badness(practice.slos[slo], share),
+        allowed=allowed_penalty(tuning.slos[slo], share),
         stride=TABLE_STRIDE,
         budget=budget,
     )
 
 
-def tuned(family: Sequence[Contender], practice: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
+def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
     """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them."""
-    ranks = [_ranker(contender, practice, slo, share) for contender in family]
+    ranks = [_ranker(contender, tuning, slo, share) for contender in family]
     settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
     best = 0
     if len(family) > 1:
         best = min(range(len(family)), key=lambda k: ranks[k](settings[k]))
     policy = family[best].make(settings[best])
     if isinstance(policy, Learner):
-        for seed in practice.seeds:
-            practice.episode(policy, seed)
+        for seed in tuning.seeds:
+            tuning.episode(policy, seed)
             policy.keep()
     return policy, settings[best]
 
 
 def _ranker(
-    contender: Contender, practice: Runs, slo: str, share: float
+    contender: Contender, tuning: Runs, slo: str, share: float
 ) -> Callable[[float], tuple[bool, float]]:
     """How the contender ranks with a setting, run once per setting."""
-    return cache(lambda setting: practice.score(contender.make(setting), slo, share=share).rank(share))
+    return cache(lambda setting: tuning.score(contender.make(setting), slo, share=share).rank(share))
 
 
 def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:

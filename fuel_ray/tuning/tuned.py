@@ -86,12 +86,12 @@ def tuned_policies(
     if not needing:
         return policies
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
-    practice = _practice(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
-    tuned = tuned or tune_on(practice, _ASKED, share=share)
+    tuning = _practice(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
+    tuned = tuned or tune_on(tuning, _ASKED, share=share)
     case = case_of(config, spec, static=tuned.static, table=tuned.table)
     for name in needing:
         family = [resolve(entries[name], case)]
-        policies[name], _ = search.tuned(family, practice, _ASKED, share=tuned.share)
+        policies[name], _ = search.tuned(family, tuning, _ASKED, share=tuned.share)
     return policies
 
 
@@ -99,9 +99,9 @@ def tune_anchor(
     config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
 ) -> tuple[Anchor, float]:
     """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
-    practice = _practice(config, kv_block_size, config.workload)
-    variants = kept_near("", policy.policy(practice.loop.node.spec), config.slo, tuned.table)
-    best, _ = search.tuned(variants, practice, _ASKED, share=tuned.share)
+    tuning = _practice(config, kv_block_size, config.workload)
+    variants = kept_near("", policy.policy(tuning.loop.node.spec), config.slo, tuned.table)
+    best, _ = search.tuned(variants, tuning, _ASKED, share=tuned.share)
     assert isinstance(best, LearnedPolicy)
     assert best.anchor is not None
     return best.anchor, best.codec.miss_price_j
@@ -119,16 +119,16 @@ def score_weights(
     A policy that was trained for many prices of a miss is scored at the best that is found; others have
     that of their training.
     """
-    practices = [_practice(config, size, config.workload) for size in block_sizes]
+    tunings = [_practice(config, size, config.workload) for size in block_sizes]
     scores: dict[float, Score] = {}
 
     def score_at(miss_price_j: float) -> Score:
         found = []
-        for practice in practices:
-            spec = practice.loop.node.spec
+        for tuning in tunings:
+            spec = tuning.loop.node.spec
             codec = replace(build_codec(config, spec), miss_price_j=miss_price_j)
             policy = LearnedPolicy(arrays, codec, spec, head=config.train.head, anchor=anchor)
-            found.append(practice.score(policy, _ASKED, share=share))
+            found.append(tuning.score(policy, _ASKED, share=share))
         return Score(
             energy_j_per_request=float(np.mean([score.energy_j_per_request for score in found])),
             slo_attainment=min(score.slo_attainment for score in found),
