@@ -314,7 +314,6 @@ GENERALIST_PRESET = SweepConfig(
     mode="generalist",
     train=TrainConfig(epsilon_initial=1.0, epsilon_final=0.05, average_results=3),
 )
-_ONLY_IN_RUN_JSON = ("slo_attainment_target",)  # it says more than settings
 PRESETS: dict[str, SweepConfig] = {
     "default": SweepConfig(),
     "plain": PLAIN_PRESET,
@@ -362,7 +361,6 @@ def from_dict(raw: Any, *, base: Serving, source: str) -> Serving:
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: not a JSON object")
-    raw = {key: value for key, value in raw.items() if key not in _ONLY_IN_RUN_JSON}
     parts = ((f.name, getattr(base, f.name)) for f in dataclasses.fields(base))
     nested: dict[str, Any] = {name: part for name, part in parts if dataclasses.is_dataclass(part)}
     changes = _changes(type(base), {k: v for k, v in raw.items() if k not in nested}, source)

@@ -67,8 +67,9 @@ def expected(count=STEPS // EVERY):
     return [EVERY * (i + 1) for i in range(count)]
 
 
-def test_a_killed_node_costs_an_episode(two_hosts, tmp_path):
-    training = Training(tmp_path)
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+def test_a_killed_node_costs_an_episode(algorithm, two_hosts, tmp_path):
+    training = Training(tmp_path, "--train.algorithm", algorithm)
     training.wait_for(2)
     time.sleep(0.5)
     kill(two_hosts.hosts, "ray::NodeActor")

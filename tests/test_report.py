@@ -182,7 +182,7 @@ def _run_info(shape):
             "slo_ttft_s": 1.0,
             "slo_tpot_s": 0.05,
             "slo_e2e_s": None,
-            "slo_attainment_target": 0.95,
+            "slo_share": 0.95,
             "kv_tokens": 26000,
             "block_sizes": list(shape.block_sizes),
             "reward": {"name": "energy", "slo_penalty": 5.0},

@@ -68,7 +68,7 @@ class Run:
     @property
     def attainment_target(self) -> float | None:
         """Share of requests that must meet the SLO, 0..1."""
-        target = self.setting("slo_attainment_target")
+        target = self.setting("slo_share")
         return None if target is None else float(target)
 
     def setting(self, name: str) -> Any:

@@ -221,11 +221,7 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
     run_dir = new_folder(config.out, verb)
     pack = load_pack(config.pack)
     facts = {
-        "config": {
-            **to_dict(config),
-            "backend": "live" if config.live_server else "sim",
-            "slo_attainment_target": config.slo_share,
-        },
+        "config": {**to_dict(config), "backend": "live" if config.live_server else "sim"},
         **origin(verb),
         "seeds": {
             "training": f"drawn from seed {config.seed}",
