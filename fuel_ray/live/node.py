@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -18,24 +17,13 @@ from fuel_ray.live.load.completion import Attempt
 from fuel_ray.live.load.loadgen import LoadGenerator, request_records
 from fuel_ray.live.sampling import Sample, Sampler, held_mean, window_energy_j
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
-from fuel_ray.live.vllm.metrics import MetricsDelta, MetricsSnapshot, difference
+from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
 
 GPU_INTERVAL_S = 0.05
 
 logger = logging.getLogger(__name__)
-
-
-class Limiter(Protocol):
-    """Sets the batch limit inside the server."""
-
-    def set(self, limit: int) -> int:
-        """Ask for a limit; what was asked for after clamping to the server's capacity."""
-        ...
-
-    def close(self) -> None:
-        """Give the limit back."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +49,8 @@ class GpuNode:
         gpus: Gpus,
         client: MetricsClient,
         *,
-        limiter: Limiter | None = None,
+        limiter: BatchLimiter | None = None,
+        shadow: bool = False,
         start_load: Callable[[int], LoadGenerator] | None = None,
         cpu: CpuMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -73,7 +62,8 @@ class GpuNode:
             spec: with one clock if the clock is not controlled (observe-only).
             gpus: those that the server runs on.
             client: of the server's /metrics.
-            limiter: of the server's batch limit.
+            limiter: of the server's batch limit; None if it is left alone.
+            shadow: set no clock, whatever the spec has.
             start_load: makes the load of an episode from its seed; None if the requests come from elsewhere.
             cpu: of this machine.
             clock: monotonic seconds.
@@ -93,7 +83,7 @@ class GpuNode:
         self._ended: list[Attempt] = []  # not yet taken as records
         self._mark: _Mark | None = None
         self._sent = 0
-        self._lease = ClockLease(gpus.uuids) if len(spec.gpu_clocks_mhz) > 1 else None
+        self._lease = ClockLease(gpus.uuids) if len(spec.gpu_clocks_mhz) > 1 and not shadow else None
 
     @property
     def spec(self) -> NodeSpec:
@@ -193,8 +183,10 @@ class GpuNode:
         if delta.restarted:
             raise TelemetryError(f"{self._spec.name}: the server restarted within the window")
         readings = self._readings.since(begin.at_s)
-        served = self._served() if self._load is not None else self._foreign_window(begin, end, delta)
-        computed = delta.prompt_tokens - (delta.prompt_tokens_cached or 0)
+        if self._load is not None:
+            served = self._served()
+        else:
+            served = self._foreign.window(begin.server, end.server, delta, end_s=end.at_s)
         return WindowMetrics(
             duration_s=delta.seconds,
             energy_j=self._energy_j(begin, end, readings),
@@ -204,7 +196,7 @@ class GpuNode:
             cpu_util=end.cpu.util,
             arrivals=served.arrivals,
             completed=served.completed,
-            prompt_tokens=computed,
+            prompt_tokens=delta.prompt_tokens - (delta.prompt_tokens_cached or 0),
             output_tokens=delta.generation_tokens,
             running=end.server.running,
             waiting=end.server.waiting,
@@ -234,9 +226,6 @@ class GpuNode:
             tpots_s=tuple(tpots_s[np.isfinite(tpots_s)].tolist()),
             e2es_s=tuple(records.e2e_s.tolist()),
         )
-
-    def _foreign_window(self, begin: _Mark, end: _Mark, delta: MetricsDelta) -> Served:
-        return self._foreign.window(begin.server, end.server, delta, end_s=end.at_s)
 
     def _energy_j(self, begin: _Mark, end: _Mark, readings: tuple[Sample[GpuReading], ...]) -> float:
         counter_j = None

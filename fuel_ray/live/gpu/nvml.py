@@ -127,6 +127,14 @@ class Gpus:
             return all(map(self._helper.serves, self.uuids))
         return holds_sys_admin(proc)
 
+    def settable_clocks_mhz(self, *, wanted: bool) -> tuple[int, ...]:
+        """Those that may be chosen; one, the highest, if clocks are not ours to set."""
+        if wanted and self.can_set_clocks():
+            return self.supported_clocks_mhz
+        if wanted:
+            logger.warning("the clocks of %s may not be set here: they are left alone", self.name)
+        return self.supported_clocks_mhz[-1:] or (round(self.read().sm_clock_mhz),)
+
     def pin(self, clock_mhz: float) -> int:
         """Pin the SM clocks at the supported clock nearest to ``clock_mhz``, and return that clock.
 
