@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from tyro.conf import arg
@@ -65,12 +65,7 @@ class DeployConfig(Target):
 
 
 def parse(argv: list[str], *, prog: str) -> DeployConfig:
-    """Settings from flags.
-
-    Raises:
-        ConfigError: a flag is wrong.
-        PolicyError: there is no such policy.
-    """
+    """Settings from flags; raises ConfigError where one is wrong."""
     config = parse_flags(DeployConfig, argv, prog=prog)
     if config.shadow and config.canary is not None:
         raise ConfigError("--canary needs the policy to rule at times; --shadow never lets it")
@@ -84,10 +79,11 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
     folder = _rule(config) or policy_folder(Path(config.policy), extra_features=config.extra_features)
-    trial = None
+    trial, rng = None, np.random.default_rng(config.seed)
     if config.canary is not None:
-        rng = np.random.default_rng(config.seed)
         trial = Canary(share=config.canary, block_s=config.canary_block_s, slo=folder.slo, rng=rng)
+    what = folder.manifest.to_dict() if isinstance(folder, PolicyFolder) else {"rule": folder.entry}
+    facts = {**origin("deploy"), "config": to_dict(config), "policy": what, "slo": asdict(folder.slo)}
     attach_again = partial(attach, config, folder, interval_s=config.interval_s, trial=trial)
     with contextlib.ExitStack() as opened:
         observers: list[Observer] = []
@@ -98,7 +94,7 @@ def run(config: DeployConfig) -> int:
             observers.append(exporter)
         first = attach_again()  # what is wrong at first is the user's to know
         opened.callback(first.loop.node.close)
-        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.slo, trial)
+        recorder = Recorder(new_folder(config.out, "deploy"), facts, folder.slo, trial)
         opened.callback(recorder.close)
         deployment = Deployment(attach_again, [recorder, *observers], interval_s=config.interval_s)
         deployment.run(first, max_steps=config.max_steps)
@@ -109,15 +105,4 @@ def _rule(config: DeployConfig) -> Rule | None:
     """What is named where --policy is no path."""
     if Path(config.policy).exists():
         return None
-    slo = Slo(config.slo_ttft_s, config.slo_tpot_s, config.slo_e2e_s)
-    return Rule(config.policy, slo, config.pack)
-
-
-def _facts(config: DeployConfig, folder: PolicyFolder | Rule) -> dict[str, Any]:
-    """What run.json says beforehand."""
-    return {
-        **origin("deploy"),
-        "config": to_dict(config),
-        "policy": folder.manifest.to_dict() if isinstance(folder, PolicyFolder) else {"rule": folder.entry},
-        "slo": asdict(folder.slo),
-    }
+    return Rule(config.policy, Slo(config.slo_ttft_s, config.slo_tpot_s, config.slo_e2e_s), config.pack)

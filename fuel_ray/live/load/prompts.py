@@ -1,13 +1,12 @@
 """Prompts to send: token ids of exact length, or the conversations of ShareGPT."""
 
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.record import read_json
 from fuel_ray.types import Requests
 
 _CHARACTERS_PER_TOKEN = 4  # of English text with today's tokenizers, roughly
@@ -57,11 +56,7 @@ def drawn_load(
     sharegpt: Path | None,
     seed: int,
 ) -> tuple[Requests, list[str] | TokenPrompts]:
-    """``n`` requests with exponential gaps, of fixed lengths or of the conversations of a ShareGPT file.
-
-    Raises:
-        ConfigError: not a ShareGPT file, or no conversation of fitting length.
-    """
+    """``n`` requests with exponential gaps, of fixed lengths or a ShareGPT file's; see ``load_sharegpt``."""
     rng = np.random.default_rng(seed)
     arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, n))
     unshared = np.full(n, -1), np.zeros(n, np.int64)
@@ -73,18 +68,7 @@ def drawn_load(
     return requests, TokenPrompts(requests, vocab_size=vocab_size, rng=rng)
 
 
-def estimated_tokens(text: str) -> int:
-    """Tokens of a text without a tokenizer: a quarter of its characters."""
-    return math.ceil(len(text) / _CHARACTERS_PER_TOKEN)
-
-
-def load_sharegpt(
-    path: Path,
-    n: int,
-    rng: np.random.Generator,
-    *,
-    count_tokens: Callable[[str], int] = estimated_tokens,
-) -> tuple[list[str], np.ndarray]:
+def load_sharegpt(path: Path, n: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     """First questions of ``n`` random conversations, and the lengths (n,) of the recorded answers in tokens.
 
     Conversations are kept as `vllm bench serve` keeps them: at least 4 tokens each way, at most 1024 in the
@@ -94,12 +78,16 @@ def load_sharegpt(
         ConfigError: not a ShareGPT file, or no conversation of fitting length.
     """
     pairs = [pair for pair in map(_first_turns, _conversations(path)) if pair is not None]
-    sized = [(question, count_tokens(question), count_tokens(answer)) for question, answer in pairs]
+    sized = [(question, _tokens(question), _tokens(answer)) for question, answer in pairs]
     fitting = [(question, output) for question, prompt, output in sized if _fits(prompt, output)]
     if not fitting:
         raise ConfigError(f"{path}: no ShareGPT conversation of fitting length among {len(pairs)}")
     chosen = rng.choice(len(fitting), size=n, replace=n > len(fitting))
     return [fitting[i][0] for i in chosen], np.array([fitting[i][1] for i in chosen], np.int64)
+
+
+def _tokens(text: str) -> int:
+    return math.ceil(len(text) / _CHARACTERS_PER_TOKEN)
 
 
 def _fits(prompt: int, output: int) -> bool:
@@ -108,12 +96,7 @@ def _fits(prompt: int, output: int) -> bool:
 
 
 def _conversations(path: Path) -> list[object]:
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+    items = read_json(path)
     if not isinstance(items, list):
         raise ConfigError(f"{path}: not a list of ShareGPT conversations")
     return items
