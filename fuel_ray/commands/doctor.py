@@ -36,11 +36,7 @@ class DoctorConfig:
 
 
 def run(config: DoctorConfig) -> int:
-    """Print a line per check; 0 if nothing that is needed is missing, else 1.
-
-    Raises:
-        ConfigError: there is no such cluster or file.
-    """
+    """Print a line per check; 0 if nothing that is needed is missing, else 1."""
     if config.cluster_file is not None:
         return _print("", file_checks(config.cluster_file))
     if not config.cluster:

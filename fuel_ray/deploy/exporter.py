@@ -150,11 +150,7 @@ class Page:
 
 
 def read_page(url: str, *, timeout_s: float = 2.0) -> Page:
-    """What a controller says of itself.
-
-    Raises:
-        TelemetryError: there is no answer, or not a controller's.
-    """
+    """What a controller says of itself; TelemetryError without an answer of one."""
     try:
         with _DIRECT.open(f"{url.rstrip('/')}/metrics", timeout=timeout_s) as answer:
             text = answer.read(2**20).decode()

@@ -91,11 +91,7 @@ class GpuNode:
         return self._spec
 
     def reset(self, *, seed: int) -> None:
-        """Begin a new load, if this node sends one, and forget old samples.
-
-        Raises:
-            NodeError: a GPU or the server gives no reading.
-        """
+        """Begin a new load, if this node sends one, and forget old samples."""
         self._stop_load()
         self._first_tokens, self._ended, self._sent, self._foreign = set(), [], 0, ForeignLoad()
         self._readings.start()
@@ -105,11 +101,7 @@ class GpuNode:
             self._load.start()
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Pin the nearest supported clock and set the limit; what is not controlled stays at its highest.
-
-        Raises:
-            NodeError: the GPU or the server refused.
-        """
+        """Pin the nearest supported clock and set the limit; what is not controlled stays at its highest."""
         clock_mhz = self._spec.gpu_clocks_mhz[-1]
         if self._lease is not None:
             self._lease.renew()
@@ -121,11 +113,7 @@ class GpuNode:
         return self._knobs
 
     def measure(self, duration_s: float) -> WindowMetrics:
-        """Wait ``duration_s`` from the end of the last window and say what happened since then.
-
-        Raises:
-            NodeError: a GPU, the server or the load generator gave no reading.
-        """
+        """Wait ``duration_s`` from the end of the last window and say what happened since then."""
         if self._mark is None:
             raise NodeError(f"{self._spec.name} was not reset")
         begin = self._mark

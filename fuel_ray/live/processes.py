@@ -79,11 +79,7 @@ def orderly_signals() -> Iterator[None]:
 
 
 def start_time(pid: int) -> str:
-    """The kernel's, in clock ticks since boot; with the pid it names a process once and for all.
-
-    Raises:
-        OSError: there is no such process.
-    """
+    """The kernel's, in clock ticks since boot; with the pid it names a process once and for all."""
     return _state(pid)[1]
 
 

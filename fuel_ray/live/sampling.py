@@ -127,11 +127,7 @@ class Sampler(Generic[T]):
         return tuple(entry for entry in self._entries() if isinstance(entry, Sample))
 
     def latest(self, *, timeout_s: float) -> Sample[T]:
-        """The newest sample; the first one after ``start`` is waited for.
-
-        Raises:
-            TelemetryError: the newest read failed, there has been none in time, or it was not started.
-        """
+        """The newest sample; the first one after ``start`` is waited for; TelemetryError if it failed."""
         if self._thread is None:
             raise TelemetryError(f"{self.name} is not running: call start()")
         with self._news:

@@ -56,11 +56,7 @@ class ClockLease:
         _let_go_in_children(self)
 
     def renew(self) -> None:
-        """Make sure that the clocks are watched over: a watchdog that died is started again.
-
-        Raises:
-            GpuError: it does not start, or the lease has ended.
-        """
+        """Make sure that the clocks are watched over: a watchdog that died is started again, or GpuError."""
         if not self._held:
             raise GpuError(f"the lease on the clocks of {', '.join(self._uuids)} has ended")
         if not self._watchdog.lives():
@@ -189,8 +185,8 @@ def unlock(uuid: str, *, folder: Path, force: bool = False) -> None:
     """Give a GPU's clocks back to the driver, whoever locked them, and remove a stale state file.
 
     Raises:
-        GpuError: the driver refused, or a controller has the GPU; with ``force`` its clocks are reset all the
-            same, while it keeps its lease and may set them again.
+        GpuError: the driver refused, or a controller has the GPU and ``force`` is not given; with it that one
+            keeps its lease and may set them again.
     """
     try:
         held = lock(folder, uuid)
@@ -213,12 +209,7 @@ class Outcome:
 
 
 def unlock_gpus(gpu_ids: Sequence[str] = (), *, force: bool = False) -> list[Outcome]:
-    """Give the clocks of these GPUs of this host back; of none, those that dead controllers left.
-
-    Raises:
-        ConfigError: a GPU named twice, or the state folder cannot be written to.
-        GpuError: there is no such GPU, or no driver.
-    """
+    """Give the clocks of these GPUs of this host back; of none, those that dead controllers left."""
     folder = state_folder()
     if gpu_ids:
         with Gpus(gpu_ids) as gpus:

@@ -5,12 +5,12 @@ Reads cost 2-10 us on an H100, the energy counter 3 ms (p99 16 ms), so it has a 
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import pynvml
 
@@ -48,12 +48,7 @@ class GpuReading:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Let NVML's errors leave as ours.
-
-    Raises:
-        PrivilegeError: the process may not do this.
-        GpuError: any other NVML error.
-    """
+    """Let NVML's errors leave as ours: PrivilegeError where the process may not, else GpuError."""
     try:
         yield
     except pynvml.NVMLError as error:
@@ -61,7 +56,7 @@ def translated(doing: str) -> Iterator[None]:
         raise kind(f"cannot {doing}: {ADVICE.get(error.value, str(error))}") from error
 
 
-class Gpus:
+class Gpus(AbstractContextManager["Gpus"]):
     """One node's GPUs, by UUID or by NVML index (PCI order, whatever CUDA_VISIBLE_DEVICES says); default all.
 
     Power and energy are summed; utilisations and clocks are means. ``supported_clocks_mhz`` ascend,
@@ -90,9 +85,6 @@ class Gpus:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -149,11 +141,7 @@ class Gpus:
         return snapped_mhz
 
     def reset(self) -> None:
-        """Give all clocks back to the driver, whoever locked them, on every GPU even if one fails.
-
-        Raises:
-            GpuError: the first failure.
-        """
+        """Give all clocks back, whoever locked them, on every GPU even if one fails; then GpuError."""
         self._reset(self.uuids)
 
     def read(self) -> GpuReading:

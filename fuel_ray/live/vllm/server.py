@@ -122,11 +122,7 @@ class VllmServer:
             raise
 
     def check(self) -> None:
-        """Return if the process lives.
-
-        Raises:
-            NodeError: it ended, or was not started; the message has its own last error.
-        """
+        """Raises NodeError where the process does not live; the message has its own last error."""
         if self._process is None:
             raise NodeError(f"no vLLM server was started on port {self.port}")
         code = self._process.poll()
@@ -273,20 +269,12 @@ def _check_free(port: int) -> None:
 
 
 def served_model(url: str) -> str:
-    """The name under which the server at ``url`` serves its model.
-
-    Raises:
-        NodeError: no answer, or not that of an OpenAI-compatible server.
-    """
+    """The name under which the server at ``url`` serves its model; NodeError without an answer."""
     return str(_answer(url, "/v1/models", lambda answer: answer["data"][0]["id"]))
 
 
 def server_version(url: str) -> str:
-    """The version of vLLM that runs at ``url``.
-
-    Raises:
-        NodeError: no answer, or not vLLM's.
-    """
+    """The version of vLLM that runs at ``url``; NodeError without an answer."""
     return str(_answer(url, "/version", lambda answer: answer["version"]))
 
 
