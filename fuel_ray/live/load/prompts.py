@@ -1,7 +1,9 @@
 """Prompts to send: token ids of exact length, or the conversations of ShareGPT."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -46,26 +48,41 @@ class TokenPrompts:
         return np.random.default_rng((self._seed, *stream)).integers(self._vocab_size, size=count)
 
 
-def drawn_load(
-    n: int,
-    *,
-    rate_per_s: float,
-    prompt_tokens: int,
-    output_tokens: int,
-    vocab_size: int,
-    sharegpt: Path | None,
-    seed: int,
-) -> tuple[Requests, list[str] | TokenPrompts]:
-    """``n`` requests with exponential gaps, of fixed lengths or a ShareGPT file's; see ``load_sharegpt``."""
-    rng = np.random.default_rng(seed)
-    arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, n))
-    unshared = np.full(n, -1), np.zeros(n, np.int64)
-    if sharegpt is not None:
-        texts, answer_tokens = load_sharegpt(sharegpt, n, rng)
+@dataclass(frozen=True, kw_only=True)
+class DrawnLoad:
+    """Requests with exponential gaps, of fixed lengths or of a ShareGPT file's."""
+
+    dataset_name: Literal["sharegpt", "random"] = "random"
+    """sharegpt: prompts and answer lengths of a ShareGPT file. random: token ids of fixed lengths."""
+    dataset_path: Path | None = None
+    """ShareGPT JSON file."""
+    num_prompts: int = 100
+    """Requests to send."""
+    request_rate: float = 10.0
+    """Requests per second; inter-arrival times are exponential."""
+    random_input_len: int = 512
+    """Prompt tokens of the random dataset."""
+    random_output_len: int = 128
+    """Output tokens of the random dataset."""
+    vocab_size: int = 1000
+    """Token ids of the random dataset are below this."""
+    seed: int = 0
+    """Seed of arrivals and prompts."""
+
+    def draw(self) -> tuple[Requests, list[str] | TokenPrompts]:
+        """The requests and their prompts; ConfigError where ``load_sharegpt`` finds none."""
+        n, rng = self.num_prompts, np.random.default_rng(self.seed)
+        arrival_s = np.cumsum(rng.exponential(1 / self.request_rate, n))
+        lengths = np.full(n, self.random_input_len), np.full(n, self.random_output_len)
+        unshared = np.full(n, -1), np.zeros(n, np.int64)
+        if self.dataset_name == "random":
+            requests = Requests(arrival_s, *lengths, *unshared)
+            return requests, TokenPrompts(requests, vocab_size=self.vocab_size, rng=rng)
+        if self.dataset_path is None:
+            raise ConfigError("--dataset-name sharegpt needs --dataset-path")
+        texts, answer_tokens = load_sharegpt(self.dataset_path, n, rng)
         as_counted_there = np.ones(n, np.int64)  # the server counts a text's tokens
         return Requests(arrival_s, as_counted_there, answer_tokens, *unshared), texts
-    requests = Requests(arrival_s, np.full(n, prompt_tokens), np.full(n, output_tokens), *unshared)
-    return requests, TokenPrompts(requests, vocab_size=vocab_size, rng=rng)
 
 
 def load_sharegpt(path: Path, n: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
