@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -34,7 +33,7 @@ _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}
 logger = logging.getLogger(__name__)
 
 
-class LiveServer:
+class LiveServer(contextlib.AbstractContextManager["LiveServer"]):
     """The vLLM server that live nodes of one block size run on: one started here, or the one that is named.
 
     ``config`` are the settings whose nodes attach to it.
@@ -59,9 +58,6 @@ class LiveServer:
             live = replace(config.live, server=self._server.url, limit_file=limiter.path)
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

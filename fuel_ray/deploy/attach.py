@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +95,7 @@ def attach(
     return Attached(
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=policy,
-        check=_server_check(client, spec, target.server),
+        check=partial(_check_same, client, spec, target.server),
         saved_j=_saving(folder, spec),
     )
 
@@ -203,20 +204,16 @@ def _cache(client: MetricsClient) -> CacheConfig:
     return cache
 
 
-def _server_check(client: MetricsClient, spec: NodeSpec, server: str) -> Callable[[], None]:
+def _check_same(client: MetricsClient, spec: NodeSpec, server: str) -> None:
     """Raises PolicyError where there is another server at the same address."""
+    cache = _cache(client)
+    found = cache.block_size, cache.num_gpu_blocks, served_model(server)
     expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
-
-    def check() -> None:
-        cache = _cache(client)
-        found = cache.block_size, cache.num_gpu_blocks, served_model(server)
-        if found != expected:
-            raise PolicyError(
-                "the server is another one: block size, blocks and model are "
-                f"{', '.join(map(str, found))}; they were {', '.join(map(str, expected))}"
-            )
-
-    return check
+    if found != expected:
+        raise PolicyError(
+            "the server is another one: block size, blocks and model are "
+            f"{', '.join(map(str, found))}; they were {', '.join(map(str, expected))}"
+        )
 
 
 def _capacity(target: Target, folder: PolicyFolder | Rule, limiter: BatchLimiter | None) -> int:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from fuel_ray.live.gpu.lease import ClockLease
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.load.completion import Attempt
 from fuel_ray.live.load.loadgen import LoadGenerator, request_records
-from fuel_ray.live.sampling import Sample, Sampler, held_mean, window_energy_j
+from fuel_ray.live.sampling import Sample, Sampler, figures, held_mean, window_energy_j
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
@@ -56,21 +57,10 @@ class GpuNode:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Take over a running server.
+        """Take over a running server; GpuError if another controller has the clocks that it would set.
 
-        Args:
-            spec: with one clock if the clock is not controlled (observe-only).
-            gpus: those that the server runs on.
-            client: of the server's /metrics.
-            limiter: of the server's batch limit; None if it is left alone.
-            shadow: set no clock, whatever the spec has.
-            start_load: makes the load of an episode from its seed; None if the requests come from elsewhere.
-            cpu: of this machine.
-            clock: monotonic seconds.
-            sleep: waits.
-
-        Raises:
-            GpuError: another controller has the clocks that this node would set.
+        No clock is set where ``spec`` has but one (observe-only), nor in the ``shadow`` of a policy.
+        ``start_load`` makes the load of an episode from its seed; None if requests come from elsewhere.
         """
         self._spec, self._gpus, self._client = spec, gpus, client
         self._limiter, self._start_load, self._cpu = limiter, start_load, cpu or CpuMeter()
@@ -135,18 +125,13 @@ class GpuNode:
         """Stop the load and give clocks and limit back; safe to call twice."""
         self._mark = None
         with contextlib.ExitStack() as closing:  # last first, each whether or not another fails
-            closing.callback(self._give_back_clocks)
+            give_back = self._gpus.close
+            closing.callback(give_back if self._lease is None else partial(self._lease.release, give_back))
             closing.callback(self._client.close)
             if self._limiter is not None:
                 closing.callback(self._limiter.close)
             closing.callback(self._readings.stop)
             closing.callback(self._stop_load)
-
-    def _give_back_clocks(self) -> None:
-        if self._lease is None:
-            self._gpus.close()
-        else:
-            self._lease.release(self._gpus.close)
 
     def _stop_load(self) -> None:
         load, self._load = self._load, None
@@ -177,7 +162,12 @@ class GpuNode:
             served = self._foreign.window(begin.server, end.server, delta, end_s=end.at_s)
         return WindowMetrics(
             duration_s=delta.seconds,
-            energy_j=self._energy_j(begin, end, readings),
+            energy_j=window_energy_j(
+                figures(readings, "power_w"),
+                begin_s=begin.at_s,
+                end_s=end.at_s,
+                counter_j=(begin.energy_j, end.energy_j),
+            ),
             cpu_energy_j=end.cpu.energy_j - begin.cpu.energy_j,
             gpu_util=_mean(readings, "gpu_util", begin, end),
             gpu_mem_util=_mean(readings, "mem_util", begin, end),
@@ -215,13 +205,6 @@ class GpuNode:
             e2es_s=tuple(records.e2e_s.tolist()),
         )
 
-    def _energy_j(self, begin: _Mark, end: _Mark, readings: tuple[Sample[GpuReading], ...]) -> float:
-        counter_j = None
-        if begin.energy_j is not None and end.energy_j is not None:
-            counter_j = (begin.energy_j, end.energy_j)
-        power_w = [_figure(reading, reading.value.power_w) for reading in readings]
-        return window_energy_j(power_w, begin_s=begin.at_s, end_s=end.at_s, counter_j=counter_j)
-
     def _new_ttfts_s(self, attempts: tuple[Attempt, ...]) -> tuple[float, ...]:
         """TTFTs of the requests whose first token has come since the last look."""
         found = []
@@ -232,11 +215,5 @@ class GpuNode:
         return tuple(found)
 
 
-def _figure(sample: Sample[GpuReading], value: float) -> Sample[float]:
-    """The same sample of one of its figures."""
-    return Sample(sample.due_s, sample.at_s, value)
-
-
 def _mean(readings: tuple[Sample[GpuReading], ...], figure: str, begin: _Mark, end: _Mark) -> float | None:
-    values = [_figure(reading, getattr(reading.value, figure)) for reading in readings]
-    return held_mean(values, begin_s=begin.at_s, end_s=end.at_s)
+    return held_mean(figures(readings, figure), begin_s=begin.at_s, end_s=end.at_s)

@@ -47,7 +47,9 @@ class MarkedProcesses:
                 logger.error("processes %s do not end", pids)
                 return
             if time.monotonic() >= kill_s:
-                _kill(pids)
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             time.sleep(POLL_S)
 
 
@@ -101,12 +103,6 @@ def holds_sys_admin(proc: Path) -> bool:
         return False
     capabilities = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), "0")
     return bool(int(capabilities, 16) >> _CAP_SYS_ADMIN & 1) and uid_map.split() == ["0", "0", "4294967295"]
-
-
-def _kill(pids: tuple[int, ...]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _state(pid: int) -> tuple[str, str]:

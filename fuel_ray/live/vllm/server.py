@@ -83,7 +83,8 @@ class VllmServer:
         self.log_path = Path(log_path)
         words = (executable,) if isinstance(executable, str) else tuple(executable)
         self._serve = (*words, "serve", model)
-        self._flags = (*self._own_flags(), *_todays_flags(flags))
+        block = () if self.kv_block_size is None else ("--block-size", str(self.kv_block_size))
+        self._flags = ("--host", "127.0.0.1", "--port", str(self.port), *block, *_todays_flags(flags))
         mark = uuid.uuid4().hex
         self._env |= {_OWNER_VARIABLE: mark, "SPT_NOENV": "1"}
         self._family = MarkedProcesses(f"{_OWNER_VARIABLE}={mark}")
@@ -152,10 +153,6 @@ class VllmServer:
         finally:
             self._family.end(grace_s=1.0 if process.poll() is not None else 0.0)
             process.wait(10.0)
-
-    def _own_flags(self) -> tuple[str, ...]:
-        block = () if self.kv_block_size is None else ("--block-size", str(self.kv_block_size))
-        return ("--host", "127.0.0.1", "--port", str(self.port), *block)
 
     def _became_healthy(self, command: Sequence[str]) -> bool:
         """Whether it did; False if this vLLM does not know the flags of DRAIN_FLAGS."""
