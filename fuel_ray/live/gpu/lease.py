@@ -53,7 +53,8 @@ class ClockLease:
             self._watchdog = self._watched()
             taken.pop_all()
         self._held = True
-        _let_go_in_children(self)
+        _LEASES.add(self)
+        _let_go_in_children()
 
     def renew(self) -> None:
         """Make sure that the clocks are watched over: a watchdog that died is started again, or GpuError."""
@@ -148,20 +149,15 @@ class _Watchdog:
 _LEASES: "weakref.WeakSet[ClockLease]" = weakref.WeakSet()
 
 
-def _let_go_in_children(lease: ClockLease) -> None:
-    """What os.register_at_fork is given stays for good, so that it is given one function for all leases."""
-    _LEASES.add(lease)
-    _register_once()
-
-
 @functools.cache
-def _register_once() -> None:
-    os.register_at_fork(after_in_child=_let_all_go)
+def _let_go_in_children() -> None:
+    """What os.register_at_fork is given stays for good, so that it is given one function for all leases."""
 
+    def let_all_go() -> None:
+        for lease in tuple(_LEASES):
+            lease.let_go()
 
-def _let_all_go() -> None:
-    for lease in tuple(_LEASES):
-        lease.let_go()
+    os.register_at_fork(after_in_child=let_all_go)
 
 
 def watch() -> None:
