@@ -113,7 +113,7 @@ def counter_against_power(gpus: Gpus, *, windows: int, seconds: float) -> str:
             if first_j is None or last_j is None:
                 return "there is no counter"
             samples = sampler.since(begin_s - 0.5)
-            power_j = window_energy_j(samples, begin_s=begin_s, end_s=end_s, counter_j=None)
+            power_j = window_energy_j(samples, begin_s=begin_s, end_s=end_s)
             differences.append(100 * ((last_j - first_j) / power_j - 1))
     return spread(differences, 2) + f" windows of {seconds:g} s"
 

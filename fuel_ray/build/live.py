@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -34,7 +33,7 @@ _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}
 logger = logging.getLogger(__name__)
 
 
-class LiveServer:
+class LiveServer(contextlib.AbstractContextManager["LiveServer"]):
     """The vLLM server that live nodes of one block size run on: one started here, or the one that is named.
 
     ``config`` are the settings whose nodes attach to it.
@@ -59,9 +58,6 @@ class LiveServer:
             live = replace(config.live, server=self._server.url, limit_file=limiter.path)
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -150,15 +146,13 @@ def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_block
 
 def _clocks_mhz(config: ServingConfig, gpus: Gpus) -> tuple[int, ...]:
     """Those that may be chosen; one if the clocks are not ours to set."""
-    supported = gpus.supported_clocks_mhz
-    if config.live.clock_control == "off" or not gpus.can_set_clocks():
-        if config.live.clock_control == "on":
-            logger.warning("the clocks of %s may not be set here: the node is observe-only", gpus.name)
-        return supported[-1:] or (round(gpus.read().sm_clock_mhz),)
+    settable = gpus.settable_clocks_mhz(wanted=config.live.clock_control == "on")
     wanted = set(config.gpu_clocks_mhz)
-    if not wanted <= set(supported):
-        raise ConfigError(f"--gpu-clocks-mhz: {gpus.name} does not support {sorted(wanted - set(supported))}")
-    return tuple(sorted(wanted)) or supported
+    if len(settable) == 1 or not wanted:
+        return settable
+    if not wanted <= set(settable):
+        raise ConfigError(f"--gpu-clocks-mhz: {gpus.name} does not support {sorted(wanted - set(settable))}")
+    return tuple(sorted(wanted))
 
 
 def _capacity(config: ServingConfig) -> int:

@@ -6,17 +6,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from fuel_ray.errors import ConfigError
 from fuel_ray.live.load.loadgen import LoadGenerator
-from fuel_ray.live.load.prompts import drawn_load
+from fuel_ray.live.load.prompts import DrawnLoad
 from fuel_ray.live.monitors import monitors
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.record import make_folder, write_json
 from fuel_ray.report.benchmark import benchmark_result, check
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig:
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(DrawnLoad):
     """Benchmark a running vLLM server: latencies, GPU and CPU power, KV cache."""
 
     model: str
@@ -27,20 +26,6 @@ class BenchmarkConfig:
     """Host of the server."""
     port: int = 8000
     """Port of the server."""
-    dataset_name: Literal["sharegpt", "random"] = "random"
-    """sharegpt: prompts and answer lengths of a ShareGPT file. random: token ids of fixed lengths."""
-    dataset_path: Path | None = None
-    """ShareGPT JSON file."""
-    num_prompts: int = 100
-    """Requests to send."""
-    request_rate: float = 10.0
-    """Requests per second; inter-arrival times are exponential."""
-    random_input_len: int = 512
-    """Prompt tokens of the random dataset."""
-    random_output_len: int = 128
-    """Output tokens of the random dataset."""
-    vocab_size: int = 1000
-    """Token ids of the random dataset are below this."""
     gpu_ids: tuple[int, ...] = (0,)
     """NVML indices of the server's GPUs; none where there is no NVML."""
     gpu_monitor_interval: float = 0.05
@@ -57,20 +42,17 @@ class BenchmarkConfig:
     """Folder for the result."""
     timeout_s: float = 600.0
     """Seconds after which a request is given up."""
-    seed: int = 0
-    """Seed of arrivals and prompts."""
 
 
 def run(config: BenchmarkConfig) -> int:
     """Run the benchmark, print its figures and check; Ctrl-C keeps what there is and marks it partial."""
-    if config.dataset_name == "sharegpt" and config.dataset_path is None:
-        raise ConfigError("--dataset-name sharegpt needs --dataset-path")
+    requests, prompts = config.draw()
     if config.save_result:
         make_folder(config.result_dir)
     base_url = f"http://{config.host}:{config.port}"
     with contextlib.closing(MetricsClient(base_url)) as client:
         client.scrape()  # a wrong address is said before anything is sent
-    load = _load(config, base_url)
+    load = LoadGenerator(base_url, requests, prompts=prompts, model=config.model, timeout_s=config.timeout_s)
     monitored = monitors(
         base_url,
         gpu_ids=config.gpu_ids,
@@ -98,30 +80,14 @@ def run(config: BenchmarkConfig) -> int:
     return 130 if partial else 0
 
 
-def _load(config: BenchmarkConfig, base_url: str) -> LoadGenerator:
-    requests, prompts = drawn_load(
-        config.num_prompts,
-        rate_per_s=config.request_rate,
-        prompt_tokens=config.random_input_len,
-        output_tokens=config.random_output_len,
-        vocab_size=config.vocab_size,
-        sharegpt=config.dataset_path if config.dataset_name == "sharegpt" else None,
-        seed=config.seed,
-    )
-    return LoadGenerator(base_url, requests, prompts=prompts, model=config.model, timeout_s=config.timeout_s)
-
-
 def _send(load: LoadGenerator, n: int) -> bool:
     """Run the load to its end, with a line of progress now and then; whether it was interrupted."""
     load.start()
-    ended = 0
     try:
         while not load.wait(2.0):
-            progress = load.take()
-            ended += len(progress.ended)
-            print(
-                f"{ended}/{n} ended, {len(progress.in_flight)} in flight, {progress.now_s:.0f} s", flush=True
-            )
+            now = load.take()
+            flying = len(now.in_flight)
+            print(f"{now.sent - flying}/{n} ended, {flying} in flight, {now.now_s:.0f} s", flush=True)
     except KeyboardInterrupt:
         load.stop()
         return True

@@ -33,12 +33,7 @@ class ClockHelperConfig:
 
 
 def run(config: ClockHelperConfig) -> int:
-    """Serve until a signal ends it.
-
-    Raises:
-        ConfigError: no GPU is named, a user or group is unknown, or the socket cannot be made.
-        GpuError: there is no such GPU, or no driver.
-    """
+    """Serve until a signal ends it."""
     if not config.gpu_ids:
         raise ConfigError("--gpu-ids: name the GPUs whose clocks may be set")
     uids = frozenset(_number(user, lambda name: pwd.getpwnam(name).pw_uid) for user in config.users)

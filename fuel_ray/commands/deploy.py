@@ -1,17 +1,18 @@
 """fuel-ray deploy: a policy in front of a running vLLM server; clocks and limit are given back at its end."""
 
 import contextlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import numpy as np
 from tyro.conf import arg
 
-from fuel_ray.config import GuardConfig, to_dict
+from fuel_ray.config import to_dict
 from fuel_ray.deploy.attach import Target, attach
 from fuel_ray.deploy.canary import Canary
-from fuel_ray.deploy.deployment import Attached, Deployment, Observer
+from fuel_ray.deploy.deployment import Deployment, Observer
 from fuel_ray.deploy.exporter import Exporter
 from fuel_ray.deploy.recorder import Recorder
 from fuel_ray.deploy.rule import Rule
@@ -23,8 +24,8 @@ from fuel_ray.training.checkpoint import policy_folder
 from fuel_ray.types import Slo
 
 
-@dataclass(frozen=True)
-class DeployConfig:
+@dataclass(frozen=True, kw_only=True)
+class DeployConfig(Target):
     """Let a trained policy control a running vLLM server, once per interval, until it is stopped.
 
     Clocks and limit return to what they were on exit, error, SIGTERM, SIGINT and SIGHUP, and by a watchdog
@@ -34,18 +35,6 @@ class DeployConfig:
     policy: Annotated[str, arg(aliases=["--model"])]
     """Policy folder of a sweep, results/sweep-.../policies/block_16, or an RLlib checkpoint in its run. With
     --shadow also a name such as clipper, or package.module:Class, for which the SLO is to be said."""
-    server: str = "http://127.0.0.1:8000"
-    """URL of the running server; it is attached to and never stopped."""
-    gpu_ids: tuple[str, ...] = ("0",)
-    """NVML indices or UUIDs of the GPUs that the server runs on."""
-    limit_file: Path | None = None
-    """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
-    max_num_seqs: int | None = None
-    """Capacity of the server, its highest batch limit; None: what its scheduler says."""
-    clock_control: Literal["on", "off"] = "on"
-    """off: clocks are left alone and the policy chooses among the batch limits."""
-    shadow: bool = False
-    """Change nothing; record what the policy would have done."""
     canary: float | None = None
     """Share of the time, such as 0.1, in which the policy rules, in blocks drawn by chance; in the others
     maximum performance does, and the difference is reported with its interval. None: it always rules."""
@@ -71,22 +60,12 @@ class DeployConfig:
     """Calibration pack of the server's GPU, for rules that need a model of it."""
     extra_features: tuple[str, ...] = ()
     """package.module:FEATURES that the policy needs."""
-    allow_mismatch: bool = False
-    """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
-    guard: GuardConfig = field(
-        default_factory=lambda: GuardConfig(latency=True, drift=True, switches_per_minute=30)
-    )
     out: Path = Path("results")
     """Folder in which the run's own folder is made."""
 
 
 def parse(argv: list[str], *, prog: str) -> DeployConfig:
-    """Settings from flags.
-
-    Raises:
-        ConfigError: a flag is wrong.
-        PolicyError: there is no such policy.
-    """
+    """Settings from flags; raises ConfigError where one is wrong."""
     config = parse_flags(DeployConfig, argv, prog=prog)
     if config.shadow and config.canary is not None:
         raise ConfigError("--canary needs the policy to rule at times; --shadow never lets it")
@@ -100,11 +79,12 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
     folder = _rule(config) or policy_folder(Path(config.policy), extra_features=config.extra_features)
-    trial = _trial(config, folder)
-
-    def attach_again() -> Attached:
-        return attach(_target(config), folder, interval_s=config.interval_s, trial=trial)
-
+    trial, rng = None, np.random.default_rng(config.seed)
+    if config.canary is not None:
+        trial = Canary(share=config.canary, block_s=config.canary_block_s, slo=folder.slo, rng=rng)
+    what = folder.manifest.to_dict() if isinstance(folder, PolicyFolder) else {"rule": folder.entry}
+    facts = {**origin("deploy"), "config": to_dict(config), "policy": what, "slo": asdict(folder.slo)}
+    attach_again = partial(attach, config, folder, interval_s=config.interval_s, trial=trial)
     with contextlib.ExitStack() as opened:
         observers: list[Observer] = []
         if config.metrics_port is not None:
@@ -114,46 +94,15 @@ def run(config: DeployConfig) -> int:
             observers.append(exporter)
         first = attach_again()  # what is wrong at first is the user's to know
         opened.callback(first.loop.node.close)
-        recorder = Recorder(new_folder(config.out, "deploy"), _facts(config, folder), folder.slo, trial)
+        recorder = Recorder(new_folder(config.out, "deploy"), facts, folder.slo, trial)
         opened.callback(recorder.close)
         deployment = Deployment(attach_again, [recorder, *observers], interval_s=config.interval_s)
         deployment.run(first, max_steps=config.max_steps)
     return 0
 
 
-def _target(config: DeployConfig) -> Target:
-    return Target(
-        server=config.server,
-        gpu_ids=config.gpu_ids,
-        limit_file=config.limit_file,
-        max_num_seqs=config.max_num_seqs,
-        clock_control=config.clock_control,
-        shadow=config.shadow,
-        allow_mismatch=config.allow_mismatch,
-        guard=config.guard,
-    )
-
-
-def _trial(config: DeployConfig, folder: PolicyFolder | Rule) -> Canary | None:
-    if config.canary is None:
-        return None
-    rng = np.random.default_rng(config.seed)
-    return Canary(share=config.canary, block_s=config.canary_block_s, slo=folder.slo, rng=rng)
-
-
 def _rule(config: DeployConfig) -> Rule | None:
     """What is named where --policy is no path."""
     if Path(config.policy).exists():
         return None
-    slo = Slo(config.slo_ttft_s, config.slo_tpot_s, config.slo_e2e_s)
-    return Rule(config.policy, slo, config.pack)
-
-
-def _facts(config: DeployConfig, folder: PolicyFolder | Rule) -> dict[str, Any]:
-    """What run.json says beforehand."""
-    return {
-        **origin("deploy"),
-        "config": to_dict(config),
-        "policy": folder.manifest.to_dict() if isinstance(folder, PolicyFolder) else {"rule": folder.entry},
-        "slo": asdict(folder.slo),
-    }
+    return Rule(config.policy, Slo(config.slo_ttft_s, config.slo_tpot_s, config.slo_e2e_s), config.pack)

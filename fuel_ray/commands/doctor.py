@@ -1,7 +1,7 @@
 """fuel-ray doctor: what a host, or every host of a cluster, lacks for the next command."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,7 @@ class DoctorConfig:
 
 
 def run(config: DoctorConfig) -> int:
-    """Print a line per check; 0 if nothing that is needed is missing, else 1.
-
-    Raises:
-        ConfigError: there is no such cluster or file.
-    """
+    """Print a line per check; 0 if nothing that is needed is missing, else 1."""
     if config.cluster_file is not None:
         return _print("", file_checks(config.cluster_file))
     if not config.cluster:
@@ -67,17 +63,15 @@ def _cluster(config: DoctorConfig) -> int:
     nodes = 0.0
     for there in on_hosts(_own_checks, config, timeout_s=HOST_S):
         nodes += there.resources.get(NODE_RESOURCE, 0.0)
-        looked = [_lost(there.answer)] if isinstance(there.answer, NodeError) else there.answer
+        looked = there.answer
+        if isinstance(looked, NodeError):
+            looked = [Check("host", str(looked), "`ray status` and its logs say more")]
         if there.skew_s is not None:
             looked = [*looked, _clock(there.skew_s)]
         is_node = NODE_RESOURCE in there.resources
         status |= _print(f"{there.host}  ", looked if is_node else [c for c in looked if not c.of_a_node])
     remedy = f"start Ray with --resources='{{\"{NODE_RESOURCE}\": 1}}' on the hosts that shall serve"
     return status | _print("", [Check("nodes", f"{nodes:g} in the cluster", None if nodes else remedy)])
-
-
-def _lost(error: NodeError) -> Check:
-    return Check("host", str(error), "`ray status` and its logs say more")
 
 
 def _clock(skew_s: float) -> Check:
@@ -91,9 +85,6 @@ def _print(prefix: str, checks: Iterable[Check]) -> int:
     for check in checks:
         mark = "ok  " if check.remedy is None else "FAIL" if check.needed else "note"
         failed |= mark == "FAIL"
-        lines: Sequence[str] = [check.found, *([check.remedy] if check.remedy else [])]
-        print(
-            f"{mark}  {prefix}{check.what:<12}{': '.join(' '.join(line.split()) for line in lines)}",
-            flush=True,
-        )
+        text = check.found if check.remedy is None else f"{check.found}: {check.remedy}"
+        print(f"{mark}  {prefix}{check.what:<12}{' '.join(text.split())}", flush=True)
     return int(failed)

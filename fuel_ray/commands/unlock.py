@@ -23,13 +23,7 @@ class UnlockConfig:
 
 
 def run(config: UnlockConfig) -> int:
-    """Print a line per GPU; 0 if all clocks that were asked for were reset, else 2.
-
-    Raises:
-        ConfigError: --force without --gpu-ids, a GPU named twice, the state folder cannot be written to, or
-            there is no such cluster.
-        GpuError: there is no such GPU, or no driver.
-    """
+    """Print a line per GPU; 0 if all clocks that were asked for were reset, else 2."""
     if config.force and not config.gpu_ids:
         raise ConfigError("--force needs --gpu-ids, the GPUs to reset")
     if config.cluster:

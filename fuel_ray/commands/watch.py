@@ -25,11 +25,7 @@ class WatchConfig:
 
 
 def run(config: WatchConfig) -> int:
-    """Show a table that is renewed once per interval; with ``once``, 2 if a controller does not answer.
-
-    Raises:
-        ConfigError: no URL.
-    """
+    """Show a table that is renewed once per interval; with ``once``, 2 if a controller does not answer."""
     if not config.urls:
         raise ConfigError("--urls must name at least one controller")
     console = Console()

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,6 @@ from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
 from fuel_ray.deploy.estimate import SavingEstimate
 from fuel_ray.deploy.rule import Rule
-from fuel_ray.deploy.shadow import ShadowNode
 from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import ConfigError, NodeError, PolicyError
 from fuel_ray.guard import Guard
@@ -30,26 +30,35 @@ from fuel_ray.live.vllm.server import served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import Pack, load_pack
-from fuel_ray.types import Knobs, Node, NodeSpec, Policy
+from fuel_ray.types import Knobs, NodeSpec, Policy
 
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
 ATTACH_S = 2.0  # for a busy scheduler to find a new control file
 
+_RULES = GuardConfig(latency=True, drift=True, switches_per_minute=30)
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """The running server and its GPUs, what of them may be set, and under which rules."""
 
-    server: str  # URL
-    gpu_ids: tuple[str, ...]
-    limit_file: Path | None  # FUEL_RAY_LIMIT_FILE of the server; None: its batch limit is left alone
-    max_num_seqs: int | None  # capacity of the server; None: what its scheduler says, else the policy's
-    clock_control: Literal["on", "off"]
-    shadow: bool  # nothing is set
-    allow_mismatch: bool  # of model, GPU, vLLM, clocks and limits; never of the block size
-    guard: GuardConfig
+    server: str = "http://127.0.0.1:8000"
+    """URL of the running server; it is attached to and never stopped."""
+    gpu_ids: tuple[str, ...] = ("0",)
+    """NVML indices or UUIDs of the GPUs that the server runs on."""
+    limit_file: Path | None = None
+    """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
+    max_num_seqs: int | None = None
+    """Capacity of the server, its highest batch limit; None: what its scheduler says."""
+    clock_control: Literal["on", "off"] = "on"
+    """off: clocks are left alone and the policy chooses among the batch limits."""
+    shadow: bool = False
+    """Change nothing; record what the policy would have done."""
+    allow_mismatch: bool = False
+    """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
+    guard: GuardConfig = _RULES
 
 
 def attach(
@@ -74,21 +83,19 @@ def attach(
             limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
         spec = _spec(target, folder, gpus, cache, limiter)
         if isinstance(folder, PolicyFolder):
-            check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
+            _check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
         if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
             logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
         policy: Policy = folder.policy(spec)
         if trial is not None:
             policy = trial.over(policy, spec.max_performance)
-        node: Node = GpuNode(_observed(spec) if target.shadow else spec, gpus, client, limiter=limiter)
+        node = GpuNode(spec, gpus, client, limiter=limiter, shadow=target.shadow)
         opened.pop_all()  # the node closes them
-    if target.shadow:
-        node = ShadowNode(node, spec)
     return Attached(
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=policy,
-        check=_server_check(client, spec, target.server),
+        check=partial(_check_same, client, spec, target.server),
         saved_j=_saving(folder, spec),
     )
 
@@ -96,6 +103,8 @@ def attach(
 def _spec(
     target: Target, folder: PolicyFolder | Rule, gpus: Gpus, cache: CacheConfig, limiter: BatchLimiter | None
 ) -> NodeSpec:
+    wanted = target.clock_control == "on"
+    shown = gpus.supported_clocks_mhz if wanted and target.shadow else ()
     return NodeSpec(
         name=f"{target.server} on {', '.join(gpus.uuids)}",
         gpu_name=gpus.name,
@@ -104,13 +113,8 @@ def _spec(
         kv_block_size=cache.block_size,
         num_kv_blocks=cache.num_gpu_blocks,
         batch_limits=(1, _capacity(target, folder, limiter)),
-        gpu_clocks_mhz=_clocks_mhz(target, gpus),
+        gpu_clocks_mhz=shown or gpus.settable_clocks_mhz(wanted=wanted),
     )
-
-
-def _observed(spec: NodeSpec) -> NodeSpec:
-    """The same node with no clock that can be set."""
-    return replace(spec, gpu_clocks_mhz=spec.gpu_clocks_mhz[-1:])
 
 
 def _guard(config: GuardConfig, folder: PolicyFolder | Rule, spec: NodeSpec) -> Guard:
@@ -155,13 +159,8 @@ def _objective(folder: PolicyFolder | Rule) -> Energy:
     return Energy(folder.slo, token_price_j=0.0, miss_price_j=price_j, scale_w=1.0, lowest=-math.inf)
 
 
-def check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
-    """Check that a policy was made for such a node.
-
-    Raises:
-        PolicyError: it was made for another block size, or, unless mismatches are allowed, for another model,
-            GPU, vLLM, or for clocks and limits that the node does not have.
-    """
+def _check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
+    """Raises PolicyError where a policy was made for another node."""
     manifest = folder.manifest
     if spec.kv_block_size not in manifest.kv_block_sizes:
         sizes = ", ".join(map(str, manifest.kv_block_sizes))
@@ -205,20 +204,16 @@ def _cache(client: MetricsClient) -> CacheConfig:
     return cache
 
 
-def _server_check(client: MetricsClient, spec: NodeSpec, server: str) -> Callable[[], None]:
+def _check_same(client: MetricsClient, spec: NodeSpec, server: str) -> None:
     """Raises PolicyError where there is another server at the same address."""
+    cache = _cache(client)
+    found = cache.block_size, cache.num_gpu_blocks, served_model(server)
     expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
-
-    def check() -> None:
-        cache = _cache(client)
-        found = cache.block_size, cache.num_gpu_blocks, served_model(server)
-        if found != expected:
-            raise PolicyError(
-                "the server is another one: block size, blocks and model are "
-                f"{', '.join(map(str, found))}; they were {', '.join(map(str, expected))}"
-            )
-
-    return check
+    if found != expected:
+        raise PolicyError(
+            "the server is another one: block size, blocks and model are "
+            f"{', '.join(map(str, found))}; they were {', '.join(map(str, expected))}"
+        )
 
 
 def _capacity(target: Target, folder: PolicyFolder | Rule, limiter: BatchLimiter | None) -> int:
@@ -244,23 +239,8 @@ def _capacity(target: Target, folder: PolicyFolder | Rule, limiter: BatchLimiter
 
 
 def _give_back_left(uuids: Sequence[str]) -> None:
-    """Clocks that a dead controller, or a failed attempt to give back, left locked: before all else.
-
-    Raises:
-        GpuError: they cannot be given back, or a living controller has them.
-    """
+    """Clocks that a dead controller, or a failed attempt to give back, left locked: before all else."""
     folder = state_folder()
     for uuid in uuids:
         if state_path(folder, uuid).exists():
             unlock(uuid, folder=folder)
-
-
-def _clocks_mhz(target: Target, gpus: Gpus) -> tuple[int, ...]:
-    """Those that may be chosen; the highest alone if clocks are not ours to set."""
-    supported = gpus.supported_clocks_mhz
-    wanted = target.clock_control == "on"
-    if wanted and supported and (target.shadow or gpus.can_set_clocks()):
-        return supported
-    if wanted:
-        logger.warning("the clocks of %s may not be set here: they are left alone", gpus.name)
-    return supported[-1:] or (round(gpus.read().sm_clock_mhz),)

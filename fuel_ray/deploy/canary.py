@@ -29,7 +29,7 @@ class Difference:
 
     blocks: tuple[int, int]  # with the policy, without it
     energy: Interval | None  # change of joules per output token, as a share; None before both sides have some
-    attainment: Interval | None  # change of the share of limits kept
+    attainment: Interval | None  # change of the share of limits met
 
 
 class Canary:
@@ -74,11 +74,11 @@ class Canary:
         energy = [
             np.array([(b.energy_j, b.output_tokens) for b in side if b.output_tokens]) for side in sides
         ]
-        kept = [np.array([(b.attainment_s, b.seconds) for b in side]) for side in sides]
+        met = [np.array([(b.attainment_s, b.seconds) for b in side]) for side in sides]
         return Difference(
             counts,
             energy=_compared(energy[0], energy[1], np.divide, self._rng, resamples),
-            attainment=_compared(kept[0], kept[1], np.subtract, self._rng, resamples),
+            attainment=_compared(met[0], met[1], np.subtract, self._rng, resamples),
         )
 
     def _count(self, window: WindowMetrics) -> None:

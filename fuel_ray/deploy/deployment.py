@@ -96,12 +96,7 @@ class Deployment:
             window = record.metrics
 
     def _next(self, attached: Attached, chosen: Knobs, max_steps: int | None) -> StepRecord | None:
-        """The next window that can be measured; None if there was none up to ``max_steps``.
-
-        Raises:
-            NodeError: there was none for ``PATIENCE_S``.
-            PolicyError: there is one, but it is another server's.
-        """
+        """The next window that can be measured; None if there was none up to ``max_steps``."""
         deadline_s = self._clock() + self._interval_s + PATIENCE_S
         lost = 0
         while not self._over(max_steps):

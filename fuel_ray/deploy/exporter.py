@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -18,6 +19,20 @@ from fuel_ray.metrics import window_attainment
 from fuel_ray.types import Knobs, Slo
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+
+
+_GAUGES: dict[str, tuple[str, Callable[[StepRecord], float]]] = {
+    "power_watts": ("Mean GPU power of the last window", lambda r: r.metrics.energy_j / r.metrics.duration_s),
+    "reward": ("Reward of the last window: negative watts with the price of misses", lambda r: r.reward),
+    "oldest_wait_seconds": ("Age of the oldest request without a token", lambda r: r.metrics.oldest_wait_s),
+    "kv_usage": ("Share of the KV blocks in use", lambda r: r.metrics.kv_usage),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[StepRecord], float]]] = {
+    "energy_joules": ("GPU energy of all measured windows", lambda r: r.metrics.energy_j),
+    "output_tokens": ("Output tokens of all measured windows", lambda r: r.metrics.output_tokens),
+    "requests_completed": ("Requests that finished", lambda r: r.metrics.completed),
+}
+_KNOBS = {"gpu_clock_mhz": "GPU clock", "batch_limit": "Batch limit"}
 
 
 class Exporter:
@@ -39,38 +54,26 @@ class Exporter:
         self._slo, self._clock = slo, clock
         self._window_s: float | None = None
         registry = CollectorRegistry()
-        self._set_up(registry)
-        Gauge("fuel_ray_info", "What runs", tuple(info), registry=registry).labels(**info).set(1)
-        self._server, self._thread = _serve(port, host, registry)
-
-    def _set_up(self, registry: CollectorRegistry) -> None:
-        def gauge(name: str, what: str, *labels: str) -> Gauge:
-            return Gauge(f"fuel_ray_{name}", what, labels, registry=registry)
-
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"fuel_ray_{name}", what, labels, registry=registry)
-
-        self._clock_mhz = gauge("gpu_clock_mhz", "GPU clock: chosen, permitted by the guard, applied", "kind")
-        self._limit = gauge("batch_limit", "Batch limit: chosen, permitted by the guard, applied", "kind")
-        self._power_w = gauge("power_watts", "Mean GPU power of the last window")
-        self._reward = gauge("reward", "Reward of the last window: negative watts with the price of misses")
+        gauge = partial(Gauge, namespace="fuel_ray", registry=registry)
+        counter = partial(Counter, namespace="fuel_ray", registry=registry)
+        self._gauges = {gauge(name, what): value for name, (what, value) in _GAUGES.items()}
+        self._counters = {counter(name, what): value for name, (what, value) in _COUNTERS.items()}
+        kinds = "chosen, permitted by the guard, applied"
+        self._knobs = {name: gauge(name, f"{what}: {kinds}", ["kind"]) for name, what in _KNOBS.items()}
         self._attainment = gauge("slo_attainment", "Smallest share of a limit met in the last window")
-        self._load = gauge("requests", "Requests at the end of the last window", "state")
-        self._wait_s = gauge("oldest_wait_seconds", "Age of the oldest request without a first token")
-        self._latency_s = gauge("latency_seconds", "Mean of the last window that had any", "which")
-        self._kv_usage = gauge("kv_usage", "Share of the KV blocks in use")
+        self._load = gauge("requests", "Requests at the end of the last window", ["state"])
+        self._latency_s = gauge("latency_seconds", "Mean of the last window that had any", ["which"])
         self._decision_s = gauge("decision_seconds", "From a window's metrics to knobs")
         self._is_attached = gauge("attached", "1 while the server is under control")
-        gauge("window_age_seconds", "Since the last window was measured").set_function(self._age_s)
-        self._energy_j = counter("energy_joules", "GPU energy of all measured windows")
         self._saved_j = gauge(
             "saved_joules", "Modelled saving so far of what was permitted over what was in force"
         )
-        self._tokens = counter("output_tokens", "Output tokens of all measured windows")
-        self._completed = counter("requests_completed", "Requests that finished")
-        self._windows = counter("windows", "Windows by how they ended", "result")
-        self._overruled = counter("overruled", "Windows in which the guard overruled the policy", "reason")
-        self._errors = counter("errors", "What went wrong, by class", "error")
+        self._windows = counter("windows", "Windows by how they ended", ["result"])
+        self._overruled = counter("overruled", "Windows in which the guard overruled the policy", ["reason"])
+        self._errors = counter("errors", "What went wrong, by class", ["error"])
+        gauge("window_age_seconds", "Since the last window was measured").set_function(self._age_s)
+        gauge("info", "What runs", tuple(info)).labels(**info).set(1)
+        self._server, self._thread = _serve(port, host, registry)
 
     def attached(self, attached: Attached) -> None:
         """The server is under control."""
@@ -80,28 +83,22 @@ class Exporter:
         """One more window."""
         window = record.metrics
         self._window_s = self._clock()
-        for kind, knobs in (
-            ("chosen", record.chosen),
-            ("permitted", record.verdict.knobs),
-            ("applied", record.applied),
-        ):
-            self._clock_mhz.labels(kind).set(knobs.gpu_clock_mhz)
-            self._limit.labels(kind).set(knobs.batch_limit)
-        self._power_w.set(window.energy_j / window.duration_s)
-        self._reward.set(record.reward)
+        kinds = {"chosen": record.chosen, "permitted": record.verdict.knobs, "applied": record.applied}
+        for name, gauge in self._knobs.items():
+            for kind, knobs in kinds.items():
+                gauge.labels(kind).set(getattr(knobs, name))
+        for gauge, value in self._gauges.items():
+            gauge.set(value(record))
+        for counter, value in self._counters.items():
+            counter.inc(value(record))
         self._attainment.set(window_attainment(window, self._slo))
         self._load.labels("running").set(window.running)
         self._load.labels("waiting").set(window.waiting)
-        self._wait_s.set(window.oldest_wait_s)
         for which, values_s in window.latencies_s.items():
             if values_s:
                 self._latency_s.labels(which).set(sum(values_s) / len(values_s))
-        self._kv_usage.set(window.kv_usage)
         self._decision_s.set(decision_s)
-        self._energy_j.inc(window.energy_j)
         self._saved_j.inc(saved_j or 0.0)
-        self._tokens.inc(window.output_tokens)
-        self._completed.inc(window.completed)
         self._windows.labels("measured").inc()
         for reason in record.verdict.reasons:
             self._overruled.labels(reason).inc()
@@ -150,26 +147,20 @@ class Page:
 
 
 def read_page(url: str, *, timeout_s: float = 2.0) -> Page:
-    """What a controller says of itself.
-
-    Raises:
-        TelemetryError: there is no answer, or not a controller's.
-    """
+    """What a controller says of itself; TelemetryError without an answer of one."""
     try:
         with _DIRECT.open(f"{url.rstrip('/')}/metrics", timeout=timeout_s) as answer:
             text = answer.read(2**20).decode()
         families = list(text_string_to_metric_families(text))
     except (OSError, ValueError) as error:
         raise TelemetryError(f"{url}/metrics does not answer as a controller does: {error}") from error
-    samples = [
-        sample for family in families for sample in family.samples if sample.name.startswith("fuel_ray_")
-    ]
-    info = [sample.labels for sample in samples if sample.name == "fuel_ray_info"]
+    samples = [s for family in families for s in family.samples if s.name.startswith("fuel_ray_")]
+    info = [s.labels for s in samples if s.name == "fuel_ray_info"]
     if not info:
         raise TelemetryError(f"{url}/metrics is not a controller's: it has no fuel_ray_info")
     values = {
-        (sample.name.removeprefix("fuel_ray_"), next(iter(sample.labels.values()), "")): sample.value
-        for sample in samples
-        if len(sample.labels) <= 1
+        (s.name.removeprefix("fuel_ray_"), next(iter(s.labels.values()), "")): s.value
+        for s in samples
+        if len(s.labels) <= 1
     }
     return Page(values, info[0])

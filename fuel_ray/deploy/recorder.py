@@ -48,11 +48,9 @@ class Recorder:
         spec = attached.loop.node.spec
         self._facts["spec"] = asdict(spec)
         clocks, limits = spec.gpu_clocks_mhz, spec.batch_limits
-        print(
-            f"deploy  {spec.name}: {spec.model} on {spec.gpu_name}, KV blocks of {spec.kv_block_size}; "
-            f"clock {clocks[0]}..{clocks[-1]} MHz, batch limit {limits[0]}..{limits[-1]}",
-            flush=True,
-        )
+        what = f"{spec.name}: {spec.model} on {spec.gpu_name}, KV blocks of {spec.kv_block_size}"
+        may = f"clock {clocks[0]}..{clocks[-1]} MHz, batch limit {limits[0]}..{limits[-1]}"
+        print(f"deploy  {what}; {may}", flush=True)
 
     def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
         """Record a window."""
@@ -82,12 +80,8 @@ class Recorder:
         """Record that there is no window."""
         self._lost += 1
         self._say(f"window {step} is lost", str(error))
-        line = {
-            "step": step,
-            "time_s": round(self._now_s(), 3),
-            "chosen": asdict(chosen),
-            "error": str(error),
-        }
+        now_s = round(self._now_s(), 3)
+        line = {"step": step, "time_s": now_s, "chosen": asdict(chosen), "error": str(error)}
         self._log.write(json.dumps(line))
 
     def detached(self, error: FuelRayError) -> None:
@@ -113,7 +107,6 @@ class Recorder:
     def summary(self) -> dict[str, Any]:
         """What the run measured."""
         totals = self._totals
-        figures = {name: latency(np.array(values)) for name, values in self._samples.items()}
         return {
             "windows": self._windows,
             "lost_windows": self._lost,
@@ -127,7 +120,7 @@ class Recorder:
             "output_tokens": totals.output_tokens,
             "energy_j_per_request": totals.energy_j / self._completed if self._completed else None,
             "clock_switches": totals.clock_switches,
-            **{name: asdict(figure) for name, figure in figures.items()},
+            **{name: asdict(latency(np.array(values))) for name, values in self._samples.items()},
         }
 
     def summary_text(self) -> str:

@@ -33,11 +33,7 @@ class Rule:
         return None if self.pack_name is None else load_pack(self.pack_name)
 
     def policy(self, spec: NodeSpec) -> Policy:
-        """The policy as published, at work on a node.
-
-        Raises:
-            ConfigError: it needs a model of the GPU.
-        """
+        """The policy as published, at work on a node; ConfigError if it needs a model of the GPU."""
         from fuel_ray.policies.catalogue import untuned  # noqa: PLC0415  (as above)
         from fuel_ray.tuning.contenders import resolve  # noqa: PLC0415  (as above)
 

@@ -51,21 +51,21 @@ def host_checks(
 def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
     try:
         with Gpus(gpu_ids) as gpus:
-            clocks = gpus.supported_clocks_mhz
             yield Check("GPU", f"{len(gpus.uuids)} x {gpus.name}, driver {gpus.driver_version}")
-            if not clocks:
-                yield Check("clocks", "NVML lists none", "the node is observe-only", needed=False)
-            elif gpus.can_set_clocks():
-                yield Check("clocks", f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, may be set here")
-            else:
-                yield Check(
-                    "clocks",
-                    f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, may not be set here",
-                    "run as root or with CAP_SYS_ADMIN (docker: --cap-add=SYS_ADMIN), or observe only",
-                    needed=False,
-                )
+            yield _clocks(gpus)
     except GpuError as error:
         yield Check("GPU", str(error), "install NVIDIA's driver, or give the container its GPUs (--gpus all)")
+
+
+def _clocks(gpus: Gpus) -> Check:
+    clocks = gpus.supported_clocks_mhz
+    if not clocks:
+        return Check("clocks", "NVML lists none", "the node is observe-only", needed=False)
+    found = f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz"
+    if gpus.can_set_clocks():
+        return Check("clocks", f"{found}, may be set here")
+    remedy = "run as root or with CAP_SYS_ADMIN (docker: --cap-add=SYS_ADMIN), or observe only"
+    return Check("clocks", f"{found}, may not be set here", remedy, needed=False)
 
 
 def _rapl() -> Check:
@@ -84,20 +84,17 @@ def _vllm(command: Sequence[str], block_sizes: Sequence[int]) -> Iterator[Check]
     try:
         version, plugin, on_cpu = _ask(_python_of(Path(executable).absolute()))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        yield Check(
-            "vLLM", f"{executable} does not say its version: {error}", "name its executable by --vllm"
-        )
+        found = f"{executable} does not say its version: {error}"
+        yield Check("vLLM", found, "name its executable by --vllm")
         return
     if version is None:
         yield Check("vLLM", f"not in the environment of {executable}", "install vLLM there")
         return
     yield Check("vLLM", f"{version} ({executable})")
     yield _block_sizes(block_sizes, multiple_of=32 if on_cpu else 16)
-    if plugin:
-        yield Check("plug-in", "fuel_ray is among vLLM's plug-ins")
-    else:
-        remedy = "install fuel_ray into vLLM's environment (pip install --no-deps); batch limits need it"
-        yield Check("plug-in", "fuel_ray is not among vLLM's plug-ins", remedy)
+    remedy = "install fuel_ray into vLLM's environment (pip install --no-deps); batch limits need it"
+    found = f"fuel_ray is {'' if plugin else 'not '}among vLLM's plug-ins"
+    yield Check("plug-in", found, None if plugin else remedy)
 
 
 def _python_of(executable: Path) -> str:
@@ -114,21 +111,18 @@ def _ask(python: str) -> tuple[str | None, bool, bool]:
     command = [python, "-c", _ASK_VLLM]
     # not in this folder: a checkout's egg-info would pass for an installation
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=ASK_S, check=True)
-    version, plugin, on_cpu = json.loads(done.stdout)
-    return version, plugin, on_cpu
+    return tuple(json.loads(done.stdout))
 
 
 def _block_sizes(asked: Sequence[int], *, multiple_of: int) -> Check:
     """By the rule of vLLM 0.20 to 0.33's backends; a run tries each and says what its server refuses."""
-    can = [size for size in asked if size % multiple_of == 0]
-    cannot = [size for size in asked if size % multiple_of]
-    found = f"multiples of {multiple_of}: {', '.join(map(str, can)) or 'none of those asked for'}"
+    can = ", ".join(str(size) for size in asked if size % multiple_of == 0)
+    cannot = ", ".join(str(size) for size in asked if size % multiple_of)
+    found = f"multiples of {multiple_of}: {can or 'none of those asked for'}"
     if not can:
         return Check("block sizes", found, f"ask for multiples of {multiple_of} by --block-sizes")
-    if cannot:
-        left = f"{', '.join(map(str, cannot))} will end as unsupported"
-        return Check("block sizes", found, left, needed=False)
-    return Check("block sizes", found)
+    left = f"{cannot} will end as unsupported" if cannot else None
+    return Check("block sizes", found, left, needed=False)
 
 
 def _port() -> Check:
@@ -141,7 +135,5 @@ def _port() -> Check:
 def _disk(folder: Path) -> Check:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free_gb = shutil.disk_usage(there).free / 1e9
-    found = f"{free_gb:.0f} GB free at {there}"
-    if free_gb < LEAST_FREE_GB:
-        return Check("disk", found, f"at least {LEAST_FREE_GB:g} GB for checkpoints and logs")
-    return Check("disk", found)
+    remedy = f"at least {LEAST_FREE_GB:g} GB for checkpoints and logs" if free_gb < LEAST_FREE_GB else None
+    return Check("disk", f"{free_gb:.0f} GB free at {there}", remedy)

@@ -59,11 +59,7 @@ class CpuMeter:
         return not self._packages
 
     def read(self) -> CpuReading:
-        """Energy so far, and the utilisation since the last call.
-
-        Raises:
-            TelemetryError: RAPL was there and no longer is.
-        """
+        """Energy so far, and the utilisation since the last call; TelemetryError where RAPL has gone."""
         util = self._advance()
         energy_j = sum(package.read_j() for package in self._packages) if self._packages else self._modelled_j
         return CpuReading(energy_j=energy_j, util=util)
@@ -97,11 +93,7 @@ class _Package:
 
 
 def _packages(root: Path) -> tuple[_Package, ...]:
-    """Counters of intel-rapl:N named package-N (AMD's too); psys, which holds them, is left out.
-
-    Raises:
-        TelemetryError: there is none, or it cannot be read.
-    """
+    """Counters of intel-rapl:N named package-N (AMD's too); psys, which holds them, is left out."""
     folders = sorted(folder for folder in root.glob("intel-rapl:*") if folder.name.count(":") == 1)
     found = tuple(_Package(folder) for folder in folders if _text(folder / "name").startswith("package"))
     if not found:

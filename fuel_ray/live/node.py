@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 
@@ -16,26 +16,15 @@ from fuel_ray.live.gpu.lease import ClockLease
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.load.completion import Attempt
 from fuel_ray.live.load.loadgen import LoadGenerator, request_records
-from fuel_ray.live.sampling import Sample, Sampler, held_mean, window_energy_j
+from fuel_ray.live.sampling import Sample, Sampler, figures, held_mean, window_energy_j
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
-from fuel_ray.live.vllm.metrics import MetricsDelta, MetricsSnapshot, difference
+from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
 
 GPU_INTERVAL_S = 0.05
 
 logger = logging.getLogger(__name__)
-
-
-class Limiter(Protocol):
-    """Sets the batch limit inside the server."""
-
-    def set(self, limit: int) -> int:
-        """Ask for a limit; what was asked for after clamping to the server's capacity."""
-        ...
-
-    def close(self) -> None:
-        """Give the limit back."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +50,17 @@ class GpuNode:
         gpus: Gpus,
         client: MetricsClient,
         *,
-        limiter: Limiter | None = None,
+        limiter: BatchLimiter | None = None,
+        shadow: bool = False,
         start_load: Callable[[int], LoadGenerator] | None = None,
         cpu: CpuMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Take over a running server.
+        """Take over a running server; GpuError if another controller has the clocks that it would set.
 
-        Args:
-            spec: with one clock if the clock is not controlled (observe-only).
-            gpus: those that the server runs on.
-            client: of the server's /metrics.
-            limiter: of the server's batch limit.
-            start_load: makes the load of an episode from its seed; None if the requests come from elsewhere.
-            cpu: of this machine.
-            clock: monotonic seconds.
-            sleep: waits.
-
-        Raises:
-            GpuError: another controller has the clocks that this node would set.
+        No clock is set where ``spec`` has but one (observe-only), nor in the ``shadow`` of a policy.
+        ``start_load`` makes the load of an episode from its seed; None if requests come from elsewhere.
         """
         self._spec, self._gpus, self._client = spec, gpus, client
         self._limiter, self._start_load, self._cpu = limiter, start_load, cpu or CpuMeter()
@@ -93,7 +73,7 @@ class GpuNode:
         self._ended: list[Attempt] = []  # not yet taken as records
         self._mark: _Mark | None = None
         self._sent = 0
-        self._lease = ClockLease(gpus.uuids) if len(spec.gpu_clocks_mhz) > 1 else None
+        self._lease = ClockLease(gpus.uuids) if len(spec.gpu_clocks_mhz) > 1 and not shadow else None
 
     @property
     def spec(self) -> NodeSpec:
@@ -101,11 +81,7 @@ class GpuNode:
         return self._spec
 
     def reset(self, *, seed: int) -> None:
-        """Begin a new load, if this node sends one, and forget old samples.
-
-        Raises:
-            NodeError: a GPU or the server gives no reading.
-        """
+        """Begin a new load, if this node sends one, and forget old samples."""
         self._stop_load()
         self._first_tokens, self._ended, self._sent, self._foreign = set(), [], 0, ForeignLoad()
         self._readings.start()
@@ -115,11 +91,7 @@ class GpuNode:
             self._load.start()
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Pin the nearest supported clock and set the limit; what is not controlled stays at its highest.
-
-        Raises:
-            NodeError: the GPU or the server refused.
-        """
+        """Pin the nearest supported clock and set the limit; what is not controlled stays at its highest."""
         clock_mhz = self._spec.gpu_clocks_mhz[-1]
         if self._lease is not None:
             self._lease.renew()
@@ -131,11 +103,7 @@ class GpuNode:
         return self._knobs
 
     def measure(self, duration_s: float) -> WindowMetrics:
-        """Wait ``duration_s`` from the end of the last window and say what happened since then.
-
-        Raises:
-            NodeError: a GPU, the server or the load generator gave no reading.
-        """
+        """Wait ``duration_s`` from the end of the last window and say what happened since then."""
         if self._mark is None:
             raise NodeError(f"{self._spec.name} was not reset")
         begin = self._mark
@@ -157,18 +125,13 @@ class GpuNode:
         """Stop the load and give clocks and limit back; safe to call twice."""
         self._mark = None
         with contextlib.ExitStack() as closing:  # last first, each whether or not another fails
-            closing.callback(self._give_back_clocks)
+            give_back = self._gpus.close
+            closing.callback(give_back if self._lease is None else partial(self._lease.release, give_back))
             closing.callback(self._client.close)
             if self._limiter is not None:
                 closing.callback(self._limiter.close)
             closing.callback(self._readings.stop)
             closing.callback(self._stop_load)
-
-    def _give_back_clocks(self) -> None:
-        if self._lease is None:
-            self._gpus.close()
-        else:
-            self._lease.release(self._gpus.close)
 
     def _stop_load(self) -> None:
         load, self._load = self._load, None
@@ -193,18 +156,25 @@ class GpuNode:
         if delta.restarted:
             raise TelemetryError(f"{self._spec.name}: the server restarted within the window")
         readings = self._readings.since(begin.at_s)
-        served = self._served() if self._load is not None else self._foreign_window(begin, end, delta)
-        computed = delta.prompt_tokens - (delta.prompt_tokens_cached or 0)
+        if self._load is not None:
+            served = self._served()
+        else:
+            served = self._foreign.window(begin.server, end.server, delta, end_s=end.at_s)
         return WindowMetrics(
             duration_s=delta.seconds,
-            energy_j=self._energy_j(begin, end, readings),
+            energy_j=window_energy_j(
+                figures(readings, "power_w"),
+                begin_s=begin.at_s,
+                end_s=end.at_s,
+                counter_j=(begin.energy_j, end.energy_j),
+            ),
             cpu_energy_j=end.cpu.energy_j - begin.cpu.energy_j,
             gpu_util=_mean(readings, "gpu_util", begin, end),
             gpu_mem_util=_mean(readings, "mem_util", begin, end),
             cpu_util=end.cpu.util,
             arrivals=served.arrivals,
             completed=served.completed,
-            prompt_tokens=computed,
+            prompt_tokens=delta.prompt_tokens - (delta.prompt_tokens_cached or 0),
             output_tokens=delta.generation_tokens,
             running=end.server.running,
             waiting=end.server.waiting,
@@ -235,16 +205,6 @@ class GpuNode:
             e2es_s=tuple(records.e2e_s.tolist()),
         )
 
-    def _foreign_window(self, begin: _Mark, end: _Mark, delta: MetricsDelta) -> Served:
-        return self._foreign.window(begin.server, end.server, delta, end_s=end.at_s)
-
-    def _energy_j(self, begin: _Mark, end: _Mark, readings: tuple[Sample[GpuReading], ...]) -> float:
-        counter_j = None
-        if begin.energy_j is not None and end.energy_j is not None:
-            counter_j = (begin.energy_j, end.energy_j)
-        power_w = [_figure(reading, reading.value.power_w) for reading in readings]
-        return window_energy_j(power_w, begin_s=begin.at_s, end_s=end.at_s, counter_j=counter_j)
-
     def _new_ttfts_s(self, attempts: tuple[Attempt, ...]) -> tuple[float, ...]:
         """TTFTs of the requests whose first token has come since the last look."""
         found = []
@@ -255,11 +215,5 @@ class GpuNode:
         return tuple(found)
 
 
-def _figure(sample: Sample[GpuReading], value: float) -> Sample[float]:
-    """The same sample of one of its figures."""
-    return Sample(sample.due_s, sample.at_s, value)
-
-
 def _mean(readings: tuple[Sample[GpuReading], ...], figure: str, begin: _Mark, end: _Mark) -> float | None:
-    values = [_figure(reading, getattr(reading.value, figure)) for reading in readings]
-    return held_mean(values, begin_s=begin.at_s, end_s=end.at_s)
+    return held_mean(figures(readings, figure), begin_s=begin.at_s, end_s=end.at_s)

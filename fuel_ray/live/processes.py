@@ -47,7 +47,9 @@ class MarkedProcesses:
                 logger.error("processes %s do not end", pids)
                 return
             if time.monotonic() >= kill_s:
-                _kill(pids)
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             time.sleep(POLL_S)
 
 
@@ -79,11 +81,7 @@ def orderly_signals() -> Iterator[None]:
 
 
 def start_time(pid: int) -> str:
-    """The kernel's, in clock ticks since boot; with the pid it names a process once and for all.
-
-    Raises:
-        OSError: there is no such process.
-    """
+    """The kernel's, in clock ticks since boot; with the pid it names a process once and for all."""
     return _state(pid)[1]
 
 
@@ -105,12 +103,6 @@ def holds_sys_admin(proc: Path) -> bool:
         return False
     capabilities = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), "0")
     return bool(int(capabilities, 16) >> _CAP_SYS_ADMIN & 1) and uid_map.split() == ["0", "0", "4294967295"]
-
-
-def _kill(pids: tuple[int, ...]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _state(pid: int) -> tuple[str, str]:

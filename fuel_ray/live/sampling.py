@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from fuel_ray.errors import ConfigError, NodeError, TelemetryError
 
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SWITCH_S = 0.001
+GAP_S = 0.5  # how long a sensor's value counts without another
+LEAST_SHARE = 0.9  # of a window's time in which power must be known
 JOIN_S = 2.0  # stop() leaves a read that hangs longer behind; its thread is a daemon
 
 
@@ -127,11 +129,7 @@ class Sampler(Generic[T]):
         return tuple(entry for entry in self._entries() if isinstance(entry, Sample))
 
     def latest(self, *, timeout_s: float) -> Sample[T]:
-        """The newest sample; the first one after ``start`` is waited for.
-
-        Raises:
-            TelemetryError: the newest read failed, there has been none in time, or it was not started.
-        """
+        """The newest sample; the first one after ``start`` is waited for; TelemetryError if it failed."""
         if self._thread is None:
             raise TelemetryError(f"{self.name} is not running: call start()")
         with self._news:
@@ -167,6 +165,11 @@ class Sampler(Generic[T]):
             self._bug = error
 
 
+def figures(samples: Iterable[Sample[Any]], name: str) -> list[Sample[float]]:
+    """The same samples of one figure of their readings."""
+    return [Sample(sample.due_s, sample.at_s, getattr(sample.value, name)) for sample in samples]
+
+
 def next_deadline(due_s: float, *, now_s: float, interval_s: float) -> tuple[float, int]:
     """The next deadline on the grid of ``due_s`` that is still to come, and how many were missed."""
     missed = max(0, math.floor((now_s - due_s) / interval_s))
@@ -174,7 +177,7 @@ def next_deadline(due_s: float, *, now_s: float, interval_s: float) -> tuple[flo
 
 
 def held_s(
-    samples: Sequence[Sample[float]], *, begin_s: float, end_s: float, gap_s: float
+    samples: Sequence[Sample[float]], *, begin_s: float, end_s: float, gap_s: float = GAP_S
 ) -> Iterator[float]:
     """How long each value was held within the window, in s.
 
@@ -189,7 +192,7 @@ def held_s(
 
 
 def held_mean(
-    samples: Sequence[Sample[float]], *, begin_s: float, end_s: float, gap_s: float = 0.5
+    samples: Sequence[Sample[float]], *, begin_s: float, end_s: float, gap_s: float = GAP_S
 ) -> float | None:
     """Mean over the window, weighted by the time each value was held; None if the samples miss the window."""
     weights_s = tuple(held_s(samples, begin_s=begin_s, end_s=end_s, gap_s=gap_s))
@@ -203,28 +206,25 @@ def window_energy_j(
     *,
     begin_s: float,
     end_s: float,
-    counter_j: tuple[float, float] | None = None,
-    gap_s: float = 0.5,
-    least_share: float = 0.9,
+    counter_j: tuple[float | None, float | None] = (None, None),
 ) -> float:
     """Energy of the window: the counter's difference where there is one, else the integrated power.
 
     The counter itself steps every 100 ms, so a window is off by up to 100 ms of power at either end; the sum
-    of windows that share the readings between them is not. Power that covers ``least_share`` of the window
-    is scaled up to all of it.
+    of windows that share the readings between them is not. Power that covers nine tenths of the window is
+    scaled up to all of it.
 
     Raises:
         TelemetryError: the counter ran backwards, or power is missing for more of the window.
     """
-    if counter_j is not None:
-        if counter_j[1] < counter_j[0]:
-            raise TelemetryError(
-                f"the energy counter fell from {counter_j[0]} to {counter_j[1]} J: driver reloaded"
-            )
-        return counter_j[1] - counter_j[0]
+    first_j, last_j = counter_j
+    if first_j is not None and last_j is not None:
+        if last_j < first_j:
+            raise TelemetryError(f"the energy counter fell from {first_j} to {last_j} J: driver reloaded")
+        return last_j - first_j
     duration_s = end_s - begin_s
-    covered_s = sum(held_s(power_w, begin_s=begin_s, end_s=end_s, gap_s=gap_s))
-    mean_w = held_mean(power_w, begin_s=begin_s, end_s=end_s, gap_s=gap_s)
-    if mean_w is None or covered_s < least_share * duration_s:
+    covered_s = sum(held_s(power_w, begin_s=begin_s, end_s=end_s))
+    mean_w = held_mean(power_w, begin_s=begin_s, end_s=end_s)
+    if mean_w is None or covered_s < LEAST_SHARE * duration_s:
         raise TelemetryError(f"power is known for {covered_s:.2f} s of the window's {duration_s:.2f} s")
     return mean_w * duration_s

@@ -9,7 +9,7 @@ import numpy as np
 
 from fuel_ray.live.load.loadgen import LoadResult
 from fuel_ray.live.monitors import Measured
-from fuel_ray.live.sampling import Sample, held_mean, window_energy_j
+from fuel_ray.live.sampling import figures, held_mean, window_energy_j
 
 _PERCENTILES = (50, 90, 95, 99)
 
@@ -124,9 +124,8 @@ def _over(energy_j: float | None, count: int) -> float | None:
 def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
     """Mean power in mW, utilisations in per cent, energy in J, the samples and their times."""
     samples = measured.gpus[index]
-    first_j, last_j = measured.energy_j[index]
-    counter_j = None if last_j is None or first_j is None else (first_j, last_j)
-    power_w = [Sample(sample.due_s, sample.at_s, sample.value.power_w) for sample in samples]
+    counter_j = measured.energy_j[index]
+    power_w = figures(samples, "power_w")
     span = {"begin_s": measured.began_s, "end_s": measured.ended_s}
     mean_w = held_mean(power_w, **span)
     return {
@@ -134,7 +133,7 @@ def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
         "avg_gpu_util": float(np.mean([sample.value.gpu_util for sample in samples])) * 100,  # %
         "avg_mem_util": float(np.mean([sample.value.mem_util for sample in samples])) * 100,  # %
         "energy_j": window_energy_j(power_w, **span, counter_j=counter_j),
-        "energy_source": "integrated power" if counter_j is None else "energy counter",
+        "energy_source": "integrated power" if None in counter_j else "energy counter",
         "power_trace": [sample.value * 1000 for sample in power_w],  # mW
         "time_trace": [sample.at_s - measured.began_s for sample in samples],  # s
     }

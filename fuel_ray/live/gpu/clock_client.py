@@ -25,12 +25,7 @@ class ClockClient:
         self._socket: socket.socket | None = None
 
     def pin(self, uuid: str, clock_mhz: int) -> None:
-        """Pin a GPU's clock.
-
-        Raises:
-            PrivilegeError: the helper refuses; the message says why.
-            GpuError: it does not answer.
-        """
+        """Pin a GPU's clock; PrivilegeError where the helper refuses, GpuError where it does not answer."""
         self._ask(f"pin {uuid} {clock_mhz}")
 
     def reset(self, uuid: str) -> None:

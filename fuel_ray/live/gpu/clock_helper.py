@@ -12,8 +12,9 @@ import socket
 import stat
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fuel_ray.errors import ConfigError, GpuError
@@ -116,20 +117,12 @@ class ClockHelper:
         if clock_mhz not in gpus.supported_clocks_mhz:
             return f"no {clock_mhz} MHz is not one of its clocks"
         peer.pinned.add(uuid)  # before the call: should it fail half way, the end of the connection resets
-        try:
-            gpus.pin(clock_mhz)
-        except GpuError as error:
-            return f"no {' '.join(str(error).split())}"
-        return "ok"
+        return _tried(partial(gpus.pin, clock_mhz))
 
     def _reset(self, uuid: str) -> str:
         for peer in self._peers:
             peer.pinned.discard(uuid)
-        try:
-            self._gpus[uuid].reset()
-        except GpuError as error:
-            return f"no {' '.join(str(error).split())}"
-        return "ok"
+        return _tried(self._gpus[uuid].reset)
 
     def _drop(self, peer: _Peer) -> None:
         self._selector.unregister(peer.connection)
@@ -142,6 +135,14 @@ class ClockHelper:
                 "GPU %s of pid %d, which is gone, reset: %s",
                 *(uuid, peer.pid, answer),
             )
+
+
+def _tried(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except GpuError as error:
+        return f"no {' '.join(str(error).split())}"
+    return "ok"
 
 
 def listening_socket(path: Path, *, gid: int | None) -> socket.socket:

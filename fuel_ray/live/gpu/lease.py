@@ -53,14 +53,11 @@ class ClockLease:
             self._watchdog = self._watched()
             taken.pop_all()
         self._held = True
-        _let_go_in_children(self)
+        _LEASES.add(self)
+        _let_go_in_children()
 
     def renew(self) -> None:
-        """Make sure that the clocks are watched over: a watchdog that died is started again.
-
-        Raises:
-            GpuError: it does not start, or the lease has ended.
-        """
+        """Make sure that the clocks are watched over: a watchdog that died is started again, or GpuError."""
         if not self._held:
             raise GpuError(f"the lease on the clocks of {', '.join(self._uuids)} has ended")
         if not self._watchdog.lives():
@@ -152,20 +149,15 @@ class _Watchdog:
 _LEASES: "weakref.WeakSet[ClockLease]" = weakref.WeakSet()
 
 
-def _let_go_in_children(lease: ClockLease) -> None:
-    """What os.register_at_fork is given stays for good, so that it is given one function for all leases."""
-    _LEASES.add(lease)
-    _register_once()
-
-
 @functools.cache
-def _register_once() -> None:
-    os.register_at_fork(after_in_child=_let_all_go)
+def _let_go_in_children() -> None:
+    """What os.register_at_fork is given stays for good, so that it is given one function for all leases."""
 
+    def let_all_go() -> None:
+        for lease in tuple(_LEASES):
+            lease.let_go()
 
-def _let_all_go() -> None:
-    for lease in tuple(_LEASES):
-        lease.let_go()
+    os.register_at_fork(after_in_child=let_all_go)
 
 
 def watch() -> None:
@@ -189,8 +181,8 @@ def unlock(uuid: str, *, folder: Path, force: bool = False) -> None:
     """Give a GPU's clocks back to the driver, whoever locked them, and remove a stale state file.
 
     Raises:
-        GpuError: the driver refused, or a controller has the GPU; with ``force`` its clocks are reset all the
-            same, while it keeps its lease and may set them again.
+        GpuError: the driver refused, or a controller has the GPU and ``force`` is not given; with it that one
+            keeps its lease and may set them again.
     """
     try:
         held = lock(folder, uuid)
@@ -213,12 +205,7 @@ class Outcome:
 
 
 def unlock_gpus(gpu_ids: Sequence[str] = (), *, force: bool = False) -> list[Outcome]:
-    """Give the clocks of these GPUs of this host back; of none, those that dead controllers left.
-
-    Raises:
-        ConfigError: a GPU named twice, or the state folder cannot be written to.
-        GpuError: there is no such GPU, or no driver.
-    """
+    """Give the clocks of these GPUs of this host back; of none, those that dead controllers left."""
     folder = state_folder()
     if gpu_ids:
         with Gpus(gpu_ids) as gpus:

@@ -76,11 +76,7 @@ def state_path(folder: Path, uuid: str) -> Path:
 
 
 def record_owner(folder: Path, uuid: str) -> None:
-    """Write that this process controls the GPU.
-
-    Raises:
-        GpuError: the file cannot be written.
-    """
+    """Write that this process controls the GPU."""
     path = state_path(folder, uuid)
     try:
         write_json(path, asdict(_this_process(uuid)))

@@ -5,12 +5,12 @@ Reads cost 2-10 us on an H100, the energy counter 3 ms (p99 16 ms), so it has a 
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import pynvml
 
@@ -48,12 +48,7 @@ class GpuReading:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Let NVML's errors leave as ours.
-
-    Raises:
-        PrivilegeError: the process may not do this.
-        GpuError: any other NVML error.
-    """
+    """Let NVML's errors leave as ours: PrivilegeError where the process may not, else GpuError."""
     try:
         yield
     except pynvml.NVMLError as error:
@@ -61,7 +56,7 @@ def translated(doing: str) -> Iterator[None]:
         raise kind(f"cannot {doing}: {ADVICE.get(error.value, str(error))}") from error
 
 
-class Gpus:
+class Gpus(AbstractContextManager["Gpus"]):
     """One node's GPUs, by UUID or by NVML index (PCI order, whatever CUDA_VISIBLE_DEVICES says); default all.
 
     Power and energy are summed; utilisations and clocks are means. ``supported_clocks_mhz`` ascend,
@@ -90,9 +85,6 @@ class Gpus:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -127,6 +119,14 @@ class Gpus:
             return all(map(self._helper.serves, self.uuids))
         return holds_sys_admin(proc)
 
+    def settable_clocks_mhz(self, *, wanted: bool) -> tuple[int, ...]:
+        """Those that may be chosen; one, the highest, if clocks are not ours to set."""
+        if wanted and self.can_set_clocks():
+            return self.supported_clocks_mhz
+        if wanted:
+            logger.warning("the clocks of %s may not be set here: they are left alone", self.name)
+        return self.supported_clocks_mhz[-1:] or (round(self.read().sm_clock_mhz),)
+
     def pin(self, clock_mhz: float) -> int:
         """Pin the SM clocks at the supported clock nearest to ``clock_mhz``, and return that clock.
 
@@ -141,11 +141,7 @@ class Gpus:
         return snapped_mhz
 
     def reset(self) -> None:
-        """Give all clocks back to the driver, whoever locked them, on every GPU even if one fails.
-
-        Raises:
-            GpuError: the first failure.
-        """
+        """Give all clocks back, whoever locked them, on every GPU even if one fails; then GpuError."""
         self._reset(self.uuids)
 
     def read(self) -> GpuReading:

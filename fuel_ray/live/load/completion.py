@@ -93,18 +93,15 @@ class Completions:
             if data == _DONE:
                 done = True  # and read on: a connection is only kept if its answer was read to the end
             elif _note_event(attempt, data):
-                last_token_s = self._note_token(attempt, last_token_s)
+                now_s = self.now_s()
+                if last_token_s is None:
+                    attempt.first_token_s = now_s
+                else:
+                    attempt.itls_s.append(now_s - last_token_s)
+                last_token_s = now_s
         if not done:
             raise ValueError("the stream ended before its end mark")
         return last_token_s
-
-    def _note_token(self, attempt: Attempt, last_token_s: float | None) -> float:
-        now_s = self.now_s()
-        if last_token_s is None:
-            attempt.first_token_s = now_s
-        else:
-            attempt.itls_s.append(now_s - last_token_s)
-        return now_s
 
 
 def _note_event(attempt: Attempt, data: str) -> bool:

@@ -1,13 +1,14 @@
 """Prompts to send: token ids of exact length, or the conversations of ShareGPT."""
 
-import json
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.record import read_json
 from fuel_ray.types import Requests
 
 _CHARACTERS_PER_TOKEN = 4  # of English text with today's tokenizers, roughly
@@ -47,44 +48,44 @@ class TokenPrompts:
         return np.random.default_rng((self._seed, *stream)).integers(self._vocab_size, size=count)
 
 
-def drawn_load(
-    n: int,
-    *,
-    rate_per_s: float,
-    prompt_tokens: int,
-    output_tokens: int,
-    vocab_size: int,
-    sharegpt: Path | None,
-    seed: int,
-) -> tuple[Requests, list[str] | TokenPrompts]:
-    """``n`` requests with exponential gaps, of fixed lengths or of the conversations of a ShareGPT file.
+@dataclass(frozen=True, kw_only=True)
+class DrawnLoad:
+    """Requests with exponential gaps, of fixed lengths or of a ShareGPT file's."""
 
-    Raises:
-        ConfigError: not a ShareGPT file, or no conversation of fitting length.
-    """
-    rng = np.random.default_rng(seed)
-    arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, n))
-    unshared = np.full(n, -1), np.zeros(n, np.int64)
-    if sharegpt is not None:
-        texts, answer_tokens = load_sharegpt(sharegpt, n, rng)
+    dataset_name: Literal["sharegpt", "random"] = "random"
+    """sharegpt: prompts and answer lengths of a ShareGPT file. random: token ids of fixed lengths."""
+    dataset_path: Path | None = None
+    """ShareGPT JSON file."""
+    num_prompts: int = 100
+    """Requests to send."""
+    request_rate: float = 10.0
+    """Requests per second; inter-arrival times are exponential."""
+    random_input_len: int = 512
+    """Prompt tokens of the random dataset."""
+    random_output_len: int = 128
+    """Output tokens of the random dataset."""
+    vocab_size: int = 1000
+    """Token ids of the random dataset are below this."""
+    seed: int = 0
+    """Seed of arrivals and prompts."""
+
+    def draw(self) -> tuple[Requests, list[str] | TokenPrompts]:
+        """The requests and their prompts; ConfigError where ``load_sharegpt`` finds none."""
+        n, rng = self.num_prompts, np.random.default_rng(self.seed)
+        arrival_s = np.cumsum(rng.exponential(1 / self.request_rate, n))
+        lengths = np.full(n, self.random_input_len), np.full(n, self.random_output_len)
+        unshared = np.full(n, -1), np.zeros(n, np.int64)
+        if self.dataset_name == "random":
+            requests = Requests(arrival_s, *lengths, *unshared)
+            return requests, TokenPrompts(requests, vocab_size=self.vocab_size, rng=rng)
+        if self.dataset_path is None:
+            raise ConfigError("--dataset-name sharegpt needs --dataset-path")
+        texts, answer_tokens = load_sharegpt(self.dataset_path, n, rng)
         as_counted_there = np.ones(n, np.int64)  # the server counts a text's tokens
         return Requests(arrival_s, as_counted_there, answer_tokens, *unshared), texts
-    requests = Requests(arrival_s, np.full(n, prompt_tokens), np.full(n, output_tokens), *unshared)
-    return requests, TokenPrompts(requests, vocab_size=vocab_size, rng=rng)
 
 
-def estimated_tokens(text: str) -> int:
-    """Tokens of a text without a tokenizer: a quarter of its characters."""
-    return math.ceil(len(text) / _CHARACTERS_PER_TOKEN)
-
-
-def load_sharegpt(
-    path: Path,
-    n: int,
-    rng: np.random.Generator,
-    *,
-    count_tokens: Callable[[str], int] = estimated_tokens,
-) -> tuple[list[str], np.ndarray]:
+def load_sharegpt(path: Path, n: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     """First questions of ``n`` random conversations, and the lengths (n,) of the recorded answers in tokens.
 
     Conversations are kept as `vllm bench serve` keeps them: at least 4 tokens each way, at most 1024 in the
@@ -94,12 +95,16 @@ def load_sharegpt(
         ConfigError: not a ShareGPT file, or no conversation of fitting length.
     """
     pairs = [pair for pair in map(_first_turns, _conversations(path)) if pair is not None]
-    sized = [(question, count_tokens(question), count_tokens(answer)) for question, answer in pairs]
+    sized = [(question, _tokens(question), _tokens(answer)) for question, answer in pairs]
     fitting = [(question, output) for question, prompt, output in sized if _fits(prompt, output)]
     if not fitting:
         raise ConfigError(f"{path}: no ShareGPT conversation of fitting length among {len(pairs)}")
     chosen = rng.choice(len(fitting), size=n, replace=n > len(fitting))
     return [fitting[i][0] for i in chosen], np.array([fitting[i][1] for i in chosen], np.int64)
+
+
+def _tokens(text: str) -> int:
+    return math.ceil(len(text) / _CHARACTERS_PER_TOKEN)
 
 
 def _fits(prompt: int, output: int) -> bool:
@@ -108,12 +113,7 @@ def _fits(prompt: int, output: int) -> bool:
 
 
 def _conversations(path: Path) -> list[object]:
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+    items = read_json(path)
     if not isinstance(items, list):
         raise ConfigError(f"{path}: not a list of ShareGPT conversations")
     return items

@@ -4,7 +4,7 @@ import http.client
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Self
@@ -70,12 +70,9 @@ class MetricsClient:
         try:
             response = self._response(path)
             body = self._body(response, deadline_s)
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            raise TelemetryError(f"{self.url}: {error or type(error).__name__}") from error
-        except TelemetryError:
-            self.close()  # the rest of the page is still in it
-            raise
+        except (OSError, http.client.HTTPException, TelemetryError) as error:
+            self.close()  # the rest of the page may still be in it
+            raise TelemetryError(f"{self.url}: {error}") from error
         return response.status, body
 
     def _response(self, path: str) -> http.client.HTTPResponse:
@@ -95,11 +92,11 @@ class MetricsClient:
         while chunk := response.read1(2**16):
             body += chunk
             if len(body) > _MAX_PAGE_BYTES:
-                raise TelemetryError(f"{self.url}: the page is larger than {_MAX_PAGE_BYTES} bytes")
+                raise TelemetryError(f"the page is larger than {_MAX_PAGE_BYTES} bytes")
             if time.monotonic() > deadline_s:
-                raise TelemetryError(f"{self.url}: no complete page within {self._timeout_s} s")
+                raise TelemetryError(f"no complete page within {self._timeout_s} s")
         if response.length:
-            raise TelemetryError(f"{self.url}: the page is cut off, {response.length} bytes are missing")
+            raise TelemetryError(f"the page is cut off, {response.length} bytes are missing")
         response.close()  # read1 does not notice that it was the end, and the connection would stay busy
         return bytes(body)
 
@@ -109,17 +106,14 @@ class _PageError(TelemetryError):
 
 
 def _connection(base_url: str, timeout_s: float) -> http.client.HTTPConnection:
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     try:
         parts = urlsplit(base_url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise TelemetryError(f"{base_url}: {error}") from error
-    if parts.scheme not in {"http", "https"} or not host:
-        raise TelemetryError(f"{base_url!r} is not a URL like http://localhost:8000")
-    secure = parts.scheme == "https"
-    return (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
-        host, port, timeout=timeout_s
-    )
+        if not parts.hostname:
+            raise ValueError("it names no host")
+        return kinds[parts.scheme](parts.hostname, parts.port, timeout=timeout_s)
+    except (ValueError, KeyError) as error:
+        raise TelemetryError(f"{base_url!r} is not a URL like http://localhost:8000: {error}") from error
 
 
 class KVCacheMonitor:
@@ -139,16 +133,15 @@ class KVCacheMonitor:
         *,
         timeout_s: float = 2.0,
         max_samples: int = 100_000,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not (math.isfinite(interval) and interval >= _MIN_INTERVAL_S):
             raise ConfigError(f"the monitor's interval is {interval} s; at least {_MIN_INTERVAL_S}")
         self.interval_s = interval
-        self._timeout_s, self._clock = timeout_s, clock
+        self._timeout_s = timeout_s
         self._client = MetricsClient(base_url, timeout_s=timeout_s)
         read = partial(self._client.scrape, filtered=interval < _FULL_PAGE_FROM_S)
         name = f"the monitor of {self._client.url}"
-        self._sampler = Sampler(read, interval, name=name, clock=clock, capacity=max_samples)
+        self._sampler = Sampler(read, interval, name=name, capacity=max_samples)
 
     def start(self) -> None:
         """Begin to scrape; the first state may take as long as the server takes to answer."""
@@ -179,7 +172,7 @@ class KVCacheMonitor:
             TelemetryError: not started, or the server gave no good answer for the latest scrape.
         """
         newest = self._sampler.latest(timeout_s=2 * self.interval_s + 2 * self._timeout_s)
-        if self._clock() - newest.at_s > 2 * self.interval_s + self._timeout_s:
+        if time.monotonic() - newest.at_s > 2 * self.interval_s + self._timeout_s:
             raise TelemetryError(f"{self._client.url}: no answer since {2 * self.interval_s:g} s and more")
         trace = self.trace()
         since_s = newest.at_s - max(_RATE_WINDOW_S, 2 * self.interval_s)

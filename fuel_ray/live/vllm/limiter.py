@@ -5,7 +5,6 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from fuel_ray import vllm_plugin
 from fuel_ray.errors import NodeError
@@ -18,15 +17,15 @@ logger = logging.getLogger(__name__)
 class LimiterStatus:
     """What the scheduler said at its last step; an idle server makes no steps."""
 
+    wanted_limit: int | None  # None: the server's own limit
     step: int
     running: int
     waiting: int
-    wanted_limit: int | None  # None: the server's own limit
     batch_limit: int  # in force at that step
     capacity: int  # the highest limit
 
 
-class BatchLimiter:
+class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
     """Sets the batch limit of a running vLLM server through a control file that it creates and removes.
 
     Start the server with FUEL_RAY_LIMIT_FILE naming the file. With data parallelism each engine applies the
@@ -37,7 +36,7 @@ class BatchLimiter:
         leased: for this process alone; the limit ends when it does, even if it is killed.
 
     Raises:
-        NodeError: the file cannot be made, or another process has leased it.
+        NodeError: the file cannot be made, another process has leased it, or, from its methods, it is gone.
     """
 
     def __init__(self, path: Path, *, leased: bool = False):
@@ -56,18 +55,11 @@ class BatchLimiter:
         except OSError as error:
             raise NodeError(f"control file {self.path} cannot be made: {error}") from error
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def set(self, limit: int) -> int:
-        """Ask for a limit and return it clamped to 1..capacity; before a scheduler attached, to at least 1.
-
-        Raises:
-            NodeError: the control file is gone.
-        """
+        """Ask for a limit and return it clamped to 1..capacity, or to 1.. without a scheduler."""
         report = self._read()[1]
         used = clamped(limit, report.capacity) if report.monotonic_ns else max(1, limit)
         if used != limit and limit not in self._said:
@@ -79,19 +71,11 @@ class BatchLimiter:
         return used
 
     def clear(self) -> None:
-        """Give the server its own limit back.
-
-        Raises:
-            NodeError: the control file is gone.
-        """
+        """Give the server its own limit back."""
         self._write(None)
 
     def status(self) -> LimiterStatus:
-        """What the scheduler published at its last step.
-
-        Raises:
-            NodeError: the control file is gone or corrupt, or no scheduler has attached to it.
-        """
+        """What the scheduler published at its last step; raises NodeError where none has attached."""
         wanted, report = self._read()
         if not report.monotonic_ns:
             raise NodeError(
@@ -99,14 +83,7 @@ class BatchLimiter:
                 f"{vllm_plugin.LIMIT_FILE_VARIABLE}={self.path}, with fuel_ray installed in its environment "
                 "and not shut out by VLLM_PLUGINS; one that was already up attaches at its next step"
             )
-        return LimiterStatus(
-            step=report.step,
-            running=report.running,
-            waiting=report.waiting,
-            wanted_limit=wanted,
-            batch_limit=report.batch_limit,
-            capacity=report.capacity,
-        )
+        return LimiterStatus(wanted, *report[:-1])
 
     def close(self) -> None:
         """Give the server its own limit back and remove the file; safe to call twice."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,23 +13,29 @@ from fuel_ray.errors import TelemetryError
 Sample = tuple[Mapping[str, str], float]  # labels, value
 Series = dict[str, list[Sample]]  # by sample name
 
-_RUNNING, _WAITING = ("vllm:num_requests_running",), ("vllm:num_requests_waiting",)
-_KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")  # today's name first, in all of these
-_PROMPT, _CACHED = ("vllm:prompt_tokens_total",), ("vllm:prompt_tokens_cached_total",)
-_GENERATION, _SUCCEEDED = ("vllm:generation_tokens_total",), ("vllm:request_success_total",)
-_PREEMPTIONS = ("vllm:num_preemptions_total",)
-_QUERIES = ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total")
-_HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total")
+_NEEDED = {
+    "running": ("vllm:num_requests_running",),
+    "waiting": ("vllm:num_requests_waiting",),
+    "prompt_tokens": ("vllm:prompt_tokens_total",),
+    "generation_tokens": ("vllm:generation_tokens_total",),
+    "requests_succeeded": ("vllm:request_success_total",),
+}
+_OPTIONAL = {
+    "prompt_tokens_cached": ("vllm:prompt_tokens_cached_total",),
+    "preemptions": ("vllm:num_preemptions_total",),
+    "prefix_queries": ("vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total"),
+    "prefix_hits": ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
+}  # today's name first
+_HISTOGRAMS = {
+    "ttft": "vllm:time_to_first_token_seconds",
+    "tpot": "vllm:request_time_per_output_token_seconds",  # a request's mean, since 0.8
+    "e2e": "vllm:e2e_request_latency_seconds",
+}
+_KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _CONFIG, _STARTED = ("vllm:cache_config_info",), ("process_start_time_seconds",)
-_TTFT = ("vllm:time_to_first_token_seconds",)
-_TPOT = ("vllm:request_time_per_output_token_seconds",)  # a request's mean, since 0.8
-_E2E = ("vllm:e2e_request_latency_seconds",)
 
-SCALARS = (
-    *(*_RUNNING, *_WAITING, *_KV_USAGE, *_PROMPT, *_CACHED, *_GENERATION, *_SUCCEEDED, *_PREEMPTIONS),
-    *(*_QUERIES, *_HITS, *_CONFIG, *_STARTED),
-)  # a page of these alone can be parsed; it lacks the histograms
-_WANTED = (*SCALARS, *_TTFT, *_TPOT, *_E2E)
+SCALARS = tuple(chain(*_NEEDED.values(), *_OPTIONAL.values(), _KV_USAGE, _CONFIG, _STARTED))
+_WANTED = (*SCALARS, *_HISTOGRAMS.values())  # SCALARS alone can be parsed and lack the histograms
 _LINES = (*_WANTED, *(f"# TYPE {name}" for name in _WANTED))  # skipping the others is 10 times as fast
 
 
@@ -136,20 +143,12 @@ def parse_metrics(text: str) -> MetricsSnapshot:
         TelemetryError: not a vLLM's page, cut off, or a metric is missing or has an impossible value.
     """
     series = _read(text)
+    counted: dict[str, Any] = {field: _total(series, names) for field, names in _NEEDED.items()}
+    counted |= {field: _total_or_none(series, names) for field, names in _OPTIONAL.items()}
+    counted |= {field: _histogram(series, name) for field, name in _HISTOGRAMS.items()}
     return MetricsSnapshot(
-        running=_total(series, _RUNNING),
-        waiting=_total(series, _WAITING),
+        **counted,
         kv_usage=_kv_usage(series),
-        prompt_tokens=_total(series, _PROMPT),
-        generation_tokens=_total(series, _GENERATION),
-        requests_succeeded=_total(series, _SUCCEEDED),
-        prompt_tokens_cached=_total_or_none(series, _CACHED),
-        preemptions=_total_or_none(series, _PREEMPTIONS),
-        prefix_queries=_total_or_none(series, _QUERIES),
-        prefix_hits=_total_or_none(series, _HITS),
-        ttft=_histogram(series, _TTFT),
-        tpot=_histogram(series, _TPOT),
-        e2e=_histogram(series, _E2E),
         cache_config=_cache_config(series),
         started_s=max((value for _, value in _find(series, _STARTED)), default=None),
     )
@@ -218,18 +217,18 @@ def _total_or_none(series: Series, names: Sequence[str]) -> int | None:
 
 def _total(series: Series, names: Sequence[str]) -> int:
     if (total := _total_or_none(series, names)) is None:
-        raise TelemetryError(_missing(names))
+        raise _missing(names)
     return total
 
 
-def _missing(names: Sequence[str]) -> str:
-    return f"no {' nor '.join(names)} on the /metrics page; this vLLM may have renamed it"
+def _missing(names: Sequence[str]) -> TelemetryError:
+    return TelemetryError(f"no {' nor '.join(names)} on the /metrics page; this vLLM may have renamed it")
 
 
 def _kv_usage(series: Series) -> float:
     """Mean over engines, weighted by their blocks where all are known."""
     if not (samples := _find(series, _KV_USAGE)):
-        raise TelemetryError(_missing(_KV_USAGE))
+        raise _missing(_KV_USAGE)
     if (most := max(value for _, value in samples)) > 1.0 + 1e-6:
         raise TelemetryError(f"{_KV_USAGE[0]} is {most}; expected a share, 0..1")
     blocks = {labels.get("engine"): _label(labels, "num_gpu_blocks") for labels, _ in _find(series, _CONFIG)}
@@ -253,8 +252,7 @@ def _cache_config(series: Series) -> CacheConfig | None:
     return CacheConfig(block_size=size, num_gpu_blocks=sum(blocks))
 
 
-def _histogram(series: Series, names: Sequence[str]) -> Histogram | None:
-    name = next((name for name in names if f"{name}_bucket" in series), names[0])
+def _histogram(series: Series, name: str) -> Histogram | None:
     counts: dict[float, int] = {}
     for labels, value in _find(series, (f"{name}_bucket",)):
         bound_s = float(labels.get("le", "nan"))

@@ -83,7 +83,8 @@ class VllmServer:
         self.log_path = Path(log_path)
         words = (executable,) if isinstance(executable, str) else tuple(executable)
         self._serve = (*words, "serve", model)
-        self._flags = (*self._own_flags(), *_todays_flags(flags))
+        block = () if self.kv_block_size is None else ("--block-size", str(self.kv_block_size))
+        self._flags = ("--host", "127.0.0.1", "--port", str(self.port), *block, *_todays_flags(flags))
         mark = uuid.uuid4().hex
         self._env |= {_OWNER_VARIABLE: mark, "SPT_NOENV": "1"}
         self._family = MarkedProcesses(f"{_OWNER_VARIABLE}={mark}")
@@ -122,11 +123,7 @@ class VllmServer:
             raise
 
     def check(self) -> None:
-        """Return if the process lives.
-
-        Raises:
-            NodeError: it ended, or was not started; the message has its own last error.
-        """
+        """Raises NodeError where the process does not live; the message has its own last error."""
         if self._process is None:
             raise NodeError(f"no vLLM server was started on port {self.port}")
         code = self._process.poll()
@@ -156,10 +153,6 @@ class VllmServer:
         finally:
             self._family.end(grace_s=1.0 if process.poll() is not None else 0.0)
             process.wait(10.0)
-
-    def _own_flags(self) -> tuple[str, ...]:
-        block = () if self.kv_block_size is None else ("--block-size", str(self.kv_block_size))
-        return ("--host", "127.0.0.1", "--port", str(self.port), *block)
 
     def _became_healthy(self, command: Sequence[str]) -> bool:
         """Whether it did; False if this vLLM does not know the flags of DRAIN_FLAGS."""
@@ -273,20 +266,12 @@ def _check_free(port: int) -> None:
 
 
 def served_model(url: str) -> str:
-    """The name under which the server at ``url`` serves its model.
-
-    Raises:
-        NodeError: no answer, or not that of an OpenAI-compatible server.
-    """
+    """The name under which the server at ``url`` serves its model; NodeError without an answer."""
     return str(_answer(url, "/v1/models", lambda answer: answer["data"][0]["id"]))
 
 
 def server_version(url: str) -> str:
-    """The version of vLLM that runs at ``url``.
-
-    Raises:
-        NodeError: no answer, or not vLLM's.
-    """
+    """The version of vLLM that runs at ``url``; NodeError without an answer."""
     return str(_answer(url, "/version", lambda answer: answer["version"]))
 
 
