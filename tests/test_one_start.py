@@ -108,7 +108,7 @@ def test_a_killed_run_leaves_no_server_and_goes_on_where_it_was(folder):
     process.wait()
     assert ended(folder)
     (run_dir,) = folder.glob("results/sweep-*")
-    run(folder, "sweep", "--node", "live", "--resume", str(run_dir))
+    run(folder, "sweep", "--resume", str(run_dir))
     assert [size for size, _ in started(folder)] == [8, 16, 32, 32]
     rows = list(csv.DictReader((run_dir / "summary.csv").read_text().splitlines()))
     assert len(rows) == 8
