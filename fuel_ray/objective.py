@@ -47,31 +47,11 @@ def greendls_reward(delay_ms: float, energy_mj: float, slo_target_ms: float, k: 
 def greendls_kv_reward(
     delay_ms: float, energy_mj: float, kv_cache_usage: float, slo_target_ms: float, k: float = GREENDLS_K
 ) -> float:
-    """The GreenDLS reward with a penalty, within the SLO, for KV usage below 0.5 or above 0.9.
-
-    Args:
-        delay_ms: latency of a request.
-        energy_mj: energy per request in mJ, > 0.
-        kv_cache_usage: 0..1.
-        slo_target_ms: the SLO.
-        k: weight of energy efficiency.
-    """
+    """The GreenDLS reward with a penalty, within the SLO, for KV usage (0..1) below 0.5 or above 0.9."""
     reward = greendls_reward(delay_ms, energy_mj, slo_target_ms, k)
     if delay_ms > slo_target_ms:
         return reward
-    if kv_cache_usage < 0.5:
-        return reward - 5.0 * (0.5 - kv_cache_usage)
-    if kv_cache_usage > 0.9:
-        return reward - 10.0 * (kv_cache_usage - 0.9)
-    return reward
-
-
-def normalized_greendls_kv_reward(
-    delay_ms: float, energy_mj: float, kv_cache_usage: float, slo_target_ms: float, k: float = GREENDLS_K
-) -> float:
-    """``greendls_kv_reward`` / 50, clipped to [-2, 2]."""
-    raw = greendls_kv_reward(delay_ms, energy_mj, kv_cache_usage, slo_target_ms, k)
-    return min(max(raw / 50.0, -2.0), 2.0)
+    return reward - 5.0 * max(0.5 - kv_cache_usage, 0.0) - 10.0 * max(kv_cache_usage - 0.9, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +64,7 @@ class GreenDls:
 
     slo_e2e_s: float
     kv: bool  # with the KV usage term
-    normalized: bool
+    normalized: bool  # divided by 50 and clipped to [-2, 2]
 
     def reward(self, window: WindowMetrics) -> float:
         """Score of one window."""
@@ -97,11 +77,10 @@ class GreenDls:
             energy_mj = window.energy_j * 1000
         else:
             return 0.0
-        if not self.kv:
-            raw = greendls_reward(delay_ms, energy_mj, slo_ms)
-            return min(max(raw / 50.0, -2.0), 2.0) if self.normalized else raw
-        score = normalized_greendls_kv_reward if self.normalized else greendls_kv_reward
-        return score(delay_ms, energy_mj, window.kv_usage, slo_ms)
+        raw = greendls_reward(delay_ms, energy_mj, slo_ms)
+        if self.kv:
+            raw = greendls_kv_reward(delay_ms, energy_mj, window.kv_usage, slo_ms)
+        return min(max(raw / 50.0, -2.0), 2.0) if self.normalized else raw
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,6 @@ class Node(Protocol):
 
     def reset(self, *, seed: int) -> None:
         """Start afresh; a simulated node draws its workload from ``seed``, a live one drops old samples."""
-        ...
 
     def apply(self, knobs: Knobs) -> Knobs:
         """Set the knobs and return what is in force.
@@ -197,7 +196,6 @@ class Node(Protocol):
         Raises:
             NodeError: the node refused or is gone.
         """
-        ...
 
     def measure(self, duration_s: float) -> WindowMetrics:
         """Let ``duration_s`` seconds pass (real or virtual) and return what was measured in them.
@@ -205,15 +203,12 @@ class Node(Protocol):
         Raises:
             NodeError: the window could not be measured.
         """
-        ...
 
     def take_records(self) -> RequestRecords:
         """Records of what has finished or was given up since the last call, in order of finish."""
-        ...
 
     def close(self) -> None:
         """Release what the node holds; safe to call twice."""
-        ...
 
 
 class Policy(Protocol):
@@ -221,8 +216,6 @@ class Policy(Protocol):
 
     def reset(self) -> None:
         """Forget the past, at the start of an episode."""
-        ...
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """Knobs for the next window."""
-        ...

@@ -28,11 +28,9 @@ class Server(Protocol):
 
     def facts(self) -> Any:
         """What its nodes will be."""
-        ...
 
     def revive(self) -> None:
         """Start what has died."""
-        ...
 
     def close(self) -> None: ...
 

@@ -19,7 +19,6 @@ class Arrivals(Protocol):
 
     def sample(self, duration_s: float, *, rng: np.random.Generator, start_s: float) -> np.ndarray:
         """Ascending arrival times in [0, duration_s), counted from ``start_s`` of the process's own time."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

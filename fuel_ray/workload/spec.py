@@ -41,7 +41,6 @@ class Workload(Protocol):
     @property
     def period_s(self) -> float | None:
         """Time after which it repeats, in distribution at least; None if it is stationary."""
-        ...
 
     @property
     def mean_rate_rps(self) -> float: ...
@@ -49,15 +48,12 @@ class Workload(Protocol):
     @property
     def halves(self) -> tuple["Workload", "Workload"] | None:
         """Of a recorded trace, which no random generator changes: one to learn from, one to be judged on."""
-        ...
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         """Requests of [start_s, start_s + duration_s) of the workload's own time, counted from start_s."""
-        ...
 
     def digest(self) -> str:
         """12 hex characters that name the definition, trace contents included and the name excluded."""
-        ...
 
 
 def parse_workload(text: str) -> Workload:
