@@ -269,12 +269,13 @@ def load_policy(folder: Path, spec: NodeSpec, *, extra_features: Sequence[str] =
     """
     found = read_policy(folder, extra_features=extra_features)
     manifest = found.manifest
-    pairs = {
-        "KV block size": (manifest.kv_block_sizes, spec.kv_block_size),
-        "model": (manifest.model, spec.model),
-        "GPU": (manifest.gpu_name, spec.gpu_name),
-    }
-    for what, (own, there) in pairs.items():
-        if there not in (own if isinstance(own, tuple) else (own,)):
-            raise PolicyError(f"{folder} was trained for {what} {own}, {spec.name} has {there}")
+    for what, own, there in (
+        ("KV block size", manifest.kv_block_sizes, spec.kv_block_size),
+        ("model", (manifest.model,), spec.model),
+        ("GPU", (manifest.gpu_name,), spec.gpu_name),
+    ):
+        if there not in own:
+            raise PolicyError(
+                f"{folder} was trained for {what} {', '.join(map(str, own))}, {spec.name} has {there}"
+            )
     return found.policy(spec)
