@@ -56,22 +56,13 @@ class Point:
 def points(
     clock_mhz: int,
     *,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    prompts: Sequence[int],
-    output_tokens: int,
-    windows: int,
+    batches: Sequence[int],  # requests that decode together
+    contexts: Sequence[int],  # their prompt tokens
+    prompts: Sequence[int],  # tokens of the prefills
+    output_tokens: int,  # that a decoding request may have
+    windows: int,  # per decode point
 ) -> Iterator[Point]:
-    """What to measure at a clock: idle, decode steps, prefills one by one, many prompts at once.
-
-    Args:
-        clock_mhz: the clock.
-        batches: requests that decode together.
-        contexts: their prompt tokens.
-        prompts: tokens of the prefills.
-        output_tokens: that a decoding request may have.
-        windows: per decode point.
-    """
+    """What to measure at a clock: idle, decode steps, prefills one by one, many prompts at once."""
     point = partial(Point, clock_mhz)
     yield point("idle", "idle", "burst:count=0", partial(_idle, n=windows))
     for context, n in product(contexts, batches):
@@ -176,7 +167,7 @@ def _rows(path: str) -> Iterator[Row]:
     for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
         where = f"profile {path} line {number}"
         try:
-            row = json.loads(line or "{}")
+            row = json.loads(line.strip() or "{}")
         except ValueError as error:
             raise ConfigError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
