@@ -1,7 +1,7 @@
 """The nouns of fuel_ray: knobs, nodes, requests, windows, policies. The unit is in every name."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -88,6 +88,10 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    def part(self, which: np.ndarray | slice) -> "Requests":
+        """Those at these places."""
+        return Requests(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def __getitem__(self, index: int) -> Request:
         prefix_id = int(self.prefix_id[index])
