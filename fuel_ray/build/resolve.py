@@ -49,14 +49,9 @@ def resolve(config: Learning, *, run: str) -> Iterator[Resolved[Learning]]:
         return
     from fuel_ray.build.cluster import kept_servers  # noqa: PLC0415  (only live nodes wait for Ray)
 
-    with kept_servers(config, config.block_sizes, run=run, nodes_each=config.nodes_per_trial) as (
-        kept,
-        answers,
-    ):
-        refused = {
-            size: str(answer) for size, answer in answers.items() if isinstance(answer, UnsupportedError)
-        }
-        known = {size: answer for size, answer in answers.items() if not isinstance(answer, UnsupportedError)}
+    with kept_servers(config, run=run, nodes_each=config.nodes_per_trial) as (kept, answers):
+        refused = {size: str(found) for size, found in answers.items() if isinstance(found, UnsupportedError)}
+        known = {size: found for size, found in answers.items() if not isinstance(found, UnsupportedError)}
         served = replace(twinned(kept, [spec for spec, _ in known.values()]), block_sizes=tuple(known))
         setups = {}
         for size, (raw, engine) in known.items():

@@ -42,11 +42,7 @@ class ProfileConfig(ServingConfig):
 
 
 def parse(argv: list[str], *, prog: str) -> ProfileConfig:
-    """Settings from flags.
-
-    Raises:
-        ConfigError: a flag is wrong.
-    """
+    """Settings from flags."""
     config = parse_serving(ProfileConfig, argv, prog=prog, default=ProfileConfig())
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a profile is of one server, give one block size")
