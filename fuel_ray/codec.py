@@ -299,7 +299,6 @@ class Encoder:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the past."""
         self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
 
     def context(self, window: WindowMetrics) -> Context:

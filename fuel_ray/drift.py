@@ -41,11 +41,8 @@ class DriftDetector:
     def __init__(self, codec: Codec, spec: NodeSpec, *, ranges: Mapping[str, Range] | None = None) -> None:
         """Watch the features of the load, whether the policy sees them or not, and any other with a range.
 
-        Args:
-            codec: of the policy.
-            spec: of the node that it controls.
-            ranges: lowest and highest value of a feature in training, in units of its scale; where there is
-                none, what the feature table can express.
+        ``ranges`` are those seen in training, in units of a feature's scale; without one, a feature's range
+        is what the feature table can express.
         """
         known = ranges or {}
         self._watched = [
@@ -57,7 +54,6 @@ class DriftDetector:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the past."""
         self._encoder.reset()
         self._share, self._drifted = 0.0, False
 

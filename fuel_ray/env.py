@@ -153,13 +153,11 @@ class ParallelServingEnv(gymnasium.vector.SyncVectorEnv):
         super().__init__([partial(_Ahead.itself, env) for env in ahead])
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Gymnasium's."""
         for i, env in enumerate(self.envs):
             env.begin(self._threads, env.env.reset, seed=None if seed is None else seed + i)
         return super().reset(seed=seed, options=options)
 
     def step(self, actions: Any) -> Any:
-        """Gymnasium's; an environment whose episode has ended is reset."""
         for env, action, ended in zip(self.envs, actions, self._autoreset_envs, strict=True):
             if ended:
                 env.begin(self._threads, env.env.reset)

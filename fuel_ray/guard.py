@@ -52,7 +52,6 @@ class Guard:
         return self._rules == Rules() and self._drift is None
 
     def reset(self) -> None:
-        """Forget the past."""
         self._now_s, self._changed_s, self._calm_since_s = 0.0, -math.inf, -math.inf
         self._shield: Reason | None = None
         self._clock_mhz: int | None = None

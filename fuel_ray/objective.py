@@ -29,7 +29,6 @@ class Unscored:
     """For loops whose rewards nobody reads."""
 
     def reward(self, window: WindowMetrics) -> float:
-        """Nothing."""
         return 0.0
 
 
@@ -67,7 +66,6 @@ class GreenDls:
     normalized: bool  # divided by 50 and clipped to [-2, 2]
 
     def reward(self, window: WindowMetrics) -> float:
-        """Score of one window."""
         slo_ms = self.slo_e2e_s * 1000
         if window.completed:
             delay_ms = sum(window.e2es_s) / window.completed * 1000
@@ -97,12 +95,11 @@ class Energy:
 
     slo: Slo
     token_price_j: float  # J per output token that a good static setting pays
-    miss_price_j: float  # J charged per missed limit
+    miss_price_j: float  # J per missed limit
     scale_w: float  # typical power, so that rewards are of order 1
     lowest: float = -4.0  # a window cannot score worse: one deep queue should not drown everything else
 
     def reward(self, window: WindowMetrics) -> float:
-        """Score of one window."""
         saved_j = self.token_price_j * window.output_tokens - window.energy_j
         score = (saved_j - self.miss_price_j * self.misses(window)) / (self.scale_w * window.duration_s)
         return max(score, self.lowest)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -59,12 +58,6 @@ class LiveServer:
             live = replace(config.live, server=self._server.url, limit_file=limiter.path)
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def facts(self) -> tuple[NodeSpec, str]:
         """What its nodes are, and the engine's name and version.

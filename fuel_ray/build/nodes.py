@@ -111,7 +111,7 @@ def served(config: Settings, kv_block_size: int) -> Iterator[Settings]:
     if config.node != "live" or is_kept(config):
         yield config
         return
-    with LiveServer(config, kv_block_size) as server:
+    with contextlib.closing(LiveServer(config, kv_block_size)) as server:
         yield replace(config, live=server.config.live)
 
 

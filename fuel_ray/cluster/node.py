@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from fuel_ray.cluster.gauges import NodeGauges
-from fuel_ray.cluster.hosts import NODE_RESOURCE, answer_of, with_gpus
+from fuel_ray.cluster.hosts import NODE_RESOURCE, answer_of
 from fuel_ray.errors import FuelRayError, NodeError, UnsupportedError
 from fuel_ray.types import Knobs, Node, NodeSpec, RequestRecords, WindowMetrics
 
@@ -113,7 +113,7 @@ class NodeActor:
 
     def _running(self) -> Server:
         if self._server is None:
-            self._server = with_gpus(self._serve)
+            self._server = self._serve(tuple(map(str, ray.get_gpu_ids())))
         else:
             self._server.revive()
         return self._server
@@ -186,22 +186,15 @@ class RemoteNode:
         build: NodeBuilder,
         *,
         serve: Serve = NoServer,
-        gpus: int = 0,
-        start_s: float = 120.0,
-        name: str | None = None,
+        gpus: int = 0,  # that the node needs
+        start_s: float = 120.0,  # how long a free machine, the server and then the node may take
+        name: str | None = None,  # of an actor that this process or its parent has made
     ) -> None:
         """Start the node, and its actor unless there is one of this ``name``.
 
-        Args:
-            build: makes the node, in the actor, from its server.
-            serve: makes the server, in the actor.
-            gpus: that the node needs; 0 if it is simulated.
-            start_s: how long a free machine, the server and then the node may take.
-            name: of an actor that this process or its parent has made.
-
         Raises:
             NodeError: it did not start in time, or there is no such actor.
-            FuelRayError: what ``build`` or ``serve`` raised.
+            FuelRayError: what ``build`` or ``serve`` raised, in the actor.
         """
         self._build, self._serve, self._gpus, self._start_s = build, serve, gpus, start_s
         self._name, self._id = name, uuid.uuid4().hex

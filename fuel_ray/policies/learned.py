@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -177,8 +177,7 @@ def _json(path: Path) -> Any:
 
 def _checked(manifest: Manifest) -> Manifest:
     """Types that a hand or a hostile one may have changed."""
-    names = ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version", "algorithm")
-    for name in names:
+    for name in (f.name for f in fields(Manifest) if f.type is str):
         _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
     _expect(are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
     _expect(all(reference(name) == name for name in manifest.needs), "needs are not package.module:NAME")

@@ -50,7 +50,6 @@ class Mixed:
         return drawn.generate(duration_s, rng=rng, start_s=float(rng.uniform(0.0, 1200.0)))
 
     def digest(self) -> str:
-        """See ``Workload``."""
         return digest("mixed", self.high_rps)
 
 
