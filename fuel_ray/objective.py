@@ -16,11 +16,7 @@ class Objective(Protocol):
 
 
 def from_outside(name: str, slo: Slo, *, miss_price_j: float) -> Objective:
-    """The objective that a ``package.module:Class`` makes of the SLO and the price of a miss.
-
-    Raises:
-        ConfigError: there is no such class, or it is no objective.
-    """
+    """The objective that a ``package.module:Class`` makes of the SLO and the price of a miss."""
     found: Objective = made(name, needs=("reward",), slo=slo, miss_price_j=miss_price_j)
     return found
 

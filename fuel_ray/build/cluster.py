@@ -24,12 +24,7 @@ Answer = tuple[NodeSpec, str] | UnsupportedError  # what a node is and its engin
 def remote_node(
     config: ServingConfig, kv_block_size: int, build: Callable[[ServingConfig], Node]
 ) -> RemoteNode:
-    """A node that an actor owns, made there by ``build``: on a server that the run keeps, or on its own.
-
-    Raises:
-        ConfigError: there is no cluster, or it has no node of this kind.
-        NodeError: the node did not start.
-    """
+    """A node that an actor owns, made there by ``build``: on a server that the run keeps, or on its own."""
     there, start_s = _there(config), _start_s(config)
     made = partial(_on_server, there, build)
     if is_kept(config):

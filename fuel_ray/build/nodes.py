@@ -102,12 +102,7 @@ def twin_of(config: Settings) -> Settings:
 
 @contextlib.contextmanager
 def served(config: Settings, kv_block_size: int) -> Iterator[Settings]:
-    """Settings whose nodes can be built: a live one's server is started here, and stopped after the block.
-
-    Raises:
-        UnsupportedError: the server cannot have this block size.
-        NodeError: no such GPU, or it did not start.
-    """
+    """Settings whose nodes can be built: a live one's server is started here, and stopped after the block."""
     if config.node != "live" or is_kept(config):
         yield config
         return

@@ -36,12 +36,7 @@ class Resolved(Generic[Learning]):
 
 @contextlib.contextmanager
 def resolve(config: Learning, *, run: str) -> Iterator[Resolved[Learning]]:
-    """Ask each node once what it is; a live one's server is started for that and kept while the block runs.
-
-    Raises:
-        ConfigError: a live node and its twin have no clock in common, or the cluster has too few nodes.
-        NodeError: a server did not start.
-    """
+    """Ask each node once what it is; the server of a live one is started for that, and kept in the block."""
     if not config.live_server:
         engine = load_pack(config.pack).engine
         specs = {size: build_spec(config, size) for size in config.block_sizes}

@@ -7,7 +7,7 @@ from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.pack import Pack
 from fuel_ray.sim.scheduler import Engine, State, advance, advance_windows, new_state
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetrics
-from fuel_ray.workload.spec import Workload
+from fuel_ray.workload.spec import Workload, drawn
 
 
 class SimulatedNode:
@@ -74,10 +74,7 @@ class SimulatedNode:
 
     def reset(self, *, seed: int) -> None:
         """Draw new requests and start idle at time 0 with maximum performance."""
-        rng = np.random.default_rng(seed)
-        period_s = self._workload.period_s
-        start_s = rng.uniform(0.0, period_s) if self._random_start and period_s else 0.0
-        self.replay(self._workload.generate(self._horizon_s, rng=rng, start_s=start_s))
+        self.replay(drawn(self._workload, self._horizon_s, seed=seed, random_start=self._random_start))
 
     def replay(self, requests: Requests) -> None:
         """Start idle at time 0 with these requests to come.

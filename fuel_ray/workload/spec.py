@@ -56,6 +56,13 @@ class Workload(Protocol):
         """12 hex characters that name the definition, trace contents included and the name excluded."""
 
 
+def drawn(workload: Workload, duration_s: float, *, seed: int, random_start: bool) -> Requests:
+    """The requests of a seed, from the workload's beginning or from a random point of its period."""
+    rng, period_s = np.random.default_rng(seed), workload.period_s
+    start_s = rng.uniform(0.0, period_s) if random_start and period_s else 0.0
+    return workload.generate(duration_s, rng=rng, start_s=start_s)
+
+
 def parse_workload(text: str) -> Workload:
     """The workload of ``NAME[:key=value,...]``, such as ``diurnal:low_rps=1,high_rps=12``.
 
@@ -202,7 +209,4 @@ _ARRIVALS = {
 _PRESETS = {"chat-prefix": "prompt_mean=112,prefixes=8,prefix_tokens=500,prefix_share=0.8"}
 _READERS = {"azure": read_azure, "mooncake": read_mooncake, "burstgpt": read_burstgpt}
 _DATA = Path(__file__).parent / "data"
-_SHIPPED = {
-    "azure-conv": _DATA / "azure_conv_2023.csv",
-    "azure-code": _DATA / "azure_code_2023.csv",
-}
+_SHIPPED = {"azure-conv": _DATA / "azure_conv_2023.csv", "azure-code": _DATA / "azure_code_2023.csv"}
