@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -17,10 +18,6 @@ class ArrivalRate:
     def __init__(self) -> None:
         self._rate_rps: float | None = None
 
-    def reset(self) -> None:
-        """Forget the past."""
-        self._rate_rps = None
-
     def update(self, window: WindowMetrics) -> float:
         """The rate in req/s after one more window; the first window's own rate at the start."""
         rate_rps = window.arrivals / window.duration_s
@@ -30,16 +27,10 @@ class ArrivalRate:
         return rate_rps
 
 
-def smoothed_rates(arrivals: np.ndarray, *, window_s: float = 1.0) -> list[float]:
-    """What ``ArrivalRate`` says after each of these windows."""
-    share = -math.expm1(-window_s / EWMA_S)
-    rates: list[float] = []
-    for count in arrivals.tolist():
-        rate_rps = count / window_s
-        if rates:
-            rate_rps = rates[-1] + (rate_rps - rates[-1]) * share
-        rates.append(rate_rps)
-    return rates
+def smoothed_rates(arrivals: np.ndarray) -> list[float]:
+    """What ``ArrivalRate`` says after each of these windows of 1 s."""
+    share = -math.expm1(-1.0 / EWMA_S)
+    return list(accumulate(arrivals.tolist(), lambda rate_rps, count: rate_rps + (count - rate_rps) * share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +46,6 @@ class RecentRequests:
     """Tokens per request that got its first token, over about the last ``EWMA_REQUESTS`` of them."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the past."""
         self._seen = 0
         self._sums = np.zeros(4)  # requests, their prompt tokens, those of them in the cache, output tokens
 

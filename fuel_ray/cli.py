@@ -2,33 +2,30 @@
 
 import importlib
 import sys
+from functools import partial
+from typing import get_type_hints
 
 from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.flags import parse_flags
 from fuel_ray.live.processes import orderly_signals
 
-# verb: (module, class of its settings, what it does)
-VERBS = {
-    "sweep": ("sweep", "SweepConfig", "train and compare one policy per KV block size"),
-    "train": ("train", "TrainVerbConfig", "train one policy per KV block size"),
-    "evaluate": ("evaluate", "EvaluateConfig", "compare policies on a simulated or a live node"),
-    "profile": ("profile", "ProfileConfig", "measure a node for `calibrate`: steps, prefills, idle power"),
-    "arena": ("arena", "ArenaConfig", "compare every policy on every workload, with intervals"),
-    "recommend": ("recommend", "RecommendConfig", "name the block size and policy to deploy for a load"),
-    "validate": ("validate", "ValidateConfig", "compare the simulator with recorded traces"),
-    "calibrate": ("calibrate", "CalibrateConfig", "fit a calibration pack from a profile of your server"),
-    "benchmark": (
-        "benchmark",
-        "BenchmarkConfig",
-        "send a load to a vLLM server and record power and KV cache",
-    ),
-    "export": ("export", "ExportConfig", "turn an RLlib checkpoint into a policy folder"),
-    "deploy": ("deploy", "DeployConfig", "let a policy control a running vLLM server"),
-    "watch": ("watch", "WatchConfig", "show in a terminal what deployments do"),
-    "clock-helper": ("clock_helper", "ClockHelperConfig", "set clocks for controllers that may not, as root"),
-    "doctor": ("doctor", "DoctorConfig", "say what this host, or a cluster, lacks for a node"),
-    "unlock": ("unlock", "UnlockConfig", "give back GPU clocks that a killed run left locked"),
-    "report": ("report", "ReportConfig", "write a run's report again"),
+VERBS = {  # each is the module of that name in commands
+    "sweep": "train and compare one policy per KV block size",
+    "train": "train one policy per KV block size",
+    "evaluate": "compare policies on a simulated or a live node",
+    "profile": "measure a node for `calibrate`: steps, prefills, idle power",
+    "arena": "compare every policy on every workload, with intervals",
+    "recommend": "name the block size and policy to deploy for a load",
+    "validate": "compare the simulator with recorded traces",
+    "calibrate": "fit a calibration pack from a profile of your server",
+    "benchmark": "send a load to a vLLM server and record power and KV cache",
+    "export": "turn an RLlib checkpoint into a policy folder",
+    "deploy": "let a policy control a running vLLM server",
+    "watch": "show in a terminal what deployments do",
+    "clock-helper": "set clocks for controllers that may not, as root",
+    "doctor": "say what this host, or a cluster, lacks for a node",
+    "unlock": "give back GPU clocks that a killed run left locked",
+    "report": "write a run's report again",
 }
 
 
@@ -37,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv or argv[0] in ("-h", "--help"):
-            print(_usage())
+            print("usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)\n")
+            print("\n".join(f"  {verb:<12} {what}" for verb, what in VERBS.items()))
             return 0
         if argv[0] not in VERBS:
             raise ConfigError(f"{argv[0]} is no verb; there are {', '.join(VERBS)}")
@@ -51,19 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> int:
-    name, settings, _ = VERBS[verb]
-    module = importlib.import_module(f"fuel_ray.commands.{name}")
-    prog = f"fuel-ray {verb}"
-    config = (
-        module.parse(argv, prog=prog)
-        if hasattr(module, "parse")
-        else parse_flags(getattr(module, settings), argv, prog=prog)
-    )
+    module = importlib.import_module(f"fuel_ray.commands.{verb.replace('-', '_')}")
+    parse = getattr(module, "parse", None) or partial(parse_flags, get_type_hints(module.run)["config"])
+    config = parse(argv, prog=f"fuel-ray {verb}")
     with orderly_signals():
         code: int = module.run(config)
     return code
-
-
-def _usage() -> str:
-    lines = [f"  {verb:<12} {what}" for verb, (_, _, what) in VERBS.items()]
-    return "\n".join(["usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)", "", *lines])

@@ -35,6 +35,11 @@ class Feature:
     high: float = 1.0
     load: bool = False  # whether it describes the load, so that a value unseen in training is drift
 
+    def scaled(self, window: WindowMetrics, context: Context) -> float | None:
+        """The value in units of its scale; None if it is unknown."""
+        value = self.value(window, context)
+        return None if value is None else value / self.scale
+
 
 def _wait_of_slo(w: WindowMetrics, c: Context) -> float:
     limit_s = c.slo.e2e_s or c.slo.ttft_s
@@ -291,12 +296,10 @@ class Encoder:
         self._spec = spec
         self._learn_scale = learn_scale
         self._features = [codec.table[name] for name in codec.features]
-        self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
+        self.reset()
 
     def reset(self) -> None:
-        """Forget the past."""
-        self._arrival_rate.reset()
-        self._requests.reset()
+        self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
 
     def context(self, window: WindowMetrics) -> Context:
         """What features may need beside one more window."""
@@ -306,10 +309,7 @@ class Encoder:
     def encode(self, window: WindowMetrics) -> np.ndarray:
         """The observation after a window: (features,) float32 within the codec's bounds."""
         context = self.context(window)
-        values = []
-        for feature in self._features:
-            value = (feature.value(window, context) or 0.0) / feature.scale
-            values.append(min(max(value, 0.0), feature.high))
+        values = [min(max(f.scaled(window, context) or 0.0, 0.0), f.high) for f in self._features]
         scale = self._codec.running_scale
         if scale is not None:
             if self._learn_scale:

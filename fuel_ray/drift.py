@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from fuel_ray.averages import EWMA_S
-from fuel_ray.codec import Codec, Context, Encoder, Feature
+from fuel_ray.codec import Codec, Encoder
 from fuel_ray.types import NodeSpec, WindowMetrics
 
 DRIFT_S = 30.0  # time constant over which windows outside the range are weighed
@@ -29,7 +29,7 @@ def observed_ranges(
             if seconds < EWMA_S:
                 continue  # a first window's own rate is no average yet
             for name, feature in codec.table.items():
-                if feature.load and (value := _value(feature, window, context)) is not None:
+                if feature.load and (value := feature.scaled(window, context)) is not None:
                     low, high = found.get(name, (value, value))
                     found[name] = min(low, value), max(high, value)
     return found
@@ -41,15 +41,12 @@ class DriftDetector:
     def __init__(self, codec: Codec, spec: NodeSpec, *, ranges: Mapping[str, Range] | None = None) -> None:
         """Watch the features of the load, whether the policy sees them or not, and any other with a range.
 
-        Args:
-            codec: of the policy.
-            spec: of the node that it controls.
-            ranges: lowest and highest value of a feature in training, in units of its scale; where there is
-                none, what the feature table can express.
+        ``ranges`` are those seen in training, in units of a feature's scale; without one, a feature's range
+        is what the feature table can express.
         """
-        known = dict(ranges or {})
+        known = ranges or {}
         self._watched = [
-            (feature, known.get(name, (0.0, feature.high)))
+            (feature, _widened(*known.get(name, (0.0, feature.high))))
             for name, feature in codec.table.items()
             if feature.load or name in known
         ]
@@ -57,14 +54,14 @@ class DriftDetector:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the past."""
         self._encoder.reset()
         self._share, self._drifted = 0.0, False
 
     def update(self, window: WindowMetrics) -> bool:
         """Whether the load has drifted out of range, after one more window."""
         context = self._encoder.context(window)
-        outside = any(_outside(feature, span, window, context) for feature, span in self._watched)
+        seen = [(feature.scaled(window, context), span) for feature, span in self._watched]
+        outside = any(value is not None and not low <= value <= high for value, (low, high) in seen)
         self._share += (outside - self._share) * -math.expm1(-window.duration_s / DRIFT_S)
         if self._share > 0.5:
             self._drifted = True
@@ -73,14 +70,6 @@ class DriftDetector:
         return self._drifted
 
 
-def _outside(feature: Feature, span: Range, window: WindowMetrics, context: Context) -> bool:
-    low, high = span
-    value = _value(feature, window, context)
+def _widened(low: float, high: float) -> Range:
     margin = max(MARGIN * (high - low), LEAST_MARGIN)
-    return value is not None and not low - margin <= value <= high + margin
-
-
-def _value(feature: Feature, window: WindowMetrics, context: Context) -> float | None:
-    """In units of its scale; None if it is unknown."""
-    value = feature.value(window, context)
-    return None if value is None else value / feature.scale
+    return low - margin, high + margin

@@ -150,16 +150,14 @@ class ParallelServingEnv(gymnasium.vector.SyncVectorEnv):
         self._threads = ThreadPoolExecutor(len(make_envs))
         making = [self._threads.submit(make_env) for make_env in make_envs]
         ahead = [_Ahead(env) for env in _all_or_none(making)]
-        super().__init__([partial(_same, env) for env in ahead])
+        super().__init__([partial(_Ahead.itself, env) for env in ahead])
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Gymnasium's."""
         for i, env in enumerate(self.envs):
             env.begin(self._threads, env.env.reset, seed=None if seed is None else seed + i)
         return super().reset(seed=seed, options=options)
 
     def step(self, actions: Any) -> Any:
-        """Gymnasium's; an environment whose episode has ended is reset."""
         for env, action, ended in zip(self.envs, actions, self._autoreset_envs, strict=True):
             if ended:
                 env.begin(self._threads, env.env.reset)
@@ -173,6 +171,9 @@ class _Ahead(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     _result: Future[Any]
 
+    def itself(self) -> gymnasium.Env[Any, Any]:
+        return self
+
     def begin(self, threads: ThreadPoolExecutor, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._result = threads.submit(call, *args, **kwargs)
 
@@ -181,10 +182,6 @@ class _Ahead(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> Any:
         return self._result.result()
-
-
-def _same(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
-    return env
 
 
 def _all_or_none(making: Sequence[Future[ServingEnv]]) -> list[ServingEnv]:

@@ -5,6 +5,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from fuel_ray.drift import DriftDetector
 from fuel_ray.types import Knobs, LatencyName, NodeSpec, Slo, WindowMetrics
 
@@ -50,12 +52,11 @@ class Guard:
         return self._rules == Rules() and self._drift is None
 
     def reset(self) -> None:
-        """Forget the past."""
         self._now_s, self._changed_s, self._calm_since_s = 0.0, -math.inf, -math.inf
         self._shield: Reason | None = None
         self._clock_mhz: int | None = None
         self._switches_s: deque[float] = deque()
-        self._latency = _Misses(self._rules.slo)
+        self._missed: dict[LatencyName, np.ndarray] = {}  # by limit: misses (or latency / limit), samples
         if self._drift is not None:
             self._drift.reset()
 
@@ -99,33 +100,40 @@ class Guard:
         if rules.max_waiting:
             found["queue"] = window.waiting / rules.max_waiting
         if rules.slo is not None:
-            found["latency"] = self._latency.update(window) / 2
+            found["latency"] = self._misses(window, rules.slo) / 2
         return found
+
+    def _misses(self, window: WindowMetrics, slo: Slo) -> float:
+        """Missed limits as a multiple of what the SLO allows, the worst; a mean at its limit counts as 2."""
+        worst, left = 0.0, math.exp(-window.duration_s / LATENCY_S)
+        allowed = 0.5 if slo.share is None else max(1.0 - slo.share, 1e-3)
+        for name, values_s, limit_s in slo.limited(window.latencies_s):
+            missed = sum(value_s > limit_s for value_s in values_s)
+            now = (sum(values_s) / limit_s if slo.share is None else missed, len(values_s))
+            self._missed[name] = left * self._missed.get(name, np.zeros(2)) + now
+            misses, samples = self._missed[name].tolist()
+            worst = max(worst, misses / allowed / max(samples, 20.0))
+        return worst
 
     def _shaped(self, verdict: Verdict, spec: NodeSpec) -> Verdict:
         """The clock's floor, step, dwell time and budget of switches."""
-        now_mhz = spec.gpu_clocks_mhz[-1] if self._clock_mhz is None else self._clock_mhz
-        rules, reasons = self._rules, list(verdict.reasons)
-        clock_mhz = verdict.knobs.gpu_clock_mhz
         if len(spec.gpu_clocks_mhz) == 1:
             return verdict  # the clock is not ours
-        if rules.floor_mhz is not None and clock_mhz < rules.floor_mhz:
-            clock_mhz = rules.floor_mhz
-            reasons.append("floor")
-        if clock_mhz < now_mhz and self._now_s - self._changed_s < rules.dwell_s:
-            clock_mhz = now_mhz
-            reasons.append("dwell")
-        if clock_mhz < now_mhz and self._spent():
-            clock_mhz = now_mhz
-            reasons.append("budget")
-        if rules.max_step_mhz is not None and now_mhz - clock_mhz > rules.max_step_mhz:
-            clock_mhz = now_mhz - rules.max_step_mhz
-            reasons.append("step")
+        now_mhz = spec.gpu_clocks_mhz[-1] if self._clock_mhz is None else self._clock_mhz
+        rules, reasons, clock_mhz = self._rules, list(verdict.reasons), verdict.knobs.gpu_clock_mhz
+        budget, dwells = rules.switches_per_minute, self._now_s - self._changed_s < rules.dwell_s
+        spent = budget is not None and len(self._switches_s) >= budget
+        lowest_mhz: dict[Reason, int] = {
+            "floor": rules.floor_mhz or 0,
+            "dwell": now_mhz if dwells else 0,
+            "budget": now_mhz if spent else 0,
+            "step": 0 if rules.max_step_mhz is None else now_mhz - rules.max_step_mhz,
+        }
+        for reason, bound_mhz in lowest_mhz.items():
+            if clock_mhz < bound_mhz:
+                clock_mhz = bound_mhz
+                reasons.append(reason)
         return Verdict(replace(verdict.knobs, gpu_clock_mhz=clock_mhz), tuple(reasons))
-
-    def _spent(self) -> bool:
-        budget = self._rules.switches_per_minute
-        return budget is not None and len(self._switches_s) >= budget
 
     def _switched(self, clock_mhz: int) -> None:
         while self._switches_s and self._switches_s[0] <= self._now_s - BUDGET_S:
@@ -134,32 +142,3 @@ class Guard:
             self._changed_s = self._now_s
             self._switches_s.append(self._now_s)
         self._clock_mhz = clock_mhz
-
-
-class _Misses:
-    """Missed limits as a multiple of what the SLO allows, over the last ``LATENCY_S``."""
-
-    def __init__(self, slo: Slo | None) -> None:
-        self._slo = slo
-        self._sums: dict[
-            LatencyName, tuple[float, float]
-        ] = {}  # by limit: misses (or latency / limit), samples
-
-    def update(self, window: WindowMetrics) -> float:
-        """The worst limit's multiple after one more window; a mean at its limit counts as 2."""
-        if self._slo is None:
-            return 0.0
-        slo = self._slo
-        left = math.exp(-window.duration_s / LATENCY_S)
-        worst = 0.0
-        for name, values_s, limit_s in slo.limited(window.latencies_s):
-            cost, samples = self._sums.get(name, (0.0, 0.0))
-            if slo.share is None:
-                cost = left * cost + sum(values_s) / limit_s
-            else:
-                cost = left * cost + sum(value_s > limit_s for value_s in values_s)
-            samples = left * samples + len(values_s)
-            self._sums[name] = cost, samples
-            allowed = 0.5 if slo.share is None else max(1.0 - slo.share, 1e-3)
-            worst = max(worst, cost / allowed / max(samples, 20.0))
-        return worst

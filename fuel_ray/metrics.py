@@ -101,8 +101,7 @@ def window_attainment(window: WindowMetrics, slo: Slo) -> float:
     A stalled window, in which nothing finished and somebody waits beyond the TTFT or e2e limit, has
     attainment 0.
     """
-    wait_limit_s = slo.wait_limit_s
-    if wait_limit_s is not None and not window.completed and window.oldest_wait_s > wait_limit_s:
+    if slo.wait_limit_s is not None and not window.completed and window.oldest_wait_s > slo.wait_limit_s:
         return 0.0
     pairs = slo.limited(window.latencies_s)
     shares = (sum(value <= limit for value in values) / len(values) for _, values, limit in pairs if values)

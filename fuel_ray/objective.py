@@ -16,11 +16,7 @@ class Objective(Protocol):
 
 
 def from_outside(name: str, slo: Slo, *, miss_price_j: float) -> Objective:
-    """The objective that a ``package.module:Class`` makes of the SLO and the price of a miss.
-
-    Raises:
-        ConfigError: there is no such class, or it is no objective.
-    """
+    """The objective that a ``package.module:Class`` makes of the SLO and the price of a miss."""
     found: Objective = made(name, needs=("reward",), slo=slo, miss_price_j=miss_price_j)
     return found
 
@@ -29,7 +25,6 @@ class Unscored:
     """For loops whose rewards nobody reads."""
 
     def reward(self, window: WindowMetrics) -> float:
-        """Nothing."""
         return 0.0
 
 
@@ -47,31 +42,11 @@ def greendls_reward(delay_ms: float, energy_mj: float, slo_target_ms: float, k: 
 def greendls_kv_reward(
     delay_ms: float, energy_mj: float, kv_cache_usage: float, slo_target_ms: float, k: float = GREENDLS_K
 ) -> float:
-    """The GreenDLS reward with a penalty, within the SLO, for KV usage below 0.5 or above 0.9.
-
-    Args:
-        delay_ms: latency of a request.
-        energy_mj: energy per request in mJ, > 0.
-        kv_cache_usage: 0..1.
-        slo_target_ms: the SLO.
-        k: weight of energy efficiency.
-    """
+    """The GreenDLS reward with a penalty, within the SLO, for KV usage (0..1) below 0.5 or above 0.9."""
     reward = greendls_reward(delay_ms, energy_mj, slo_target_ms, k)
     if delay_ms > slo_target_ms:
         return reward
-    if kv_cache_usage < 0.5:
-        return reward - 5.0 * (0.5 - kv_cache_usage)
-    if kv_cache_usage > 0.9:
-        return reward - 10.0 * (kv_cache_usage - 0.9)
-    return reward
-
-
-def normalized_greendls_kv_reward(
-    delay_ms: float, energy_mj: float, kv_cache_usage: float, slo_target_ms: float, k: float = GREENDLS_K
-) -> float:
-    """``greendls_kv_reward`` / 50, clipped to [-2, 2]."""
-    raw = greendls_kv_reward(delay_ms, energy_mj, kv_cache_usage, slo_target_ms, k)
-    return min(max(raw / 50.0, -2.0), 2.0)
+    return reward - 5.0 * max(0.5 - kv_cache_usage, 0.0) - 10.0 * max(kv_cache_usage - 0.9, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +59,9 @@ class GreenDls:
 
     slo_e2e_s: float
     kv: bool  # with the KV usage term
-    normalized: bool
+    normalized: bool  # divided by 50 and clipped to [-2, 2]
 
     def reward(self, window: WindowMetrics) -> float:
-        """Score of one window."""
         slo_ms = self.slo_e2e_s * 1000
         if window.completed:
             delay_ms = sum(window.e2es_s) / window.completed * 1000
@@ -97,11 +71,10 @@ class GreenDls:
             energy_mj = window.energy_j * 1000
         else:
             return 0.0
-        if not self.kv:
-            raw = greendls_reward(delay_ms, energy_mj, slo_ms)
-            return min(max(raw / 50.0, -2.0), 2.0) if self.normalized else raw
-        score = normalized_greendls_kv_reward if self.normalized else greendls_kv_reward
-        return score(delay_ms, energy_mj, window.kv_usage, slo_ms)
+        raw = greendls_reward(delay_ms, energy_mj, slo_ms)
+        if self.kv:
+            raw = greendls_kv_reward(delay_ms, energy_mj, window.kv_usage, slo_ms)
+        return min(max(raw / 50.0, -2.0), 2.0) if self.normalized else raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +91,11 @@ class Energy:
 
     slo: Slo
     token_price_j: float  # J per output token that a good static setting pays
-    miss_price_j: float  # J charged per missed limit
+    miss_price_j: float  # J per missed limit
     scale_w: float  # typical power, so that rewards are of order 1
     lowest: float = -4.0  # a window cannot score worse: one deep queue should not drown everything else
 
     def reward(self, window: WindowMetrics) -> float:
-        """Score of one window."""
         saved_j = self.token_price_j * window.output_tokens - window.energy_j
         score = (saved_j - self.miss_price_j * self.misses(window)) / (self.scale_w * window.duration_s)
         return max(score, self.lowest)

@@ -43,11 +43,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def publish(run_dir: Path, storage: str) -> None:
-    """Copy a run's files to its folder at ``storage``, but not tune/, which Tune puts there itself.
-
-    Raises:
-        ConfigError: they cannot be copied there.
-    """
+    """Copy a run's files to its folder at ``storage``, but not tune/, which Tune puts there itself."""
     with _stored(storage, run_dir) as (files, there):
         for path in run_dir.rglob("*"):
             name = path.relative_to(run_dir)
@@ -57,11 +53,7 @@ def publish(run_dir: Path, storage: str) -> None:
 
 
 def fetch(run_dir: Path, storage: str) -> None:
-    """The inverse of ``publish``, for a machine that has not the run's folder.
-
-    Raises:
-        ConfigError: there is no such run at ``storage``.
-    """
+    """The inverse of ``publish``, for a machine that has not the run's folder."""
     with _stored(storage, run_dir) as (files, there):
         names = [name for name in files.find(there) if f"/{run_dir.name}/{_TUNE}" not in name]
         for name in names:
@@ -72,6 +64,7 @@ def fetch(run_dir: Path, storage: str) -> None:
 
 @contextmanager
 def _stored(storage: str, run_dir: Path) -> Iterator[tuple[Any, str]]:
+    """The file system of ``storage`` and the run's folder there; what fails is a ConfigError."""
     try:
         files, root = fsspec.core.url_to_fs(storage)
         yield files, f"{root.rstrip('/')}/{run_dir.name}"
@@ -106,11 +99,7 @@ def make_folder(path: Path) -> None:
 
 
 def new_folder(out: Path, verb: str) -> Path:
-    """A new folder below ``out`` named after the verb and the time.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
+    """A new folder below ``out`` named after the verb and the time."""
     folder = out / f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     make_folder(folder)
     return folder
@@ -165,10 +154,8 @@ def git_commit() -> str | None:
 def summary_fields(summary: EpisodeSummary) -> dict[str, Any]:
     """The columns of summary.csv that say what happened."""
     fields = asdict(summary)
-    for name in ("ttft", "tpot", "e2e"):
-        for figure, value in fields.pop(name).items():
-            fields[f"{name}_{figure}"] = value
-    return fields
+    latencies = [(name, fields.pop(name)) for name in ("ttft", "tpot", "e2e")]
+    return fields | {f"{name}_{figure}": value for name, of in latencies for figure, value in of.items()}
 
 
 def step_line(record: StepRecord, *, time_s: float, labels: Mapping[str, Any]) -> str:
@@ -217,11 +204,9 @@ class StepLog:
         except OSError as error:
             self._lose(error.strerror)
             return
-        if written < len(data):
-            self._torn = True
+        self._torn = written < len(data)
+        if self._torn:
             self._lose("the disk is full")
-        else:
-            self._torn = False
 
     def close(self) -> None:
         """Close the file; safe to call twice."""

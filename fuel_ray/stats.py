@@ -42,11 +42,7 @@ def relative_energy(own_j: Energies, reference_j: Energies) -> Interval | None:
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, *, rng: np.random.Generator, resamples: int = 2000
 ) -> Interval:
-    """Mean of ``values``, one per seed, and its interval.
-
-    Raises:
-        FuelRayError: there are no values.
-    """
+    """Mean of ``values``, one per seed, and its interval."""
     return paired_ratio(values, np.ones(len(values)), rng=rng, resamples=resamples)
 
 

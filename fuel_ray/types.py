@@ -1,7 +1,7 @@
 """The nouns of fuel_ray: knobs, nodes, requests, windows, policies. The unit is in every name."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -88,6 +88,10 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    def part(self, which: np.ndarray | slice) -> "Requests":
+        """Those at these places."""
+        return Requests(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def __getitem__(self, index: int) -> Request:
         prefix_id = int(self.prefix_id[index])
@@ -189,7 +193,6 @@ class Node(Protocol):
 
     def reset(self, *, seed: int) -> None:
         """Start afresh; a simulated node draws its workload from ``seed``, a live one drops old samples."""
-        ...
 
     def apply(self, knobs: Knobs) -> Knobs:
         """Set the knobs and return what is in force.
@@ -197,7 +200,6 @@ class Node(Protocol):
         Raises:
             NodeError: the node refused or is gone.
         """
-        ...
 
     def measure(self, duration_s: float) -> WindowMetrics:
         """Let ``duration_s`` seconds pass (real or virtual) and return what was measured in them.
@@ -205,15 +207,12 @@ class Node(Protocol):
         Raises:
             NodeError: the window could not be measured.
         """
-        ...
 
     def take_records(self) -> RequestRecords:
         """Records of what has finished or was given up since the last call, in order of finish."""
-        ...
 
     def close(self) -> None:
         """Release what the node holds; safe to call twice."""
-        ...
 
 
 class Policy(Protocol):
@@ -221,8 +220,6 @@ class Policy(Protocol):
 
     def reset(self) -> None:
         """Forget the past, at the start of an episode."""
-        ...
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """Knobs for the next window."""
-        ...

@@ -334,7 +334,7 @@ def test_sigterm_ends_a_verb_in_an_orderly_way(tmp_path):
         "import os, signal, sys, time\n"
         "from fuel_ray.commands import unlock\n"
         "from fuel_ray import cli\n"
-        "def run(config):\n"
+        "def run(config: unlock.UnlockConfig):\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        time.sleep(30)\n"

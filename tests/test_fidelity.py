@@ -73,7 +73,7 @@ def test_validate_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({"info": None}, "info"),
         ({"requests": []}, "requests"),
-        ({"requests": [{"n_in": 1}]}, "n_out"),
+        ({"requests": [{"start": 1, "n_in": 1}]}, "n_out"),
         ({"requests": [{"n_in": 1, "n_out": 0, "start": 0, "ttft": 1, "e2e": 1}]}, "n_out"),
         ({"requests": [{"n_in": 1, "n_out": "many", "start": 0, "ttft": 1, "e2e": 1}]}, "many"),
         ({"requests": [{"n_in": 10**6, "n_out": 2, "start": 0, "ttft": 1, "e2e": 2}]}, "KV pool"),

@@ -7,13 +7,7 @@ import pytest
 
 from fuel_ray.build.objective import build_objective
 from fuel_ray.config import PRESETS
-from fuel_ray.objective import (
-    Energy,
-    GreenDls,
-    greendls_kv_reward,
-    greendls_reward,
-    normalized_greendls_kv_reward,
-)
+from fuel_ray.objective import Energy, GreenDls, greendls_kv_reward, greendls_reward
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, Requests, Slo
@@ -38,7 +32,8 @@ from tests.test_codec import WINDOW
 def test_the_kv_reward_below_at_and_above_the_slo(delay_ms, kv_usage, expected):
     assert greendls_kv_reward(delay_ms, 20_000.0, kv_usage, 10_000.0) == pytest.approx(expected)
     clipped = min(max(expected / 50, -2), 2)
-    assert normalized_greendls_kv_reward(delay_ms, 20_000.0, kv_usage, 10_000.0) == pytest.approx(clipped)
+    window = replace(WINDOW, completed=1, e2es_s=(delay_ms / 1000,), energy_j=20.0, kv_usage=kv_usage)
+    assert GreenDls(10.0, kv=True, normalized=True).reward(window) == pytest.approx(clipped)
     if kv_usage == 0.7:
         assert greendls_reward(delay_ms, 20_000.0, 10_000.0) == pytest.approx(expected)
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, TypeVar
 
 from fuel_ray.build.live import LiveServer
@@ -23,12 +24,7 @@ Answer = tuple[NodeSpec, str] | UnsupportedError  # what a node is and its engin
 def remote_node(
     config: ServingConfig, kv_block_size: int, build: Callable[[ServingConfig], Node]
 ) -> RemoteNode:
-    """A node that an actor owns, made there by ``build``: on a server that the run keeps, or on its own.
-
-    Raises:
-        ConfigError: there is no cluster, or it has no node of this kind.
-        NodeError: the node did not start.
-    """
+    """A node that an actor owns, made there by ``build``: on a server that the run keeps, or on its own."""
     there, start_s = _there(config), _start_s(config)
     made = partial(_on_server, there, build)
     if is_kept(config):
@@ -44,9 +40,7 @@ def gpus_per_node(config: ServingConfig) -> int:
 
 
 @contextlib.contextmanager
-def kept_servers(
-    config: Kept, block_sizes: tuple[int, ...], *, run: str, nodes_each: int = 1
-) -> Iterator[tuple[Kept, dict[int, Answer]]]:
+def kept_servers(config: Kept, *, run: str, nodes_each: int) -> Iterator[tuple[Kept, dict[int, Answer]]]:
     """Start the servers of all block sizes at once and keep them while the block runs.
 
     Gives the settings whose nodes are on these servers, and what each of them is. They are in named actors
@@ -56,23 +50,20 @@ def kept_servers(
         ConfigError: the cluster has too few nodes.
         NodeError: a server did not start.
     """
+    gpus, here = gpus_per_node(config), driver_resource() if config.node == "live" else None
+    numbers = list(product(config.block_sizes, range(nodes_each)))
     if config.node == "ray":
-        require_nodes(nodes_each * len(block_sizes), gpus=gpus_per_node(config), wait_s=config.node_wait_s)
+        require_nodes(len(numbers), gpus=gpus, wait_s=config.node_wait_s)
     kept = replace(config, live=replace(config.live, server=ACTOR + run))
-    nodes = {(size, k): numbered(kept, k) for size in block_sizes for k in range(nodes_each)}
     actors: dict[tuple[int, int], Any] = {}
     try:
-        for (size, k), own in nodes.items():
-            actors[size, k] = node_actor(
-                partial(_serve, _there(config), size),
-                gpus=gpus_per_node(config),
-                name=_actor_name(own, size),
-                resources=driver_resource() if config.node == "live" else None,
-            )
+        for size, k in numbers:
+            name, serve = _actor_name(numbered(kept, k), size), partial(_serve, _there(config), size)
+            actors[size, k] = node_actor(serve, gpus=gpus, name=name, resources=here)
         answers = facts_of(actors, timeout_s=_start_s(config))
         for key in [key for key, answer in answers.items() if isinstance(answer, UnsupportedError)]:
             end_actor(actors.pop(key))
-        yield kept, {size: answers[size, 0] for size in block_sizes}
+        yield kept, {size: answers[size, 0] for size in config.block_sizes}
     finally:
         for actor in actors.values():
             end_actor(actor)
@@ -98,10 +89,8 @@ def _on_server(config: ServingConfig, build: Callable[[ServingConfig], Node], se
 
 def _there(config: ServingConfig) -> ServingConfig:
     """The same settings as the node's own machine sees them."""
-    server = None if is_kept(config) else config.live.server
-    return replace(
-        config, node="live" if config.live_server else "sim", live=replace(config.live, server=server)
-    )
+    live = replace(config.live, server=None) if is_kept(config) else config.live
+    return replace(config, node="live" if config.live_server else "sim", live=live)
 
 
 def _start_s(config: ServingConfig) -> float:

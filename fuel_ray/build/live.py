@@ -25,7 +25,7 @@ from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.server import VllmServer, served_model, server_version
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import NodeSpec
-from fuel_ray.workload.spec import Workload
+from fuel_ray.workload.spec import Workload, drawn
 
 _OUR_FLAGS = ("--max-num-seqs", "--num-gpu-blocks-override")
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}
@@ -33,7 +33,7 @@ _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}
 logger = logging.getLogger(__name__)
 
 
-class LiveServer(contextlib.AbstractContextManager["LiveServer"]):
+class LiveServer:
     """The vLLM server that live nodes of one block size run on: one started here, or the one that is named.
 
     ``config`` are the settings whose nodes attach to it.
@@ -59,16 +59,8 @@ class LiveServer(contextlib.AbstractContextManager["LiveServer"]):
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def facts(self) -> tuple[NodeSpec, str]:
-        """What its nodes are, and the engine's name and version.
-
-        Raises:
-            ConfigError: the server that is attached to has another block size.
-            NodeError: no such GPU, or the server does not answer.
-        """
+        """What its nodes are, and the engine's name and version."""
         url = str(self.config.live.server)
         with Gpus(self.config.live.gpu_ids) as gpus, contextlib.closing(MetricsClient(url)) as client:
             blocks = _num_kv_blocks(client, self._kv_block_size)
@@ -98,12 +90,7 @@ class LiveServer(contextlib.AbstractContextManager["LiveServer"]):
 def live_node(
     config: ServingConfig, kv_block_size: int, workload: Workload, *, horizon_s: float, random_start: bool
 ) -> GpuNode:
-    """A node on the running server that the settings name; see ``LiveServer``.
-
-    Raises:
-        ConfigError: the server has another block size.
-        NodeError: no such GPU, or the server does not answer.
-    """
+    """A node on the running server that the settings name; see ``LiveServer``."""
     live = config.live
     if live.server is None:
         raise ConfigError("a live node attaches to a server: build it with the config of a LiveServer")
@@ -197,10 +184,7 @@ def _loads(
     episodes = count(secrets.randbits(32))
 
     def start_load(seed: int) -> LoadGenerator:
-        rng = np.random.default_rng(seed)
-        period_s = workload.period_s
-        start_s = rng.uniform(0.0, period_s) if random_start and period_s else 0.0
-        requests = workload.generate(horizon_s, rng=rng, start_s=start_s)
+        requests = drawn(workload, horizon_s, seed=seed, random_start=random_start)
         # The same seed means the same arrivals and lengths, never the same tokens: a policy must not find its
         # predecessor's prompts in the prefix cache.
         tokens = np.random.default_rng((seed, next(episodes)))

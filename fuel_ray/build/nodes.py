@@ -102,17 +102,12 @@ def twin_of(config: Settings) -> Settings:
 
 @contextlib.contextmanager
 def served(config: Settings, kv_block_size: int) -> Iterator[Settings]:
-    """Settings whose nodes can be built: a live one's server is started here, and stopped after the block.
-
-    Raises:
-        UnsupportedError: the server cannot have this block size.
-        NodeError: no such GPU, or it did not start.
-    """
+    """Settings whose nodes can be built: a live one's server is started here, and stopped after the block."""
     if config.node != "live" or is_kept(config):
         yield config
         return
     print(f"serve  block {kv_block_size}: starting, log in {config.out}", flush=True)
-    with LiveServer(config, kv_block_size) as server:
+    with contextlib.closing(LiveServer(config, kv_block_size)) as server:
         yield replace(config, live=server.config.live)
 
 
@@ -141,11 +136,9 @@ def build_loop(
     workload: str | None = None,
     random_start: bool = False,
     part: Part = "whole",
-    interval_s: float = 1.0,
 ) -> ControlLoop:
     """A node under control."""
     node = build_node(
         config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start, part=part
     )
-    guard = Guard(config.guard.rules(config.slo, node.spec))
-    return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=guard)
+    return ControlLoop(node, build_objective(config), guard=Guard(config.guard.rules(config.slo, node.spec)))

@@ -36,12 +36,7 @@ class Resolved(Generic[Learning]):
 
 @contextlib.contextmanager
 def resolve(config: Learning, *, run: str) -> Iterator[Resolved[Learning]]:
-    """Ask each node once what it is; a live one's server is started for that and kept while the block runs.
-
-    Raises:
-        ConfigError: a live node and its twin have no clock in common, or the cluster has too few nodes.
-        NodeError: a server did not start.
-    """
+    """Ask each node once what it is; the server of a live one is started for that, and kept in the block."""
     if not config.live_server:
         engine = load_pack(config.pack).engine
         specs = {size: build_spec(config, size) for size in config.block_sizes}
@@ -49,14 +44,9 @@ def resolve(config: Learning, *, run: str) -> Iterator[Resolved[Learning]]:
         return
     from fuel_ray.build.cluster import kept_servers  # noqa: PLC0415  (only live nodes wait for Ray)
 
-    with kept_servers(config, config.block_sizes, run=run, nodes_each=config.nodes_per_trial) as (
-        kept,
-        answers,
-    ):
-        refused = {
-            size: str(answer) for size, answer in answers.items() if isinstance(answer, UnsupportedError)
-        }
-        known = {size: answer for size, answer in answers.items() if not isinstance(answer, UnsupportedError)}
+    with kept_servers(config, run=run, nodes_each=config.nodes_per_trial) as (kept, answers):
+        refused = {size: str(found) for size, found in answers.items() if isinstance(found, UnsupportedError)}
+        known = {size: found for size, found in answers.items() if not isinstance(found, UnsupportedError)}
         served = replace(twinned(kept, [spec for spec, _ in known.values()]), block_sizes=tuple(known))
         setups = {}
         for size, (raw, engine) in known.items():

@@ -3,6 +3,7 @@
 import math
 import socket
 import time
+from collections.abc import Callable
 
 from ray.util.metrics import Gauge
 
@@ -20,37 +21,31 @@ class NodeGauges:
             "gpu": spec.gpu_uuids[0],
             "kv_block_size": str(spec.kv_block_size),
         }
-        self._gauges = {
-            name: Gauge(f"fuel_ray_{name}", description=what, tag_keys=tuple(tags))
-            for name, what in _GAUGES.items()
-        }
-        for gauge in self._gauges.values():
+        self._gauges = [
+            (Gauge(f"fuel_ray_{name}", description=what, tag_keys=tuple(tags)), value)
+            for name, (what, value) in _GAUGES.items()
+        ]
+        for gauge, _ in self._gauges:
             gauge.set_default_tags(tags)
         self._shown_s = -math.inf
 
     def show(self, window: WindowMetrics) -> None:
         """Set them, at most once in GAUGE_INTERVAL_S: a simulated node has windows every millisecond."""
         now_s = time.monotonic()
-        if now_s - self._shown_s < GAUGE_INTERVAL_S:
-            return
-        self._shown_s = now_s
-        values = {
-            "power_w": window.energy_j / window.duration_s,
-            "gpu_clock_mhz": window.knobs.gpu_clock_mhz,
-            "batch_limit": window.knobs.batch_limit,
-            "running": window.running,
-            "waiting": window.waiting,
-            "kv_usage": window.kv_usage,
-        }
-        for name, value in values.items():
-            self._gauges[name].set(value)
+        if now_s - self._shown_s >= GAUGE_INTERVAL_S:
+            self._shown_s = now_s
+            for gauge, value in self._gauges:
+                gauge.set(value(window))
 
 
-_GAUGES = {
-    "power_w": "Mean power of the node's GPUs over the last control window in W",
-    "gpu_clock_mhz": "SM clock in force in MHz",
-    "batch_limit": "Requests that may run at once",
-    "running": "Requests that run",
-    "waiting": "Requests that wait",
-    "kv_usage": "Share of the KV blocks in use, 0..1",
+_GAUGES: dict[str, tuple[str, Callable[[WindowMetrics], float]]] = {
+    "power_w": (
+        "Mean power of the node's GPUs over the last control window in W",
+        lambda window: window.energy_j / window.duration_s,
+    ),
+    "gpu_clock_mhz": ("SM clock in force in MHz", lambda window: window.knobs.gpu_clock_mhz),
+    "batch_limit": ("Requests that may run at once", lambda window: window.knobs.batch_limit),
+    "running": ("Requests that run", lambda window: window.running),
+    "waiting": ("Requests that wait", lambda window: window.waiting),
+    "kv_usage": ("Share of the KV blocks in use, 0..1", lambda window: window.kv_usage),
 }

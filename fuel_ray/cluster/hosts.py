@@ -154,11 +154,6 @@ def _called(function: Callable[..., Result], *args: Any) -> Result:
     return function(*args)
 
 
-def with_gpus(function: Callable[[tuple[str, ...]], Result]) -> Result:
-    """Within a task or actor: call with the ids of the GPUs that Ray gave to it."""
-    return function(tuple(str(gpu_id) for gpu_id in ray.get_gpu_ids()))
-
-
 def answer_of(reference: Any, what: str, timeout_s: float) -> Any:
     """The result of a remote call, or our own error.
 

@@ -4,7 +4,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from fuel_ray.cluster.gauges import NodeGauges
-from fuel_ray.cluster.hosts import NODE_RESOURCE, answer_of, with_gpus
+from fuel_ray.cluster.hosts import NODE_RESOURCE, answer_of
 from fuel_ray.errors import FuelRayError, NodeError, UnsupportedError
 from fuel_ray.types import Knobs, Node, NodeSpec, RequestRecords, WindowMetrics
 
@@ -28,11 +28,9 @@ class Server(Protocol):
 
     def facts(self) -> Any:
         """What its nodes will be."""
-        ...
 
     def revive(self) -> None:
         """Start what has died."""
-        ...
 
     def close(self) -> None: ...
 
@@ -43,14 +41,11 @@ class NoServer:
 
     gpu_ids: tuple[str, ...]
 
-    def facts(self) -> None:
-        """None."""
+    def facts(self) -> None: ...
 
-    def revive(self) -> None:
-        """Nothing to do."""
+    def revive(self) -> None: ...
 
-    def close(self) -> None:
-        """Nothing to do."""
+    def close(self) -> None: ...
 
 
 Serve = Callable[[tuple[str, ...]], Server]  # from the ids of the GPUs that Ray gave to the actor
@@ -87,11 +82,9 @@ class NodeActor:
         return self._node.spec
 
     def reset(self, seed: int) -> None:
-        """As Node's."""
         self._opened().reset(seed=seed)
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """As Node's."""
         return self._opened().apply(knobs)
 
     def measure(self, duration_s: float) -> WindowMetrics:
@@ -102,7 +95,6 @@ class NodeActor:
         return window
 
     def take_records(self) -> RequestRecords:
-        """As Node's."""
         return self._opened().take_records()
 
     def close(self) -> None:
@@ -121,7 +113,7 @@ class NodeActor:
 
     def _running(self) -> Server:
         if self._server is None:
-            self._server = with_gpus(self._serve)
+            self._server = self._serve(tuple(map(str, ray.get_gpu_ids())))
         else:
             self._server.revive()
         return self._server
@@ -142,13 +134,16 @@ def node_actor(
 
 def end_actor(actor: Any) -> None:
     """Let it close what it has, then kill it; what goes wrong is logged."""
-    if not ray.is_initialized():
-        return
+    if ray.is_initialized():
+        _closed(actor.end)
+        ray.kill(actor)
+
+
+def _closed(method: Any) -> None:
     try:
-        answer_of(actor.end.remote(), "the node", CLOSE_S)
+        answer_of(method.remote(), "the node", CLOSE_S)
     except FuelRayError as error:
         logger.warning("a node did not close by itself: %s", error)
-    ray.kill(actor)
 
 
 def facts_of(actors: Mapping[tuple[int, int], Any], *, timeout_s: float) -> dict[tuple[int, int], Any]:
@@ -162,30 +157,21 @@ def facts_of(actors: Mapping[tuple[int, int], Any], *, timeout_s: float) -> dict
     began_s = time.monotonic()
     pending = {actor.facts.remote(): key for key, actor in actors.items()}
     answers: dict[tuple[int, int], Any] = {}
-    _say("starting", pending.values(), began_s)
     while pending:
-        done, _ = ray.wait(list(pending), timeout=SAY_S)
-        for reference in done:
-            key = pending.pop(reference)
+        sizes = ", ".join(dict.fromkeys(str(size) for size, _ in pending.values()))
+        waited_s = time.monotonic() - began_s
+        if waited_s > timeout_s:
+            raise NodeError(f"no server of block size {sizes} within {timeout_s:g} s")
+        print(f"serve  block {sizes}: starting, {waited_s:.0f} s", flush=True)
+        for reference in ray.wait(list(pending), timeout=SAY_S)[0]:
+            size, number = pending.pop(reference)
             try:
-                answers[key] = answer_of(reference, f"the server of block size {key[0]}", timeout_s)
-                _say("up", [key], began_s)
+                answers[size, number] = answer_of(reference, f"the server of block size {size}", timeout_s)
             except UnsupportedError as error:
-                answers[key] = error
+                answers[size, number] = error
                 print(f"unsupported  {error}", flush=True)
-        if not done:
-            _say("still starting", pending.values(), began_s)
-            if time.monotonic() - began_s > timeout_s:
-                raise NodeError(f"no server of block size {_sizes(pending.values())} within {timeout_s:g} s")
+    print(f"serve  servers are up after {time.monotonic() - began_s:.0f} s", flush=True)
     return answers
-
-
-def _say(what: str, keys: Iterable[tuple[int, int]], began_s: float) -> None:
-    print(f"serve  block {_sizes(keys)}: {what}, {time.monotonic() - began_s:.0f} s", flush=True)
-
-
-def _sizes(keys: Iterable[tuple[int, int]]) -> str:
-    return ", ".join(str(size) for size in dict.fromkeys(size for size, _ in keys))
 
 
 class RemoteNode:
@@ -200,22 +186,15 @@ class RemoteNode:
         build: NodeBuilder,
         *,
         serve: Serve = NoServer,
-        gpus: int = 0,
-        start_s: float = 120.0,
-        name: str | None = None,
+        gpus: int = 0,  # that the node needs
+        start_s: float = 120.0,  # how long a free machine, the server and then the node may take
+        name: str | None = None,  # of an actor that this process or its parent has made
     ) -> None:
         """Start the node, and its actor unless there is one of this ``name``.
 
-        Args:
-            build: makes the node, in the actor, from its server.
-            serve: makes the server, in the actor.
-            gpus: that the node needs; 0 if it is simulated.
-            start_s: how long a free machine, the server and then the node may take.
-            name: of an actor that this process or its parent has made.
-
         Raises:
             NodeError: it did not start in time, or there is no such actor.
-            FuelRayError: what ``build`` or ``serve`` raised.
+            FuelRayError: what ``build`` or ``serve`` raised, in the actor.
         """
         self._build, self._serve, self._gpus, self._start_s = build, serve, gpus, start_s
         self._name, self._id = name, uuid.uuid4().hex
@@ -238,19 +217,13 @@ class RemoteNode:
         self._call("reset", seed, timeout_s=self._start_s)
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Set the knobs and return what is in force."""
-        applied: Knobs = self._call("apply", knobs, timeout_s=CALL_S)
-        return applied
+        return self._call("apply", knobs, timeout_s=CALL_S)
 
     def measure(self, duration_s: float) -> WindowMetrics:
-        """Let ``duration_s`` seconds pass on the node and return what was measured in them."""
-        window: WindowMetrics = self._call("measure", duration_s, timeout_s=duration_s + CALL_S)
-        return window
+        return self._call("measure", duration_s, timeout_s=duration_s + CALL_S)
 
     def take_records(self) -> RequestRecords:
-        """Records of what has finished or was given up since the last call."""
-        records: RequestRecords = self._call("take_records", timeout_s=CALL_S)
-        return records
+        return self._call("take_records", timeout_s=CALL_S)
 
     def close(self) -> None:
         """End the node and, if it is its own, the actor; safe to call twice."""
@@ -258,13 +231,12 @@ class RemoteNode:
         actor, self._actor = self._actor, None
         if actor is None or not ray.is_initialized():
             return
-        if self._name is None:
-            end_actor(actor) if self._opened else ray.kill(actor)
-            return
-        try:
-            answer_of(actor.close.remote(), "the node", CLOSE_S)
-        except FuelRayError as error:
-            logger.warning("a node did not close by itself: %s", error)
+        if self._name is not None:
+            _closed(actor.close)
+        elif self._opened:
+            end_actor(actor)
+        else:
+            ray.kill(actor)
 
     def _open(self) -> NodeSpec:
         if self._closed:

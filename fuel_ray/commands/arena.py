@@ -19,12 +19,7 @@ _OF_SCENARIOS = (
 
 
 def parse(argv: list[str], *, prog: str) -> ArenaConfig:
-    """Settings from flags; with --resume, those of that run.
-
-    Raises:
-        ConfigError: a flag is wrong.
-        PolicyError: a policy folder does not fit the node.
-    """
+    """Settings from flags; with --resume, those of that run."""
     config = parse_serving(ArenaConfig, argv, prog=prog, default=ArenaConfig())
     if config.resume is not None:
         config = resumed(config.resume, argv, prog=prog, base=ArenaConfig(), may_change=("workers",))

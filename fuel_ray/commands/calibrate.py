@@ -1,15 +1,12 @@
 """fuel-ray calibrate: fit a calibration pack to a profile of your own server."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.calibrate import LeftOut, Profile, fit, leave_one_out, without_outliers
+from fuel_ray.sim.calibrate import Profile, fit, leave_one_out, table, without_outliers
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 
@@ -44,58 +41,52 @@ class CalibrateConfig:
 
 
 def run(config: CalibrateConfig) -> int:
-    """Write the pack and print its leave-one-out errors.
-
-    Raises:
-        ConfigError: a profile, a pack or a value is wrong.
-    """
+    """Write the pack and print its leave-one-out errors."""
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out {config.out} must end in .json")
     base, shape = load_pack(config.base), load_pack(config.clock_shape_from)
     profile = read_profile(config.profile)
     cap_w = config.power_cap_w or max(point.power_w for point in profile.decode)
-    start = base.perf._replace(power_cap_w=cap_w)
-    profile, dropped = without_outliers(profile, base=start, shape=shape.perf)
+    known = {"base": base.perf._replace(power_cap_w=cap_w), "shape": shape.perf}
+    profile, dropped = without_outliers(profile, **known)
     for point in dropped:
         print(f"dropped, more than 30 % off any fit: {point}")
-    perf = fit(profile, base=start, shape=shape.perf)
-    raw = _pack(config, profile, perf, base=base, shape=shape)
-    errors = leave_one_out(profile, base=start, shape=shape.perf)
+    raw = _pack(config, profile, fit(profile, **known), base=base, shape=shape)
+    errors = table(leave_one_out(profile, **known))
     try:
         Path(config.out).write_text(json.dumps(raw, indent=2) + "\n")
-        load_pack(config.out)
     except OSError as error:
         raise ConfigError(f"--out {config.out}: {error.strerror}") from error
-    print(_table(errors))
-    print(f"wrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
+    load_pack(config.out)
+    print(f"{errors}\nwrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
     return 0
 
 
 def _pack(
     config: CalibrateConfig, profile: Profile, perf: PerfModel, *, base: Pack, shape: Pack
 ) -> dict[str, Any]:
-    lowest_mhz, highest_mhz, step_mhz = config.clocks_mhz or _clocks(profile)
-    if not (0 < lowest_mhz <= highest_mhz and step_mhz > 0 and (highest_mhz - lowest_mhz) % step_mhz == 0):
-        raise ConfigError(
-            f"--clocks-mhz {config.clocks_mhz}: lowest, highest and a step that leads from one to it"
-        )
-    transferred = [] if len(profile.clocks_mhz) > 1 else [f"clock axis of time from {shape.name}"]
-    transferred += [] if len(profile.clocks_mhz) > 3 else [f"clock axis of power from {shape.name}"]
-    transferred += [] if profile.prefill else [f"prefill from {base.name}"]
-    transferred += [f"front end, CPU and what else the profile does not tell from {base.name}"]
+    clocks, profiled = config.clocks_mhz or _clocks(profile), len(profile.clocks_mhz)
+    lowest, highest, step = clocks
+    if not (0 < lowest <= highest and step > 0 and (highest - lowest) % step == 0):
+        raise ConfigError(f"--clocks-mhz {clocks}: lowest, highest and a step that leads from one to it")
+    transferred = {
+        f"clock axis of time from {shape.name}": profiled == 1,
+        f"clock axis of power from {shape.name}": profiled < 4,
+        f"prefill from {base.name}": not profile.prefill,
+        f"front end, CPU and what else the profile does not tell from {base.name}": True,
+    }
+    limits = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
     return {
         "name": config.name,
         "gpu_name": config.gpu,
         "model": config.model,
         "engine": config.engine,
-        "gpu_clocks_mhz": {"min": lowest_mhz, "max": highest_mhz, "step": step_mhz},
-        "max_num_seqs": base.max_num_seqs,
-        "max_num_batched_tokens": base.max_num_batched_tokens,
-        "max_model_len": base.max_model_len,
+        "gpu_clocks_mhz": {"min": lowest, "max": highest, "step": step},
+        **{name: getattr(base, name) for name in limits},
         "kv_tokens": config.kv_tokens or base.kv_tokens,
         "perf": {name: float(f"{value:.5g}") for name, value in perf._asdict().items()},
         "measured": f"{len(profile.decode)} decode and {len(profile.prefill)} prefill rows",
-        "transferred": "; ".join(transferred),
+        "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
         "sources": ["fuel-ray calibrate"],
     }
 
@@ -105,10 +96,3 @@ def _clocks(profile: Profile) -> tuple[int, int, int]:
     if lowest == highest:
         lowest = highest - round(0.5 * highest / CLOCK_STEP_MHZ) * CLOCK_STEP_MHZ
     return lowest, highest, CLOCK_STEP_MHZ
-
-
-def _table(errors: Sequence[LeftOut]) -> str:
-    lines = [f"{'left out':>20} {'time':>7} {'power':>7} {'energy':>7}   mean absolute errors, decode steps"]
-    lines += [f"{e.label:>20} {e.time:>7.1%} {e.power:>7.1%} {e.energy:>7.1%}" for e in errors]
-    time, power, energy = np.mean([(e.time, e.power, e.energy) for e in errors], axis=0)
-    return "\n".join([*lines, f"{'mean':>20} {time:>7.1%} {power:>7.1%} {energy:>7.1%}"])

@@ -1,6 +1,7 @@
 """Evaluate policies on held-out seeds: the verb, and what a sweep calls."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fuel_ray.arena.config import EvaluateConfig
@@ -19,11 +20,7 @@ from fuel_ray.types import NodeSpec, Policy
 
 
 def parse(argv: list[str], *, prog: str) -> EvaluateConfig:
-    """Settings from flags.
-
-    Raises:
-        ConfigError: a flag is wrong.
-    """
+    """Settings from flags."""
     config = parse_serving(EvaluateConfig, argv, prog=prog)
     if not config.static:
         raise ConfigError("--static needs at least one policy")
@@ -66,10 +63,7 @@ def run(config: EvaluateConfig) -> int:
 def _one_block_size(
     config: EvaluateConfig, kv_block_size: int, evaluation: Evaluation, unsupported: dict[str, str]
 ) -> None:
-    entries = of_size(config.policies, kv_block_size)
-
-    def say(line: str) -> None:
-        print(line, flush=True)
+    entries, say = of_size(config.policies, kv_block_size), partial(print, flush=True)
 
     def policies(spec: NodeSpec) -> dict[str, Policy]:
         static = {static_name(text): _static(text, spec) for text in config.static}

@@ -4,6 +4,8 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from fuel_ray.build.nodes import build_loop, build_spec, served
@@ -12,7 +14,7 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.record import new_folder, origin, write_json
-from fuel_ray.sim.profile import LONGEST_S, Points, spread
+from fuel_ray.sim.profile import LONGEST_S, points, spread
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 
 
@@ -40,11 +42,7 @@ class ProfileConfig(ServingConfig):
 
 
 def parse(argv: list[str], *, prog: str) -> ProfileConfig:
-    """Settings from flags.
-
-    Raises:
-        ConfigError: a flag is wrong.
-    """
+    """Settings from flags."""
     config = parse_serving(ProfileConfig, argv, prog=prog, default=ProfileConfig())
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a profile is of one server, give one block size")
@@ -76,24 +74,23 @@ def run(config: ProfileConfig) -> int:
 
 
 def _rows(config: ProfileConfig, spec: NodeSpec) -> Iterator[dict[str, Any]]:
-    points = Points(
-        batches=tuple(n for n in config.batches if n <= spec.batch_limits[-1]),
+    measured_at = partial(
+        points,
+        batches=[n for n in config.batches if n <= spec.batch_limits[-1]],
         contexts=config.contexts,
         prompts=config.prompts,
         output_tokens=config.output_tokens,
         windows=config.windows,
     )
-    for clock_mhz in sorted(config.clocks_mhz or spread(spec.gpu_clocks_mhz), reverse=True):
-        for point in points.at(clock_mhz):
-            loop = build_loop(
-                config, config.block_sizes[0], horizon_s=float(LONGEST_S), workload=point.workload
-            )
-            with contextlib.closing(loop.node):
-                row = point.row(_windows(loop, clock_mhz, seed=config.seed))
-            if row is None:
-                print(f"skipped: there was no window of {point.what}", flush=True)
-            else:
-                yield row
+    clocks_mhz = sorted(config.clocks_mhz or spread(spec.gpu_clocks_mhz), reverse=True)
+    for point in chain.from_iterable(map(measured_at, clocks_mhz)):
+        loop = build_loop(config, spec.kv_block_size, horizon_s=float(LONGEST_S), workload=point.workload)
+        with contextlib.closing(loop.node):
+            row = point.row(_windows(loop, point.clock_mhz, seed=config.seed))
+        if row is None:
+            print(f"skipped: there was no window of {point.what}", flush=True)
+        else:
+            yield row
 
 
 def _windows(loop: ControlLoop, clock_mhz: int, *, seed: int) -> Iterator[WindowMetrics]:

@@ -16,12 +16,7 @@ from fuel_ray.workload.spec import parse_workload
 
 
 def parse(argv: list[str], *, prog: str) -> RecommendConfig:
-    """Settings from flags.
-
-    Raises:
-        ConfigError: a flag is wrong, or no folder holds a policy for one of the block sizes.
-        PolicyError: a folder is malformed, or made for another model or GPU.
-    """
+    """Settings from flags."""
     config = parse_serving(RecommendConfig, argv, prog=prog)
     if config.node != "sim":
         raise ConfigError("recommend compares on simulated nodes; `fuel-ray evaluate` has live ones")

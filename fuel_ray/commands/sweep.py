@@ -23,11 +23,7 @@ from fuel_ray.tuning.tuned import Tuned
 
 
 def parse(argv: list[str], *, prog: str) -> SweepConfig:
-    """Settings from flags; with --resume, those of the run, which flags may repeat but not change.
-
-    Raises:
-        ConfigError: a flag is wrong, or differs from the run that is to be resumed.
-    """
+    """Settings from flags; with --resume, those of the run, which flags may repeat but not change."""
     config = parse_run(SweepConfig, argv, prog=prog)
     if config.also:
         twin = twin_of(config)

@@ -18,11 +18,7 @@ class TrainVerbConfig(LearnConfig):
 
 
 def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
-    """Settings from flags; with --resume, those of the run.
-
-    Raises:
-        ConfigError: a flag is wrong, or differs from the run that is to be resumed.
-    """
+    """Settings from flags; with --resume, those of the run."""
     config = parse_run(TrainVerbConfig, argv, prog=prog)
     per_episode = config.steps_per_episode or config.train.episode_steps
     steps = config.steps if config.episodes is None else config.episodes * per_episode

@@ -26,11 +26,7 @@ class ValidateConfig:
 
 
 def run(config: ValidateConfig) -> int:
-    """Print the comparison.
-
-    Raises:
-        ConfigError: the pack or a trace is missing or malformed.
-    """
+    """Print the comparison."""
     if not config.traces:
         raise ConfigError("validate needs at least one trace file")
     pack = load_pack(config.pack)

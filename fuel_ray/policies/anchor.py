@@ -32,11 +32,7 @@ class Anchor:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Anchor":
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: it is not an anchor.
-        """
+        """The inverse of ``to_dict``; what is no anchor is a ValueError."""
         if not math.isfinite(raw["weight"]):
             raise ValueError("the anchor's weight is not finite")
         return Anchor(LoadTable.from_dict(raw), float(raw["weight"]))
@@ -52,7 +48,6 @@ class GridAnchor:
         self._penalties = {knobs: self._penalty(knobs, anchor.weight) for knobs in anchor.table.knobs}
 
     def reset(self) -> None:
-        """Forget the past."""
         self._table.reset()
 
     def decide(self, window: WindowMetrics) -> Knobs:

@@ -20,11 +20,11 @@ class Eais:
     def __init__(self, models: Sequence[BatchModel], *, slo_s: float, max_batch: int = 32) -> None:
         """``slo_s`` is the limit on the time from arrival to the last token."""
         self._models, self._slo_s, self._max_batch = tuple(models), slo_s, max_batch
-        self._arrival_rate = ArrivalRate()
+        self.reset()
 
     def reset(self) -> None:
         """Forget the past rate."""
-        self._arrival_rate.reset()
+        self._arrival_rate = ArrivalRate()
 
     def decide(self, window: WindowMetrics) -> Knobs:
         """The pair for the rate and the queue seen so far."""

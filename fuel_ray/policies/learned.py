@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.outside import reference
 from fuel_ray.policies.anchor import Anchor, GridAnchor
 from fuel_ray.policies.network import Head, folded, q_values
+from fuel_ray.policies.static import are_counts
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 FORMAT = 1
@@ -59,12 +60,7 @@ class Manifest:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Manifest":
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: a value makes no sense.
-            TypeError: a key is unknown or missing.
-        """
+        """The inverse of ``to_dict``; a value that makes no sense is a ValueError."""
         typed = {key: value for key, value in raw.items() if key not in _NOT_USED}
         typed["kv_block_sizes"], typed["needs"] = tuple(raw["kv_block_sizes"]), tuple(raw.get("needs", ()))
         ranges = raw.get("feature_ranges", {})
@@ -115,13 +111,11 @@ class LearnedPolicy:
         return LearnedPolicy(self._arrays, self.codec, self._spec, head=self._head, anchor=anchor)
 
     def reset(self) -> None:
-        """Forget the past."""
         self._encoder.reset()
         if self._anchored is not None:
             self._anchored.reset()
 
     def decide(self, window: WindowMetrics) -> Knobs:
-        """Knobs for the next window."""
         observation = self.observe(window)
         if self._anchored is None:
             return self.act(observation)
@@ -183,10 +177,9 @@ def _json(path: Path) -> Any:
 
 def _checked(manifest: Manifest) -> Manifest:
     """Types that a hand or a hostile one may have changed."""
-    names = ("model", "gpu_name", "engine", "pack", "reward", "workload", "fuel_ray_version", "algorithm")
-    for name in names:
+    for name in (f.name for f in fields(Manifest) if f.type is str):
         _expect(isinstance(getattr(manifest, name), str), f"{name} is not a text")
-    _expect(_are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
+    _expect(are_counts(manifest.kv_block_sizes), "kv_block_sizes are not block sizes")
     _expect(all(reference(name) == name for name in manifest.needs), "needs are not package.module:NAME")
     _expect(manifest.head in get_args(Head), f"head {manifest.head!r} is unknown")
     for name, (low, high) in manifest.feature_ranges.items():
@@ -196,7 +189,7 @@ def _checked(manifest: Manifest) -> Manifest:
 
 def _knobs(raw: Mapping[str, Any]) -> Knobs:
     knobs = Knobs(**raw)
-    _expect(_are_counts((knobs.batch_limit, knobs.gpu_clock_mhz)), "tuned_static is not a pair of knobs")
+    _expect(are_counts((knobs.batch_limit, knobs.gpu_clock_mhz)), "tuned_static is not a pair of knobs")
     return knobs
 
 
@@ -210,12 +203,8 @@ def _slo(raw: Mapping[str, Any]) -> Slo:
 def _check_codec(codec: Codec) -> None:
     grid = codec.grid
     for name, values in (("batch_limits", grid.batch_limits), ("gpu_clocks_mhz", grid.gpu_clocks_mhz)):
-        _expect(_are_counts(values) and values == tuple(sorted(set(values))), f"{name} do not ascend")
+        _expect(are_counts(values) and values == tuple(sorted(set(values))), f"{name} do not ascend")
     _slo(asdict(codec.slo))
-
-
-def _are_counts(values: tuple[Any, ...]) -> bool:
-    return bool(values) and all(type(value) is int and 0 < value < 2**31 for value in values)
 
 
 def _expect(holds: bool, otherwise: str) -> None:
@@ -268,9 +257,7 @@ def read_policy(folder: Path, *, extra_features: Sequence[str] = ()) -> PolicyFo
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """Names of the folders; the whole path where two have the same name, as those of two sweeps have."""
     names = [folder.name for folder in folders]
-    return [
-        str(folder) if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)
-    ]
+    return [str(folder) if names.count(folder.name) > 1 else folder.name for folder in folders]
 
 
 def load_policy(folder: Path, spec: NodeSpec, *, extra_features: Sequence[str] = ()) -> LearnedPolicy:
@@ -281,14 +268,13 @@ def load_policy(folder: Path, spec: NodeSpec, *, extra_features: Sequence[str] =
     """
     found = read_policy(folder, extra_features=extra_features)
     manifest = found.manifest
-    if spec.kv_block_size not in manifest.kv_block_sizes:
-        raise PolicyError(
-            f"{folder} was trained for KV block size {manifest.kv_block_sizes}, "
-            f"{spec.name} has {spec.kv_block_size}"
-        )
-    if spec.gpu_name != manifest.gpu_name or spec.model != manifest.model:
-        raise PolicyError(
-            f"{folder} was trained for {manifest.model} on {manifest.gpu_name}, "
-            f"{spec.name} is {spec.model} on {spec.gpu_name}"
-        )
+    for what, own, there in (
+        ("KV block size", manifest.kv_block_sizes, spec.kv_block_size),
+        ("model", (manifest.model,), spec.model),
+        ("GPU", (manifest.gpu_name,), spec.gpu_name),
+    ):
+        if there not in own:
+            raise PolicyError(
+                f"{folder} was trained for {what} {', '.join(map(str, own))}, {spec.name} has {there}"
+            )
     return found.policy(spec)

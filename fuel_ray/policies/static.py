@@ -17,7 +17,6 @@ class Planned(Protocol):
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Batch limits and clocks for the windows of 1 s after each of those with these arrivals."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +26,14 @@ class Static:
     knobs: Knobs
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        pass
 
     def decide(self, window: WindowMetrics) -> Knobs:
-        """The knobs."""
         return self.knobs
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Planned``."""
-        return np.full(len(arrivals), self.knobs.batch_limit), np.full(
-            len(arrivals), self.knobs.gpu_clock_mhz
-        )
+        n = len(arrivals)
+        return np.full(n, self.knobs.batch_limit), np.full(n, self.knobs.gpu_clock_mhz)
 
 
 class LoadTable:
@@ -46,14 +42,12 @@ class LoadTable:
     def __init__(self, rates_rps: Sequence[float], knobs: Sequence[Knobs]) -> None:
         """Use ``knobs[i]`` up to ``rates_rps[i]``, and the last knobs beyond the last rate."""
         self.rates_rps, self.knobs = tuple(rates_rps), tuple(knobs)
-        self._arrival_rate = ArrivalRate()
+        self.reset()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        return {
-            "rates_rps": list(self.rates_rps),
-            "knobs": [[k.batch_limit, k.gpu_clock_mhz] for k in self.knobs],
-        }
+        knobs = [[k.batch_limit, k.gpu_clock_mhz] for k in self.knobs]
+        return {"rates_rps": list(self.rates_rps), "knobs": knobs}
 
     @staticmethod
     def from_dict(raw: Any) -> "LoadTable":
@@ -65,28 +59,23 @@ class LoadTable:
         if isinstance(raw, list):
             raw = {"rates_rps": [row[0] for row in raw[:-1]], "knobs": [row[1:] for row in raw]}
         rates, knobs = raw["rates_rps"], [Knobs(*pair) for pair in raw["knobs"]]
-        values = [value for k in knobs for value in (k.batch_limit, k.gpu_clock_mhz)]
-        if not all(type(value) is int and 0 < value < 2**31 for value in values):
+        if not are_counts([value for k in knobs for value in (k.batch_limit, k.gpu_clock_mhz)]):
             raise ValueError("the load table's knobs are not knobs")
         if len(knobs) != len(rates) + 1 or rates != sorted(rates) or not np.isfinite(rates).all():
             raise ValueError("the load table's rates are malformed")
         return LoadTable(rates, knobs)
 
     def reset(self) -> None:
-        """Forget the past rate."""
-        self._arrival_rate.reset()
+        self._arrival_rate = ArrivalRate()
 
     def decide(self, window: WindowMetrics) -> Knobs:
-        """The knobs for the rate seen so far."""
         row = bisect_left(self.rates_rps, self._arrival_rate.update(window))
         return self.knobs[min(row, len(self.knobs) - 1)]
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Planned``."""
-        rows = np.searchsorted(self.rates_rps, smoothed_rates(arrivals))
-        limits, clocks_mhz = np.array([(k.batch_limit, k.gpu_clock_mhz) for k in self.knobs]).T
-        last = len(self.knobs) - 1
-        return limits[np.minimum(rows, last)], clocks_mhz[np.minimum(rows, last)]
+        rows = np.minimum(np.searchsorted(self.rates_rps, smoothed_rates(arrivals)), len(self.knobs) - 1)
+        limits, clocks_mhz = np.array([(k.batch_limit, k.gpu_clock_mhz) for k in self.knobs])[rows].T
+        return limits, clocks_mhz
 
 
 class ClockSchedule:
@@ -95,10 +84,9 @@ class ClockSchedule:
     def __init__(self, clocks_mhz: Sequence[int], *, segment_s: float, batch_limit: int) -> None:
         """Use ``clocks_mhz[i]`` in windows that begin in [i, i + 1) x ``segment_s`` seconds."""
         self.clocks_mhz, self._segment_s, self._batch_limit = tuple(clocks_mhz), segment_s, batch_limit
-        self._now_s = 0.0
+        self.reset()
 
     def reset(self) -> None:
-        """Back to time 0."""
         self._now_s = 0.0
 
     def decide(self, window: WindowMetrics) -> Knobs:
@@ -108,7 +96,11 @@ class ClockSchedule:
         return Knobs(self._batch_limit, self.clocks_mhz[min(segment, len(self.clocks_mhz) - 1)])
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Planned``."""
         segments = (np.arange(1, len(arrivals) + 1) / self._segment_s + 1e-9).astype(int)
         clocks_mhz = np.array(self.clocks_mhz)[np.minimum(segments, len(self.clocks_mhz) - 1)]
         return np.full(len(arrivals), self._batch_limit), clocks_mhz
+
+
+def are_counts(values: Sequence[Any]) -> bool:
+    """Whether these values of a file are whole numbers above 0, and at least one."""
+    return bool(values) and all(type(value) is int and 0 < value < 2**31 for value in values)

@@ -64,10 +64,7 @@ class LeftOut:
 def fit(profile: Profile, *, base: PerfModel, shape: PerfModel) -> PerfModel:
     """Constants that reproduce the profile.
 
-    Args:
-        profile: what was measured.
-        base: where what the profile does not tell comes from, such as the front end.
-        shape: where the clock axis comes from if the profile has one clock.
+    What it does not tell is from ``base``; with one clock the clock axis is from ``shape``.
 
     Raises:
         ConfigError: the profile has too few decode rows.
@@ -104,30 +101,36 @@ def without_outliers(
 
 def leave_one_out(profile: Profile, *, base: PerfModel, shape: PerfModel) -> tuple[LeftOut, ...]:
     """Errors per clock left out, but the highest, which is the reference; per row if there is one clock."""
-    groups: list[tuple[str, tuple[DecodePoint, ...]]]
-    if len(profile.clocks_mhz) > 1:
-        groups = [
-            (f"{clock:.0f} MHz", tuple(point for point in profile.decode if point.clock_mhz == clock))
-            for clock in profile.clocks_mhz[:-1]
-        ]
-    else:
-        groups = [(f"b={p.seqs} ctx={p.context_tokens:.0f}", (p,)) for p in profile.decode]
+    one_clock, groups = len(profile.clocks_mhz) == 1, dict[str, list[DecodePoint]]()
+    for p in sorted(profile.decode, key=lambda p: p.clock_mhz):
+        if one_clock or p.clock_mhz < profile.clocks_mhz[-1]:
+            label = f"b={p.seqs} ctx={p.context_tokens:.0f}" if one_clock else f"{p.clock_mhz:.0f} MHz"
+            groups.setdefault(label, []).append(p)
     results = []
-    for label, left_out in groups:
-        kept = tuple(point for point in profile.decode if point not in left_out)
-        model = fit(replace(profile, decode=kept), base=base, shape=shape)
+    for label, left_out in groups.items():
+        rest = tuple(point for point in profile.decode if point not in left_out)
+        model = fit(replace(profile, decode=rest), base=base, shape=shape)
         results.append(LeftOut(label, *_errors(model, left_out)))
     return tuple(results)
 
 
+def table(errors: Sequence[LeftOut]) -> str:
+    """Errors of each row or clock left out, and their means, for people."""
+    lines = [f"{'left out':>20} {'time':>7} {'power':>7} {'energy':>7}   mean absolute errors, decode steps"]
+    means = np.mean([(e.time, e.power, e.energy) for e in errors], axis=0).tolist()
+    for e in (*errors, LeftOut("mean", *means)):
+        lines.append(f"{e.label:>20} {e.time:>7.1%} {e.power:>7.1%} {e.energy:>7.1%}")
+    return "\n".join(lines)
+
+
 def _errors(model: PerfModel, points: Sequence[DecodePoint]) -> tuple[float, float, float]:
-    errors = []
-    for p in points:
-        step_s, power_w, _ = step_cost(model, p.seqs, p.seqs * p.context_tokens, 0, p.clock_mhz, 0.0)
-        time, power = step_s / p.step_s, power_w / p.power_w
-        errors.append((abs(time - 1), abs(power - 1), abs(time * power - 1)))
-    time, power, energy = np.mean(errors, axis=0).tolist()
-    return time, power, energy
+    """Of time, power and energy."""
+    costs = [step_cost(model, p.seqs, p.seqs * p.context_tokens, 0, p.clock_mhz, 0.0) for p in points]
+    time, power = np.array(
+        [(c[0] / p.step_s, c[1] / p.power_w) for c, p in zip(costs, points, strict=True)]
+    ).T
+    errors = np.abs([time - 1, power - 1, time * power - 1])
+    return tuple(errors.mean(axis=1).tolist())
 
 
 def _fit_times(points: Sequence[DecodePoint], model: PerfModel, shape: PerfModel) -> PerfModel:
@@ -169,18 +172,15 @@ def _fit_power_shape(points: Sequence[DecodePoint], model: PerfModel, shape: Per
     names = ("slope_w", "slope_seq_w", "knee_w", "knee_seq_w", "knee")
     if len(clocks) < 4:  # a knee cannot be seen
         return model._replace(**{name: getattr(shape, name) for name in names})
-    best: tuple[float, list[float]] | None = None
+    tried: list[tuple[float, list[float]]] = []
     for knee in np.arange(clocks[1], clocks[-2] + 1e-9, 0.005).tolist():
         above = np.maximum(0.0, x - knee)
         columns = [x, x * seqs, above, above * seqs]
         fitted = _relative_fit(columns, power_w - model.idle_w, of=power_w)
         predicted_w = np.column_stack(columns) @ fitted + model.idle_w
-        error = float(np.square(predicted_w / power_w - 1).sum())
-        if best is None or error < best[0]:
-            best = error, [*fitted, knee]
-    if best is None:
-        raise AssertionError("the range of knees holds at least its first value")
-    return model._replace(**dict(zip(names, best[1], strict=True)))
+        tried.append((float(np.square(predicted_w / power_w - 1).sum()), [*fitted, knee]))
+    _, best = min(tried, key=lambda pair: pair[0])
+    return model._replace(**dict(zip(names, best, strict=True)))
 
 
 def _fit_energy(points: Sequence[DecodePoint], model: PerfModel) -> PerfModel:
@@ -208,8 +208,7 @@ def _fit_prefill(points: Sequence[PrefillPoint], model: PerfModel) -> PerfModel:
         if eager_s <= 0:
             raise ConfigError(f"a prefill row has a TTFT of at most the front end's {frontend_s:.4f} s")
         model = model._replace(launch_eager_s=eager_s)
-        bound = [(tokens, engine_s) for tokens, engine_s in large if engine_s > _LAUNCH_BOUND * eager_s]
-        if bound:
+        if bound := [pair for pair in large if pair[1] > _LAUNCH_BOUND * eager_s]:
             model = _fit_prefill_time(*np.array(bound).T, model=model)
     # the least of them has the least waiting for launches in it
     energies_j = [p.energy_per_token_j for p in points if p.energy_per_token_j is not None]

@@ -7,7 +7,7 @@ from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.pack import Pack
 from fuel_ray.sim.scheduler import Engine, State, advance, advance_windows, new_state
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetrics
-from fuel_ray.workload.spec import Workload
+from fuel_ray.workload.spec import Workload, drawn
 
 
 class SimulatedNode:
@@ -22,26 +22,15 @@ class SimulatedNode:
         pack: Pack,
         workload: Workload,
         *,
-        kv_block_size: int,
-        horizon_s: float,
-        kv_tokens: int | None = None,
-        max_num_seqs: int | None = None,
-        gpu_clocks_mhz: tuple[int, ...] = (),
-        prefix_caching: bool = True,
-        random_start: bool = False,
+        kv_block_size: int,  # tokens
+        horizon_s: float,  # seconds of requests per reset
+        kv_tokens: int | None = None,  # size of the KV pool; None: the pack's, like the next two
+        max_num_seqs: int | None = None,  # capacity of the server
+        gpu_clocks_mhz: tuple[int, ...] = (),  # that may be chosen
+        prefix_caching: bool = True,  # whether full blocks are found again
+        random_start: bool = False,  # begin each reset at a random point of the workload's period
     ) -> None:
         """Create the node.
-
-        Args:
-            pack: performance model and limits of the server.
-            workload: where requests come from.
-            kv_block_size: tokens per KV block.
-            horizon_s: seconds of requests per reset.
-            kv_tokens: size of the KV pool in tokens; the pack's own by default.
-            max_num_seqs: capacity of the server; the pack's own by default.
-            gpu_clocks_mhz: clocks that may be chosen; all of the pack's by default.
-            prefix_caching: whether full blocks are found again.
-            random_start: begin each reset at a random point of the workload's period (for training).
 
         Raises:
             ConfigError: the pack does not support one of the clocks.
@@ -85,10 +74,7 @@ class SimulatedNode:
 
     def reset(self, *, seed: int) -> None:
         """Draw new requests and start idle at time 0 with maximum performance."""
-        rng = np.random.default_rng(seed)
-        period_s = self._workload.period_s
-        start_s = rng.uniform(0.0, period_s) if self._random_start and period_s else 0.0
-        self.replay(self._workload.generate(self._horizon_s, rng=rng, start_s=start_s))
+        self.replay(drawn(self._workload, self._horizon_s, seed=seed, random_start=self._random_start))
 
     def replay(self, requests: Requests) -> None:
         """Start idle at time 0 with these requests to come.

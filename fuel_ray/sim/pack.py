@@ -1,7 +1,7 @@
 """Calibration packs: how long an engine step takes and what power it draws, in plain Python."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -165,27 +165,12 @@ def load_pack(name_or_path: str) -> Pack:
 
 def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
     clocks = raw["gpu_clocks_mhz"]
-    unknown = set(raw["perf"]) - set(PerfModel._fields)
-    missing = set(PerfModel._fields) - set(raw["perf"])
-    if unknown or missing:
-        raise ValueError(f"perf: unknown {sorted(unknown)}, missing {sorted(missing)}")
     supported = tuple(range(clocks["min"], clocks["max"] + 1, clocks["step"]))
     if not supported or supported[-1] != clocks["max"]:
         raise ValueError(
             f"gpu_clocks_mhz: {clocks['max']} is not a whole number of steps above {clocks['min']}"
         )
-    return Pack(
-        name=raw["name"],
-        gpu_name=raw["gpu_name"],
-        model=raw["model"],
-        engine=raw["engine"],
-        gpu_clocks_mhz=supported,
-        max_num_seqs=int(raw["max_num_seqs"]),
-        max_num_batched_tokens=int(raw["max_num_batched_tokens"]),
-        max_model_len=int(raw["max_model_len"]),
-        kv_tokens=int(raw["kv_tokens"]),
-        perf=PerfModel(**{name: float(value) for name, value in raw["perf"].items()}),
-        measured=raw["measured"],
-        transferred=raw["transferred"],
-        sha256=digest,
-    )
+    typed: dict[str, Any]
+    typed = {f.name: f.type(raw[f.name]) for f in fields(Pack) if f.type in (int, str) and f.name in raw}
+    perf = PerfModel(**{name: float(value) for name, value in raw["perf"].items()})
+    return Pack(**typed, gpu_clocks_mhz=supported, perf=perf, sha256=digest)

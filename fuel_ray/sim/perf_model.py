@@ -5,9 +5,7 @@ import math
 from numba import njit
 
 from fuel_ray.sim import pack
-from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_names
-
-__all__ = ["Pack", "PerfModel", "launch_cost", "load_pack", "pack_names", "step_cost"]
+from fuel_ray.sim.pack import PerfModel
 
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 

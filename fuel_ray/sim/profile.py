@@ -13,24 +13,24 @@ the highest clock, because the power cap lowers their mean.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.calibrate import DecodePoint, PrefillPoint, Profile
+from fuel_ray.sim.rows import Row
 from fuel_ray.types import WindowMetrics
 
 CLOCK_STEP_MHZ = 15  # NVIDIA's data centre GPUs since Volta
 LONGEST_S = 120  # in which a point has to be there
 _CLOCKS = 8  # from half of the highest clock to the highest
 _SETTLED = "after_s=1.5"  # the first window is at the highest clock, and a change takes up to 0.2 s
-_PREFILL_REPEATS = 5
+_REPEATS = 5
 _SUSTAINED = 64  # prompts at once
 
 Measured = dict[str, Any] | None
@@ -41,9 +41,9 @@ Windows = Iterator[WindowMetrics]
 class Point:
     """One thing to measure: a load at a clock, and what its windows of 1 s tell (None: not enough)."""
 
-    what: str
-    phase: str
     clock_mhz: int
+    phase: str
+    what: str
     workload: str
     measure: Callable[[Windows], Measured]
 
@@ -53,36 +53,29 @@ class Point:
         return measured and {"phase": self.phase, "clock_mhz": self.clock_mhz, **measured}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Points:
-    """What to measure at each clock."""
-
-    batches: tuple[int, ...]  # requests that decode together
-    contexts: tuple[int, ...]  # their prompt tokens
-    prompts: tuple[int, ...]  # tokens of the prefills
-    output_tokens: int  # that a decoding request may have
-    windows: int  # per decode point
-
-    def at(self, clock_mhz: int) -> Iterator[Point]:
-        """Idle, decode steps by context and batch, prefills one by one, many prompts at once."""
-        yield Point("idle", "idle", clock_mhz, "burst:count=0", partial(_idle, n=self.windows))
-        for context in self.contexts:
-            for n in self.batches:
-                yield self._decode(clock_mhz, n, context)
-        for tokens in self.prompts:
-            lengths = f"lengths=fixed,prompt_mean={tokens},output_mean=2"
-            load = f"burst:count={_PREFILL_REPEATS},every_s=2,{_SETTLED},{lengths}"
-            yield Point(f"{tokens} tokens", "prefill", clock_mhz, load, partial(_prefill, tokens=tokens))
-        tokens = max(self.prompts, default=2048)
-        what = f"{_SUSTAINED} prompts of {tokens} tokens that wait for each other"
-        load = f"burst:count={_SUSTAINED},{_SETTLED},lengths=fixed,prompt_mean={tokens},output_mean=1"
-        yield Point(what, "prefill_sustained", clock_mhz, load, partial(_sustained, tokens=tokens))
-
-    def _decode(self, clock_mhz: int, n: int, context: int) -> Point:
-        lengths = f"lengths=fixed,prompt_mean={context},output_mean={self.output_tokens}"
-        measure = partial(_decode, n=n, context=context, enough=self.windows)
+def points(
+    clock_mhz: int,
+    *,
+    batches: Sequence[int],  # requests that decode together
+    contexts: Sequence[int],  # their prompt tokens
+    prompts: Sequence[int],  # tokens of the prefills
+    output_tokens: int,  # that a decoding request may have
+    windows: int,  # per decode point
+) -> Iterator[Point]:
+    """What to measure at a clock: idle, decode steps, prefills one by one, many prompts at once."""
+    point = partial(Point, clock_mhz)
+    yield point("idle", "idle", "burst:count=0", partial(_idle, n=windows))
+    for context, n in product(contexts, batches):
+        load = f"burst:count={n},{_SETTLED},lengths=fixed,prompt_mean={context},output_mean={output_tokens}"
         what = f"{n} requests of {context} tokens that decode together"
-        return Point(what, "decode", clock_mhz, f"burst:count={n},{_SETTLED},{lengths}", measure)
+        yield point("decode", what, load, partial(_decode, n=n, context=context, enough=windows))
+    for tokens in prompts:
+        load = f"burst:count={_REPEATS},every_s=2,{_SETTLED},lengths=fixed,prompt_mean={tokens},output_mean=2"
+        yield point("prefill", f"{tokens} tokens", load, partial(_prefill, tokens=tokens, clients=1))
+    tokens = max(prompts, default=2048)
+    what = f"{_SUSTAINED} prompts of {tokens} tokens that wait for each other"
+    load = f"burst:count={_SUSTAINED},{_SETTLED},lengths=fixed,prompt_mean={tokens},output_mean=1"
+    yield point("prefill_sustained", what, load, partial(_prefill, tokens=tokens, clients=_SUSTAINED))
 
 
 def spread(clocks_mhz: Sequence[int]) -> tuple[int, ...]:
@@ -97,21 +90,18 @@ def read_profile(paths: Sequence[str]) -> Profile:
     Raises:
         ConfigError: a file is missing or malformed, or there is no decode row.
     """
-    rows = [pair for path in paths for pair in _rows(path)]
-    decode = tuple(_point(row, where) for row, where in rows if row.get("phase") == "decode")
+    rows = [row for path in paths for row in _rows(path)]
+    decode = [_decode_point(row) for row in rows if row.values.get("phase") == "decode"]
     if not decode:
         raise ConfigError(f"profile {', '.join(paths)}: no row with phase decode")
     highest_mhz = max(point.clock_mhz for point in decode)
-    decode = tuple(
-        replace(p, clock_mhz=highest_mhz) if p.clock_mhz > 0.95 * highest_mhz else p for p in decode
+    prefill = [row for row in rows if row.values.get("phase") in ("prefill", "prefill_sustained")]
+    idle = [row for row in rows if row.values.get("phase") == "idle"]
+    return Profile(
+        tuple(replace(p, clock_mhz=highest_mhz) if p.clock_mhz > 0.95 * highest_mhz else p for p in decode),
+        tuple(_prefill_point(row, highest_mhz) for row in prefill),
+        min((row.number("power_w", "power_inst_mean_w", "power_mean_w") for row in idle), default=None),
     )
-    prefill = tuple(
-        _prefill_point(row, where, highest_mhz)
-        for row, where in rows
-        if row.get("phase") in ("prefill", "prefill_sustained")
-    )
-    idle = [_idle_w(row, where) for row, where in rows if row.get("phase") == "idle"]
-    return Profile(decode, prefill, min(idle) if idle else None)
 
 
 def _idle(windows: Windows, *, n: int) -> Measured:
@@ -146,18 +136,8 @@ def _decode(windows: Windows, *, n: int, context: int, enough: int) -> Measured:
     }
 
 
-def _prefill(windows: Windows, *, tokens: int) -> Measured:
-    """TTFT of prompts that come one after another to an idle server."""
-    ttfts_s: list[float] = []
-    for window in windows:
-        ttfts_s += window.ttfts_s
-        if len(ttfts_s) >= _PREFILL_REPEATS:
-            break
-    return {"n_in": tokens, "c": 1, "ttft_p50": statistics.median(ttfts_s)} if ttfts_s else None
-
-
-def _sustained(windows: Windows, *, tokens: int) -> Measured:
-    """Energy of prompts while more of them wait."""
+def _prefill(windows: Windows, *, tokens: int, clients: int) -> Measured:
+    """TTFT of prompts that come one after another; of many at once also their energy while more wait."""
     used: list[WindowMetrics] = []
     ttfts_s: list[float] = []
     waiting = 0
@@ -166,75 +146,58 @@ def _sustained(windows: Windows, *, tokens: int) -> Measured:
         if waiting and window.waiting and window.prompt_tokens:
             used.append(window)
         waiting = window.waiting
-        if len(ttfts_s) >= _SUSTAINED:
+        if len(ttfts_s) >= max(clients, _REPEATS):
             break
-    if not used:
+    if not ttfts_s or (clients > 1 and not used):
         return None
-    return {
-        "n_in": tokens,
-        "c": _SUSTAINED,
-        "ttft_p50": statistics.median(ttfts_s),
-        "energy_j": sum(window.energy_j for window in used),
-        "prompt_tok": sum(window.prompt_tokens for window in used),
-    }
+    measured = {"n_in": tokens, "c": clients, "ttft_p50": statistics.median(ttfts_s)}
+    if clients > 1:
+        measured["energy_j"] = sum(window.energy_j for window in used)
+        measured["prompt_tok"] = sum(window.prompt_tokens for window in used)
+    return measured
 
 
 def _power_w(windows: Sequence[WindowMetrics]) -> float:
     return sum(window.energy_j for window in windows) / sum(window.duration_s for window in windows)
 
 
-def _rows(path: str) -> list[tuple[dict[str, Any], str]]:
+def _rows(path: str) -> Iterator[Row]:
     if not Path(path).is_file():
         raise ConfigError(f"profile {path}: no such file")
-    rows = []
     for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
+        where = f"profile {path} line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.strip() or "{}")
         except ValueError as error:
-            raise ConfigError(f"profile {path} line {number}: not JSON: {error}") from error
+            raise ConfigError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ConfigError(f"profile {path} line {number}: must be an object")
-        rows.append((row, f"profile {path} line {number}"))
-    return rows
+            raise ConfigError(f"{where}: must be an object")
+        yield Row(row, where)
 
 
-def _point(row: dict[str, Any], where: str) -> DecodePoint:
+def _decode_point(row: Row) -> DecodePoint:
     return DecodePoint(
-        seqs=int(_number(row, "b", where)),
-        context_tokens=_number(row, "ctx_mid", where),
-        step_s=_number(row, "itl", where),
-        power_w=_number(row, "power_w", where),
-        clock_mhz=_snapped(_number(row, "clock_mhz" if "clock_mhz" in row else "sm_mhz", where)),
+        seqs=int(row.number("b")),
+        context_tokens=row.number("ctx_mid"),
+        step_s=row.number("itl"),
+        power_w=row.number("power_w"),
+        clock_mhz=_snapped(row.number("clock_mhz", "sm_mhz")),
     )
 
 
-def _prefill_point(row: dict[str, Any], where: str, highest_mhz: float) -> PrefillPoint:
-    sustained = row["phase"] == "prefill_sustained"
-    energy_j = None
-    if sustained and "energy_j" in row:
-        energy_j = _number(row, "energy_j", where) / _number(row, "prompt_tok", where)
+def _prefill_point(row: Row, highest_mhz: float) -> PrefillPoint:
+    clients, energy_j = 1, None
+    if row.values["phase"] == "prefill_sustained":
+        clients = 4
+        if "energy_j" in row.values:
+            energy_j = row.number("energy_j") / row.number("prompt_tok")
     return PrefillPoint(
-        prompt_tokens=int(_number(row, "n_in", where)),
-        clients=int(_number(row, "c", where)) if "c" in row else (4 if sustained else 1),
-        ttft_s=_number(row, "ttft_p50", where),
-        clock_mhz=_snapped(_number(row, "clock_mhz", where)) if "clock_mhz" in row else highest_mhz,
+        prompt_tokens=int(row.number("n_in")),
+        clients=int(row.number("c")) if "c" in row.values else clients,
+        ttft_s=row.number("ttft_p50"),
+        clock_mhz=_snapped(row.number("clock_mhz")) if "clock_mhz" in row.values else highest_mhz,
         energy_per_token_j=energy_j,
     )
-
-
-def _idle_w(row: dict[str, Any], where: str) -> float:
-    names = [name for name in ("power_w", "power_inst_mean_w", "power_mean_w") if name in row]
-    return _number(row, names[0] if names else "power_w", where)
-
-
-def _number(row: dict[str, Any], key: str, where: str) -> float:
-    value: Any = row.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value > 0):
-        raise ConfigError(f"{where}: {key} is {value}; it must be a number above 0")
-    return float(value)
 
 
 def _snapped(clock_mhz: float) -> float:

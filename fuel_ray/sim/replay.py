@@ -11,14 +11,8 @@ from fuel_ray.sim.pack import Pack, PerfModel
 from fuel_ray.sim.scheduler import Engine, advance, new_state
 from fuel_ray.types import Requests
 
-FIGURES = (
-    *("energy", "mean_power"),
-    *(
-        f"{latency}_{statistic}"
-        for latency in ("ttft", "tpot", "e2e")
-        for statistic in ("mean", "p50", "p99")
-    ),
-)
+_LATENCIES = [f"{name}_{figure}" for name in ("ttft", "tpot", "e2e") for figure in ("mean", "p50", "p99")]
+FIGURES = ("energy", "mean_power", *_LATENCIES)
 
 _DRAIN_STEP_S = 10.0  # how often the replay looks whether all requests have finished
 

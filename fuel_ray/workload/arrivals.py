@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -19,7 +19,6 @@ class Arrivals(Protocol):
 
     def sample(self, duration_s: float, *, rng: np.random.Generator, start_s: float) -> np.ndarray:
         """Ascending arrival times in [0, duration_s), counted from ``start_s`` of the process's own time."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +52,7 @@ class Gamma:
 
     rate_rps: float
     cv: float
-
-    @property
-    def period_s(self) -> None:
-        return None
+    period_s: ClassVar[None] = None
 
     @property
     def mean_rate_rps(self) -> float:
@@ -100,10 +96,7 @@ class Mmpp:
     low_rps: float
     high_rps: float
     dwell_s: float
-
-    @property
-    def period_s(self) -> None:
-        return None
+    period_s: ClassVar[None] = None
 
     @property
     def mean_rate_rps(self) -> float:
@@ -149,10 +142,7 @@ class Burst:
     count: int
     every_s: float
     after_s: float
-
-    @property
-    def period_s(self) -> None:
-        return None
+    period_s: ClassVar[None] = None
 
     @property
     def mean_rate_rps(self) -> float:

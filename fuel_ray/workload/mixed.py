@@ -1,6 +1,7 @@
 """A workload that is another one each time: what a policy is trained on that is to serve any load."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,18 +31,12 @@ class Mixed:
 
     name: str
     high_rps: float
-
-    @property
-    def period_s(self) -> None:
-        return None
+    period_s: ClassVar[None] = None
+    halves: ClassVar[None] = None
 
     @property
     def mean_rate_rps(self) -> float:
         return self.high_rps / 2
-
-    @property
-    def halves(self) -> None:
-        return None
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         """Requests of one draw; ``start_s`` is drawn too."""
@@ -55,7 +50,6 @@ class Mixed:
         return drawn.generate(duration_s, rng=rng, start_s=float(rng.uniform(0.0, 1200.0)))
 
     def digest(self) -> str:
-        """See ``Workload``."""
         return digest("mixed", self.high_rps)
 
 

@@ -41,7 +41,6 @@ class Workload(Protocol):
     @property
     def period_s(self) -> float | None:
         """Time after which it repeats, in distribution at least; None if it is stationary."""
-        ...
 
     @property
     def mean_rate_rps(self) -> float: ...
@@ -49,15 +48,19 @@ class Workload(Protocol):
     @property
     def halves(self) -> tuple["Workload", "Workload"] | None:
         """Of a recorded trace, which no random generator changes: one to learn from, one to be judged on."""
-        ...
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         """Requests of [start_s, start_s + duration_s) of the workload's own time, counted from start_s."""
-        ...
 
     def digest(self) -> str:
         """12 hex characters that name the definition, trace contents included and the name excluded."""
-        ...
+
+
+def drawn(workload: Workload, duration_s: float, *, seed: int, random_start: bool) -> Requests:
+    """The requests of a seed, from the workload's beginning or from a random point of its period."""
+    rng, period_s = np.random.default_rng(seed), workload.period_s
+    start_s = rng.uniform(0.0, period_s) if random_start and period_s else 0.0
+    return workload.generate(duration_s, rng=rng, start_s=start_s)
 
 
 def parse_workload(text: str) -> Workload:
@@ -206,7 +209,4 @@ _ARRIVALS = {
 _PRESETS = {"chat-prefix": "prompt_mean=112,prefixes=8,prefix_tokens=500,prefix_share=0.8"}
 _READERS = {"azure": read_azure, "mooncake": read_mooncake, "burstgpt": read_burstgpt}
 _DATA = Path(__file__).parent / "data"
-_SHIPPED = {
-    "azure-conv": _DATA / "azure_conv_2023.csv",
-    "azure-code": _DATA / "azure_code_2023.csv",
-}
+_SHIPPED = {"azure-conv": _DATA / "azure_conv_2023.csv", "azure-code": _DATA / "azure_code_2023.csv"}

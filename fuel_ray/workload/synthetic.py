@@ -1,6 +1,7 @@
 """Workloads made of an arrival process, a length distribution and shared prefixes."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ class Synthetic:
     arrivals: Arrivals
     lengths: Lengths
     prefixes: SharedPrefixes | None
+    halves: ClassVar[None] = None
 
     @property
     def period_s(self) -> float | None:
@@ -26,10 +28,6 @@ class Synthetic:
     @property
     def mean_rate_rps(self) -> float:
         return self.arrivals.mean_rate_rps
-
-    @property
-    def halves(self) -> None:
-        return None
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
         arrival_s = self.arrivals.sample(duration_s, rng=rng, start_s=start_s)

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from itertools import chain, pairwise, takewhile
@@ -52,26 +52,14 @@ class Replay:
         return self._part(slice(first), 0.0), self._part(slice(first, None), middle_s)
 
     def _part(self, which: slice, begin_s: float) -> "Replay":
-        r = self.requests
-        requests = Requests(
-            arrival_s=r.arrival_s[which] - begin_s,
-            prompt_tokens=r.prompt_tokens[which],
-            output_tokens=r.output_tokens[which],
-            prefix_id=r.prefix_id[which],
-            prefix_tokens=r.prefix_tokens[which],
-        )
-        return Replay(self.name, requests, self.period_s / 2)
+        part = self.requests.part(which)
+        return Replay(self.name, replace(part, arrival_s=part.arrival_s - begin_s), self.period_s / 2)
 
     def generate(self, duration_s: float, *, rng: np.random.Generator, start_s: float = 0.0) -> Requests:
-        recorded = self.requests
-        arrival_s, index = repeated(recorded.arrival_s, self.period_s, duration_s=duration_s, start_s=start_s)
-        return Requests(
-            arrival_s=arrival_s,
-            prompt_tokens=recorded.prompt_tokens[index],
-            output_tokens=recorded.output_tokens[index],
-            prefix_id=renumbered(recorded.prefix_id[index]),
-            prefix_tokens=recorded.prefix_tokens[index],
-        )
+        times_s = self.requests.arrival_s
+        arrival_s, index = repeated(times_s, self.period_s, duration_s=duration_s, start_s=start_s)
+        part = self.requests.part(index)
+        return replace(part, arrival_s=arrival_s, prefix_id=renumbered(part.prefix_id))
 
     def digest(self) -> str:
         return digest(self.requests, self.period_s)
