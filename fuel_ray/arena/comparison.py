@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.policies.catalogue import REFERENCES, TUNED_STATIC
-from fuel_ray.stats import Energies, Interval, relative_energy
+from fuel_ray.stats import Interval, relative_energy
 
 Rows = Sequence[Mapping[str, Any]]
 ORACLE = "oracle"
@@ -57,8 +57,8 @@ def attainment(rows: Rows) -> float:
     return float(np.average(shares, weights=requests))
 
 
-def _energies(rows: Rows) -> Energies:
-    return {(0, row["seed"]): row["energy_j"] for row in rows}
+def _energies(rows: Rows) -> dict[int, float]:
+    return {row["seed"]: row["energy_j"] for row in rows}
 
 
 def _percent(name: str, ratio: Interval | None) -> dict[str, float | None]:

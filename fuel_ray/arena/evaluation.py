@@ -78,7 +78,7 @@ def _by_seed(rows: Rows, kv_block_size: int, policy: str) -> _BySeed:
 
 
 def _saving(own: _BySeed, reference: _BySeed) -> str:
-    both = ({(0, seed): row["energy_j_per_request"] for seed, row in by.items()} for by in (own, reference))
+    both = ({seed: row["energy_j_per_request"] for seed, row in by.items()} for by in (own, reference))
     ratio = relative_energy(*both)
     if ratio is None:
         return "-"

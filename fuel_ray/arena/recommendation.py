@@ -61,8 +61,7 @@ class Pair:
 
     def against(self, other: "Pair") -> Interval:
         """Energy by the other's, paired by seed."""
-        own, reference = ({(0, k): j for k, j in enumerate(pair.energy_j)} for pair in (self, other))
-        ratio = relative_energy(own, reference)
+        ratio = relative_energy(dict(enumerate(self.energy_j)), dict(enumerate(other.energy_j)))
         assert ratio is not None, "pairs have seeds"
         return ratio
 
