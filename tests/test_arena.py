@@ -27,9 +27,8 @@ from fuel_ray.policies.learned import Manifest, load_policy, save_policy
 from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
 from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import Trace
-from fuel_ray.tuning.runs import Runs, score_of
+from fuel_ray.tuning.runs import Runs, Score, score_of
 from fuel_ray.tuning.search import bisected, tune_static_pair, tuned
-from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, Slo
 from fuel_ray.workload.spec import parse_workload
 from tests.test_lease import until

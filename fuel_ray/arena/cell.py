@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,7 @@ def _oracle_row(
         allowed = max(allowed, own.mean_penalty)
     episodes = [runs.episode(policy, seed) for policy in policies]
     found = find_schedule(
-        runs.runner(slo),
+        partial(runs.traces, slo=slo),
         runs.loop.node.spec.gpu_clocks_mhz,
         segment_s=job.config.oracle_segment_s,
         batch_limit=episodes[0].windows[-1].knobs.batch_limit,

@@ -27,8 +27,7 @@ def resolve(entry: str, case: Case) -> Contender:
     if entry in PLAYABLE:
         return contender(entry, case)
     if is_folder(entry):
-        policy = _load(entry, case)
-        return Contender(entry, lambda _: policy)
+        return _as_is(entry, _load(entry, case))
     return Contender(entry, lambda _: made(entry, needs=("reset", "decide"), spec=case.spec, slo=case.slo))
 
 
@@ -115,22 +114,22 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
 
 def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
     """The policy as it was trained, with its price to be tuned."""
-    alone = policy.near(None)
-    if not policy.priced:
-        return Contender(name, lambda _: alone)
-    return Contender(name, lambda x: alone.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
+    return _priced(name, policy.near(None), slo) if policy.priced else _as_is(name, policy.near(None))
 
 
 def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
     """The policy near this table, a variant for each weight."""
+    *loose, tight = (policy.near(Anchor(table, weight)) for weight in WEIGHTS)
+    variants = (_priced(name, own, slo) if policy.priced else _as_is(name, own) for own in loose)
+    return (*variants, _as_is(name, tight))
 
-    def at(weight: float) -> Contender:
-        own = policy.near(Anchor(table, weight))
-        if not policy.priced or weight == WEIGHTS[-1]:
-            return Contender(name, lambda _: own)
-        return Contender(name, lambda x: own.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
-    return tuple(at(weight) for weight in WEIGHTS)
+def _as_is(name: str, policy: LearnedPolicy) -> Contender:
+    return Contender(name, lambda _: policy)
+
+
+def _priced(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
+    return Contender(name, lambda x: policy.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
 
 def _load(entry: str, case: Case) -> LearnedPolicy:
