@@ -37,11 +37,7 @@ def relative_energy(own_j: Mapping[int, float], reference_j: Mapping[int, float]
 
 
 def bootstrap_mean(values: Values, *, rng: np.random.Generator) -> Interval:
-    """Mean of ``values``, one per seed, and its interval.
-
-    Raises:
-        FuelRayError: there are no values.
-    """
+    """Mean of ``values``, one per seed, and its interval."""
     return paired_ratio(values, np.ones(len(values)), rng=rng)
 
 

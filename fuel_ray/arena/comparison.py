@@ -19,9 +19,8 @@ def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     ``equal_pct`` compares with fixed clocks at the attainment that the policy reached: with the cheapest mix
     of two clocks on the frontier of what they did on the same arrivals; None where no clock got there.
     """
-    by_policy: dict[str, list[Mapping[str, Any]]] = {}
-    for row in cell["rows"]:
-        by_policy.setdefault(row["policy"], []).append(row)
+    names = dict.fromkeys(row["policy"] for row in cell["rows"])
+    by_policy = {name: [row for row in cell["rows"] if row["policy"] == name] for name in names}
     return [_summary(cell, name, rows, by_policy) for name, rows in by_policy.items()]
 
 
@@ -78,16 +77,13 @@ def _as_fixed_pair(rows: Rows) -> dict[str, list[float]]:
 
 def _frontier_energy(frontier: Sequence[Mapping[str, Any]], attained: float) -> float | None:
     """Least J per request of fixed pairs, mixed in time, that reach this attainment; None if none does."""
-    points = sorted(
-        (1 - sum(f["badness"]) / sum(f["requests"]), sum(f["energy_j"]) / sum(f["requests"]))
-        for f in frontier
-    )
-    enough = [energy_j for share, energy_j in points if share >= attained]
-    if not enough:
-        return None
-    best = min(enough)
-    below = [(share, energy_j) for share, energy_j in points if share < attained and energy_j < best]
+    totals = [(sum(f["requests"]), sum(f["badness"]), sum(f["energy_j"])) for f in frontier]
+    points = sorted((1 - missed / requests, energy_j / requests) for requests, missed, energy_j in totals)
     above = [(share, energy_j) for share, energy_j in points if share >= attained]
+    if not above:
+        return None
+    best = min(energy_j for _, energy_j in above)
+    below = [(share, energy_j) for share, energy_j in points if share < attained and energy_j < best]
     mixes = [
         low_j + (high_j - low_j) * (attained - low) / (high - low)
         for low, low_j in below

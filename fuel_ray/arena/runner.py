@@ -25,7 +25,8 @@ def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[s
     """
     summaries = [row for cell in cells for row in summarise(cell)]
     write_csv(run_dir / "summary.csv", summaries)
-    write_csv(run_dir / "episodes.csv", [_episode(cell, row) for cell in cells for row in cell["rows"]])
+    episodes = [{"scenario": c["scenario"], "slo": c["slo"], **row} for c in cells for row in c["rows"]]
+    write_csv(run_dir / "episodes.csv", episodes)
     heads = [headline(summaries, name) for name in names]
     write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries)])])
     draw(summaries, run_dir)
@@ -42,10 +43,6 @@ def facts(config: ArenaConfig) -> dict[str, Any]:
         "tuning_seeds": list(TUNING_SEEDS[: config.tuning_seeds]),
         "held_out_seeds": [HELD_OUT_SEED + i for i in range(config.seeds)],
     }
-
-
-def _episode(cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    return {"scenario": cell["scenario"], "slo": cell["slo"], **row}
 
 
 def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:

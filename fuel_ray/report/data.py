@@ -76,11 +76,7 @@ class Run:
 
 
 def load_run(run_dir: Path) -> Run:
-    """Read a run folder; learning.csv and steps.jsonl may be missing.
-
-    Raises:
-        ConfigError: summary.csv or run.json is not there, or a file is malformed.
-    """
+    """Read a run folder; learning.csv and steps.jsonl may be missing."""
     with _reading(run_dir / "run.json") as path:
         info = json.loads(path.read_text())
     with _reading(run_dir / "summary.csv") as path:

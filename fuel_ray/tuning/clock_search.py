@@ -75,18 +75,10 @@ def find_schedule(
 ) -> ClockSchedule:
     """The schedule of least energy found for exactly the arrivals that ``run`` plays, in windows of 1 s.
 
-    A bound by search, not a proof: the best of the fixed clocks per segment and of ``starts``,
-    improved by moving segments up and down.
-
-    Args:
-        run: plays a policy against the arrivals that are known.
-        supported_mhz: clocks of the GPU, ascending.
-        segment_s: seconds that are moved together.
-        batch_limit: in all windows.
-        allowed: mean penalty that meets the SLO.
-        strides: places in ``supported_mhz`` by which segments are moved, in turn; clocks are profiled as far
-            apart as the first.
-        starts: clocks per window, such as those that other policies chose.
+    A bound by search, not a proof: the best of the fixed clocks per segment of ``segment_s`` and of
+    ``starts``, clocks per window, improved by moving segments up and down: by ``strides`` places in
+    ``supported_mhz``, ascending, in turn; clocks are profiled as far apart as the first stride. It has a mean
+    penalty of at most ``allowed`` where one was found.
     """
     clocks = every(supported_mhz, strides[0])
     traces = _fixed(run, clocks, batch_limit)

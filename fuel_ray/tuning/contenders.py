@@ -18,12 +18,7 @@ LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced p
 
 
 def resolve(entry: str, case: Case) -> Contender:
-    """The policy that an entry of --policies stands for; one in a folder is as it was trained.
-
-    Raises:
-        ConfigError: it stands for none.
-        PolicyError: a folder is malformed, or made for another node.
-    """
+    """The policy that an entry of --policies stands for; one in a folder is as it was trained."""
     if entry in PLAYABLE:
         return contender(entry, case)
     if is_folder(entry):
@@ -60,11 +55,7 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
 
 
 def is_folder(entry: str) -> bool:
-    """Whether an entry of --policies is a policy folder.
-
-    Raises:
-        ConfigError: it is nothing that could be played.
-    """
+    """Whether an entry of --policies is a policy folder; ConfigError where it is nothing to be played."""
     if entry in PLAYABLE or (":" in entry and not Path(entry).exists()):
         return False
     if not Path(entry).is_dir():
@@ -98,10 +89,6 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     For a policy folder the price of a miss is tuned where it was trained for many prices. One whose reward is
     energy is kept near the load table, how near is tuned; where it is priced, it takes part once more
     without.
-
-    Raises:
-        ConfigError: the entry stands for no policy.
-        PolicyError: a folder is malformed, or made for another node.
     """
     if not is_folder(entry):
         return [(resolve(entry, case),)]

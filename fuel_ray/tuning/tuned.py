@@ -80,10 +80,6 @@ def tuned_policies(
 
     What they need is tuned on the tuning seeds of the node's twin, the baselines too unless they are
     ``tuned`` already.
-
-    Raises:
-        ConfigError: an entry stands for no policy.
-        PolicyError: a folder is malformed, or made for another node.
     """
     case = case_of(config, spec)
     policies = {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
