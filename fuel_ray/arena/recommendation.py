@@ -157,8 +157,10 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     static = next(pair for pair in ranked if pair.policy == TUNED_STATIC)
     best = next((pair for pair in ranked if pair.policy != TUNED_STATIC), None)
     if best is None or any(rank(best)[:2]) or not _meets(best, static, share):
-        sentence = f"Recommended: {_named(static)}. No other policy meets the SLO."
-        return static, sentence + _warning(static, share)
+        return (
+            static,
+            f"Recommended: {_named(static)}. No other policy meets the SLO.{_warning(static, share)}",
+        )
     change = best.against(static)
     if change.high is None or change.high >= 1.0:
         return static, (

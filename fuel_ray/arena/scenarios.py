@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.types import Slo
 
 SloName = Literal["interactive", "tight", "seed"]
-SLO_NAMES: tuple[SloName, ...] = get_args(SloName)
 INTERACTIVE = Slo(ttft_s=1.0, tpot_s=0.05)
 TIGHT_STRETCH = 1.1  # TPOT limit of the tight SLO, by its 95th percentile at maximum performance
 

@@ -9,8 +9,8 @@ from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 class Clipper:
     """Moves the batch limit by how close the worst latency comes to the SLO; the clock stays highest.
 
-    Constants as in GreenDLS's own comparison: start at 8; L > SLO: b - 3; L > 0.9 SLO:
-    0.9 b; else b + 1. L / SLO is here the largest share that a sample of the window takes of its limit.
+    Constants as in GreenDLS's own comparison: start at 8; L > SLO: b - 3; L > 0.9 SLO: 0.9 b; else b + 1.
+    L / SLO is here the largest share that a sample of the window, or its oldest wait, takes of its limit.
     """
 
     spec: NodeSpec
@@ -24,7 +24,9 @@ class Clipper:
         self._limit = min(8, self.spec.batch_limits[-1])
 
     def decide(self, window: WindowMetrics) -> Knobs:
-        share = worst_share_of_slo(window, self.slo)
+        wait = window.oldest_wait_s / self.slo.wait_limit_s if self.slo.wait_limit_s else 0.0
+        samples = self.slo.limited(window.latencies_s)
+        share = max(wait, *(max(values) / limit for _, values, limit in samples if values), 0.0)
         if share > 1.0:
             self._limit -= 3
         elif share > 0.9:
@@ -33,10 +35,3 @@ class Clipper:
             self._limit += 1
         self._limit = min(max(self._limit, 1), self.spec.batch_limits[-1])
         return Knobs(self._limit, self.spec.gpu_clocks_mhz[-1])
-
-
-def worst_share_of_slo(window: WindowMetrics, slo: Slo) -> float:
-    """Largest of a window's TTFT, TPOT and e2e samples and its oldest wait, each by its limit; 0 if none."""
-    wait = window.oldest_wait_s / slo.wait_limit_s if slo.wait_limit_s else 0.0
-    pairs = slo.limited(window.latencies_s)
-    return max(wait, *(max(values) / limit for _, values, limit in pairs if values), 0.0)

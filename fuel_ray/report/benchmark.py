@@ -37,18 +37,21 @@ def benchmark_result(
 
 def check(result: dict[str, Any]) -> list[str]:
     """Lines that say whether the samples are what they should be."""
-    lines = [
-        f"requests   {result['completed']} completed, {result['failed']} failed,"
-        f" TTFT p50 {_shown(result['p50_ttft_ms'], '.1f', ' ms')},"
-        f" TPOT p50 {_shown(result['p50_tpot_ms'], '.1f', ' ms')}"
-    ]
+
+    def shown(name: str, form: str, unit: str = "") -> str:
+        return "unknown" if result[name] is None else f"{result[name]:{form}}{unit}"
+
+    latencies = (
+        f"TTFT p50 {shown('p50_ttft_ms', '.1f', ' ms')}, TPOT p50 {shown('p50_tpot_ms', '.1f', ' ms')}"
+    )
+    lines = [f"requests   {result['completed']} completed, {result['failed']} failed, {latencies}"]
     gpu_samples = [len(stats["power_trace"]) for stats in result["gpu_power_stats"].values()]
     kv = result["kv_cache_monitoring_stats"]
     kv_samples = kv["samples_collected"] if kv else 0
     if gpu_samples:
         lines.append(
-            f"GPU        {gpu_samples[0]} samples, {_shown(result['gpu_energy_per_request_j'], '.2f')} J/request,"
-            f" {_shown(result['gpu_energy_per_output_token_j'], '.2f')} J/output token"
+            f"GPU        {gpu_samples[0]} samples, {shown('gpu_energy_per_request_j', '.2f')} J/request,"
+            f" {shown('gpu_energy_per_output_token_j', '.2f')} J/output token"
         )
     else:
         lines.append("GPU        no samples: no NVML here")
@@ -107,15 +110,11 @@ def _energy_figures(result: dict[str, Any]) -> dict[str, float | None]:
     """Energy of all GPUs over completed requests and over output tokens; None without either."""
     gpus = result["gpu_power_stats"].values()
     energy_j = sum(stats["energy_j"] for stats in gpus) if gpus else None
-    return {
-        "gpu_energy_j": energy_j,
-        "gpu_energy_per_request_j": _over(energy_j, result["completed"]),
-        "gpu_energy_per_output_token_j": _over(energy_j, result["total_output_tokens"]),
+    counts = {"request": result["completed"], "output_token": result["total_output_tokens"]}
+    return {"gpu_energy_j": energy_j} | {
+        f"gpu_energy_per_{name}_j": None if energy_j is None or not count else energy_j / count
+        for name, count in counts.items()
     }
-
-
-def _over(energy_j: float | None, count: int) -> float | None:
-    return None if energy_j is None or not count else energy_j / count
 
 
 def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
@@ -201,7 +200,3 @@ def _model_shape(model: str) -> dict[str, int | None]:
         "num_kv_heads": raw.get("num_key_value_heads", heads),
         "head_size": raw.get("head_dim", hidden // heads if heads and hidden else None),
     }
-
-
-def _shown(value: float | None, form: str, unit: str = "") -> str:
-    return "unknown" if value is None else f"{value:{form}}{unit}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -125,8 +125,8 @@ def score_weights(
     that of their training.
     """
     tunings = [_tuning_runs(config, size, config.workload) for size in block_sizes]
-    scores: dict[float, Score] = {}
 
+    @cache
     def score_at(miss_price_j: float) -> Score:
         found = []
         for tuning in tunings:
@@ -139,14 +139,10 @@ def score_weights(
             slo_attainment=min(score.slo_attainment for score in found),
         )
 
-    def rank(log_price: float) -> tuple[bool, float]:
-        scores[log_price] = score_at(10.0**log_price)
-        return scores[log_price].rank(share)
-
-    if "miss_price" not in config.features:
-        return score_at(config.miss_price_j), config.miss_price_j
-    best = bisected(rank, *LOG_PRICES)
-    return scores[best], 10.0**best
+    price_j = config.miss_price_j
+    if "miss_price" in config.features:
+        price_j = 10.0 ** bisected(lambda log_price: score_at(10.0**log_price).rank(share), *LOG_PRICES)
+    return score_at(price_j), price_j
 
 
 def _tuning_runs(config: ServingConfig, kv_block_size: int, workload: str) -> Runs:
