@@ -17,7 +17,7 @@ from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.catalogue import TUNED_STATIC, label
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
-from fuel_ray.stats import Interval, relative_energy
+from fuel_ray.stats import Interval, paired_ratio
 from fuel_ray.tuning.contenders import case_of, families, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs, held_out
@@ -61,9 +61,7 @@ class Pair:
 
     def against(self, other: "Pair") -> Interval:
         """Energy by the other's, paired by seed."""
-        ratio = relative_energy(dict(enumerate(self.energy_j)), dict(enumerate(other.energy_j)))
-        assert ratio is not None, "pairs have seeds"
-        return ratio
+        return paired_ratio(self.energy_j, other.energy_j, rng=np.random.default_rng(0))
 
 
 def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:

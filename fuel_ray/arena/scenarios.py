@@ -25,7 +25,7 @@ class Scenario:
     tuned_on: str | None = None
 
 
-# Capacity of the default node (26,000 KV tokens) is 12 req/s: at it 97 % keep the interactive SLO, at 16 none
+# Capacity of the default node (26,000 KV tokens) is 12 req/s: at it 97 % meet the interactive SLO, at 16 none
 SCENARIOS = {
     s.name: s
     for s in (

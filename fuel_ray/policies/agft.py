@@ -11,6 +11,7 @@ from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 FEATURES = 8  # AGFT's seven and a constant
 _RIDGE = 1.0
+_MEMORY = ("_inverse", "_moment", "_tries", "_reward_sum", "_energy_j", "_tokens")  # what is learned
 
 
 @dataclass(eq=False)
@@ -42,18 +43,16 @@ class AgftLinUcb:
         self._moment = np.zeros((arms, FEATURES))
         self._tries, self._reward_sum = np.zeros(arms), np.zeros(arms)
         self._energy_j, self._tokens = 0.0, 0.0
-        self._kept: tuple[np.ndarray | float, ...] = copy.deepcopy(self._memory())
         self._last: tuple[int, np.ndarray] | None = None
+        self.keep()
 
     def reset(self) -> None:
         """Back to what was known when ``keep`` was last called: nothing, if it never was."""
-        (self._inverse, self._moment, self._tries, self._reward_sum, self._energy_j, self._tokens) = (
-            copy.deepcopy(self._kept)  # type: ignore[assignment]
-        )
+        vars(self).update(copy.deepcopy(self._kept))
         self._last = None
 
     def keep(self) -> None:
-        self._kept = copy.deepcopy(self._memory())
+        self._kept = copy.deepcopy({name: vars(self)[name] for name in _MEMORY})
 
     def decide(self, window: WindowMetrics) -> Knobs:
         if self._last is not None:
@@ -67,10 +66,6 @@ class AgftLinUcb:
             arm = len(self._clocks_mhz) - 1
         self._last = (arm, x)
         return Knobs(self.batch_limit, self._clocks_mhz[arm])
-
-    def _memory(self) -> tuple[np.ndarray | float, ...]:
-        learned = (self._inverse, self._moment, self._tries, self._reward_sum)
-        return (*learned, self._energy_j, self._tokens)
 
     def _learn(self, arm: int, x: np.ndarray, reward: float) -> None:
         """Sherman and Morrison's update of one arm's inverse."""

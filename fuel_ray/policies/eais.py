@@ -10,12 +10,12 @@ from fuel_ray.types import Knobs, WindowMetrics
 
 @dataclass(eq=False)
 class Eais:
-    """The (batch, clock) of least energy per request whose predicted latency keeps the SLO.
+    """The (batch, clock) of least energy per request whose predicted latency meets the SLO.
 
     The rule of GreenDLS's comparison. With rate v, q requests queued and the oldest of
     age s: per clock, batches up to min(int(v (SLO - age) + q), max_batch); the largest b with
     1.2 (age + (b - q) / v) + latency(b) < 0.9 SLO, else 1; then the clock of least energy per request. Where
-    even one request keeps the SLO at no clock, the highest clock. Theirs are clocks 120 MHz apart and at
+    even one request meets the SLO at no clock, the highest clock. Theirs are clocks 120 MHz apart and at
     most 32 requests, the capacity of their server.
     """
 
@@ -38,7 +38,7 @@ class Eais:
         return Knobs(batch, model.gpu_clock_mhz)
 
     def _batch(self, model: BatchModel, window: WindowMetrics, rate_rps: float) -> int:
-        """The largest batch that keeps the SLO at this clock; the delay grows with it, so bisect."""
+        """The largest batch that meets the SLO at this clock; the delay grows with it, so bisect."""
         low = 1
         arriving = rate_rps * (self.slo_s - window.oldest_wait_s)
         high = max(1, min(int(arriving + window.waiting), self.max_batch))

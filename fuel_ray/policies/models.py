@@ -68,10 +68,8 @@ def fit_batches(perf: PerfModel, clocks_mhz: Sequence[int], *, max_batch: int) -
     models = []
     for clock_mhz in clocks_mhz:
         costs = [_batch_cost(perf, b, clock_mhz) for b in batches.tolist()]
-        (request_s, request_j), (fixed_s, fixed_j) = _least_squares(
-            batches[:, None], np.array(costs)
-        ).tolist()
-        models.append(BatchModel(clock_mhz, request_s, fixed_s, request_j, fixed_j))
+        slopes, fixed = _least_squares(batches[:, None], np.array(costs)).tolist()
+        models.append(BatchModel(clock_mhz, slopes[0], fixed[0], slopes[1], fixed[1]))
     return tuple(models)
 
 

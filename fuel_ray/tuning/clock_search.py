@@ -49,7 +49,7 @@ def penalty(records: RequestRecords, slo: Slo) -> np.ndarray:
 
 
 def allowed_penalty(slo: Slo, share: float) -> float:
-    """Mean penalty at which ``share`` of the requests keep the SLO, or the means are at ``share`` of it."""
+    """Mean penalty at which ``share`` of the requests meet the SLO, or the means are at ``share`` of it."""
     return share if slo.share is None else 1.0 - share
 
 

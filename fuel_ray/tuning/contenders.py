@@ -59,10 +59,8 @@ def is_folder(entry: str) -> bool:
     if entry in PLAYABLE or (":" in entry and not Path(entry).exists()):
         return False
     if not Path(entry).is_dir():
-        names = ", ".join(PLAYABLE)
-        raise ConfigError(
-            f"policy {entry}: no folder, no package.module:Class, and not in the catalogue: {names}"
-        )
+        unlisted = f"not in the catalogue: {', '.join(PLAYABLE)}"
+        raise ConfigError(f"policy {entry}: no folder, no package.module:Class, and {unlisted}")
     return True
 
 

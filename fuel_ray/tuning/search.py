@@ -25,7 +25,6 @@ def tune_static_pair(tuning: Runs, slo: str, *, share: float, limits: Sequence[i
     spec = tuning.loop.node.spec
     highest = spec.batch_limits[-1]
     limits = sorted({highest, *(limit for limit in limits if limit < highest)})
-
     fastest = [Static(Knobs(limit, spec.gpu_clocks_mhz[-1])) for limit in limits]
     reachable = max(tuning.score(policy, slo, share=share).slo_attainment for policy in fastest)
     asked = share
@@ -60,24 +59,19 @@ def tune_static(
 
 def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
     """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them."""
-    ranks = [_ranker(contender, tuning, slo, share) for contender in family]
+
+    def rank_of(contender: Contender, setting: float) -> tuple[bool, float]:
+        return tuning.score(contender.make(setting), slo, share=share).rank(share)
+
+    ranks = [cache(partial(rank_of, contender)) for contender in family]
     settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
-    best = 0
-    if len(family) > 1:
-        best = min(range(len(family)), key=lambda k: ranks[k](settings[k]))
+    best = min(range(len(family)), key=lambda k: ranks[k](settings[k])) if len(family) > 1 else 0
     policy = family[best].make(settings[best])
     if isinstance(policy, Learner):
         for seed in tuning.seeds:
             tuning.episode(policy, seed)
             policy.keep()
     return policy, settings[best]
-
-
-def _ranker(
-    contender: Contender, tuning: Runs, slo: str, share: float
-) -> Callable[[float], tuple[bool, float]]:
-    """How the contender ranks with a setting, run once per setting."""
-    return cache(lambda setting: tuning.score(contender.make(setting), slo, share=share).rank(share))
 
 
 def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:
