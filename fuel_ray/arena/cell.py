@@ -58,13 +58,11 @@ def run_scenario(job: Job, done: Sequence[SloName] = ()) -> Iterator[dict[str, A
     """A cell per SLO that is not ``done``, as plain data."""
     tuning = tuning_runs(job, loop_of(job, job.home))
     stage = loop_of(job, job.scenario, part="second half")
-    config = job.config
-    alone = held_out(stage, config.seeds, seconds=config.seconds, slos=tuning.slos)
-    for slo in job.config.slos:
-        if slo not in done:
-            began_s = time.monotonic()
-            cell = _cell(job, slo, tuning, alone)
-            yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
+    alone = held_out(stage, job.config.seeds, seconds=job.config.seconds, slos=tuning.slos)
+    for slo in (name for name in job.config.slos if name not in done):
+        began_s = time.monotonic()
+        cell = _cell(job, slo, tuning, alone)
+        yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
 
 
 def loop_of(job: Job, scenario: Scenario, *, part: Part = "first half") -> ControlLoop:

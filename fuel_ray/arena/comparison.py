@@ -31,7 +31,8 @@ def _summary(cell: Mapping[str, Any], name: str, rows: Rows, by_policy: Mapping[
     changes: dict[str, float | None] = {}
     for reference in (*REFERENCES, ORACLE):
         others = () if reference == name else by_policy.get(reference, ())
-        changes |= _percent(f"vs_{reference}", relative_energy(_energies(rows), _energies(others)))
+        own_j, others_j = ({row["seed"]: row["energy_j"] for row in by_seed} for by_seed in (rows, others))
+        changes |= _percent(f"vs_{reference}", relative_energy(own_j, others_j))
     equal_j = None
     if cell["limits"]["share"] is not None:
         equal_j = _frontier_energy([*cell["frontier"], _as_fixed_pair(static)], attained)
@@ -54,10 +55,6 @@ def attainment(rows: Rows) -> float:
     """Share of all requests that met the SLO."""
     shares, requests = ([row[name] for row in rows] for name in ("slo_attainment", "requests"))
     return float(np.average(shares, weights=requests))
-
-
-def _energies(rows: Rows) -> dict[int, float]:
-    return {row["seed"]: row["energy_j"] for row in rows}
 
 
 def _percent(name: str, ratio: Interval | None) -> dict[str, float | None]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.comparison import Rows
 from fuel_ray.arena.config import EvaluateConfig
 from fuel_ray.build.nodes import build_loop, patience, served
 from fuel_ray.config import ServingConfig, SweepConfig
@@ -26,6 +27,7 @@ from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload.spec import parse_workload
 
 logger = logging.getLogger(__name__)
+_SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,6 @@ class Evaluation:
 
     rows: list[dict[str, Any]]  # of summary.csv
     lines: list[str]  # of steps.jsonl, for the first seed
-
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def static_name(text: str) -> str:
@@ -66,9 +65,6 @@ def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
             f"{mean['tpot_p50_s'] * 1e3:>7.1f} ms{mean['e2e_mean_s']:>8.2f} s"
         )
     return "\n".join(lines)
-
-
-_SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
 
 
 def _by_seed(rows: Rows, kv_block_size: int, policy: str) -> dict[int, Mapping[str, Any]]:

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fuel_ray.arena.comparison import Rows
 from fuel_ray.policies.catalogue import REFERENCES, label
-
-Summaries = Sequence[Mapping[str, Any]]
 
 SHOWN = (
     ("J/req", "energy_j_per_request", "{:.1f}"),
@@ -19,7 +18,7 @@ SHOWN = (
 )
 
 
-def markdown(summaries: Summaries) -> str:
+def markdown(summaries: Rows) -> str:
     """One table per SLO and scenario."""
     head = ["policy", *(title for title, _, _ in SHOWN)]
     return "\n\n".join(
@@ -29,7 +28,7 @@ def markdown(summaries: Summaries) -> str:
     )
 
 
-def headline(summaries: Summaries, policy: str) -> str:
+def headline(summaries: Rows, policy: str) -> str:
     """One row per workload for one policy, beside the references."""
     head = [label(policy), "max J", "static J (SLO)", "table % (SLO)", f"**{label(policy)} %** (95 %)", "SLO"]
     lines = []
@@ -50,7 +49,7 @@ def headline(summaries: Summaries, policy: str) -> str:
     return _piped([*head, "equal SLO", "vs table", "vs oracle", "vs max"], lines)
 
 
-def text(summaries: Summaries) -> str:
+def text(summaries: Rows) -> str:
     """The same for a terminal."""
     widths = [26 if form == "interval" else max(len(title), 7) + 2 for title, _, form in SHOWN]
 
@@ -64,7 +63,7 @@ def text(summaries: Summaries) -> str:
     return "\n\n".join(blocks)
 
 
-def _cells(summaries: Summaries) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
+def _cells(summaries: Rows) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
     """The rows of each (SLO, scenario)."""
     for key in dict.fromkeys((row["slo"], row["scenario"]) for row in summaries):
         yield key, [row for row in summaries if (row["slo"], row["scenario"]) == key]

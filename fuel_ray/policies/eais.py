@@ -1,5 +1,6 @@
 """EAIS: batch and clock together, from fitted latency and energy models and the measured rate."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,14 +40,9 @@ class Eais:
 
     def _batch(self, model: BatchModel, window: WindowMetrics, rate_rps: float) -> int:
         """The largest batch that meets the SLO at this clock; the delay grows with it, so bisect."""
-        low = 1
         arriving = rate_rps * (self.slo_s - window.oldest_wait_s)
-        high = max(1, min(int(arriving + window.waiting), self.max_batch))
-        while low < high:
-            middle = (low + high + 1) // 2
-            meets = self._meets(middle, model, window, rate_rps)
-            low, high = (middle, high) if meets else (low, middle - 1)
-        return low
+        more = range(2, min(int(arriving + window.waiting), self.max_batch) + 1)
+        return 1 + bisect_left(more, True, key=lambda b: not self._meets(b, model, window, rate_rps))
 
     def _meets(self, batch: int, model: BatchModel, window: WindowMetrics, rate_rps: float) -> bool:
         filled_s = window.oldest_wait_s + (batch - window.waiting) / rate_rps

@@ -99,14 +99,13 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
 
 def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
     """The policy as it was trained, with its price to be tuned."""
-    return _priced(name, policy.near(None), slo) if policy.priced else _as_is(name, policy.near(None))
+    return _priced(name, policy.near(None), slo)
 
 
 def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
     """The policy near this table, a variant for each weight."""
     *loose, tight = (policy.near(Anchor(table, weight)) for weight in WEIGHTS)
-    variants = (_priced(name, own, slo) if policy.priced else _as_is(name, own) for own in loose)
-    return (*variants, _as_is(name, tight))
+    return (*(_priced(name, own, slo) for own in loose), _as_is(name, tight))
 
 
 def _as_is(name: str, policy: LearnedPolicy) -> Contender:
@@ -114,6 +113,8 @@ def _as_is(name: str, policy: LearnedPolicy) -> Contender:
 
 
 def _priced(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
+    if not policy.priced:
+        return _as_is(name, policy)
     return Contender(name, lambda x: policy.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
 
