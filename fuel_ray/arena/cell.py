@@ -14,15 +14,7 @@ from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
-from fuel_ray.policies.catalogue import (
-    LOAD_TABLE,
-    PUBLISHED,
-    REFERENCES,
-    TUNED_STATIC,
-    Case,
-    Contender,
-    contender,
-)
+from fuel_ray.policies.catalogue import LOAD_TABLE, PUBLISHED, REFERENCES, TUNED_STATIC, Case, Contender
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
@@ -126,13 +118,11 @@ def choose(tuning: Runs, slo: str, policies: Mapping[str, Policy], *, share: flo
     return min(policies, key=lambda name: tuning.score(policies[name], slo, share=share).rank(share))
 
 
-def _contenders(config: ArenaConfig, case: Case) -> Iterator[tuple[Contender, ...]]:
+def _contenders(config: ArenaConfig, case: Case) -> list[tuple[Contender, ...]]:
     """The references, the published rules if they take part, and whatever else is named."""
-    names = (*REFERENCES, *(PUBLISHED if config.peers else ()))
-    yield from ((contender(name, case),) for name in names)
-    for name, entry in of_size(config.policies, case.spec.kv_block_size).items():
-        if name not in names:
-            yield from families(name, entry, case)
+    known = {name: name for name in (*REFERENCES, *(PUBLISHED if config.peers else ()))}
+    entries = known | of_size(config.policies, case.spec.kv_block_size)
+    return [family for name, entry in entries.items() for family in families(name, entry, case)]
 
 
 def held_out_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:

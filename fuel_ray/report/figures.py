@@ -72,10 +72,8 @@ def energy_against_attainment(run: Run, *, workload: str) -> str:
         axes.margins(0.06)
         for policy in run.policies:
             for size, marker in zip(run.block_sizes, cycle(_MARKERS), strict=False):
-                energy, share = (
-                    mean_over_seeds(run, column, workload=workload, policy=policy, block_size=size)
-                    for column in (ENERGY, "slo_attainment")
-                )
+                mean = partial(mean_over_seeds, run, workload=workload, policy=policy, block_size=size)
+                energy, share = mean(ENERGY), mean("slo_attainment")
                 if energy is not None and share is not None:
                     _cross(axes, energy, share, color(policy, run.policies), marker)
         if run.attainment_target is not None:

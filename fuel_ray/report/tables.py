@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fuel_ray.policies.catalogue import REFERENCES, color, label
@@ -58,16 +59,11 @@ def change(ratio: float) -> str:
 def chosen_pairs(run: Run) -> str:
     """What the baselines were tuned to."""
     head = ("block size", "tuned static", "load table, by arrival rate", "DQN's weight on it")
-    rows = [
-        [
-            size,
-            _static(tuned),
-            _rates(tuned),
-            f"{weight:g}" if (weight := tuned.get("anchor_weight")) else "free",
-        ]
-        for size, tuned in (run.info.get("tuned") or {}).items()
-    ]
-    return _listing(head, [[row] for row in rows], ("", "text", "text wrap", "text"))
+    groups = []
+    for size, tuned in (run.info.get("tuned") or {}).items():
+        weight = tuned.get("anchor_weight")
+        groups.append([[size, _static(tuned), _rates(tuned), f"{weight:g}" if weight else "free"]])
+    return _listing(head, groups, ("", "text", "text wrap", "text"))
 
 
 def key_values(tree: Mapping[str, Any]) -> str:
@@ -98,15 +94,11 @@ def _rows(run: Run, workload: str, size: int) -> list[list[Cell]]:
 
 
 def _row(run: Run, policy: str, workload: str, size: int) -> list[Cell]:
-    def mean(column: str) -> Interval | None:
-        return mean_over_seeds(run, column, policy=policy, workload=workload, block_size=size)
-
+    mean = partial(mean_over_seeds, run, policy=policy, workload=workload, block_size=size)
+    against = partial(energy_against, run, policy, workload=workload, block_size=size)
     if (energy := mean(ENERGY)) is None:
         return []
-    ratios = (
-        None if name == policy else energy_against(run, policy, name, workload=workload, block_size=size)
-        for name in REFERENCES
-    )
+    ratios = (None if name == policy else against(name) for name in REFERENCES)
     share = mean("slo_attainment")
     style = "text mine" if policy == run.learned else "text"
     return [

@@ -83,11 +83,8 @@ def tuned_policies(
     """
     case = case_of(config, spec)
     policies = {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
-    needing = [
-        name
-        for name, policy in policies.items()
-        if isinstance(policy, Learner) or (name in CATALOGUE and CATALOGUE[name].tuned)
-    ]
+    known = {name for name, entry in CATALOGUE.items() if entry.tuned}
+    needing = [name for name, policy in policies.items() if name in known or isinstance(policy, Learner)]
     if not needing:
         return policies
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
@@ -107,8 +104,7 @@ def tune_anchor(
     tuning = _tuning_runs(config, kv_block_size, config.workload)
     variants = kept_near("", policy.policy(tuning.loop.node.spec), config.slo, tuned.table)
     best, _ = search.tuned(variants, tuning, _ASKED, share=tuned.share)
-    assert isinstance(best, LearnedPolicy)
-    assert best.anchor is not None
+    assert isinstance(best, LearnedPolicy) and best.anchor is not None
     return best.anchor, best.codec.miss_price_j
 
 
