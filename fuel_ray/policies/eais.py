@@ -13,8 +13,8 @@ from fuel_ray.types import Knobs, WindowMetrics
 class Eais:
     """The (batch, clock) of least energy per request whose predicted latency meets the SLO.
 
-    The rule of GreenDLS's comparison. With rate v, q requests queued and the oldest of
-    age s: per clock, batches up to min(int(v (SLO - age) + q), max_batch); the largest b with
+    The rule of GreenDLS's comparison. With rate v, q requests queued and the oldest of age s: per clock,
+    batches up to min(int(v (SLO - age) + q), max_batch); the largest b with
     1.2 (age + (b - q) / v) + latency(b) < 0.9 SLO, else 1; then the clock of least energy per request. Where
     even one request meets the SLO at no clock, the highest clock. Theirs are clocks 120 MHz apart and at
     most 32 requests, the capacity of their server.
