@@ -7,6 +7,9 @@ import numpy as np
 
 from fuel_ray.errors import FuelRayError
 
+Values = Sequence[float] | np.ndarray
+_RESAMPLES = 2000
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -21,38 +24,24 @@ class Interval:
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
 
 
-Energies = Mapping[tuple[int, int], float]  # of a policy, by (block size, seed); one block size is 0 for all
+def relative_energy(own_j: Mapping[int, float], reference_j: Mapping[int, float]) -> Interval | None:
+    """Energy of one policy over that of another, by seed, paired by those that both have; None if none.
 
-
-def relative_energy(own_j: Energies, reference_j: Energies) -> Interval | None:
-    """Energy of one policy over that of another, paired by what both have; None if that is nothing.
-
-    Averaged over block sizes first, so that seeds are what is resampled; with the same resamples for every
-    interval, so that a run has one report.
+    With the same resamples for every interval, so that a run has one report.
     """
-    pairs: dict[int, list[tuple[float, float]]] = {}
-    for key in sorted(own_j.keys() & reference_j.keys(), key=lambda key: key[1]):
-        pairs.setdefault(key[1], []).append((own_j[key], reference_j[key]))
-    if not pairs:
+    seeds = sorted(own_j.keys() & reference_j.keys())
+    if not seeds:
         return None
-    means = np.array([np.mean(of_seed, axis=0) for of_seed in pairs.values()])
-    return paired_ratio(*means.T, rng=np.random.default_rng(0))
+    own, reference = ([by_seed[seed] for seed in seeds] for by_seed in (own_j, reference_j))
+    return paired_ratio(own, reference, rng=np.random.default_rng(0))
 
 
-def bootstrap_mean(
-    values: Sequence[float] | np.ndarray, *, rng: np.random.Generator, resamples: int = 2000
-) -> Interval:
+def bootstrap_mean(values: Values, *, rng: np.random.Generator) -> Interval:
     """Mean of ``values``, one per seed, and its interval."""
-    return paired_ratio(values, np.ones(len(values)), rng=rng, resamples=resamples)
+    return paired_ratio(values, np.ones(len(values)), rng=rng)
 
 
-def paired_ratio(
-    numerators: Sequence[float] | np.ndarray,
-    denominators: Sequence[float] | np.ndarray,
-    *,
-    rng: np.random.Generator,
-    resamples: int = 2000,
-) -> Interval:
+def paired_ratio(numerators: Values, denominators: Values, *, rng: np.random.Generator) -> Interval:
     """sum(numerators) / sum(denominators) and its interval; pairs that share a seed are resampled together.
 
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: the percentile interval.
@@ -66,7 +55,7 @@ def paired_ratio(
     estimate = _ratio(pairs.sum(axis=0))
     if len(pairs) == 1:
         return Interval(float(estimate), None, None)
-    picks = rng.integers(len(pairs), size=(resamples, len(pairs)))
+    picks = rng.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
     low, high = np.percentile(_ratio(pairs[picks].sum(axis=1)), (2.5, 97.5))
     return Interval(float(estimate), float(low), float(high))
 

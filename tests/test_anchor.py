@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_a_policy_that_knows_nothing_is_kept_near_the_table(tmp_path):
     allowed = 1.0 - tuning.score(Static(fast), "tight", share=0.97).slo_attainment + 0.005
     clocks = tuning.loop.node.spec.gpu_clocks_mhz
     table = find_load_table(
-        tuning.runner("tight"), clocks, batch_limit=128, allowed=allowed, stride=8, budget=4
+        partial(tuning.traces, slo="tight"), clocks, batch_limit=128, allowed=allowed, stride=8, budget=4
     )
     share = tuning.score(table, "tight", share=0.97).slo_attainment
     policy = read_policy(write_policy(tmp_path / "p", best=Knobs(4, 990))).policy(SPEC)

@@ -27,14 +27,13 @@ from fuel_ray.policies.learned import Manifest, load_policy, save_policy
 from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
 from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import Trace
-from fuel_ray.tuning.runs import Runs, score_of
+from fuel_ray.tuning.runs import Runs, Score, score_of
 from fuel_ray.tuning.search import bisected, tune_static_pair, tuned
-from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, Slo
 from fuel_ray.workload.spec import parse_workload
 from tests.test_lease import until
 
-# Scenarios and promises
+# Scenarios and SLOs
 
 
 def test_every_scenario_can_be_built_and_is_tuned_on_one_that_exists():
@@ -50,7 +49,7 @@ def test_an_unknown_scenario_is_named():
         scenarios_of(("mmpp", "storm"))
 
 
-def test_the_tight_promise_stretches_what_maximum_performance_has():
+def test_the_tight_slo_stretches_what_maximum_performance_has():
     assert slo_of("tight", 0.01) == Slo(ttft_s=1.0, tpot_s=pytest.approx(0.011))
     assert slo_of("interactive", 0.01) is INTERACTIVE
     assert slo_of("seed", 0.01) == Slo(e2e_s=10.0, share=None)
@@ -91,28 +90,28 @@ def test_a_fixed_pair_is_run_once():
 # Tuning by one number
 
 
-class Practice:
-    """Energy rises with the setting; the promise is kept above 1.3."""
+class TuningRuns:
+    """Energy rises with the setting; the SLO is met above 1.3."""
 
     def score(self, policy, slo, *, share):
         setting = policy.knobs.gpu_clock_mhz / 1000
         return Score(setting, 0.98 if setting >= 1.3 else 0.9)
 
 
-def test_tuning_halves_the_distance_to_the_setting_where_the_promise_breaks():
+def test_tuning_halves_the_distance_to_the_setting_where_the_slo_is_missed():
     contender = Contender("c", lambda x: Static(Knobs(1, round(1000 * x))), (1.0, 1.5, 2.0))
-    policy, setting = tuned([contender], Practice(), "a", share=0.97)
+    policy, setting = tuned([contender], TuningRuns(), "a", share=0.97)
     assert setting == pytest.approx(1.3125)  # 1.5, 1.25 breaks, 1.375, 1.3125
     assert policy.knobs.gpu_clock_mhz == 1312
 
 
-def test_a_price_is_bisected_to_where_the_promise_breaks():
+def test_a_price_is_bisected_to_where_the_slo_is_missed():
     contender = Contender("c", lambda x: Static(Knobs(1, round(1000 * x))), (0.7, 3.7), monotone=True)
-    _, setting = tuned([contender], Practice(), "a", share=0.97)
+    _, setting = tuned([contender], TuningRuns(), "a", share=0.97)
     assert 1.3 <= setting < 1.3 + 3.0 / 2**7
 
 
-def test_where_no_price_keeps_the_promise_the_one_that_comes_nearest_is_taken():
+def test_where_no_price_meets_the_slo_the_one_that_comes_nearest_is_taken():
     asked = []
 
     def rank(setting):
@@ -125,9 +124,9 @@ def test_where_no_price_keeps_the_promise_the_one_that_comes_nearest_is_taken():
 def test_what_would_be_deployed_is_chosen_on_the_tuning_seeds():
     clocks = {STATIC: 1500, "good": 1400, "breaks": 900}
     policies = {name: Static(Knobs(1, clock_mhz)) for name, clock_mhz in clocks.items()}
-    assert choose(Practice(), "a", policies, share=0.97) == "good"
+    assert choose(TuningRuns(), "a", policies, share=0.97) == "good"
     del policies["good"]
-    assert choose(Practice(), "a", policies, share=0.97) == STATIC
+    assert choose(TuningRuns(), "a", policies, share=0.97) == STATIC
 
 
 def test_a_contender_without_a_choice_is_not_run():
@@ -135,14 +134,14 @@ def test_a_contender_without_a_choice_is_not_run():
     assert tuned([contender], None, "a", share=0.97)[1] == 0.0
 
 
-def a_practice(workload, slo, **settings):
+def tuning_runs_of(workload, slo, **settings):
     config = replace(PRESETS["default"], **settings)
     loop = build_loop(config, 16, horizon_s=120.0, workload=workload)
     return Runs(loop, seeds=[1000], seconds=120.0, slos={"asked": slo})
 
 
 def test_tuned_limits_are_those_that_the_server_has():
-    tuning = a_practice("steady:rate_rps=3", Slo(ttft_s=1.0, tpot_s=0.05), max_num_seqs=16)
+    tuning = tuning_runs_of("steady:rate_rps=3", Slo(ttft_s=1.0, tpot_s=0.05), max_num_seqs=16)
     knobs, _ = tune_static_pair(tuning, "asked", share=0.97, limits=(24, 64))
     assert knobs.batch_limit == 16
 
@@ -150,7 +149,7 @@ def test_tuned_limits_are_those_that_the_server_has():
 def test_of_a_mean_that_nobody_keeps_a_little_less_is_asked():
     """For means the number asked for is penalty, so that less is more."""
     slo = Slo(e2e_s=1.0, share=None)
-    tuning = a_practice("steady:rate_rps=6", slo)
+    tuning = tuning_runs_of("steady:rate_rps=6", slo)
     knobs, asked = tune_static_pair(tuning, "asked", share=0.97, limits=(48,))
     reached = tuning.traces(Static(tuning.loop.node.spec.max_performance), "asked")[0].mean_penalty
     assert reached > 1.0 and asked == pytest.approx(reached + 0.005, abs=0.002)
@@ -197,7 +196,7 @@ def test_equal_attainment_compares_with_a_mix_of_the_two_clocks_around_it():
     by_name = {row["policy"]: row for row in summarise(cell)}
     # 97 % is a quarter of the way from 96 % (50 J) to 100 % (80 J): 57.5 J
     assert by_name["dqn"]["equal_pct"] == pytest.approx(100 * (45 / 57.5 - 1))
-    assert by_name["cheap"]["equal_pct"] == pytest.approx(100 * (30 / 50 - 1))  # 1500 MHz keeps more for less
+    assert by_name["cheap"]["equal_pct"] == pytest.approx(100 * (30 / 50 - 1))  # 1500 MHz meets more for less
 
 
 def test_tuned_static_is_itself_a_fixed_pair_to_compare_with():
@@ -315,7 +314,7 @@ def test_tuned_static_is_recommended_where_no_policy_surely_beats_it():
     assert "No other policy beats it" in said
 
 
-def test_a_policy_that_breaks_the_promise_is_not_recommended():
+def test_a_policy_that_misses_the_slo_is_not_recommended():
     pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, [e * 0.5 for e in NOISY], attained=0.9)]
     best, said = recommendation(pairs, share=0.95)
     assert best.policy == STATIC and "No other policy meets the SLO" in said
@@ -336,7 +335,7 @@ def test_a_block_size_at_which_less_can_be_asked_is_not_recommended():
 
 
 @pytest.mark.parametrize(("attained", "warned"), [(0.97, False), (0.9, True)])
-def test_a_promise_that_nobody_keeps_is_said(attained, warned):
+def test_an_slo_that_nobody_meets_is_said(attained, warned):
     pairs = [pair(STATIC, 16, NOISY, attained), pair("dqn", 16, [e * 0.8 for e in NOISY], attained)]
     best, said = recommendation(pairs, share=0.95)
     assert best.policy == "dqn" and ("does not meet the SLO for 95% of requests" in said) == warned
@@ -358,7 +357,7 @@ def test_recommend_says_what_is_wrong(flags, capsys):
 # Training on any load
 
 
-def test_a_generalist_sees_many_loads_promises_and_prices():
+def test_a_generalist_sees_many_loads_slos_and_prices():
     config = replace(PRESETS["generalist"], block_sizes=(16,))
     env = build_env(replace(config, train=replace(config.train, episode_steps=3)), [16])
     seen = np.stack([env.reset(seed=seed)[0] for seed in range(60)])
@@ -404,7 +403,7 @@ def test_the_headline_has_a_row_per_workload_with_the_references():
     assert row.endswith("| -6.2 | - | -43.8 |")
 
 
-def test_a_priced_policy_is_told_the_promise_and_the_price(tmp_path):
+def test_a_priced_policy_is_given_the_slo_and_the_price(tmp_path):
     policy = load_policy(a_priced_policy(tmp_path / "mine"), build_spec(PRESETS["default"], 16))
     assert policy.priced
     told = policy.for_slo(Slo(tpot_s=0.012), miss_price_j=300.0)

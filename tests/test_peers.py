@@ -321,7 +321,7 @@ def test_the_oracle_spends_the_misses_that_are_allowed():
     assert result.energy_j.sum() < toy(Static(Knobs(64, 1500)))[0].energy_j.sum()
 
 
-def test_badness_is_a_miss_or_the_share_of_a_mean_limit():
+def test_the_penalty_is_a_miss_or_the_share_of_a_mean_limit():
     records = RequestRecords(
         arrival_s=np.array([0.0, 1.5]), admitted_s=np.array([0.0, 1.5]), first_token_s=np.array([0.5, 4.0]),
         finished_s=np.array([2.0, 6.5]), prompt_tokens=np.array([5, 5]), output_tokens=np.array([31, 51]),

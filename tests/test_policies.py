@@ -23,7 +23,8 @@ from fuel_ray.training.replay import ReplayBuffer
 from fuel_ray.training.rl_module import DuelingQNet
 from fuel_ray.training.rollout import Exploration, Sampler, near
 from fuel_ray.training.trials import Checkpointed, Trained, averaged
-from fuel_ray.tuning.static_pair import Score, tune_static
+from fuel_ray.tuning.runs import Score
+from fuel_ray.tuning.search import tune_static
 from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import write_policy
 from tests.test_codec import SPEC, WINDOW

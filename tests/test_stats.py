@@ -20,7 +20,7 @@ def test_mean_and_interval_of_a_known_sample():
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     draws = np.random.default_rng(2).normal(0.0, 1.0, size=(300, 20))
-    hits = sum(not bootstrap_mean(draw, rng=rng(), resamples=400).excludes(0.0) for draw in draws)
+    hits = sum(not bootstrap_mean(draw, rng=rng()).excludes(0.0) for draw in draws)
     assert 0.88 <= hits / 300 <= 0.98
 
 

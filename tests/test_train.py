@@ -14,7 +14,7 @@ from fuel_ray.policies.static import LoadTable
 from fuel_ray.record import write_json
 from fuel_ray.training import run as train
 from fuel_ray.training.trials import Checkpointed, Trained
-from fuel_ray.tuning.static_pair import Score
+from fuel_ray.tuning.runs import Score
 from fuel_ray.tuning.tuned import Tuned
 from fuel_ray.types import Knobs
 from tests.policy_folders import write_policy

@@ -18,12 +18,13 @@ energy, 0.962 in place of 0.970 of requests within the SLO); seven of 13 feature
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from fuel_ray.arena.cell import Job, loop_of, tuning_runs
 from fuel_ray.arena.config import ArenaConfig
-from fuel_ray.arena.scenarios import SCENARIOS, SLO_NAMES
+from fuel_ray.arena.scenarios import SCENARIOS, SloName
 from fuel_ray.policies.learned import LearnedPolicy, load_policy
 from fuel_ray.stats import paired_ratio
 from fuel_ray.tuning.contenders import free
@@ -56,7 +57,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("policy", type=Path)
     arguments.add_argument("--scenario", default="diurnal-scarce", choices=list(SCENARIOS))
-    arguments.add_argument("--slo", default="tight", choices=list(SLO_NAMES))
+    arguments.add_argument("--slo", default="tight", choices=get_args(SloName))
     arguments.add_argument("--seeds", type=int, default=5)
     given = arguments.parse_args()
     scenario = SCENARIOS[given.scenario]

@@ -36,8 +36,7 @@ from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.stats import paired_ratio
 from fuel_ray.training.trials import Trained, run_trials, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
-from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.static_pair import Score
+from fuel_ray.tuning.runs import Runs, Score
 from fuel_ray.types import Slo
 
 PLAIN = replace(PRESETS["plain"], block_sizes=(16,))

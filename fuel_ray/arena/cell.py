@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,7 @@ from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
-from fuel_ray.policies.catalogue import (
-    LOAD_TABLE,
-    PUBLISHED,
-    REFERENCES,
-    TUNED_STATIC,
-    Case,
-    Contender,
-    contender,
-)
+from fuel_ray.policies.catalogue import LOAD_TABLE, PUBLISHED, REFERENCES, TUNED_STATIC, Case, Contender
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
@@ -36,8 +29,8 @@ from fuel_ray.types import Knobs, Policy, Slo
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
 CHOSEN = "chosen: learned or static"  # by ``choose``
 TABLE_BUDGET = 30  # runs spent on single moves
-_RECORDED = ("slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s", "preemptions",
-             "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
+_RECORDED = ("energy_j", "requests", "slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s",
+             "preemptions", "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +50,11 @@ def run_scenario(job: Job, done: Sequence[SloName] = ()) -> Iterator[dict[str, A
     """A cell per SLO that is not ``done``, as plain data."""
     tuning = tuning_runs(job, loop_of(job, job.home))
     stage = loop_of(job, job.scenario, part="second half")
-    config = job.config
-    alone = held_out(stage, config.seeds, seconds=config.seconds, slos=tuning.slos)
-    for slo in job.config.slos:
-        if slo not in done:
-            began_s = time.monotonic()
-            cell = _cell(job, slo, tuning, alone)
-            yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
+    alone = held_out(stage, job.config.seeds, seconds=job.config.seconds, slos=tuning.slos)
+    for slo in (name for name in job.config.slos if name not in done):
+        began_s = time.monotonic()
+        cell = _cell(job, slo, tuning, alone)
+        yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
 
 
 def loop_of(job: Job, scenario: Scenario, *, part: Part = "first half") -> ControlLoop:
@@ -87,10 +78,9 @@ def tuning_runs(job: Job, loop: ControlLoop) -> Runs:
 def _cell(job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
     spec = tuning.loop.node.spec
     limits = LIMITS_AMPLE if job.scenario.kv_tokens is None else LIMITS_SCARCE
-    share = job.config.tune_share
-    base = tune_on(tuning, slo, share=share, limits=limits, budget=TABLE_BUDGET)
-    static, table, share = base.static, base.table, base.share
-    case = case_of(job.config, spec, slo=tuning.slos[slo], static=static, table=table)
+    base = tune_on(tuning, slo, share=job.config.tune_share, limits=limits, budget=TABLE_BUDGET)
+    static, share = base.static, base.share
+    case = case_of(job.config, spec, slo=tuning.slos[slo], static=static, table=base.table)
     policies: dict[str, Policy] = {}
     settings: dict[str, dict[str, float]] = {}
     for family in _contenders(job.config, case):
@@ -108,14 +98,14 @@ def _cell(job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs]) -> dict[s
     if job.config.oracle:
         known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
         allowed = allowed_penalty(tuning.slos[slo], share)
-        rows += [_oracle_row(job, runs, slo, known, allowed) for runs in alone]
+        rows += [row for runs in alone for row in _oracle_rows(job, runs, slo, known, allowed)]
     return {
         "scenario": job.scenario.name,
         "slo": slo,
         "limits": asdict(tuning.slos[slo]),
         "share": share,
         "static": asdict(static),
-        "table": table.to_dict(),
+        "table": base.table.to_dict(),
         "settings": settings,
         "chosen": chosen,
         "rows": rows,
@@ -125,59 +115,46 @@ def _cell(job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs]) -> dict[s
 
 def choose(tuning: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
     """The name of the policy that ranks best on the tuning seeds: what would be deployed."""
-    ranks = {name: tuning.score(policy, slo, share=share).rank(share) for name, policy in policies.items()}
-    return min(ranks, key=lambda name: ranks[name])
+    return min(policies, key=lambda name: tuning.score(policies[name], slo, share=share).rank(share))
 
 
-def _contenders(config: ArenaConfig, case: Case) -> Iterator[tuple[Contender, ...]]:
+def _contenders(config: ArenaConfig, case: Case) -> list[tuple[Contender, ...]]:
     """The references, the published rules if they take part, and whatever else is named."""
-    names = (*REFERENCES, *(PUBLISHED if config.peers else ()))
-    yield from ((contender(name, case),) for name in names)
-    for name, entry in of_size(config.policies, case.spec.kv_block_size).items():
-        if name not in names:
-            yield from families(name, entry, case)
+    known = {name: name for name in (*REFERENCES, *(PUBLISHED if config.peers else ()))}
+    entries = known | of_size(config.policies, case.spec.kv_block_size)
+    return [family for name, entry in entries.items() for family in families(name, entry, case)]
 
 
 def held_out_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
     """One row per held-out seed."""
-    return [_row(name, policy, runs, slo) for runs in alone]
+    rows = []
+    for runs in alone:
+        (seed,) = runs.seeds
+        episode = runs.episode(policy, seed)
+        fields = summary_fields(episode.totals.summary(episode.records, runs.slos[slo]))
+        rows.append({"policy": name, "seed": seed, **{key: fields[key] for key in _RECORDED}})
+    return rows
 
 
-def _row(name: str, policy: Policy, runs: Runs, slo: str) -> dict[str, Any]:
-    (seed,) = runs.seeds
-    episode = runs.episode(policy, seed)
-    fields = summary_fields(episode.totals.summary(episode.records, runs.slos[slo]))
-    return {
-        "policy": name,
-        "seed": seed,
-        "energy_j": fields["energy_j"],
-        "requests": fields["requests"],
-        **{key: fields[key] for key in _RECORDED},
-    }
-
-
-def _oracle_row(
+def _oracle_rows(
     job: Job, runs: Runs, slo: SloName, policies: Sequence[Policy], allowed: float
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """The best schedule found for one seed, from those that the policies chose on it.
 
     It may miss as often as the worst of these policies did, so that it is a bound at equal attainment.
     """
-    (seed,) = runs.seeds
-    for policy in policies:
-        (own,) = runs.traces(policy, slo)
-        allowed = max(allowed, own.mean_penalty)
-    episodes = [runs.episode(policy, seed) for policy in policies]
+    traces = [trace for policy in policies for trace in runs.traces(policy, slo)]
+    episodes = [runs.episode(policy, seed) for policy in policies for seed in runs.seeds]
     found = find_schedule(
-        runs.runner(slo),
+        partial(runs.traces, slo=slo),
         runs.loop.node.spec.gpu_clocks_mhz,
         segment_s=job.config.oracle_segment_s,
         batch_limit=episodes[0].windows[-1].knobs.batch_limit,
-        allowed=allowed,
+        allowed=max(allowed, *(trace.mean_penalty for trace in traces)),
         strides=(TABLE_STRIDE,),
         starts=[[window.knobs.gpu_clock_mhz for window in episode.windows] for episode in episodes],
     )
-    return _row(ORACLE, found, runs, slo)
+    return held_out_rows(ORACLE, found, [runs], slo)
 
 
 def frontier(alone: Sequence[Runs], slo: str, batch_limits: Iterable[int]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.policies.catalogue import REFERENCES, TUNED_STATIC
-from fuel_ray.stats import Energies, Interval, relative_energy
+from fuel_ray.stats import Interval, relative_energy
 
 Rows = Sequence[Mapping[str, Any]]
 ORACLE = "oracle"
@@ -19,9 +19,8 @@ def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     ``equal_pct`` compares with fixed clocks at the attainment that the policy reached: with the cheapest mix
     of two clocks on the frontier of what they did on the same arrivals; None where no clock got there.
     """
-    by_policy: dict[str, list[Mapping[str, Any]]] = {}
-    for row in cell["rows"]:
-        by_policy.setdefault(row["policy"], []).append(row)
+    names = dict.fromkeys(row["policy"] for row in cell["rows"])
+    by_policy = {name: [row for row in cell["rows"] if row["policy"] == name] for name in names}
     return [_summary(cell, name, rows, by_policy) for name, rows in by_policy.items()]
 
 
@@ -32,7 +31,8 @@ def _summary(cell: Mapping[str, Any], name: str, rows: Rows, by_policy: Mapping[
     changes: dict[str, float | None] = {}
     for reference in (*REFERENCES, ORACLE):
         others = () if reference == name else by_policy.get(reference, ())
-        changes |= _percent(f"vs_{reference}", relative_energy(_energies(rows), _energies(others)))
+        own_j, others_j = ({row["seed"]: row["energy_j"] for row in by_seed} for by_seed in (rows, others))
+        changes |= _percent(f"vs_{reference}", relative_energy(own_j, others_j))
     equal_j = None
     if cell["limits"]["share"] is not None:
         equal_j = _frontier_energy([*cell["frontier"], _as_fixed_pair(static)], attained)
@@ -57,10 +57,6 @@ def attainment(rows: Rows) -> float:
     return float(np.average(shares, weights=requests))
 
 
-def _energies(rows: Rows) -> Energies:
-    return {(0, row["seed"]): row["energy_j"] for row in rows}
-
-
 def _percent(name: str, ratio: Interval | None) -> dict[str, float | None]:
     parts = (f"{name}_pct", f"{name}_low", f"{name}_high")
     values = (None, None, None) if ratio is None else (ratio.mean, ratio.low, ratio.high)
@@ -78,16 +74,13 @@ def _as_fixed_pair(rows: Rows) -> dict[str, list[float]]:
 
 def _frontier_energy(frontier: Sequence[Mapping[str, Any]], attained: float) -> float | None:
     """Least J per request of fixed pairs, mixed in time, that reach this attainment; None if none does."""
-    points = sorted(
-        (1 - sum(f["badness"]) / sum(f["requests"]), sum(f["energy_j"]) / sum(f["requests"]))
-        for f in frontier
-    )
-    enough = [energy_j for share, energy_j in points if share >= attained]
-    if not enough:
-        return None
-    best = min(enough)
-    below = [(share, energy_j) for share, energy_j in points if share < attained and energy_j < best]
+    totals = [(sum(f["requests"]), sum(f["badness"]), sum(f["energy_j"])) for f in frontier]
+    points = sorted((1 - missed / requests, energy_j / requests) for requests, missed, energy_j in totals)
     above = [(share, energy_j) for share, energy_j in points if share >= attained]
+    if not above:
+        return None
+    best = min(energy_j for _, energy_j in above)
+    below = [(share, energy_j) for share, energy_j in points if share < attained and energy_j < best]
     mixes = [
         low_j + (high_j - low_j) * (attained - low) / (high - low)
         for low, low_j in below

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.comparison import Rows
 from fuel_ray.arena.config import EvaluateConfig
 from fuel_ray.build.nodes import build_loop, patience, served
 from fuel_ray.config import ServingConfig, SweepConfig
@@ -26,6 +27,7 @@ from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload.spec import parse_workload
 
 logger = logging.getLogger(__name__)
+_SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,6 @@ class Evaluation:
 
     rows: list[dict[str, Any]]  # of summary.csv
     lines: list[str]  # of steps.jsonl, for the first seed
-
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def static_name(text: str) -> str:
@@ -58,7 +57,8 @@ def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
         reference = _by_seed(rows, size, first)
         own = {seed: row for seed, row in _by_seed(rows, size, policy).items() if seed in reference}
         saving = "-" if policy == first else _saving(own, reference)
-        mean = {name: _mean_of(own.values(), name) for name in _SHOWN}
+        known = {name: [row[name] for row in own.values() if row[name] is not None] for name in _SHOWN}
+        mean = {name: float(np.mean(values or [np.nan])) for name, values in known.items()}
         lines.append(
             f"{size:>5}  {label(policy):<{width}}{mean['energy_j_per_request']:>10.2f}  {saving:<26}"
             f"{mean['slo_attainment']:>7.3f}{mean['ttft_p50_s'] * 1e3:>7.0f} ms"
@@ -67,19 +67,15 @@ def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
     return "\n".join(lines)
 
 
-_SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
-_BySeed = Mapping[int, Mapping[str, Any]]
-
-
-def _by_seed(rows: Rows, kv_block_size: int, policy: str) -> _BySeed:
+def _by_seed(rows: Rows, kv_block_size: int, policy: str) -> dict[int, Mapping[str, Any]]:
     """Rows of one policy that have an energy per request: an episode without requests has none."""
     of_policy = (row for row in rows if (row["block_size"], row["policy"]) == (kv_block_size, policy))
     return {row["seed"]: row for row in of_policy if row["energy_j_per_request"] is not None}
 
 
-def _saving(own: _BySeed, reference: _BySeed) -> str:
-    both = ({(0, seed): row["energy_j_per_request"] for seed, row in by.items()} for by in (own, reference))
-    ratio = relative_energy(*both)
+def _saving(*pair: Mapping[int, Mapping[str, Any]]) -> str:
+    own, reference = ({seed: row["energy_j_per_request"] for seed, row in rows.items()} for rows in pair)
+    ratio = relative_energy(own, reference)
     if ratio is None:
         return "-"
     if ratio.low is None or ratio.high is None:
@@ -87,28 +83,22 @@ def _saving(own: _BySeed, reference: _BySeed) -> str:
     return f"{1 - ratio.mean:+.1%} ({1 - ratio.high:+.1%}..{1 - ratio.low:+.1%})"
 
 
-def _mean_of(rows: Iterable[Mapping[str, Any]], name: str) -> float:
-    values = [row[name] for row in rows if row[name] is not None]
-    return float(np.mean(values)) if values else float("nan")
-
-
 def evaluate_block_size(
     config: SweepConfig, kv_block_size: int, tuned: Mapping[str, Tuned], policy_folder: Path
 ) -> Evaluation:
     """Evaluate the learned policy, the baselines ``tuned`` for each workload and whoever plays also."""
     evaluation = Evaluation([], [])
-    also = of_size(config.also, kv_block_size)
+    also, learned = of_size(config.also, kv_block_size), read_manifest(policy_folder).algorithm
     for workload, own in tuned.items():
 
         def policies(spec: NodeSpec, workload: str = workload, own: Tuned = own) -> dict[str, Policy]:
-            others = tuned_policies(config, workload, spec, also, share=own.share, tuned=own)
-            references: dict[str, Policy] = {
+            return {
                 MAX_PERFORMANCE: Static(spec.max_performance),
                 TUNED_STATIC: Static(own.static),
                 LOAD_TABLE: own.table,
+                learned: load_policy(policy_folder, spec, extra_features=config.extra_features),
+                **tuned_policies(config, workload, spec, also, share=own.share, tuned=own),
             }
-            learned = load_policy(policy_folder, spec, extra_features=config.extra_features)
-            return {**references, read_manifest(policy_folder).algorithm: learned, **others}
 
         evaluate_policies(
             config,

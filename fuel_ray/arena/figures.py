@@ -26,14 +26,13 @@ def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for k, policy in enumerate(policies):
         own = [row for row in rows if row["policy"] == policy]
         height = [scenarios.index(row["scenario"]) + 0.8 * (k + 0.5) / len(policies) - 0.4 for row in own]
-        kept = [row["kept"] for row in own]
         change = [row["vs_tuned_static_pct"] for row in own]
         low = [c - (row["vs_tuned_static_low"] or c) for c, row in zip(change, own, strict=True)]
         high = [(row["vs_tuned_static_high"] or c) - c for c, row in zip(change, own, strict=True)]
         ink = color(policy, policies)
         axes.errorbar(change, height, xerr=[low, high], fmt="none", capsize=2, linewidth=1, ecolor=ink)
-        for x, y, filled in zip(change, height, kept, strict=True):
-            axes.plot(x, y, "o", color=ink, markersize=5, markerfacecolor=ink if filled else "white")
+        for x, y, row in zip(change, height, own, strict=True):
+            axes.plot(x, y, "o", color=ink, markersize=5, markerfacecolor=ink if row["kept"] else "white")
         axes.plot([], [], "o", color=ink, label=label(policy))
     axes.set_yticks(range(len(scenarios)), scenarios)
     axes.set_xlim(-45, 45)

@@ -17,7 +17,7 @@ from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.catalogue import TUNED_STATIC, label
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
-from fuel_ray.stats import Interval, relative_energy
+from fuel_ray.stats import Interval, paired_ratio
 from fuel_ray.tuning.contenders import case_of, families, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs, held_out
@@ -61,10 +61,7 @@ class Pair:
 
     def against(self, other: "Pair") -> Interval:
         """Energy by the other's, paired by seed."""
-        own, reference = ({(0, k): j for k, j in enumerate(pair.energy_j)} for pair in (self, other))
-        ratio = relative_energy(own, reference)
-        assert ratio is not None, "pairs have seeds"
-        return ratio
+        return paired_ratio(self.energy_j, other.energy_j, rng=np.random.default_rng(0))
 
 
 def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:
@@ -158,8 +155,10 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     static = next(pair for pair in ranked if pair.policy == TUNED_STATIC)
     best = next((pair for pair in ranked if pair.policy != TUNED_STATIC), None)
     if best is None or any(rank(best)[:2]) or not _meets(best, static, share):
-        sentence = f"Recommended: {_named(static)}. No other policy meets the SLO."
-        return static, sentence + _warning(static, share)
+        return (
+            static,
+            f"Recommended: {_named(static)}. No other policy meets the SLO.{_warning(static, share)}",
+        )
     change = best.against(static)
     if change.high is None or change.high >= 1.0:
         return static, (

@@ -1,7 +1,7 @@
 """The cells of an arena, several at a time, each kept as it is done."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[s
     """
     summaries = [row for cell in cells for row in summarise(cell)]
     write_csv(run_dir / "summary.csv", summaries)
-    write_csv(run_dir / "episodes.csv", [_episode(cell, row) for cell in cells for row in cell["rows"]])
+    episodes = [{"scenario": c["scenario"], "slo": c["slo"], **row} for c in cells for row in c["rows"]]
+    write_csv(run_dir / "episodes.csv", episodes)
     heads = [headline(summaries, name) for name in names]
     write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries)])])
     draw(summaries, run_dir)
@@ -44,14 +45,10 @@ def facts(config: ArenaConfig) -> dict[str, Any]:
     }
 
 
-def _episode(cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    return {"scenario": cell["scenario"], "slo": cell["slo"], **row}
-
-
 def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     """Every cell in order, from its file where there is one."""
     folder = run_dir / "cells"
-    jobs = list(jobs_of(config))
+    jobs = jobs_of(config)
     todo = [job for job in jobs if len(_done(job, folder)) < len(config.slos)]
     print(f"arena  {run_dir}: {len(jobs)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True)
     began_s = time.monotonic()
@@ -67,9 +64,9 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     return [read_json(cell_file(folder, c.scenario.name, slo)) for c in jobs for slo in config.slos]
 
 
-def jobs_of(config: ArenaConfig) -> Iterator[Job]:
+def jobs_of(config: ArenaConfig) -> list[Job]:
     """One per workload."""
-    return (Job(config, scenario) for scenario in scenarios_of(config.scenarios))
+    return [Job(config, scenario) for scenario in scenarios_of(config.scenarios)]
 
 
 def run_and_write(job: Job, folder: Path) -> str:

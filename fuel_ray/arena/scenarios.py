@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.types import Slo
 
 SloName = Literal["interactive", "tight", "seed"]
-SLO_NAMES: tuple[SloName, ...] = get_args(SloName)
 INTERACTIVE = Slo(ttft_s=1.0, tpot_s=0.05)
 TIGHT_STRETCH = 1.1  # TPOT limit of the tight SLO, by its 95th percentile at maximum performance
 
@@ -26,7 +25,7 @@ class Scenario:
     tuned_on: str | None = None
 
 
-# Capacity of the default node (26,000 KV tokens) is 12 req/s: at it 97 % keep the interactive SLO, at 16 none
+# Capacity of the default node (26,000 KV tokens) is 12 req/s: at it 97 % meet the interactive SLO, at 16 none
 SCENARIOS = {
     s.name: s
     for s in (

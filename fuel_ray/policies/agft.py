@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
@@ -10,8 +11,10 @@ from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 FEATURES = 8  # AGFT's seven and a constant
 _RIDGE = 1.0
+_MEMORY = ("_inverse", "_moment", "_tries", "_reward_sum", "_energy_j", "_tokens")  # what is learned
 
 
+@dataclass(eq=False)
 class AgftLinUcb:
     """LinUCB (Li et al., WWW 2010) over clocks with AGFT's features.
 
@@ -23,59 +26,46 @@ class AgftLinUcb:
     dropped and is taken while requests wait longer than the TTFT limit.
     """
 
-    def __init__(
-        self,
-        spec: NodeSpec,
-        slo: Slo,
-        *,
-        batch_limit: int,
-        clocks_mhz: Sequence[int],
-        alpha: float = 0.3,
-        miss_price: float = 10.0,
-        prune_after: int = 20,
-        prune_gap: float = 0.5,
-    ) -> None:
-        """``clocks_mhz`` are the arms; ``alpha`` weighs exploration."""
-        self._spec, self._slo, self._batch_limit = spec, slo, batch_limit
-        self._clocks_mhz = tuple(sorted({*clocks_mhz, spec.gpu_clocks_mhz[-1]}))
-        self._alpha, self._miss_price = alpha, miss_price
-        self._prune_after, self._prune_gap = prune_after, prune_gap
+    spec: NodeSpec
+    slo: Slo
+    _: KW_ONLY
+    batch_limit: int
+    clocks_mhz: Sequence[int]  # the arms
+    alpha: float = 0.3  # weighs exploration
+    miss_price: float = 10.0
+    prune_after: int = 20
+    prune_gap: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._clocks_mhz = tuple(sorted({*self.clocks_mhz, self.spec.gpu_clocks_mhz[-1]}))
         arms = len(self._clocks_mhz)
         self._inverse = np.tile(np.eye(FEATURES) / _RIDGE, (arms, 1, 1))
         self._moment = np.zeros((arms, FEATURES))
         self._tries, self._reward_sum = np.zeros(arms), np.zeros(arms)
         self._energy_j, self._tokens = 0.0, 0.0
-        self._kept: tuple[np.ndarray | float, ...] = copy.deepcopy(self._memory())
         self._last: tuple[int, np.ndarray] | None = None
+        self.keep()
 
     def reset(self) -> None:
         """Back to what was known when ``keep`` was last called: nothing, if it never was."""
-        (self._inverse, self._moment, self._tries, self._reward_sum, self._energy_j, self._tokens) = (
-            copy.deepcopy(self._kept)  # type: ignore[assignment]
-        )
+        vars(self).update(copy.deepcopy(self._kept))
         self._last = None
 
     def keep(self) -> None:
-        """Let ``reset`` come back to what is known by now, such as after an episode of training."""
-        self._kept = copy.deepcopy(self._memory())
+        self._kept = copy.deepcopy({name: vars(self)[name] for name in _MEMORY})
 
     def decide(self, window: WindowMetrics) -> Knobs:
-        """Learn from the window and take the clock of highest upper confidence bound."""
         if self._last is not None:
             self._learn(*self._last, self._reward(window))
         x = self._features(window)
         spread = np.sqrt(np.einsum("i,aij,j->a", x, self._inverse, x))
         mean = np.einsum("aij,aj,i->a", self._inverse, self._moment, x)
-        arm = int(np.where(self._alive(), mean + self._alpha * spread, -np.inf).argmax())
-        wait_limit_s = self._slo.wait_limit_s
+        arm = int(np.where(self._alive(), mean + self.alpha * spread, -np.inf).argmax())
+        wait_limit_s = self.slo.wait_limit_s
         if wait_limit_s is not None and window.oldest_wait_s > wait_limit_s:
             arm = len(self._clocks_mhz) - 1
         self._last = (arm, x)
-        return Knobs(self._batch_limit, self._clocks_mhz[arm])
-
-    def _memory(self) -> tuple[np.ndarray | float, ...]:
-        learned = (self._inverse, self._moment, self._tries, self._reward_sum)
-        return (*learned, self._energy_j, self._tokens)
+        return Knobs(self.batch_limit, self._clocks_mhz[arm])
 
     def _learn(self, arm: int, x: np.ndarray, reward: float) -> None:
         """Sherman and Morrison's update of one arm's inverse."""
@@ -87,9 +77,9 @@ class AgftLinUcb:
 
     def _alive(self) -> np.ndarray:
         mean = self._reward_sum / np.maximum(self._tries, 1)
-        tried = self._tries >= self._prune_after
+        tried = self._tries >= self.prune_after
         best = mean[tried].max(initial=-np.inf)
-        alive: np.ndarray = ~(tried & (mean < best - self._prune_gap))
+        alive: np.ndarray = ~(tried & (mean < best - self.prune_gap))
         alive[-1] = True
         return alive
 
@@ -100,10 +90,10 @@ class AgftLinUcb:
             return 0.0
         reference_j = self._energy_j / self._tokens
         cost = window.energy_j / max(window.output_tokens, 1) / reference_j
-        return -min(cost, 3.0) - self._miss_price * (1.0 - window_attainment(window, self._slo))
+        return -min(cost, 3.0) - self.miss_price * (1.0 - window_attainment(window, self.slo))
 
     def _features(self, window: WindowMetrics) -> np.ndarray:
-        seconds, capacity = window.duration_s, self._spec.batch_limits[-1]
+        seconds, capacity = window.duration_s, self.spec.batch_limits[-1]
         scheduled = window.prompt_tokens + window.output_tokens
         return np.array(
             [

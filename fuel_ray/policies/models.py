@@ -59,7 +59,16 @@ class BatchModel:
 
 def fit_steps(perf: PerfModel, clocks_mhz: Sequence[int], *, max_num_seqs: int) -> tuple[StepModel, ...]:
     """Step models at these clocks, in their order, for up to ``max_num_seqs`` running requests."""
-    return tuple(_fit_step(perf, clock_mhz, max_num_seqs) for clock_mhz in clocks_mhz)
+    requests = np.unique(np.geomspace(1, max_num_seqs, 10).round())
+    loads = np.array([(n, n * context) for n in requests for context in _CONTEXTS])
+    prompts, models = np.array(_PROMPTS)[:, None], []
+    for clock_mhz in clocks_mhz:
+        steps_s = (step_cost(perf, n, tokens, 0, clock_mhz)[0] for n, tokens in loads)
+        itls_s = np.array([max(step_s, perf.launch_graph_s) for step_s in steps_s])
+        prefills_s = np.array([_prefill_cost(perf, p, clock_mhz)[0] for p in _PROMPTS])
+        itl, prefill = _least_squares(loads, itls_s).tolist(), _least_squares(prompts, prefills_s).tolist()
+        models.append(StepModel(clock_mhz, *itl, *prefill))
+    return tuple(models)
 
 
 def fit_batches(perf: PerfModel, clocks_mhz: Sequence[int], *, max_batch: int) -> tuple[BatchModel, ...]:
@@ -68,10 +77,8 @@ def fit_batches(perf: PerfModel, clocks_mhz: Sequence[int], *, max_batch: int) -
     models = []
     for clock_mhz in clocks_mhz:
         costs = [_batch_cost(perf, b, clock_mhz) for b in batches.tolist()]
-        (request_s, request_j), (fixed_s, fixed_j) = _least_squares(
-            batches[:, None], np.array(costs)
-        ).tolist()
-        models.append(BatchModel(clock_mhz, request_s, fixed_s, request_j, fixed_j))
+        slopes, fixed = _least_squares(batches[:, None], np.array(costs)).tolist()
+        models.append(BatchModel(clock_mhz, slopes[0], fixed[0], slopes[1], fixed[1]))
     return tuple(models)
 
 
@@ -89,16 +96,6 @@ def token_limits(slo: Slo, *, output_tokens: float = OUTPUT_TOKENS) -> tuple[flo
     if slo.e2e_s is not None:
         ttft_s, tpot_s = 0.1 * slo.e2e_s, 0.9 * slo.e2e_s / output_tokens
     return slo.ttft_s or ttft_s, slo.tpot_s or tpot_s
-
-
-def _fit_step(perf: PerfModel, clock_mhz: int, max_num_seqs: int) -> StepModel:
-    requests = np.unique(np.geomspace(1, max_num_seqs, 10).round())
-    loads = np.array([(n, n * context) for n in requests for context in _CONTEXTS])
-    itls_s = [max(step_cost(perf, n, tokens, 0, clock_mhz)[0], perf.launch_graph_s) for n, tokens in loads]
-    request_s, token_s, itl_fixed_s = _least_squares(loads, np.array(itls_s)).tolist()
-    prefills_s = [_prefill_cost(perf, p, clock_mhz)[0] for p in _PROMPTS]
-    prefill_s, prefill_fixed_s = _least_squares(np.array(_PROMPTS)[:, None], np.array(prefills_s)).tolist()
-    return StepModel(clock_mhz, request_s, token_s, itl_fixed_s, prefill_s, prefill_fixed_s)
 
 
 def _prefill_cost(perf: PerfModel, tokens: float, clock_mhz: int) -> tuple[float, float]:

@@ -37,17 +37,21 @@ def benchmark_result(
 
 def check(result: dict[str, Any]) -> list[str]:
     """Lines that say whether the samples are what they should be."""
-    lines = [
-        f"requests   {result['completed']} completed, {result['failed']} failed,"
-        f" TTFT p50 {_ms(result['p50_ttft_ms'])}, TPOT p50 {_ms(result['p50_tpot_ms'])}"
-    ]
+
+    def shown(name: str, form: str, unit: str = "") -> str:
+        return "unknown" if result[name] is None else f"{result[name]:{form}}{unit}"
+
+    latencies = (
+        f"TTFT p50 {shown('p50_ttft_ms', '.1f', ' ms')}, TPOT p50 {shown('p50_tpot_ms', '.1f', ' ms')}"
+    )
+    lines = [f"requests   {result['completed']} completed, {result['failed']} failed, {latencies}"]
     gpu_samples = [len(stats["power_trace"]) for stats in result["gpu_power_stats"].values()]
     kv = result["kv_cache_monitoring_stats"]
     kv_samples = kv["samples_collected"] if kv else 0
     if gpu_samples:
         lines.append(
-            f"GPU        {gpu_samples[0]} samples, {_joules(result['gpu_energy_per_request_j'])}/request,"
-            f" {_joules(result['gpu_energy_per_output_token_j'])}/output token"
+            f"GPU        {gpu_samples[0]} samples, {shown('gpu_energy_per_request_j', '.2f')} J/request,"
+            f" {shown('gpu_energy_per_output_token_j', '.2f')} J/output token"
         )
     else:
         lines.append("GPU        no samples: no NVML here")
@@ -86,13 +90,9 @@ def _serving_figures(result: LoadResult, *, model: str, request_rate: float) -> 
         "total_token_throughput": (tokens_in + tokens_out) / result.duration_s,
         "errors": [error for error in result.errors if error is not None],
     }
-    for name, values_s in (
-        ("ttft", records.ttft_s),
-        ("tpot", records.tpot_s),
-        ("itl", itls_s),
-        ("e2el", records.e2e_s),
-    ):
-        figures.update(_latency_ms(name, values_s))
+    latencies_s = {"ttft": records.ttft_s, "tpot": records.tpot_s, "itl": itls_s, "e2el": records.e2e_s}
+    for name, values_s in latencies_s.items():
+        figures |= _latency_ms(name, values_s)
     return figures
 
 
@@ -110,15 +110,11 @@ def _energy_figures(result: dict[str, Any]) -> dict[str, float | None]:
     """Energy of all GPUs over completed requests and over output tokens; None without either."""
     gpus = result["gpu_power_stats"].values()
     energy_j = sum(stats["energy_j"] for stats in gpus) if gpus else None
-    return {
-        "gpu_energy_j": energy_j,
-        "gpu_energy_per_request_j": _over(energy_j, result["completed"]),
-        "gpu_energy_per_output_token_j": _over(energy_j, result["total_output_tokens"]),
+    counts = {"request": result["completed"], "output_token": result["total_output_tokens"]}
+    return {"gpu_energy_j": energy_j} | {
+        f"gpu_energy_per_{name}_j": None if energy_j is None or not count else energy_j / count
+        for name, count in counts.items()
     }
-
-
-def _over(energy_j: float | None, count: int) -> float | None:
-    return None if energy_j is None or not count else energy_j / count
 
 
 def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
@@ -169,16 +165,14 @@ def _kv_stats(measured: Measured, *, model: str) -> dict[str, Any] | None:
         "requests_running": [s.running for s in snapshots],
         "requests_waiting": [s.waiting for s in snapshots],
     }
-    p25, median, p75, p95 = np.percentile(usage, (25, 50, 75, 95)).tolist()
+    at = {"min": 0, "p25": 25, "median": 50, "p75": 75, "p95": 95, "max": 100}
+    percentiles = dict(zip(at, np.percentile(usage, list(at.values())).tolist(), strict=True))
     averages = {f"avg_{name}": float(np.mean(v)) if v else None for name, v in columns.items()}
     averages["avg_cache_usage_perc"] = averages.pop("avg_cache_usage")
     return {
         "avg_stats": averages,
         "detailed_stats": {
-            "cache_usage": {
-                "min": float(usage.min()), "p25": p25, "median": median, "p75": p75, "p95": p95,
-                "max": float(usage.max()), "std": float(usage.std()),
-            },
+            "cache_usage": percentiles | {"std": float(usage.std())},
             "static_config": {
                 "total_gpu_blocks": cache.num_gpu_blocks if cache else None,
                 "block_size": cache.block_size if cache else None,
@@ -190,7 +184,7 @@ def _kv_stats(measured: Measured, *, model: str) -> dict[str, Any] | None:
         "trace": columns | {"time": [at_s - measured.began_s for at_s, _ in trace]},
         "monitoring_interval_seconds": measured.kv_interval_s,
         "samples_collected": len(trace),
-    }  # fmt: skip
+    }
 
 
 def _model_shape(model: str) -> dict[str, int | None]:
@@ -205,11 +199,3 @@ def _model_shape(model: str) -> dict[str, int | None]:
         "num_kv_heads": raw.get("num_key_value_heads", heads),
         "head_size": raw.get("head_dim", hidden // heads if heads and hidden else None),
     }
-
-
-def _ms(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.1f} ms"
-
-
-def _joules(value: float | None) -> str:
-    return "unknown J" if value is None else f"{value:.2f} J"

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ _COLUMNS = (
     *("block_size", "policy", "workload", "seed", "workload_digest", "slo_attainment", ENERGY),
     *("ttft_p99_s", "tpot_p99_s", "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches"),
 )
+_KNOBS = [f"{kind}.{knob}" for kind in ("chosen", "applied") for knob in ("batch_limit", "gpu_clock_mhz")]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,6 @@ class Run:
     info: Mapping[str, Any]  # run.json as it is
     config: Mapping[str, Any]  # its config, flattened: dotted key -> value
     summary: pd.DataFrame  # one row per (block_size, policy, workload, seed)
-    cells: Mapping[tuple[str, str], pd.DataFrame]  # its rows by (workload, policy), index (block_size, seed)
     learning: pd.DataFrame  # one row per (block_size, training iteration); may be empty
     steps: pd.DataFrame  # one row per control window of one seed; may be empty
 
@@ -77,11 +76,7 @@ class Run:
 
 
 def load_run(run_dir: Path) -> Run:
-    """Read a run folder; learning.csv and steps.jsonl may be missing.
-
-    Raises:
-        ConfigError: summary.csv or run.json is not there, or a file is malformed.
-    """
+    """Read a run folder; learning.csv and steps.jsonl may be missing."""
     with _reading(run_dir / "run.json") as path:
         info = json.loads(path.read_text())
     with _reading(run_dir / "summary.csv") as path:
@@ -95,7 +90,6 @@ def load_run(run_dir: Path) -> Run:
         info=info,
         config=dict(_flat(info.get("config", {}))),
         summary=summary,
-        cells=_by_policy(summary),
         learning=_optional(run_dir / "learning.csv", pd.read_csv),
         steps=_optional(run_dir / "steps.jsonl", _read_steps),
     )
@@ -105,53 +99,30 @@ def mean_over_seeds(
     run: Run, column: str, *, workload: str, policy: str, block_size: int | None = None
 ) -> Interval | None:
     """Mean of a column over the seeds, each averaged over the block sizes; None without values."""
-    cells = _cells(run, column, workload=workload, policy=policy, block_size=block_size)
-    values = cells.groupby("seed").mean()
-    return bootstrap_mean(values.to_numpy(), rng=np.random.default_rng(0)) if len(values) else None
+    values = list(_by_seed(_cells(run, column, workload, policy, block_size)).values())
+    return bootstrap_mean(values, rng=np.random.default_rng(0)) if values else None
 
 
 def energy_against(
     run: Run, policy: str, reference: str, *, workload: str, block_size: int | None = None
 ) -> Interval | None:
     """Energy per request of one policy over that of another, paired by seed; None if they share none."""
-    own, other = (
-        _energies(run, workload=workload, policy=name, block_size=block_size) for name in (policy, reference)
-    )
-    return relative_energy(own, other)
+    own, other = (_cells(run, ENERGY, workload, name, block_size) for name in (policy, reference))
+    both = own.index.intersection(other.index)
+    return relative_energy(_by_seed(own[both]), _by_seed(other[both]))
 
 
 def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int, int], Interval]:
     """Energy per request at block size a over that at b, paired by seed, for each pair a > b."""
-    by_size = {
-        size: _energies(run, workload=workload, policy=policy, block_size=size) for size in run.block_sizes
-    }
-    by_size = {size: {(0, seed): j for (_, seed), j in own.items()} for size, own in by_size.items()}
-    ratios = {(a, b): relative_energy(by_size[a], by_size[b]) for a in by_size for b in by_size if a > b}
+    own = {size: _by_seed(_cells(run, ENERGY, workload, policy, size)) for size in run.block_sizes}
+    ratios = {(a, b): relative_energy(own[a], own[b]) for a in own for b in own if a > b}
     return {pair: ratio for pair, ratio in ratios.items() if ratio is not None}
-
-
-def seeds_of(run: Run, *, workload: str) -> int:
-    """Number of held-out seeds of a workload."""
-    return int(run.summary.loc[run.summary["workload"] == workload, "seed"].nunique())
 
 
 def digests(run: Run) -> dict[tuple[str, int], list[str]]:
     """Digests of the requests that were sent, by (workload, seed); more than one breaks the pairing."""
-    found: dict[tuple[str, int], list[str]] = {}
-    columns = (run.summary[name] for name in ("workload", "seed", "workload_digest"))
-    for workload, seed, digest in sorted({(w, s, str(d)) for w, s, d in zip(*columns, strict=True)}):
-        found.setdefault((workload, seed), []).append(digest)
-    return found
-
-
-def below_target(run: Run, *, workload: str) -> dict[str, dict[int, float]]:
-    """Mean attainments that miss the target: policy -> block size -> share."""
-    below: dict[str, dict[int, float]] = {}
-    for policy, size in product(run.policies, run.block_sizes):
-        mean = mean_over_seeds(run, "slo_attainment", workload=workload, policy=policy, block_size=size)
-        if mean is not None and missed(run, mean):
-            below.setdefault(policy, {})[size] = mean.mean
-    return below
+    found: Any = run.summary.groupby(["workload", "seed"])["workload_digest"].unique()
+    return {key: sorted(map(str, of_seed)) for key, of_seed in found.items()}
 
 
 def missed(run: Run, attainment: Interval | None) -> bool:
@@ -160,20 +131,23 @@ def missed(run: Run, attainment: Interval | None) -> bool:
     return attainment is not None and target is not None and attainment.mean < target
 
 
-def _cells(run: Run, column: str, *, workload: str, policy: str, block_size: int | None) -> pd.Series:
+def where(rows: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """The rows whose columns have these values; None: any."""
+    for name, value in values.items():
+        if value is not None and len(rows):
+            rows = rows[rows[name] == value]
+    return rows
+
+
+def _cells(run: Run, column: str, workload: str, policy: str, block_size: int | None = None) -> pd.Series:
     """A column indexed by (block_size, seed), without unknown values."""
-    rows = run.cells.get((workload, policy))
-    if rows is None:
-        rows = next(iter(run.cells.values())).iloc[:0]
-    cells = rows[column].dropna()
-    return cells if block_size is None else cells[cells.index.get_level_values(0) == block_size]
+    rows = where(run.summary, workload=workload, policy=policy, block_size=block_size)
+    return rows.set_index(["block_size", "seed"])[column].dropna()
 
 
-def _energies(
-    run: Run, *, workload: str, policy: str, block_size: int | None
-) -> dict[tuple[int, int], float]:
-    cells = _cells(run, ENERGY, workload=workload, policy=policy, block_size=block_size)
-    return dict(zip(cells.index, cells, strict=True))
+def _by_seed(cells: pd.Series) -> dict[int, float]:
+    means = cells.groupby("seed").mean()
+    return dict(zip(means.index.tolist(), means.tolist(), strict=True))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,11 +156,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _by_policy(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    groups = summary.set_index(["block_size", "seed"]).groupby(["workload", "policy"])
-    return {(str(workload), str(policy)): rows for (workload, policy), rows in groups}
 
 
 @contextmanager
@@ -204,15 +173,6 @@ def _optional(path: Path, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
 
 def _read_steps(path: Path) -> pd.DataFrame:
     with path.open() as lines:
-        return pd.DataFrame([_step(json.loads(line)) for line in lines])
-
-
-def _step(step: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **{key: step[key] for key in ("block_size", "policy", "workload", "time_s", "arrivals")},
-        "in_system": step["running"] + step["waiting"],
-        "chosen_limit": step["chosen"]["batch_limit"],
-        "chosen_clock_mhz": step["chosen"]["gpu_clock_mhz"],
-        "batch_limit": step["applied"]["batch_limit"],
-        "gpu_clock_mhz": step["applied"]["gpu_clock_mhz"],
-    }
+        steps = pd.json_normalize([json.loads(line) for line in lines])
+    columns = steps[["block_size", "policy", "workload", "time_s", "arrivals", *_KNOBS]]
+    return columns.assign(in_system=steps["running"] + steps["waiting"])

@@ -2,7 +2,9 @@
 
 import base64
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
+from itertools import cycle
 from typing import Any, Literal
 
 import matplotlib
@@ -13,14 +15,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
 from fuel_ray.policies.catalogue import color, label
-from fuel_ray.report.data import ENERGY, Run, mean_over_seeds
+from fuel_ray.report.data import ENERGY, Run, mean_over_seeds, where
 from fuel_ray.stats import Interval
 
 _BLOCK_COLORS = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b", "#6a51a3", "#3f007d")  # light to dark: an order
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_TICKS = 24
+_TRACED = ("in_system", "applied.gpu_clock_mhz", "applied.batch_limit")
+_LIMIT, _CLOCK = "chosen.batch_limit", "chosen.gpu_clock_mhz"
 SMOOTH_S = 15  # bold lines in the time plot are means over this long
 
+_key = partial(Line2D, [], [])
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -47,9 +52,8 @@ def learning_curves(run: Run) -> str:
 
     def paint(figure: Figure) -> None:
         for axes, (column, name) in zip(figure.subplots(1, 2), panels, strict=True):
-            for rank, (size, rows) in enumerate(run.learning.groupby("block_size")):
-                curve = rows.dropna(subset=[column]).sort_values("env_steps")
-                ink = _BLOCK_COLORS[rank % len(_BLOCK_COLORS)]
+            by_size = run.learning.dropna(subset=[column]).sort_values("env_steps").groupby("block_size")
+            for (size, curve), ink in zip(by_size, cycle(_BLOCK_COLORS), strict=False):
                 axes.plot(curve["env_steps"], curve[column], color=ink, alpha=0.3, linewidth=0.8)
                 smooth = curve[column].rolling(5, min_periods=1).mean()
                 axes.plot(curve["env_steps"], smooth, color=ink, linewidth=1.8, label=f"block size {size}")
@@ -67,13 +71,11 @@ def energy_against_attainment(run: Run, *, workload: str) -> str:
         axes = figure.subplots()
         axes.margins(0.06)
         for policy in run.policies:
-            for rank, size in enumerate(run.block_sizes):
-                energy, share = (
-                    mean_over_seeds(run, column, workload=workload, policy=policy, block_size=size)
-                    for column in (ENERGY, "slo_attainment")
-                )
+            for size, marker in zip(run.block_sizes, cycle(_MARKERS), strict=False):
+                mean = partial(mean_over_seeds, run, workload=workload, policy=policy, block_size=size)
+                energy, share = mean(ENERGY), mean("slo_attainment")
                 if energy is not None and share is not None:
-                    _cross(axes, energy, share, color(policy, run.policies), _MARKERS[rank % len(_MARKERS)])
+                    _cross(axes, energy, share, color(policy, run.policies), marker)
         if run.attainment_target is not None:
             axes.axhline(100 * run.attainment_target, color="#b3261e", linestyle="--", linewidth=1)
         axes.set(xlabel="energy per request (J)  ← better", ylabel="SLO attainment (%)  better →")
@@ -84,7 +86,7 @@ def energy_against_attainment(run: Run, *, workload: str) -> str:
 
 def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None:
     """Load, queue, clocks and limits on one time axis; None where no windows were recorded."""
-    steps = _windows(run, workload=workload, block_size=block_size)
+    steps = where(run.steps, workload=workload, block_size=block_size)
     if steps.empty:
         return None
 
@@ -92,7 +94,7 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
         panels = figure.subplots(4, 1, sharex=True, height_ratios=(2, 3, 3, 3))
         for policy in run.policies:
             rows = steps[steps["policy"] == policy].sort_values("time_s")
-            for axes, column in zip(panels[1:], ("in_system", "gpu_clock_mhz", "batch_limit"), strict=True):
+            for axes, column in zip(panels[1:], _TRACED, strict=True):
                 _trace(axes, rows, rows[column], color(policy, run.policies))
         load = steps[steps["policy"] == steps["policy"].iloc[0]].sort_values("time_s")
         _trace(panels[0], load, load["arrivals"] / _window_s(load), "#30343b")
@@ -110,11 +112,11 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
 
 def decision_heat_maps(run: Run, *, workload: str) -> str | None:
     """Share of windows in which the learned policy chose each (batch limit, clock), per block size."""
-    steps = _windows(run, workload=workload, policy=run.learned)
+    steps = where(run.steps, workload=workload, policy=run.learned)
     if steps.empty:
         return None
     sizes = sorted(steps["block_size"].unique())
-    clocks, limits = (np.sort(steps[key].unique()) for key in ("chosen_clock_mhz", "chosen_limit"))
+    clocks, limits = (np.sort(steps[key].unique()) for key in (_CLOCK, _LIMIT))
     rows = -(-len(sizes) // 2)
 
     def paint(figure: Figure) -> None:
@@ -141,13 +143,6 @@ def _draw(paint: Callable[[Figure], None], *, height_in: float, form: Literal["s
         figure.savefig(buffer, format=form, **options)
     kind = "svg+xml" if form == "svg" else form
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _windows(run: Run, **where: Any) -> pd.DataFrame:
-    steps = run.steps
-    for key, value in where.items():
-        steps = steps[steps[key] == value] if len(steps) else steps
-    return steps
 
 
 def _cross(axes: Any, energy: Interval, share: Interval, ink: str, marker: str) -> None:
@@ -186,7 +181,7 @@ def _window_s(rows: pd.DataFrame) -> float:
 def _shares(steps: pd.DataFrame, *, limits: np.ndarray, clocks: np.ndarray) -> np.ndarray:
     """Percent of windows, shape (limits, clocks)."""
     counts = np.zeros((len(limits), len(clocks)))
-    at = (np.searchsorted(limits, steps["chosen_limit"]), np.searchsorted(clocks, steps["chosen_clock_mhz"]))
+    at = (np.searchsorted(limits, steps[_LIMIT]), np.searchsorted(clocks, steps[_CLOCK]))
     np.add.at(counts, at, 1)
     return np.asarray(100 * counts / counts.sum())
 
@@ -208,18 +203,13 @@ def _heat_map(axes: Any, share: np.ndarray, *, limits: np.ndarray, clocks: np.nd
 
 
 def _policy_key(run: Run) -> list[Line2D]:
-    return [
-        Line2D([], [], color=color(name, run.policies), linewidth=3, label=label(name))
-        for name in run.policies
-    ]
+    return [_key(color=color(name, run.policies), linewidth=3, label=label(name)) for name in run.policies]
 
 
 def _scatter_key(run: Run) -> list[Line2D]:
     sizes = [
-        Line2D(
-            [], [], color="#30343b", marker=_MARKERS[rank % len(_MARKERS)], ls="", label=f"block size {size}"
-        )
-        for rank, size in enumerate(run.block_sizes)
+        _key(color="#30343b", marker=marker, ls="", label=f"block size {size}")
+        for size, marker in zip(run.block_sizes, cycle(_MARKERS), strict=False)
     ]
-    target = Line2D([], [], color="#b3261e", linestyle="--", linewidth=1, label="attainment target")
+    target = _key(color="#b3261e", linestyle="--", linewidth=1, label="attainment target")
     return [*_policy_key(run), *sizes, *([] if run.attainment_target is None else [target])]

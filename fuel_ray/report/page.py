@@ -3,52 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-
-_CSS = """
-:root { --ink: #1c2127; --soft: #5d6672; --line: #e2e6eb; --page: #f5f6f8; --card: #fff; --accent: #0072b2;
-  --tint: #eaf3f9; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #9aa4b1; --line: #333b45; 
-  --page: #14181d; --card: #1d232a; --accent: #6cb8ea; --tint: #20323f; --bad: #ff8a80; } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-main { max-width: 1100px; margin: 0 auto; padding: 32px 20px 64px }
-h1 { font-size: 15px; font-weight: 600; color: var(--soft); margin: 0 0 4px; overflow-wrap: anywhere }
-h2 { font-size: 19px; margin: 40px 0 10px; line-height: 1.3 }
-h3 { font-size: 15px; margin: 24px 0 6px }
-p { margin: 8px 0; max-width: 95ch; overflow-wrap: anywhere }
-.headline { font-size: 22px; line-height: 1.4; font-weight: 600; max-width: none; margin: 0 0 8px }
-.headline.bad { border-left: 5px solid var(--bad); padding-left: 14px }
-.soft, figcaption, small { color: var(--soft) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px;
-  margin: 20px 0 }
-.tile, .card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
-.tile { padding: 12px 16px }
-.tile b { display: block; font-size: 26px; line-height: 1.3; font-variant-numeric: tabular-nums }
-.tile span { display: block; font-size: 13px; color: var(--soft) }
-.bad b, td.bad { color: var(--bad); font-weight: 700 }
-.card { overflow-x: auto; margin: 12px 0; padding: 4px 8px }
-table { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.35;
-  font-variant-numeric: tabular-nums }
-th, td { padding: 5px 8px; text-align: right; vertical-align: top; white-space: nowrap }
-th { font-weight: 600; vertical-align: bottom }
-thead th { color: var(--soft); border-bottom: 2px solid var(--line); white-space: normal }
-tbody + tbody { border-top: 1px solid var(--line) }
-.text { text-align: left }
-.wrap { width: 100%; white-space: normal; overflow-wrap: anywhere }
-td small { display: block; font-size: 11px }
-tr.mine td:not([rowspan]) { background: var(--tint); font-weight: 600 }
-tr.mine small { font-weight: 400 }
-i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px }
-figure { margin: 14px 0; padding: 14px 16px }
-figure img { display: block; width: 100%; background: #fff; border-radius: 4px }
-figcaption { font-size: 13.5px; margin-top: 8px; max-width: 100ch }
-details { margin: 10px 0 } summary { cursor: pointer; color: var(--accent); font-weight: 600 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 10px 0 } dd { margin: 0 }
-dt { font-weight: 600 }
-@media (max-width: 640px) { dl { grid-template-columns: 1fr } dd { margin-bottom: 8px }
-  .headline { font-size: 18px } }
-"""
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +22,12 @@ Row = Sequence[Cell]
 
 def page(title: str, parts: Iterable[str]) -> str:
     """The whole document."""
+    look = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<style>{_CSS}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+        f"<style>\n{look}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
 

@@ -110,12 +110,8 @@ def _tiles(run: Run) -> Iterator[str]:
     for reference in REFERENCES:
         ratio = energy_against(run, run.learned, reference, workload=main)
         if ratio is not None:
-            name = f"J/request vs {label(reference)}"
-            yield tile(
-                tables.change(ratio.mean),
-                name=name,
-                note=f"95 % interval {tables.span(ratio, tables.change)}",
-            )
+            note = f"95 % interval {tables.span(ratio, tables.change)}"
+            yield tile(tables.change(ratio.mean), name=f"J/request vs {label(reference)}", note=note)
     share = mean_over_seeds(run, "slo_attainment", workload=main, policy=run.learned)
     if share is not None:
         note = f"95 % interval {tables.span(share, text.percent)}"

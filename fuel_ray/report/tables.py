@@ -1,6 +1,8 @@
 """The report's tables: what each policy cost and attained, and how the run was made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fuel_ray.policies.catalogue import REFERENCES, color, label
@@ -9,19 +11,11 @@ from fuel_ray.report.data import ENERGY, Run, digests, energy_against, mean_over
 from fuel_ray.report.page import Cell, table
 from fuel_ray.report.text import percent
 from fuel_ray.stats import Interval
+from fuel_ray.types import Knobs
 
-_HEAD = (
-    Cell("block"),
-    Cell("policy", style="text"),
-    Cell("J/request"),
-    *(Cell(f"vs {name}") for name in ("max", "static", "table")),
-    Cell("SLO met"),
-    Cell("TTFT p99 s"),
-    Cell("TPOT p99 ms"),
-    Cell("MHz"),
-    Cell("limit"),
-    Cell("switches"),
-)
+_AGAINST = ("J/request", "vs max", "vs static", "vs table", "SLO met")
+_MEAN = ("TTFT p99 s", "TPOT p99 ms", "MHz", "limit", "switches")
+_HEAD = (Cell("block"), Cell("policy", style="text"), *(Cell(name) for name in (*_AGAINST, *_MEAN)))
 _MEANS: dict[str, Callable[[float], str]] = {
     "ttft_p99_s": "{:.2f}".format,
     "tpot_p99_s": lambda seconds: f"{1000 * seconds:.1f}",  # shown in ms
@@ -35,7 +29,7 @@ def results(run: Run, *, workload: str) -> str:
     """Block size x policy: energy, what it is relative to each reference, SLO attainment and latency."""
     groups = []
     for size in run.block_sizes:
-        first, *rest = _rows(run, workload=workload, size=size) or [[Cell("not run", style="text")]]
+        first, *rest = _rows(run, workload, size) or [[Cell("not run", style="text")]]
         groups.append([[Cell(str(size), rows=1 + len(rest)), *first], *rest])
     return table(_HEAD, groups)
 
@@ -44,9 +38,7 @@ def plain_results(run: Run, *, workload: str) -> list[str]:
     """The same as lines of text."""
     rows = [[cell.text for cell in _HEAD]]
     for size in run.block_sizes:
-        rows += [
-            [str(size), *(cell.text for cell in row)] for row in _rows(run, workload=workload, size=size)
-        ]
+        rows += [[str(size), *(cell.text for cell in row)] for row in _rows(run, workload, size)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return [line.replace("−", "-").replace("–", "-") for line in lines]
@@ -66,65 +58,51 @@ def change(ratio: float) -> str:
 
 def chosen_pairs(run: Run) -> str:
     """What the baselines were tuned to."""
-    rows = [
-        [
-            Cell(size),
-            Cell(_pair(tuned.get("tuned_static")), style="text"),
-            Cell(_rates(tuned), style="text wrap"),
-            Cell(_held(tuned.get("anchor_weight")), style="text"),
-        ]
-        for size, tuned in (run.info.get("tuned") or {}).items()
-    ]
-    head = (
-        Cell("block size"),
-        Cell("tuned static", style="text"),
-        Cell("load table, by arrival rate", style="text"),
-        Cell("DQN's weight on it", style="text"),
-    )
-    return table(head, [[row] for row in rows]) if rows else ""
-
-
-def _held(weight: float | None) -> str:
-    return "free" if not weight else f"{weight:g}"
+    head = ("block size", "tuned static", "load table, by arrival rate", "DQN's weight on it")
+    groups = []
+    for size, tuned in (run.info.get("tuned") or {}).items():
+        weight = tuned.get("anchor_weight")
+        groups.append([[size, _static(tuned), _rates(tuned), f"{weight:g}" if weight else "free"]])
+    return _listing(head, groups, ("", "text", "text wrap", "text"))
 
 
 def key_values(tree: Mapping[str, Any]) -> str:
     """Settings and their values."""
-    rows = [[Cell(key, style="text"), Cell(str(value), style="text wrap")] for key, value in tree.items()]
-    return table((Cell("name", style="text"), Cell("value", style="text")), [rows]) if rows else ""
+    rows = [[key, str(value)] for key, value in tree.items()]
+    return _listing(("name", "value"), [rows] if rows else [], ("text", "text wrap"))
 
 
 def requests(run: Run) -> str:
     """What was sent, by digest, per workload and seed."""
-    rows = [
-        [Cell(workload, style="text"), Cell(str(seed)), Cell(", ".join(found), style="text wrap")]
-        for (workload, seed), found in digests(run).items()
-    ]
-    return table((Cell("workload", style="text"), Cell("seed"), Cell("digest", style="text")), [rows])
+    rows = [[workload, str(seed), ", ".join(found)] for (workload, seed), found in digests(run).items()]
+    return _listing(("workload", "seed", "digest"), [rows], ("text", "", "text wrap"))
 
 
-def _rows(run: Run, *, workload: str, size: int) -> list[list[Cell]]:
+def _listing(head: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], styles: Sequence[str]) -> str:
+    """A table of plain text, a style per column; nothing where there are no rows."""
+
+    def cells(row: Sequence[str]) -> list[Cell]:
+        return [Cell(text, style=style) for text, style in zip(row, styles, strict=True)]
+
+    titles = [replace(cell, style=cell.style.removesuffix(" wrap")) for cell in cells(head)]
+    return table(titles, [[cells(row) for row in rows] for rows in groups]) if groups else ""
+
+
+def _rows(run: Run, workload: str, size: int) -> list[list[Cell]]:
     """One row per policy that ran at this block size, without the block size."""
-    return [row for policy in run.policies if (row := _row(run, policy, workload=workload, size=size))]
+    return [row for policy in run.policies if (row := _row(run, policy, workload, size))]
 
 
-def _row(run: Run, policy: str, *, workload: str, size: int) -> list[Cell]:
-    def mean(column: str) -> Interval | None:
-        return mean_over_seeds(run, column, policy=policy, workload=workload, block_size=size)
-
+def _row(run: Run, policy: str, workload: str, size: int) -> list[Cell]:
+    mean = partial(mean_over_seeds, run, policy=policy, workload=workload, block_size=size)
+    against = partial(energy_against, run, policy, workload=workload, block_size=size)
     if (energy := mean(ENERGY)) is None:
         return []
-    ratios = (
-        None if name == policy else energy_against(run, policy, name, workload=workload, block_size=size)
-        for name in REFERENCES
-    )
+    ratios = (None if name == policy else against(name) for name in REFERENCES)
     share = mean("slo_attainment")
+    style = "text mine" if policy == run.learned else "text"
     return [
-        Cell(
-            label(policy),
-            style="text mine" if policy == run.learned else "text",
-            dot=color(policy, run.policies),
-        ),
+        Cell(label(policy), style=style, dot=color(policy, run.policies)),
         _cell(energy, "{:.1f}".format),
         *(_cell(ratio, change) for ratio in ratios),
         _cell(share, percent, style="bad" if missed(run, share) else ""),
@@ -133,13 +111,13 @@ def _row(run: Run, policy: str, *, workload: str, size: int) -> list[Cell]:
 
 
 def _cell(interval: Interval | None, form: Callable[[float], str], *, style: str = "") -> Cell:
-    return (
-        Cell("–", style=style) if interval is None else Cell(form(interval.mean), span(interval, form), style)
-    )
+    if interval is None:
+        return Cell("–", style=style)
+    return Cell(form(interval.mean), span(interval, form), style)
 
 
-def _pair(knobs: Mapping[str, Any] | None) -> str:
-    return f"{knobs.get('gpu_clock_mhz')} MHz, limit {knobs.get('batch_limit')}" if knobs else "–"
+def _static(tuned: Mapping[str, Any]) -> str:
+    return _pair(Knobs(**tuned["tuned_static"])) if tuned.get("tuned_static") else "–"
 
 
 def _rates(tuned: Mapping[str, Any]) -> str:
@@ -147,5 +125,8 @@ def _rates(tuned: Mapping[str, Any]) -> str:
         return "–"
     load_table = LoadTable.from_dict(tuned["load_table"])
     upto = (*(f"to {rate_rps:g} req/s" for rate_rps in load_table.rates_rps), "above")
-    rows = zip(upto, load_table.knobs, strict=True)
-    return "; ".join(f"{rate}: {k.gpu_clock_mhz} MHz, limit {k.batch_limit}" for rate, k in rows)
+    return "; ".join(f"{rate}: {_pair(k)}" for rate, k in zip(upto, load_table.knobs, strict=True))
+
+
+def _pair(knobs: Knobs) -> str:
+    return f"{knobs.gpu_clock_mhz} MHz, limit {knobs.batch_limit}"

@@ -3,16 +3,7 @@
 from collections.abc import Mapping
 
 from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, REFERENCES, TUNED_STATIC, label
-from fuel_ray.report.data import (
-    Run,
-    below_target,
-    block_size_ratios,
-    digests,
-    energy_against,
-    mean_over_seeds,
-    missed,
-    seeds_of,
-)
+from fuel_ray.report.data import Run, block_size_ratios, digests, energy_against, mean_over_seeds, missed
 from fuel_ray.stats import Interval
 
 SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
@@ -46,8 +37,9 @@ def sample(run: Run) -> str:
     """What the headline averages over."""
     workload, sizes = run.workloads[0], [str(size) for size in run.block_sizes]
     scope = f"averaged over block sizes {_and(sizes)}" if len(sizes) > 1 else f"block size {sizes[0]}"
-    seeds = seeds_of(run, workload=workload)
-    paired = all(len(found) == 1 for found in digests(run).values())
+    sent = digests(run)
+    seeds = sum(name == workload for name, _ in sent)
+    paired = all(len(found) == 1 for found in sent.values())
     warning = "" if paired else " Warning: policies faced different requests at the same seed."
     brackets = "brackets: paired bootstrap 95 % intervals"
     return f"Workload {workload}, {scope}; n = {seeds} held-out seeds; {brackets}.{warning}"
@@ -69,13 +61,15 @@ def misses(run: Run, *, workload: str) -> str:
     """Who misses the attainment target, or that nobody does."""
     if run.attainment_target is None:
         return "This run has no SLO attainment target."
-    below = below_target(run, workload=workload)
-    if not below:
-        return f"Every policy meets the attainment target of {percent(run.attainment_target)} throughout."
     names = []
-    for policy, shares in below.items():
-        sizes = _and([f"{size} ({percent(share)})" for size, share in shares.items()])
-        names.append(f"{label(policy)} at block size {sizes}")
+    for policy in run.policies:
+        sizes = []
+        for size in run.block_sizes:
+            mean = mean_over_seeds(run, "slo_attainment", workload=workload, policy=policy, block_size=size)
+            sizes += [f"{size} ({percent(mean.mean)})"] if mean is not None and missed(run, mean) else []
+        names += [f"{label(policy)} at block size {_and(sizes)}"] if sizes else []
+    if not names:
+        return f"Every policy meets the attainment target of {percent(run.attainment_target)} throughout."
     return (
         f"Below the SLO attainment target of {percent(run.attainment_target)}: {'; '.join(names)}. "
         "Their energy is not at the same attainment as the others'."

@@ -21,7 +21,7 @@ from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.rounds import merged
 from fuel_ray.training.trials import Trained, algorithm_of, run_trials, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
-from fuel_ray.tuning.static_pair import Score
+from fuel_ray.tuning.runs import Score
 from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
 
 TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to

@@ -9,6 +9,7 @@ of what was chosen, so that the result meets the SLO as run and not as predicted
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def penalty(records: RequestRecords, slo: Slo) -> np.ndarray:
 
 
 def allowed_penalty(slo: Slo, share: float) -> float:
-    """Mean penalty at which ``share`` of the requests keep the SLO, or the means are at ``share`` of it."""
+    """Mean penalty at which ``share`` of the requests meet the SLO, or the means are at ``share`` of it."""
     return share if slo.share is None else 1.0 - share
 
 
@@ -74,18 +75,10 @@ def find_schedule(
 ) -> ClockSchedule:
     """The schedule of least energy found for exactly the arrivals that ``run`` plays, in windows of 1 s.
 
-    A bound by search, not a proof: the best of the fixed clocks per segment and of ``starts``,
-    improved by moving segments up and down.
-
-    Args:
-        run: plays a policy against the arrivals that are known.
-        supported_mhz: clocks of the GPU, ascending.
-        segment_s: seconds that are moved together.
-        batch_limit: in all windows.
-        allowed: mean penalty that meets the SLO.
-        strides: places in ``supported_mhz`` by which segments are moved, in turn; clocks are profiled as far
-            apart as the first.
-        starts: clocks per window, such as those that other policies chose.
+    A bound by search, not a proof: the best of the fixed clocks per segment of ``segment_s`` and of
+    ``starts``, clocks per window, improved by moving segments up and down: by ``strides`` places in
+    ``supported_mhz``, ascending, in turn; clocks are profiled as far apart as the first stride. It has a mean
+    penalty of at most ``allowed`` where one was found.
     """
     clocks = every(supported_mhz, strides[0])
     traces = _fixed(run, clocks, batch_limit)
@@ -95,7 +88,7 @@ def find_schedule(
 
     by_segment = partial(ClockSchedule, segment_s=segment_s, batch_limit=batch_limit)
     coarse = _Attempts(run, by_segment, allowed=allowed)
-    coarse.bisect_price(_grid(clocks, traces, cell_of))
+    coarse.assign(clocks, traces, cell_of)
     make = partial(ClockSchedule, segment_s=1.0, batch_limit=batch_limit)
     attempts = _Attempts(run, make, allowed=allowed)
     segment_of = cell_of(max((per_seed[0] for per_seed in traces), key=lambda t: len(t.energy_j)))
@@ -132,42 +125,15 @@ def find_load_table(
         return LoadTable(rates_rps, [Knobs(batch_limit, clock_mhz) for clock_mhz in clocks_mhz])
 
     attempts = _Attempts(run, make, allowed=allowed)
-    attempts.bisect_price(_grid(clocks, traces, cell_of))
+    attempts.assign(clocks, traces, cell_of)
     attempts.descend(supported_mhz, stride=max(1, stride // 2), budget=budget // 2)
     attempts.descend(supported_mhz, stride=1, budget=budget - budget // 2)
     return make(attempts.best())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Grid:
-    """What each cell costs at each clock, summed over seeds: (clocks, cells)."""
-
-    clocks_mhz: tuple[int, ...]
-    energy_j: np.ndarray
-    penalty: np.ndarray
-
-    def cheapest(self, price_j: float) -> tuple[int, ...]:
-        """Per cell the clock of least energy plus ``price_j`` per unit of penalty; (cells,)."""
-        best = (self.energy_j + price_j * self.penalty).argmin(axis=0)
-        return tuple(self.clocks_mhz[k] for k in best)
-
-
 def _fixed(run: Runner, clocks_mhz: Sequence[int], batch_limit: int) -> list[Sequence[Trace]]:
     """Traces of runs at each fixed clock."""
     return [run(Static(Knobs(batch_limit, clock_mhz))) for clock_mhz in clocks_mhz]
-
-
-def _grid(
-    clocks_mhz: Sequence[int], traces: Sequence[Sequence[Trace]], cell_of: Callable[[Trace], np.ndarray]
-) -> _Grid:
-    """Sum the windows of each cell; ``cell_of`` gives each window's cell, 0 .. cells - 1."""
-    cells = 1 + max(int(cell_of(t).max()) for per_seed in traces for t in per_seed)
-    energy_j, bad = np.zeros((2, len(clocks_mhz), cells))
-    for k, per_seed in enumerate(traces):
-        for t in per_seed:
-            np.add.at(energy_j[k], cell_of(t), t.energy_j)
-            np.add.at(bad[k], cell_of(t), t.penalty)
-    return _Grid(tuple(clocks_mhz), energy_j, bad)
 
 
 class _Attempts:
@@ -191,27 +157,36 @@ class _Attempts:
         energy_j, bad = self.cost(clocks_mhz)
         return bad > self._allowed, bad if bad > self._allowed else energy_j
 
-    def bisect_price(self, grid: _Grid) -> None:
-        """Try the cheapest clocks at prices between which the allowed penalty lies."""
-        scale_j = float(grid.energy_j.min(axis=0).sum()) / max(float(grid.penalty.max(axis=0).sum()), 1.0)
-        low, high = scale_j * 1e-4, scale_j * 1e6
-        for _ in range(_BISECTIONS):
-            price_j = (low * high) ** 0.5
-            _, bad = self.cost(grid.cheapest(price_j))
-            low, high = (price_j, high) if bad > self._allowed else (low, price_j)
-        for clock_mhz in grid.clocks_mhz:
-            self.cost((clock_mhz,) * grid.energy_j.shape[1])
+    def assign(
+        self,
+        clocks_mhz: Sequence[int],
+        traces: Sequence[Sequence[Trace]],
+        cell_of: Callable[[Trace], np.ndarray],
+    ) -> None:
+        """Try, from runs at each of these clocks, the cheapest one per cell, at many prices of a penalty.
+
+        ``cell_of`` gives each window's cell, 0 .. cells - 1.
+        """
+        cells = 1 + max(int(cell_of(t).max()) for per_seed in traces for t in per_seed)
+        energy_j, bad = np.zeros((2, len(clocks_mhz), cells))
+        for k, per_seed in enumerate(traces):
+            for t in per_seed:
+                np.add.at(energy_j[k], cell_of(t), t.energy_j)
+                np.add.at(bad[k], cell_of(t), t.penalty)
+        scale_j = float(energy_j.min(axis=0).sum()) / max(float(bad.max(axis=0).sum()), 1.0)
+        clocks = np.array(clocks_mhz)
+        self._bisect(lambda j: clocks[(energy_j + j * bad).argmin(axis=0)], scale_j * 1e-4, scale_j * 1e6)
+        for clock_mhz in clocks_mhz:
+            self.cost((clock_mhz,) * cells)
 
     def descend(self, supported_mhz: Sequence[int], *, stride: int, budget: int) -> None:
         """Move one cell's clock at a time by ``stride`` places, as long as that ranks better."""
-        best, spent = self.best(), len(self._tried)
-        for cell in range(len(best)):
-            for step in (-stride, stride):
-                if len(self._tried) - spent >= budget:
-                    return
-                moved = _moved(best, cell, step, supported_mhz)
-                if moved is not None and self.rank(moved) < self.rank(best):
-                    best = moved
+        best, budget = self.best(), budget + len(self._tried)
+        for cell, step in product(range(len(best)), (-stride, stride)):
+            at = supported_mhz.index(best[cell]) + step
+            if len(self._tried) < budget and 0 <= at < len(supported_mhz):
+                moved = (*best[:cell], supported_mhz[at], *best[cell + 1 :])
+                best = min(best, moved, key=self.rank)
 
     def exchange(self, supported_mhz: Sequence[int], cell_of: np.ndarray, *, stride: int) -> None:
         """Move many groups of clocks at once: up where that buys most, down where it costs least.
@@ -219,33 +194,30 @@ class _Attempts:
         Each group, the clocks of one cell, is moved by itself; then, for prices between which the allowed
         penalty lies, every group makes its best move of the three (down, none, up) together.
         """
-        base = self.best()
-        clocks, supported = np.array(base), np.array(supported_mhz)
-        at = np.searchsorted(supported, clocks)
-        energy_j, bad = self.cost(base)
+        base, supported = self.best(), np.array(supported_mhz)
+        at = np.searchsorted(supported, base)
+
+        def moved(steps: np.ndarray) -> np.ndarray:
+            return supported[np.clip(at + stride * steps, 0, len(supported) - 1)]
+
         moves = np.zeros((2, cell_of.max() + 1, 3))
-        for cell in range(moves.shape[1]):
-            for k, step in ((0, -stride), (2, stride)):
-                moved = np.where(cell_of == cell, np.clip(at + step, 0, len(supported) - 1), at)
-                cost = self.cost(tuple(supported[moved].tolist()))
-                moves[:, cell, k] = cost[0] - energy_j, cost[1] - bad
-        low, high = energy_j * 1e-3, energy_j * 1e3  # J per unit of mean penalty
+        for cell, step in product(range(moves.shape[1]), (-1, 1)):
+            cost = self.cost(tuple(moved(step * (cell_of == cell)).tolist()))
+            moves[:, cell, step + 1] = np.subtract(cost, self.cost(base))
+
+        def cheapest(price_j: float) -> np.ndarray:
+            return moved((moves[0] + price_j * moves[1]).argmin(axis=1)[cell_of] - 1)
+
+        energy_j, _ = self.cost(base)
+        self._bisect(cheapest, energy_j * 1e-3, energy_j * 1e3)
+
+    def _bisect(self, candidate: Callable[[float], np.ndarray], low_j: float, high_j: float) -> None:
+        """Try candidates at prices per unit of penalty between which the allowed penalty lies."""
         for _ in range(_BISECTIONS):
-            price_j = (low * high) ** 0.5
-            steps = (moves[0] + price_j * moves[1]).argmin(axis=1)[cell_of] - 1
-            moved = np.clip(at + stride * steps, 0, len(supported) - 1)
-            _, reached = self.cost(tuple(supported[moved].tolist()))
-            low, high = (price_j, high) if reached > self._allowed else (low, price_j)
+            price_j = (low_j * high_j) ** 0.5
+            _, bad = self.cost(tuple(candidate(price_j).tolist()))
+            low_j, high_j = (price_j, high_j) if bad > self._allowed else (low_j, price_j)
 
     def best(self) -> tuple[int, ...]:
         """The candidate of lowest rank."""
         return min(self._tried, key=self.rank)
-
-
-def _moved(
-    clocks_mhz: tuple[int, ...], cell: int, step: int, supported_mhz: Sequence[int]
-) -> tuple[int, ...] | None:
-    at = list(supported_mhz).index(clocks_mhz[cell]) + step
-    if not 0 <= at < len(supported_mhz):
-        return None
-    return (*clocks_mhz[:cell], supported_mhz[at], *clocks_mhz[cell + 1 :])

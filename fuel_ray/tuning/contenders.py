@@ -18,17 +18,11 @@ LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced p
 
 
 def resolve(entry: str, case: Case) -> Contender:
-    """The policy that an entry of --policies stands for; one in a folder is as it was trained.
-
-    Raises:
-        ConfigError: it stands for none.
-        PolicyError: a folder is malformed, or made for another node.
-    """
+    """The policy that an entry of --policies stands for; one in a folder is as it was trained."""
     if entry in PLAYABLE:
         return contender(entry, case)
     if is_folder(entry):
-        policy = _load(entry, case)
-        return Contender(entry, lambda _: policy)
+        return _as_is(entry, _load(entry, case))
     return Contender(entry, lambda _: made(entry, needs=("reset", "decide"), spec=case.spec, slo=case.slo))
 
 
@@ -61,18 +55,12 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
 
 
 def is_folder(entry: str) -> bool:
-    """Whether an entry of --policies is a policy folder.
-
-    Raises:
-        ConfigError: it is nothing that could be played.
-    """
+    """Whether an entry of --policies is a policy folder; ConfigError where it is nothing to be played."""
     if entry in PLAYABLE or (":" in entry and not Path(entry).exists()):
         return False
     if not Path(entry).is_dir():
-        names = ", ".join(PLAYABLE)
-        raise ConfigError(
-            f"policy {entry}: no folder, no package.module:Class, and not in the catalogue: {names}"
-        )
+        unlisted = f"not in the catalogue: {', '.join(PLAYABLE)}"
+        raise ConfigError(f"policy {entry}: no folder, no package.module:Class, and {unlisted}")
     return True
 
 
@@ -99,10 +87,6 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     For a policy folder the price of a miss is tuned where it was trained for many prices. One whose reward is
     energy is kept near the load table, how near is tuned; where it is priced, it takes part once more
     without.
-
-    Raises:
-        ConfigError: the entry stands for no policy.
-        PolicyError: a folder is malformed, or made for another node.
     """
     if not is_folder(entry):
         return [(resolve(entry, case),)]
@@ -115,22 +99,23 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
 
 def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
     """The policy as it was trained, with its price to be tuned."""
-    alone = policy.near(None)
-    if not policy.priced:
-        return Contender(name, lambda _: alone)
-    return Contender(name, lambda x: alone.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
+    return _priced(name, policy.near(None), slo)
 
 
 def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
     """The policy near this table, a variant for each weight."""
+    *loose, tight = (policy.near(Anchor(table, weight)) for weight in WEIGHTS)
+    return (*(_priced(name, own, slo) for own in loose), _as_is(name, tight))
 
-    def at(weight: float) -> Contender:
-        own = policy.near(Anchor(table, weight))
-        if not policy.priced or weight == WEIGHTS[-1]:
-            return Contender(name, lambda _: own)
-        return Contender(name, lambda x: own.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
-    return tuple(at(weight) for weight in WEIGHTS)
+def _as_is(name: str, policy: LearnedPolicy) -> Contender:
+    return Contender(name, lambda _: policy)
+
+
+def _priced(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
+    if not policy.priced:
+        return _as_is(name, policy)
+    return Contender(name, lambda x: policy.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
 
 
 def _load(entry: str, case: Case) -> LearnedPolicy:

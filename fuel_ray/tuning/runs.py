@@ -1,19 +1,31 @@
 """Runs of policies over fixed seeds; what a fixed pair of knobs does is run once and remembered."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 
 from fuel_ray.control import ControlLoop
 from fuel_ray.policies.static import Planned, Static
 from fuel_ray.sim.node import SimulatedNode
-from fuel_ray.tuning.clock_search import Runner, Trace, trace_of
+from fuel_ray.tuning.clock_search import Trace, trace_of
 from fuel_ray.tuning.episodes import DRAIN_S, HELD_OUT_SEED, Episode, run_episode
-from fuel_ray.tuning.static_pair import Score
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
 
 Played = tuple[np.ndarray, np.ndarray, RequestRecords]  # energy (J) and arrivals per window of 1 s
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a policy did on the tuning seeds."""
+
+    energy_j_per_request: float
+    slo_attainment: float
+
+    def rank(self, share: float) -> tuple[bool, float]:
+        """Lower is better: least energy of those that meet the SLO for ``share``, or else most attainment."""
+        missed = self.slo_attainment < share
+        return missed, -self.slo_attainment if missed else self.energy_j_per_request
 
 
 class Runs:
@@ -38,10 +50,6 @@ class Runs:
             self._static[policy.knobs] = self._play(policy, tuple(self.slos))
         return self._static[policy.knobs][slo]
 
-    def runner(self, slo: str) -> Runner:
-        """``traces`` for one SLO."""
-        return partial(self.traces, slo=slo)
-
     def score(self, policy: Policy, slo: str, *, share: float) -> Score:
         """Energy per request and attainment, pooled over the seeds.
 
@@ -59,8 +67,8 @@ class Runs:
 
     def _slow(self, policy: Policy, seed: int) -> Played:
         episode = self.episode(policy, seed)
-        energy_j = np.array([window.energy_j for window in episode.windows])
-        return energy_j, np.array([window.arrivals for window in episode.windows]), episode.records
+        energy_j, arrivals = zip(*((w.energy_j, w.arrivals) for w in episode.windows), strict=True)
+        return np.array(energy_j), np.array(arrivals), episode.records
 
     def _fast(self, policy: Policy, seed: int) -> Played | None:
         """The same without looking at windows, for a policy that need not; None for any other."""

@@ -1,14 +1,13 @@
 """The best static pair, load table and setting of a policy on tuning seeds."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 
 from fuel_ray.policies.catalogue import Contender, Learner
-from fuel_ray.policies.static import LoadTable, Static
-from fuel_ray.tuning.clock_search import allowed_penalty, find_load_table
-from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.static_pair import Score, tune_static
-from fuel_ray.types import Knobs, Policy, Slo
+from fuel_ray.policies.static import Static
+from fuel_ray.tuning.runs import Runs, Score
+from fuel_ray.types import Knobs, NodeSpec, Policy
 
 LIMITS_SCARCE = (24, 32, 40, 48, 64)
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
@@ -26,55 +25,53 @@ def tune_static_pair(tuning: Runs, slo: str, *, share: float, limits: Sequence[i
     spec = tuning.loop.node.spec
     highest = spec.batch_limits[-1]
     limits = sorted({highest, *(limit for limit in limits if limit < highest)})
-
-    def score(policy: Policy, share: float) -> Score:
-        return tuning.score(policy, slo, share=share)
-
     fastest = [Static(Knobs(limit, spec.gpu_clocks_mhz[-1])) for limit in limits]
-    reachable = max(score(policy, share).slo_attainment for policy in fastest)
-    asked = share if reachable >= share else asked_less(tuning.slos[slo], share, reachable)
-    return tune_static(partial(score, share=asked), spec, share=asked, limits=limits), asked
+    reachable = max(tuning.score(policy, slo, share=share).slo_attainment for policy in fastest)
+    asked = share
+    if reachable < share:  # means are at share / reachable of what is asked
+        asked = reachable - SLACK if tuning.slos[slo].share is not None else share * share / reachable + SLACK
+    score = partial(tuning.score, slo=slo, share=asked)
+    return tune_static(score, spec, share=asked, limits=limits), asked
 
 
-def asked_less(slo: Slo, share: float, reachable: float) -> float:
-    """What to ask for where the best there is attains only ``reachable`` by ``share``: a little less."""
-    if slo.share is None:  # means, which are at share / reachable of what is asked
-        return share * share / reachable + SLACK
-    return reachable - SLACK
+def tune_static(
+    score: Callable[[Policy], Score], spec: NodeSpec, *, share: float, limits: Sequence[int]
+) -> Knobs:
+    """The pair of least energy that meets the SLO for ``share`` of the requests.
 
-
-def tune_table(tuning: Runs, slo: str, static: Knobs, *, share: float, budget: int = 60) -> LoadTable:
-    """The best load table at this pair's limit; ``budget`` runs are spent on single moves."""
-    return find_load_table(
-        tuning.runner(slo),
-        tuning.loop.node.spec.gpu_clocks_mhz,
-        batch_limit=static.batch_limit,
-        allowed=allowed_penalty(tuning.slos[slo], share),
-        stride=TABLE_STRIDE,
-        budget=budget,
-    )
+    Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid
+    around the best pair. Without any pair that meets the SLO, the one of highest attainment.
+    """
+    attempt = cache(lambda knobs: score(Static(knobs)))
+    clocks, tried = spec.gpu_clocks_mhz, []
+    stride = max(1, len(clocks) // 16)
+    for limit in sorted(limits, reverse=True):
+        for clock_mhz in clocks[::-1][::stride]:
+            tried.append(Knobs(limit, clock_mhz))
+            if attempt(tried[-1]).slo_attainment < share - 0.05:
+                break
+    coarse = min(tried, key=lambda knobs: attempt(knobs).rank(share))
+    middle = clocks.index(coarse.gpu_clock_mhz)
+    around = clocks[max(0, middle - stride + 1) : middle + stride]
+    tried += [replace(coarse, gpu_clock_mhz=clock_mhz) for clock_mhz in around]
+    return min(tried, key=lambda knobs: attempt(knobs).rank(share))
 
 
 def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
     """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them."""
-    ranks = [_ranker(contender, tuning, slo, share) for contender in family]
+
+    def rank_of(contender: Contender, setting: float) -> tuple[bool, float]:
+        return tuning.score(contender.make(setting), slo, share=share).rank(share)
+
+    ranks = [cache(partial(rank_of, contender)) for contender in family]
     settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
-    best = 0
-    if len(family) > 1:
-        best = min(range(len(family)), key=lambda k: ranks[k](settings[k]))
+    best = min(range(len(family)), key=lambda k: ranks[k](settings[k])) if len(family) > 1 else 0
     policy = family[best].make(settings[best])
     if isinstance(policy, Learner):
         for seed in tuning.seeds:
             tuning.episode(policy, seed)
             policy.keep()
     return policy, settings[best]
-
-
-def _ranker(
-    contender: Contender, tuning: Runs, slo: str, share: float
-) -> Callable[[float], tuple[bool, float]]:
-    """How the contender ranks with a setting, run once per setting."""
-    return cache(lambda setting: tuning.score(contender.make(setting), slo, share=share).rank(share))
 
 
 def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:

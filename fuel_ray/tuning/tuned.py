@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ from fuel_ray.policies.catalogue import CATALOGUE, Learner
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.tuning import search
+from fuel_ray.tuning.clock_search import allowed_penalty, find_load_table
 from fuel_ray.tuning.contenders import LOG_PRICES, case_of, kept_near, resolve
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
-from fuel_ray.tuning.runs import Runs
-from fuel_ray.tuning.search import LIMITS_SCARCE, bisected, tune_static_pair, tune_table
-from fuel_ray.tuning.static_pair import Score
+from fuel_ray.tuning.runs import Runs, Score
+from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, bisected, tune_static_pair
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
 _ASKED = "asked"  # the SLO of the settings
@@ -46,15 +47,23 @@ class Tuned:
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds."""
-    return tune_on(_practice(config, kv_block_size, workload), _ASKED, share=config.tune_share)
+    return tune_on(_tuning_runs(config, kv_block_size, workload), _ASKED, share=config.tune_share)
 
 
 def tune_on(
     runs: Runs, slo: str, *, share: float, limits: Sequence[int] = LIMITS_SCARCE, budget: int = 60
 ) -> Tuned:
-    """The same on any tuning seeds, for one of their SLOs; other arguments as for ``tune_table``."""
+    """The same on any tuning seeds, for one of their SLOs; ``budget`` runs are spent on single moves."""
     static, asked = tune_static_pair(runs, slo, share=share, limits=limits)
-    return Tuned(static, tune_table(runs, slo, static, share=asked, budget=budget), asked)
+    table = find_load_table(
+        partial(runs.traces, slo=slo),
+        runs.loop.node.spec.gpu_clocks_mhz,
+        batch_limit=static.batch_limit,
+        allowed=allowed_penalty(runs.slos[slo], asked),
+        stride=TABLE_STRIDE,
+        budget=budget,
+    )
+    return Tuned(static, table, asked)
 
 
 def tuned_policies(
@@ -71,22 +80,15 @@ def tuned_policies(
 
     What they need is tuned on the tuning seeds of the node's twin, the baselines too unless they are
     ``tuned`` already.
-
-    Raises:
-        ConfigError: an entry stands for no policy.
-        PolicyError: a folder is malformed, or made for another node.
     """
     case = case_of(config, spec)
     policies = {name: resolve(entry, case).make(0.0) for name, entry in entries.items()}
-    needing = [
-        name
-        for name, policy in policies.items()
-        if isinstance(policy, Learner) or (name in CATALOGUE and CATALOGUE[name].tuned)
-    ]
+    known = {name for name, entry in CATALOGUE.items() if entry.tuned}
+    needing = [name for name, policy in policies.items() if name in known or isinstance(policy, Learner)]
     if not needing:
         return policies
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
-    tuning = _practice(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
+    tuning = _tuning_runs(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
     tuned = tuned or tune_on(tuning, _ASKED, share=share)
     case = case_of(config, spec, static=tuned.static, table=tuned.table)
     for name in needing:
@@ -99,11 +101,10 @@ def tune_anchor(
     config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
 ) -> tuple[Anchor, float]:
     """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
-    tuning = _practice(config, kv_block_size, config.workload)
+    tuning = _tuning_runs(config, kv_block_size, config.workload)
     variants = kept_near("", policy.policy(tuning.loop.node.spec), config.slo, tuned.table)
     best, _ = search.tuned(variants, tuning, _ASKED, share=tuned.share)
-    assert isinstance(best, LearnedPolicy)
-    assert best.anchor is not None
+    assert isinstance(best, LearnedPolicy) and best.anchor is not None
     return best.anchor, best.codec.miss_price_j
 
 
@@ -119,9 +120,9 @@ def score_weights(
     A policy that was trained for many prices of a miss is scored at the best that is found; others have
     that of their training.
     """
-    tunings = [_practice(config, size, config.workload) for size in block_sizes]
-    scores: dict[float, Score] = {}
+    tunings = [_tuning_runs(config, size, config.workload) for size in block_sizes]
 
+    @cache
     def score_at(miss_price_j: float) -> Score:
         found = []
         for tuning in tunings:
@@ -134,17 +135,13 @@ def score_weights(
             slo_attainment=min(score.slo_attainment for score in found),
         )
 
-    def rank(log_price: float) -> tuple[bool, float]:
-        scores[log_price] = score_at(10.0**log_price)
-        return scores[log_price].rank(share)
-
-    if "miss_price" not in config.features:
-        return score_at(config.miss_price_j), config.miss_price_j
-    best = bisected(rank, *LOG_PRICES)
-    return scores[best], 10.0**best
+    price_j = config.miss_price_j
+    if "miss_price" in config.features:
+        price_j = 10.0 ** bisected(lambda log_price: score_at(10.0**log_price).rank(share), *LOG_PRICES)
+    return score_at(price_j), price_j
 
 
-def _practice(config: ServingConfig, kv_block_size: int, workload: str) -> Runs:
+def _tuning_runs(config: ServingConfig, kv_block_size: int, workload: str) -> Runs:
     """The tuning seeds of a workload."""
     horizon_s = float(EPISODE_S)
     loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="first half")
