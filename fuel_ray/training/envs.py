@@ -45,9 +45,7 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
 
     ``anchor`` is what a specialist, on one block size of a simulated node, explores near to.
     """
-    if config.mode == "generalist":
-        return _any_load(config, block_sizes)
-    if config.mode == "specialist":
+    if config.mode != "fixed_price":
         return _any_price(config, block_sizes, anchor)
     steps = config.train.episode_steps
     build = partial(build_loop, config, horizon_s=float(steps + 1), random_start=True, part="first half")
@@ -55,55 +53,47 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
     return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=patience(config))
 
 
-def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
-    """Loads, pools, TPOT limits and prices in every combination; combinations on one pool share its node."""
-    steps = config.train.episode_steps
-    loops, codecs = [], []
-    for size, (kv_tokens, high_rps) in product(block_sizes, POOLS):
-        own = replace(config, kv_tokens=kv_tokens)
-        node = build_node(own, size, horizon_s=float(steps + 1), workload=f"mixed:high_rps={high_rps}")
-        codec = build_codec(config, node.spec)
-        for tpot_s, price_j in product(_TPOTS_S, _PRICES_J):
-            told = replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j)
-            loops.append(_priced(told, node))
-            codecs.append(replace(codec, slo=told.slo, miss_price_j=price_j))
-    return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs)
-
-
 def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor | None) -> ServingEnv:
-    """The load of the settings at every price; on the twin, beside its load table if that is given."""
-    steps = config.train.episode_steps
-    if config.node != "sim":
+    """Every price of a miss; a generalist's also of every load, KV pool and TPOT limit.
+
+    All on one pool share its node. On the twin a specialist has its load table beside it, if that is given.
+    """
+    pools: Sequence[tuple[int | None, str | None]] = [(config.kv_tokens, None)]
+    tpots_s: Sequence[float | None] = [config.slo_tpot_s]
+    if anywhere := config.mode == "generalist":
+        pools = [(kv_tokens, f"mixed:high_rps={high_rps}") for kv_tokens, high_rps in POOLS]
+        tpots_s = _TPOTS_S
+    if anywhere or config.node != "sim":
         anchor = None  # a real node has no second one beside it
     loops, codecs, shadows = [], [], []
-    for size in block_sizes:
-        build = partial(build_node, config, size, horizon_s=float(steps + 1))
-        make_node = partial(build, random_start=True, part="first half")
+    for size, (kv_tokens, workload) in product(block_sizes, pools):
+        own = replace(config, kv_tokens=kv_tokens)
+        build = partial(build_node, own, size, horizon_s=float(config.train.episode_steps + 1))
+        make_node = partial(build, workload=workload, random_start=not anywhere, part="first half")
         node, shadow = make_node(), None if anchor is None else make_node()
         codec = build_codec(config, node.spec)
-        for price_j in _PRICES_J:
-            told = replace(config, miss_price_j=price_j)
-            loops.append(_priced(told, node))
-            codecs.append(replace(codec, miss_price_j=price_j))
-            shadows.append(None if shadow is None else _priced(told, shadow))
-    anchored = None if anchor is None else GridAnchor(anchor, codecs[0].grid)
+        for tpot_s, price_j in product(tpots_s, _PRICES_J):
+            priced = replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j)
+            loops.append(_loop(priced, node))
+            codecs.append(replace(codec, slo=priced.slo, miss_price_j=price_j))
+            shadows.append(None if shadow is None else _loop(priced, shadow))
     return ServingEnv(
         loops,
         codecs[0],
-        steps=steps,
+        steps=config.train.episode_steps,
         failures=patience(config),
         codecs=codecs,
-        anchor=anchored,
+        anchor=None if anchor is None else GridAnchor(anchor, codecs[0].grid),
         shadows=shadows,
     )
 
 
-def _priced(told: LearnConfig, node: Node) -> ControlLoop:
-    """A node under control at the price and the promise of the settings."""
-    objective = build_objective(told)
+def _loop(priced: LearnConfig, node: Node) -> ControlLoop:
+    """A node under control at the price and the SLO of the settings."""
+    objective = build_objective(priced)
     if isinstance(objective, Energy):  # rewards of one size, whatever the price
-        objective = replace(objective, scale_w=objective.scale_w * (1.0 + told.miss_price_j / 200.0))
-    return ControlLoop(node, objective, guard=Guard(told.guard.rules(told.slo, node.spec)))
+        objective = replace(objective, scale_w=objective.scale_w * (1.0 + priced.miss_price_j / 200.0))
+    return ControlLoop(node, objective, guard=Guard(priced.guard.rules(priced.slo, node.spec)))
 
 
 def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:

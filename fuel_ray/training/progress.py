@@ -26,12 +26,12 @@ class Episodes(RLlibCallback):
     """What is logged of training episodes, and that no one learns from a step that was not measured."""
 
     def on_sample_end(self, *, samples: list[Any], **_: Any) -> None:
-        """RLlib's hook: drop the last step of what a node's failure ended."""
+        """Drop the last step of what a node's failure ended."""
         measured = [e[:-1] if len(e) and NODE_FAILURE in e.get_infos(-1) else e for e in samples]
         samples[:] = [episode for episode in measured if len(episode)]
 
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
-        """RLlib's hook: log reward per window, joules per request, SLO attainment and mean clock."""
+        """Log reward per window, joules per request, SLO attainment and mean clock."""
         infos = [info for info in episode.get_infos() if "energy_j" in info]
         if any(info["arrivals"] for info in infos):
             shown = figures(infos, reward=episode.get_return() / len(infos))
@@ -60,7 +60,6 @@ class Progress(tune.Callback):
         self._began_s = time.monotonic()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
-        """Tune's hook."""
         row = curve_row(result)
         steps = row["env_steps"]
         self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
@@ -87,11 +86,7 @@ class NodeWatch(tune.Callback):
         self._enough_s = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        """Tune's hook, several times a second.
-
-        Raises:
-            NodeError: for too long there have been too few nodes for any trial.
-        """
+        """Raises NodeError if for too long there have been too few nodes for any trial."""
         now_s = time.monotonic()
         if now_s - self._looked_s < LOOK_S:
             return
@@ -124,14 +119,10 @@ def progress_table() -> tune.CLIReporter:
 
 def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the learning curve shows of a training result; None where no episode ended yet."""
-    runners = result.get("env_runners", {})
-    fuel = runners.get("fuel", {})
-    return {
-        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
-        "reward": _known(fuel.get("reward")),
-        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
-        "slo_attainment": _known(fuel.get("slo_attainment")),
-    }
+    fuel = result.get("env_runners", {}).get("fuel", {})
+    names = ("reward", "energy_j_per_request", "slo_attainment")
+    steps = int(result.get("num_env_steps_sampled_lifetime", 0))
+    return {"env_steps": steps} | {name: _known(fuel.get(name)) for name in names}
 
 
 def _known(value: Any) -> float | None:
