@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -281,12 +282,8 @@ def _flag(name: str) -> str:
 
 
 def _value_of(argv: list[str], flag: str) -> str | None:
-    for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
+    words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
+    return next((value for word, value in pairwise(words) if word == flag), None)
 
 
 def _one_line(text: str) -> str:

@@ -13,10 +13,10 @@ from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.learned import read_manifest
-from fuel_ray.record import read_json, write_json
+from fuel_ray.record import read_json, update_csv, update_lines, write_json
 from fuel_ray.report.sections import summary_table, write_report
 from fuel_ray.training.policies import policy_folder, train_policies
-from fuel_ray.training.run import in_rounds, parse_run, running, update_csv, update_lines
+from fuel_ray.training.run import in_rounds, parse_run, running
 from fuel_ray.tuning.contenders import check
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.tuned import Tuned

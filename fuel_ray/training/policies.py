@@ -12,13 +12,14 @@ from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import LearnConfig
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import PolicyFolder, read_policy, save_policy
-from fuel_ray.record import read_json, write_json
-from fuel_ray.training.run import check_start, update_csv
+from fuel_ray.record import read_json, update_csv, write_json
+from fuel_ray.training.run import check_start
 from fuel_ray.training.trials import Trained, run_trials
 from fuel_ray.tuning.static_pair import Score
 from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
 
 TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
+Scored = tuple[Score, float]  # a result on the tuning seeds of the twin, and its price of a miss
 
 
 def train_policies(
@@ -39,11 +40,9 @@ def train_policies(
     trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors)
     shares = [min(home[size].share for size in trial.block_sizes) for trial in trained]
     scored = _scored(config, trained, shares, anchors if config.anchor else {})
-    update_csv(
-        run_dir / "learning.csv", [row for pair in zip(trained, scored, strict=True) for row in _curve(*pair)]
-    )
-    each = zip(trained, scored, shares, strict=True)
-    _hold(config, [_chosen(found, run_dir, trial, own, share) for trial, own, share in each], home)
+    results = list(zip(trained, scored, shares, strict=True))
+    update_csv(run_dir / "learning.csv", [row for trial, own, _ in results for row in _curve(trial, own)])
+    _hold(config, [_chosen(found, run_dir, *result) for result in results], home)
     return by_size
 
 
@@ -73,8 +72,8 @@ def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Pat
 
 def _scored(
     config: LearnConfig, trained: Sequence[Trained], shares: Sequence[float], near: Mapping[int, Anchor]
-) -> list[list[tuple[Score, float]]]:
-    """What each result of each trial does on the tuning seeds of the twin, and its price of a miss."""
+) -> list[list[Scored]]:
+    """The results of each trial."""
     twin = twin_of(config)
     jobs = [
         (twin, trial.block_sizes, result.arrays, near.get(trial.block_sizes[0]), share)
@@ -85,7 +84,7 @@ def _scored(
     return [[next(scores) for _ in trial.results] for trial in trained]
 
 
-def _curve(trial: Trained, scores: Sequence[tuple[Score, float]]) -> list[dict[str, Any]]:
+def _curve(trial: Trained, scores: Sequence[Scored]) -> list[dict[str, Any]]:
     """Rows of learning.csv."""
     size = "/".join(map(str, trial.block_sizes))
     return [
@@ -98,7 +97,7 @@ def _chosen(
     found: Resolved[Learning],
     run_dir: Path,
     trial: Trained,
-    scores: Sequence[tuple[Score, float]],
+    scores: Sequence[Scored],
     share: float,
 ) -> PolicyFolder:
     """The policy folder of the best result."""
@@ -115,10 +114,8 @@ def _hold(config: LearnConfig, policies: Sequence[PolicyFolder], tuned: Mapping[
     """Write into the policies what is tuned for their load: the static pair and, of one size, the anchor."""
     held: Sequence[tuple[Anchor | None, float]] = [(None, p.codec.miss_price_j) for p in policies]
     if config.anchor and not config.conditional:
-        sizes = [policy.manifest.kv_block_sizes[0] for policy in policies]
-        jobs = [
-            (twin_of(config), size, policy, tuned[size]) for size, policy in zip(sizes, policies, strict=True)
-        ]
+        of_size = {policy.manifest.kv_block_sizes[0]: policy for policy in policies}
+        jobs = [(twin_of(config), size, policy, tuned[size]) for size, policy in of_size.items()]
         held = in_parallel("tune anchors", tune_anchor, jobs)
     for policy, (anchor, price_j) in zip(policies, held, strict=True):
         pairs = [tuned[size].static for size in policy.manifest.kv_block_sizes]

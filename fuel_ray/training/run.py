@@ -1,11 +1,9 @@
 """A run that trains: its settings, its folder, its rounds of block sizes, and how it goes on."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.codec import build_codec
@@ -17,17 +15,7 @@ from fuel_ray.config import LearnConfig, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving, resumed
 from fuel_ray.policies.learned import read_policy
-from fuel_ray.record import (
-    fetch,
-    new_folder,
-    origin,
-    publish,
-    read_csv,
-    read_json,
-    write_csv,
-    write_json,
-    write_lines,
-)
+from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_json, write_json
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.trials import algorithm_of, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
@@ -90,7 +78,7 @@ def in_rounds(
     """
     start_ray(config)
     for sizes in read_json(run_dir / "run.json").get("rounds", [config.block_sizes]):
-        done = {row["block_size"] for row in _rows(run_dir / table)}
+        done = {row["block_size"] for row in read_csv(run_dir / table)}
         done |= read_json(run_dir / "run.json")["unsupported"].keys()
         left = tuple(size for size in sizes if str(size) not in done or not config.live_server)
         if left:
@@ -100,23 +88,6 @@ def in_rounds(
                     work(found)
     if read_json(run_dir / "run.json")["engine"] is None:
         raise UnsupportedError(f"no block size of {', '.join(map(str, config.block_sizes))} can be served")
-
-
-def update_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows into a table, in place of its rows of the same block sizes."""
-    sizes = {str(row["block_size"]) for row in rows}
-    write_csv(path, [*(row for row in _rows(path) if row["block_size"] not in sizes), *rows])
-
-
-def update_lines(path: Path, lines: Sequence[str]) -> None:
-    """The same for JSON lines."""
-    sizes = {json.loads(line)["block_size"] for line in lines}
-    there = path.read_text().splitlines() if path.exists() else []
-    write_lines(path, [*(line for line in there if json.loads(line)["block_size"] not in sizes), *lines])
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    return read_csv(path) if path.exists() else []
 
 
 def _check(config: LearnConfig, workloads: Sequence[str]) -> None:
