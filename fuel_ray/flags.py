@@ -289,7 +289,6 @@ def _value_of(argv: list[str], flag: str) -> str | None:
 def _one_line(text: str) -> str:
     """Tyro's boxed complaint as one line, without its pointer to --help."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    words = " ".join(line.strip(" │╭╮╰╯─┆┄") for line in plain.splitlines())
-    words = re.sub(r"\s+", " ", words).strip()
+    words = " ".join(re.sub(r"[│╭╮╰╯─┆┄]", " ", plain).split())
     words = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
     return re.sub(r"^(Parsing error|Unrecognized options|[A-Z][a-z]+ (error|options?))\s+", "", words)

@@ -1,4 +1,4 @@
-"""What is seen of trials while they run: metrics of episodes, lines, a table, nodes that are missing."""
+"""What is seen of trials while they run: metrics of episodes, a line per result, nodes that are missing."""
 
 import math
 import re
@@ -15,9 +15,6 @@ from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
 from fuel_ray.config import LearnConfig
 from fuel_ray.env import NODE_FAILURE
 from fuel_ray.errors import NodeError
-
-TABLE_S = 30  # between two of Tune's tables
-LOOK_S = 2.0  # between two looks at the cluster
 
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
@@ -82,39 +79,20 @@ class NodeWatch(tune.Callback):
     def __init__(self, config: LearnConfig) -> None:
         self._needed, self._gpus = config.nodes_per_trial, gpus_per_node(config)
         self._wait_s = config.node_wait_s
-        self._looked_s = -math.inf
         self._enough_s = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Raises NodeError if for too long there have been too few nodes for any trial."""
-        now_s = time.monotonic()
-        if now_s - self._looked_s < LOOK_S:
-            return
-        self._looked_s = now_s
-        there = num_nodes(self._gpus)
-        if there >= self._needed or any(trial.status == "RUNNING" for trial in trials):
-            self._enough_s = now_s
-        elif now_s - self._enough_s > self._wait_s:
+        running = any(trial.status == "RUNNING" for trial in trials)
+        if running or (there := num_nodes(self._gpus)) >= self._needed:
+            self._enough_s = time.monotonic()
+        elif time.monotonic() - self._enough_s > self._wait_s:
             errors = [reason(error) for trial in trials if (error := trial.get_error())]
             raise NodeError(
                 f"for {self._wait_s:g} s the cluster has had {there} of the {self._needed} node(s) with the "
                 f"resource {NODE_RESOURCE} that a trial needs; start the host again and --resume"
                 + (f" (the trial's last error: {errors[-1]})" if errors else "")
             )
-
-
-def progress_table() -> tune.CLIReporter:
-    """Tune's progress table."""
-    return tune.CLIReporter(
-        parameter_columns={"env_config/block_sizes": "block size"},
-        metric_columns={
-            "num_env_steps_sampled_lifetime": "steps",
-            "env_runners/fuel/energy_j_per_request": "J/request",
-            "env_runners/fuel/slo_attainment": "of SLO",
-            "env_runners/fuel/reward": "reward",
-        },
-        max_report_frequency=TABLE_S,
-    )
 
 
 def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:

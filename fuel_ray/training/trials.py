@@ -25,9 +25,10 @@ from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.envs import learning_settings, make_env
-from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, progress_table, reason
+from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, reason
 
 _ENV_NAME = "fuel_ray_serving"
+_STEPS = "num_env_steps_sampled_lifetime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,10 @@ def run_trials(
     """
     register_env(_ENV_NAME, make_env)
     sizes = [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
-    space = settings_of_trials(config, tune.grid_search(sizes), grid, anchors)
+    space = _settings(config, tune.grid_search(sizes), grid, anchors)
     algorithm = _with_nodes(space.algo_class, config)
-    callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
-    if config.node == "ray":
-        callbacks.append(NodeWatch(config))
+    watch = [NodeWatch(config)] if config.node == "ray" else []
+    callbacks = [Progress(config, trials=len(sizes)), *watch]
     folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
     name = f"tune-{'-'.join(map(str, config.block_sizes))}" if config.live_server else "tune"
     path = f"{folder}/{name}"
@@ -104,11 +104,20 @@ def _run_settings(config: LearnConfig, callbacks: list[tune.Callback], **where: 
     on_cluster = config.node == "ray"
     return tune.RunConfig(
         **where,
-        stop={"num_env_steps_sampled_lifetime": config.steps},
+        stop={_STEPS: config.steps},
         checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
         failure_config=tune.FailureConfig(max_failures=config.node_failures if on_cluster else 0),
         callbacks=callbacks,
-        progress_reporter=progress_table(),
+        progress_reporter=tune.CLIReporter(
+            parameter_columns={"env_config/block_sizes": "block size"},
+            metric_columns={
+                _STEPS: "steps",
+                "env_runners/fuel/energy_j_per_request": "J/request",
+                "env_runners/fuel/slo_attainment": "of SLO",
+                "env_runners/fuel/reward": "reward",
+            },
+            max_report_frequency=30,  # s
+        ),
         verbose=1 if on_cluster else 0,
     )
 
@@ -126,7 +135,7 @@ def algorithm_of(config: LearnConfig) -> Callable[..., AlgorithmConfig]:
     return found
 
 
-def settings_of_trials(
+def _settings(
     config: LearnConfig, block_sizes: Any, grid: ActionGrid, anchors: Mapping[int, Anchor]
 ) -> AlgorithmConfig:
     """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
