@@ -213,7 +213,7 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class LearnConfig(ServingConfig):
-    """What a DQN sees, may choose and is trained on."""
+    """What a policy sees, may choose and is trained on."""
 
     steps: int = 200_000
     """Control windows (1 s each) to train each policy on."""
@@ -251,7 +251,7 @@ class LearnConfig(ServingConfig):
 
 @dataclass(frozen=True)
 class SweepConfig(LearnConfig):
-    """Train one DQN per KV block size, compare it with the baselines, write policies and a report."""
+    """Train one policy per KV block size, compare it with the baselines, write policies and a report."""
 
     seeds: int = 10
     """Held-out workload seeds of the evaluation."""

@@ -9,7 +9,7 @@ from fuel_ray.training.run import in_rounds, parse_run, running
 
 @dataclass(frozen=True)
 class TrainVerbConfig(LearnConfig):
-    """Train one DQN per KV block size and write its policy; `fuel-ray sweep` compares it too."""
+    """Train one policy per KV block size and write it; `fuel-ray sweep` compares it too."""
 
     episodes: int | None = None
     """Episodes to train for, in place of --steps."""
