@@ -1,4 +1,4 @@
-"""From settings to policy folders: tune baselines, run trials, choose checkpoints, tune what holds them."""
+"""From settings to policy folders: tune baselines, run trials, choose checkpoints, tune their anchors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -42,7 +42,7 @@ def train_policies(
     scored = _scored(config, trained, shares, anchors if config.anchor else {})
     results = list(zip(trained, scored, shares, strict=True))
     update_csv(run_dir / "learning.csv", [row for trial, own, _ in results for row in _curve(trial, own)])
-    _hold(config, [_chosen(found, run_dir, *result) for result in results], home)
+    _add_tuned(config, [_chosen(found, run_dir, *result) for result in results], home)
     return by_size
 
 
@@ -110,7 +110,7 @@ def _chosen(
     return read_policy(folder, extra_features=found.config.extra_features)
 
 
-def _hold(config: LearnConfig, policies: Sequence[PolicyFolder], tuned: Mapping[int, Tuned]) -> None:
+def _add_tuned(config: LearnConfig, policies: Sequence[PolicyFolder], tuned: Mapping[int, Tuned]) -> None:
     """Write into the policies what is tuned for their load: the static pair and, of one size, the anchor."""
     held: Sequence[tuple[Anchor | None, float]] = [(None, p.codec.miss_price_j) for p in policies]
     if config.anchor and not config.conditional:
