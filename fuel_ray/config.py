@@ -1,10 +1,12 @@
 """One frozen tree of settings; presets are values of it, JSON files change it. Flags are in flags.py."""
 
+import contextlib
 import dataclasses
 import json
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, TypeVar
 
 from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
@@ -111,16 +113,11 @@ class GuardConfig:
         fallback = self.fallback
         if fallback is not None and len(spec.gpu_clocks_mhz) == 1:
             fallback = fallback.partition("@")[0]  # the clock is not ours to set
+        same = {f.name for f in fields(Rules)} - {"slo", "fallback"}
         return Rules(
-            max_wait_s=self.max_wait_s,
-            max_waiting=self.max_waiting,
             slo=slo if self.latency else None,
-            release_s=self.release_s,
             fallback=None if fallback is None else parse_knobs(fallback, spec),
-            floor_mhz=self.floor_mhz,
-            max_step_mhz=self.max_step_mhz,
-            dwell_s=self.dwell_s,
-            switches_per_minute=self.switches_per_minute,
+            **{name: getattr(self, name) for name in same},
         )
 
 
@@ -188,7 +185,7 @@ class ServingConfig:
     slo_e2e_s: float | None = None
     """Limit on the time from arrival to the last token in s; None: no limit."""
     slo_share: float | None = 0.95
-    """Share of requests that must keep all limits, 0..1; None: the means must keep them."""
+    """Share of requests that must meet all limits, 0..1; None: the means must meet them."""
     reward: Reward | Reference = "energy"
     """Reward that windows are scored by; or package.module:Class, an Objective."""
     miss_price_j: float = 200.0
@@ -205,7 +202,7 @@ class ServingConfig:
 
     @property
     def slo(self) -> Slo:
-        """The limits on latency, and the share of requests that must keep them."""
+        """The limits on latency, and the share of requests that must meet them."""
         return Slo(self.slo_ttft_s, self.slo_tpot_s, self.slo_e2e_s, self.slo_share)
 
     @property
@@ -216,7 +213,7 @@ class ServingConfig:
 
 @dataclass(frozen=True)
 class LearnConfig(ServingConfig):
-    """What a DQN sees, may choose and is trained on."""
+    """What a policy sees, may choose and is trained on."""
 
     steps: int = 200_000
     """Control windows (1 s each) to train each policy on."""
@@ -254,7 +251,7 @@ class LearnConfig(ServingConfig):
 
 @dataclass(frozen=True)
 class SweepConfig(LearnConfig):
-    """Train one DQN per KV block size, compare it with the baselines, write policies and a report."""
+    """Train one policy per KV block size, compare it with the baselines, write policies and a report."""
 
     seeds: int = 10
     """Held-out workload seeds of the evaluation."""
@@ -266,7 +263,7 @@ class SweepConfig(LearnConfig):
     """Policies that are evaluated too: names such as clipper or voltana, folders, package.module:Class."""
 
 
-PLAIN_PRESET = SweepConfig(
+_PLAIN = SweepConfig(
     preset="plain",
     steps=120_000,
     features=PLAIN_FEATURES,
@@ -284,8 +281,8 @@ PLAIN_PRESET = SweepConfig(
         average_results=1,
     ),
 )
-SEED_PRESET = replace(
-    PLAIN_PRESET,
+_SEED = replace(
+    _PLAIN,
     preset="seed",
     steps=50_000,  # 500 episodes of 100 steps
     slo_ttft_s=None,
@@ -297,7 +294,7 @@ SEED_PRESET = replace(
     grid="seed",
     anchor=False,
     train=replace(
-        PLAIN_PRESET.train,
+        _PLAIN.train,
         episode_steps=100,
         batch_size=64,  # GreenDLS
         lr=1e-4,
@@ -308,36 +305,23 @@ SEED_PRESET = replace(
         epsilon_final=0.1,
     ),
 )
-GENERALIST_PRESET = SweepConfig(
+_GENERALIST = SweepConfig(
     preset="generalist",
     steps=700_000,
     mode="generalist",
     train=TrainConfig(epsilon_initial=1.0, epsilon_final=0.05, average_results=3),
 )
 PRESETS: dict[str, SweepConfig] = {
-    "default": SweepConfig(),
-    "plain": PLAIN_PRESET,
-    "generalist": GENERALIST_PRESET,
-    "seed": SEED_PRESET,
+    config.preset: config for config in (SweepConfig(), _PLAIN, _GENERALIST, _SEED)
 }
 
 Serving = TypeVar("Serving", bound=ServingConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Settings as plain data, for JSON."""
-    return dataclasses.asdict(config, dict_factory=_plain)
-
-
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: _text(value) for key, value in items}
-
-
-def _text(value: Any) -> Any:
-    """Paths as text, alone or in a tuple; anything else as it is."""
-    if isinstance(value, tuple):
-        return tuple(map(_text, value))
-    return str(value) if isinstance(value, Path) else value
+    """Settings as plain data, for JSON: tuples are lists and paths text."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return plain
 
 
 def load_config(path: Path, *, base: Serving) -> Serving:
@@ -354,54 +338,46 @@ def load_config(path: Path, *, base: Serving) -> Serving:
 
 
 def from_dict(raw: Any, *, base: Serving, source: str) -> Serving:
-    """The inverse of ``to_dict``; keys that are left out keep the value of ``base``.
+    """The inverse of ``to_dict``; keys that are left out keep the value of ``base``, as a run's folders do.
 
     Raises:
         ConfigError: a key is unknown or a value has the wrong type.
     """
+    own = {name: getattr(base, name) for name in ("out", "resume", "config") if hasattr(base, name)}
+    changed: Serving = _changed(base, raw, source)
+    return replace(changed, **own)
+
+
+def _changed(base: Any, raw: Any, source: str) -> Any:
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: not a JSON object")
-    parts = ((f.name, getattr(base, f.name)) for f in dataclasses.fields(base))
-    nested: dict[str, Any] = {name: part for name, part in parts if dataclasses.is_dataclass(part)}
-    changes = _changes(type(base), {k: v for k, v in raw.items() if k not in nested}, source)
-    for name, part in nested.items():
-        part_raw = raw.get(name, {})
-        if not isinstance(part_raw, dict):
-            raise ConfigError(f"{source}: {name} is not a JSON object")
-        changes[name] = replace(part, **_changes(type(part), part_raw, source))
-    for name in ("out", "resume", "config"):
-        changes.pop(name, None)
-    return replace(base, **changes)
-
-
-def _changes(config_class: type, raw: dict[str, Any], source: str) -> dict[str, Any]:
-    kinds = typing.get_type_hints(config_class)
-    changes = {}
+    kinds = typing.get_type_hints(type(base))
+    changes: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in kinds:
             raise ConfigError(f"{source}: unknown key {key!r}; allowed are {', '.join(kinds)}")
-        kind = kinds[key]
-        if isinstance(value, list):
-            value = tuple(value)  # noqa: PLW2901  (JSON has no tuples)
-        if not _fits(value, kind):
-            raise ConfigError(f"{source}: {key} is {value!r}; allowed is {kind}")
-        is_path = isinstance(value, str) and Path in (kind, *typing.get_args(kind))
-        paths = isinstance(value, tuple) and Path in typing.get_args(kind)
-        changes[key] = tuple(map(Path, value)) if paths else Path(value) if is_path else value
-    return changes
+        if dataclasses.is_dataclass(kinds[key]):
+            changes[key] = _changed(getattr(base, key), value, f"{source}: {key}")
+            continue
+        try:
+            changes[key] = _typed(value, kinds[key])
+        except TypeError:
+            raise ConfigError(f"{source}: {key} is {value!r}; allowed is {kinds[key]}") from None
+    return replace(base, **changes)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON has the annotated type."""
+def _typed(value: Any, kind: Any) -> Any:
+    """A value from JSON as the annotated type has it, else TypeError."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
-    if args:
-        return any(_fits(value, option) for option in args)
-    if kind is Reference:
-        return isinstance(value, str) and reference(value) == value
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, str) if kind is Path else isinstance(value, kind)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, args[0]) for item in value)
+    if origin in (typing.Union, UnionType):
+        for option in args:
+            with contextlib.suppress(TypeError):
+                return _typed(value, option)
+    if isinstance(value, str) and (kind is Path or (kind is Reference and reference(value) == value)):
+        return kind(value)
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if fits or (origin is Literal and value in args):
+        return value
+    raise TypeError(value)

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -53,7 +54,6 @@ _GROUPS: dict[tuple[float, float], str] = {
 _RANGES = {name: limits for limits, names in _GROUPS.items() for name in names.split()} | {
     f"train.{f.name}": _COUNT for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])
 }
-_MODES = {"--generalist": "--mode generalist", "--no-specialist": "--mode fixed_price"}  # of earlier versions
 
 T = TypeVar("T")
 
@@ -92,8 +92,6 @@ def parse_serving(
     Raises:
         ConfigError: a flag, a file or a value is wrong.
     """
-    for flag in _MODES.keys() & set(argv):
-        raise ConfigError(f"{flag} is no flag: {_MODES[flag]}")
     preset, path = _value_of(argv, "--preset"), _value_of(argv, "--config")
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"--preset {preset} is unknown; allowed are {', '.join(PRESETS)}")
@@ -116,21 +114,12 @@ def check_named(settings: Any, words: Sequence[str]) -> None:
     """
     values = (word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words)
     named = {reference(value) for value in values}
-    for flag, text in _texts(to_dict(settings)):
-        if reference(text) not in (None, *named):
+    for name, text in _values(to_dict(settings)):
+        if isinstance(text, str) and reference(text) not in (None, *named):
             raise ConfigError(
                 "its settings name code from outside, which is loaded only where the command line names it "
-                f"too: add {flag} {text}"
+                f"too: add {_flag(name)} {text}"
             )
-
-
-def _texts(settings: dict[str, Any], prefix: str = "--") -> Iterator[tuple[str, str]]:
-    """Every text among the settings, with its flag."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _texts(value, f"{prefix}{name.replace('_', '-')}.")
-        items = value if isinstance(value, tuple) else (value,)
-        yield from ((prefix + name.replace("_", "-"), item) for item in items if isinstance(item, str))
 
 
 def resumed(folder: Path, argv: list[str], *, prog: str, base: Serving, may_change: Sequence[str]) -> Serving:
@@ -188,22 +177,21 @@ def check_ranges(config: Any) -> None:
     Raises:
         ConfigError: names the first one that is out of range, and the range.
     """
-    for name, value in _numbers(config):
+    for name, value in _values(to_dict(config)):
+        if name not in _RANGES or value is None:
+            continue
         low, high = _RANGES[name]
         if not low <= value <= high:
             raise ConfigError(f"{_flag(name)} {value}: must be from {low:g} to {high:g}")
 
 
-def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number that has a range, with its dotted name."""
-    for f in dataclasses.fields(config):
-        value, name = getattr(config, f.name), prefix + f.name
-        if dataclasses.is_dataclass(value):
-            yield from _numbers(value, name + ".")
-        elif name in _RANGES:
-            yield from (
-                (name, item) for item in (value if isinstance(value, tuple) else (value,)) if item is not None
-            )
+def _values(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value among the settings, one by one where there are several, with its dotted name."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield from ((prefix + name, item) for item in (value if isinstance(value, list) else [value]))
 
 
 def _validate_training(config: LearnConfig) -> None:
@@ -239,7 +227,7 @@ def _validate_algorithm(config: LearnConfig) -> None:
 
 
 def validate_tune_share(tune_share: float, slo_share: float | None) -> None:
-    """Check that what is asked for in tuning is no less than what is promised.
+    """Check that what is asked for in tuning is no less than the SLO's share.
 
     Raises:
         ConfigError: it is less, or no share.
@@ -248,7 +236,7 @@ def validate_tune_share(tune_share: float, slo_share: float | None) -> None:
         raise ConfigError(f"--tune-share {tune_share}: must be above 0 and at most 1")
     if slo_share is not None and tune_share < slo_share:
         raise ConfigError(
-            f"--tune-share {tune_share}: less than --slo-share {slo_share}, so nobody would be tuned to keep "
+            f"--tune-share {tune_share}: less than --slo-share {slo_share}, so nobody would be tuned to meet "
             f"it; a little more leaves room for loads to come, such as {(1 + slo_share) / 2:g}"
         )
 
@@ -294,18 +282,13 @@ def _flag(name: str) -> str:
 
 
 def _value_of(argv: list[str], flag: str) -> str | None:
-    for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
+    words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
+    return next((value for word, value in pairwise(words) if word == flag), None)
 
 
 def _one_line(text: str) -> str:
     """Tyro's boxed complaint as one line, without its pointer to --help."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    words = " ".join(line.strip(" │╭╮╰╯─┆┄") for line in plain.splitlines())
-    words = re.sub(r"\s+", " ", words).strip()
+    words = " ".join(re.sub(r"[│╭╮╰╯─┆┄]", " ", plain).split())
     words = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
     return re.sub(r"^(Parsing error|Unrecognized options|[A-Z][a-z]+ (error|options?))\s+", "", words)

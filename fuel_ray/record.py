@@ -125,9 +125,24 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that ``write_csv`` wrote, as text."""
+    """The rows of a table that ``write_csv`` wrote, as text; none if it is not there."""
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def update_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows into a table, in place of its rows of the same block sizes."""
+    sizes = {str(row["block_size"]) for row in rows}
+    write_csv(path, [*(row for row in read_csv(path) if row["block_size"] not in sizes), *rows])
+
+
+def update_lines(path: Path, lines: Sequence[str]) -> None:
+    """The same for JSON lines."""
+    sizes = {json.loads(line)["block_size"] for line in lines}
+    there = path.read_text().splitlines() if path.exists() else []
+    write_lines(path, [*(line for line in there if json.loads(line)["block_size"] not in sizes), *lines])
 
 
 def versions() -> dict[str, str]:

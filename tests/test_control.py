@@ -127,6 +127,11 @@ def test_gymnasium_accepts_the_environment():
     check_env(gymnasium.make(ENV_ID).unwrapped, skip_render_check=True)
 
 
+def test_gymnasium_refuses_an_unknown_key():
+    with pytest.raises(TypeError, match="block_size"):
+        gymnasium.make(ENV_ID, block_size=32)
+
+
 @pytest.mark.parametrize(("preset", "actions"), [("default", 201), ("plain", 42), ("seed", 187)])
 def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions):
     env = gymnasium.make(ENV_ID, kv_block_size=32, preset=preset)

@@ -18,7 +18,7 @@ from fuel_ray.errors import PolicyError
 from fuel_ray.policies.learned import LearnedPolicy, Manifest, load_policy, read_manifest, save_policy
 from fuel_ray.policies.network import folded, q_values
 from fuel_ray.policies.static import LoadTable, Static
-from fuel_ray.training import run as train
+from fuel_ray.training import policies as train
 from fuel_ray.training.replay import ReplayBuffer
 from fuel_ray.training.rl_module import DuelingQNet
 from fuel_ray.training.rollout import Exploration, Sampler, near
@@ -327,7 +327,8 @@ def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
     (tmp_path / "run.json").write_text('{"engine": "vllm 0.20.2"}')
     with resolve(config, run="r") as found:
-        train._save(found, tmp_path, Trained((16,), (Checkpointed(100, None, arrays),)), 0, miss_price_j=0.0)
+        trial = Trained((16,), (Checkpointed(100, None, arrays),))
+        train._chosen(found, tmp_path, trial, [(Score(1.0, 1.0), 0.0)], 0.97)
     codec = Codec.from_dict(json.loads((tmp_path / "policies/block_16/codec.json").read_text()))
     seen = Encoder(codec, loop.node.spec).encode(loop.reset(seed=0))
     assert codec.running_scale.count > 1 and seen.any()
@@ -395,9 +396,9 @@ def test_fragments_are_consecutive_steps_of_one_episode():
     sampler = Sampler([Counting(), Counting()], exploration, seed=0)
     first = sampler.sample(lambda seen, _: seen[:, 0].astype(int), steps=4, epsilon=0.0)
     again = sampler.sample(lambda seen, _: seen[:, 0].astype(int), steps=2, epsilon=0.0)
-    assert [f.observations[:, 0].tolist() for f in first] == [[0, 1, 2, 3]] * 2 + [[0, 1]] * 2
-    assert first[0].rewards.tolist() == first[0].actions.tolist() == [0, 1, 2]
-    assert [f.observations[:, 0].tolist() for f in again] == [[1, 2, 3]] * 2
+    assert [[float(*seen) for seen in f.observations] for f in first] == [[0, 1, 2, 3]] * 2 + [[0, 1]] * 2
+    assert first[0].rewards == first[0].actions == [0, 1, 2]
+    assert [[float(*seen) for seen in f.observations] for f in again] == [[1, 2, 3]] * 2
     assert [info["n"] for info in again[0].infos] == [2, 3]
 
 

@@ -21,9 +21,9 @@ from fuel_ray.cluster.hosts import connect
 from fuel_ray.config import LearnConfig, TrainConfig
 from fuel_ray.env import NODE_FAILURE
 from fuel_ray.errors import ConfigError
+from fuel_ray.policies.catalogue import label
 from fuel_ray.policies.network import q_values
 from fuel_ray.report.data import Run
-from fuel_ray.report.text import label
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.ppo import ActorCritic, ppo
 from fuel_ray.training.progress import Episodes

@@ -12,7 +12,8 @@ from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.record import write_json
-from fuel_ray.training import run as train
+from fuel_ray.training import policies as train
+from fuel_ray.training.run import check_start
 from fuel_ray.training.trials import Checkpointed, Trained
 from fuel_ray.tuning.runs import Score
 from fuel_ray.tuning.tuned import Tuned
@@ -87,4 +88,4 @@ def test_training_may_start_from_a_policy_whose_price_was_tuned(tmp_path):
     folder = write_policy(tmp_path / "p", grid=codec.grid, features=codec.features)
     made = read_policy(folder)
     save_policy(folder, made.arrays, replace(codec, miss_price_j=150.0), made.manifest)
-    train._check_start(replace(config, start_from=folder), codec)
+    check_start(replace(config, start_from=folder), codec)

@@ -114,10 +114,10 @@ def main() -> None:
         config = replace(
             VARIANTS[name], steps=given.steps, train=replace(VARIANTS[name].train, average_results=1)
         )
-        codecs = {size: build_codec(config, build_spec(config, size)) for size in config.block_sizes}
+        grid = build_codec(config, build_spec(config, config.block_sizes[0])).grid
         start_ray(config)
         with tempfile.TemporaryDirectory() as folder:
-            (trained,) = run_trials(config, Path(folder), codecs, {})
+            (trained,) = run_trials(config, Path(folder), grid, {})
         ends = {"": averaged(trained.results, last=3)[-1].arrays}
         if name == "the preset":
             ends[", last result alone"] = trained.results[-1].arrays

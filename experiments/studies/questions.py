@@ -91,10 +91,10 @@ class Row:
 def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) -> Iterator[Row]:
     """Train once and evaluate at every size."""
     config = replace(config, block_sizes=sizes, steps=given.steps)
-    codecs = {size: build_codec(config, build_spec(config, size)) for size in config.block_sizes}
+    grid = build_codec(config, build_spec(config, config.block_sizes[0])).grid
     start_ray(config)
     with tempfile.TemporaryDirectory() as folder:
-        (trained,) = run_trials(config, Path(folder), codecs, {})
+        (trained,) = run_trials(config, Path(folder), grid, {})
     for size in sizes:
         arrays = _best(config, trained, size)
         policy = _policy(config, arrays, size)

@@ -13,10 +13,10 @@ from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.learned import read_manifest
-from fuel_ray.record import read_json, write_json
+from fuel_ray.record import read_json, update_csv, update_lines, write_json
 from fuel_ray.report.sections import summary_table, write_report
-from fuel_ray.training.rounds import block_sizes_of, in_rounds, merged, merged_lines
-from fuel_ray.training.run import parse_run, policy_folder, prepare, resumable, train_policies
+from fuel_ray.training.policies import policy_folder, train_policies
+from fuel_ray.training.run import in_rounds, parse_run, running
 from fuel_ray.tuning.contenders import check
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
 from fuel_ray.tuning.tuned import Tuned
@@ -34,8 +34,7 @@ def parse(argv: list[str], *, prog: str) -> SweepConfig:
 def run(config: SweepConfig) -> int:
     """Run or resume a sweep; prints a table and the path of the report."""
     held_out = range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds)
-    config, run_dir = prepare(config, "sweep", _workloads(config), held_out=held_out)
-    with resumable("sweep", run_dir, config.storage):
+    with running(config, "sweep", _workloads(config), held_out=held_out) as run_dir:
         _stages(config, run_dir)
         report = write_report(run_dir)
     print(f"\n{summary_table(run_dir)}\n\nreport    {report}\npolicies  {run_dir / 'policies'}")
@@ -45,8 +44,7 @@ def run(config: SweepConfig) -> int:
 def _stages(config: SweepConfig, run_dir: Path) -> None:
     """Train and choose checkpoints, tune the baselines, evaluate; each leaves its files."""
     began_s = time.monotonic()
-    summary = run_dir / "summary.csv"
-    in_rounds(config, run_dir, partial(_round, run_dir=run_dir), finished=lambda: block_sizes_of(summary))
+    in_rounds(config, run_dir, partial(_round, run_dir=run_dir), table="summary.csv")
     facts = read_json(run_dir / "run.json")
     facts["wall_time_s"] = facts.get("wall_time_s", 0.0) + time.monotonic() - began_s
     write_json(run_dir / "run.json", facts)
@@ -84,5 +82,5 @@ def _evaluate(config: SweepConfig, run_dir: Path, tuned: Mapping[int, Mapping[st
     on_cluster = config.node == "ray"
     at_once = max(1, num_nodes(gpus_per_node(config))) if on_cluster else None
     found = in_parallel("evaluate", evaluate_block_size, jobs, at_once=at_once, here=on_cluster)
-    merged_lines(run_dir / "steps.jsonl", [line for e in found for line in e.lines])
-    merged(run_dir / "summary.csv", [row for e in found for row in e.rows])
+    update_lines(run_dir / "steps.jsonl", [line for e in found for line in e.lines])
+    update_csv(run_dir / "summary.csv", [row for e in found for row in e.rows])

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 
 from fuel_ray.config import LearnConfig
-from fuel_ray.training.rounds import block_sizes_of, in_rounds
-from fuel_ray.training.run import parse_run, prepare, resumable, train_policies
+from fuel_ray.training.policies import train_policies
+from fuel_ray.training.run import in_rounds, parse_run, running
 
 
 @dataclass(frozen=True)
 class TrainVerbConfig(LearnConfig):
-    """Train one DQN per KV block size and write its policy; `fuel-ray sweep` compares it too."""
+    """Train one policy per KV block size and write it; `fuel-ray sweep` compares it too."""
 
     episodes: int | None = None
     """Episodes to train for, in place of --steps."""
@@ -27,13 +27,8 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
 
 def run(config: TrainVerbConfig) -> int:
     """Train, or resume a training; prints where the policies are."""
-    config, run_dir = prepare(config, "train", [config.workload], held_out=())
-    with resumable("train", run_dir, config.storage):
-        in_rounds(
-            config,
-            run_dir,
-            lambda found: train_policies(found, run_dir, [config.workload]),
-            finished=lambda: block_sizes_of(run_dir / "learning.csv"),
-        )
+    loads = [config.workload]
+    with running(config, "train", loads, held_out=()) as run_dir:
+        in_rounds(config, run_dir, lambda found: train_policies(found, run_dir, loads), table="learning.csv")
     print(f"\npolicies  {run_dir / 'policies'}")
     return 0

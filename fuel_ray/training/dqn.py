@@ -25,7 +25,7 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 
-from fuel_ray.config import LearnConfig, TrainConfig
+from fuel_ray.config import LearnConfig
 from fuel_ray.training.envs import make_env
 from fuel_ray.training.progress import figures
 from fuel_ray.training.replay import Batch, ReplayBuffer
@@ -37,11 +37,10 @@ def dqn(config: LearnConfig, *, model: Mapping[str, Any]) -> "FastDqnConfig":
     """RLlib's settings of a DQN, as far as another algorithm's differ; ``model`` is what the network is."""
     settings = config.train
     few = min(max(settings.batch_size, config.steps // 10), settings.buffer_size)
-    found = FastDqnConfig()
-    found.settings, found.total_steps = settings, config.steps
-    found.own_sampler = config.node == "sim"
+    found = FastDqnConfig(FastDqn)
+    found.learn = config
     found.env_runners(
-        num_envs_per_env_runner=1 if found.own_sampler else settings.num_envs,
+        num_envs_per_env_runner=1 if config.node == "sim" else settings.num_envs,
         rollout_fragment_length=settings.fragment_steps,
     )
     found.training(
@@ -62,11 +61,7 @@ def dqn(config: LearnConfig, *, model: Mapping[str, Any]) -> "FastDqnConfig":
 class FastDqnConfig(DQNConfig):
     """DQNConfig with what the loop below needs to know besides."""
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class or FastDqn)
-        self.settings = TrainConfig()
-        self.total_steps = LearnConfig.steps
-        self.own_sampler = False  # of simulated nodes; RLlib's runner then only says what the spaces are
+    learn = LearnConfig()
 
 
 class FastDqn(DQN):
@@ -74,36 +69,36 @@ class FastDqn(DQN):
 
     @classmethod
     def get_default_config(cls) -> FastDqnConfig:
-        """RLlib's hook."""
-        return FastDqnConfig()
+        return FastDqnConfig(FastDqn)
 
     def setup(self, config: Any) -> None:
-        """RLlib's hook: build everything, then the environments and the replay buffer."""
         super().setup(config)
         c = self.config
-        self._sampler = self._own_sampler() if c.own_sampler else None
+        # RLlib's runner of simulated nodes only says what the spaces are
+        self._sampler = self._own_sampler() if c.learn.node == "sim" else None
         self._buffer = ReplayBuffer(
             c.replay_buffer_config["capacity"],
             self.env_runner.module.observation_space.shape[0],
             gamma=c.gamma,
             n_step=c.n_step,
             rng=np.random.default_rng(c.seed),
-            alpha=c.settings.priority,
+            alpha=c.learn.train.priority,
         )
 
     def _own_sampler(self) -> Sampler:
-        settings, rng = self.config.settings, np.random.default_rng(self.config.seed)
+        settings, rng = self.config.learn.train, np.random.default_rng(self.config.seed)
         envs: Any = [make_env(self.config.env_config) for _ in range(settings.num_envs)]
         grid = envs[0].codec.grid
-        hold = settings.hold_steps
-        exploration = Exploration(len(envs), len(grid), hold_steps=hold, rng=rng, near=near(grid))
+        exploration = Exploration(
+            len(envs), len(grid), hold_steps=settings.hold_steps, rng=rng, near=near(grid)
+        )
         return Sampler(envs, exploration, seed=int(rng.integers(2**31)))
 
     def training_step(self) -> None:
         """One round: sample, update ``updates_per_round`` times, hand the weights to the sampler."""
         c = self.config
         sampled = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
-        progress = min(sampled / c.total_steps, 1.0)
+        progress = min(sampled / c.learn.steps, 1.0)
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
             if self._sampler is None:
                 self._sample_by_runner()
@@ -132,15 +127,11 @@ class FastDqn(DQN):
         self.metrics.aggregate(results, key=ENV_RUNNER_RESULTS)
         for episode in episodes:
             if len(episode):
-                self._buffer.add(
-                    np.asarray(episode.get_observations()),
-                    np.asarray(episode.get_actions()),
-                    np.asarray(episode.get_rewards(), np.float32),
-                )
+                self._buffer.add(episode.get_observations(), episode.get_actions(), episode.get_rewards())
 
     def _sample(self, sampler: Sampler, progress: float) -> None:
         """Simulated nodes are stepped here, in a quarter of the time; counts what a runner counts."""
-        c = self.config.settings
+        c = self.config.learn.train
         left = max(0.0, 1.0 - progress / c.epsilon_share)
         epsilon = c.epsilon_final + (c.epsilon_initial - c.epsilon_final) * left
         fragments = sampler.sample(self._greedy, steps=c.fragment_steps, epsilon=epsilon)
@@ -149,8 +140,8 @@ class FastDqn(DQN):
         infos = [info for fragment in fragments for info in fragment.infos]
         steps = {NUM_ENV_STEPS_SAMPLED_LIFETIME: len(infos)}
         self.metrics.log_dict(steps, key=ENV_RUNNER_RESULTS, reduce="lifetime_sum")
-        reward = float(np.mean(np.concatenate([fragment.rewards for fragment in fragments])))
-        shown = figures(infos, reward=reward)
+        rewards = np.concatenate([np.array(fragment.rewards, np.float32) for fragment in fragments])
+        shown = figures(infos, reward=float(rewards.mean()))
         self.metrics.log_dict(shown, key=(ENV_RUNNER_RESULTS, "fuel"), window=20)
 
     def _greedy(self, observations: np.ndarray, penalties: np.ndarray) -> np.ndarray:
@@ -163,14 +154,12 @@ class FastDqn(DQN):
 
     def _update(self, progress: float) -> dict[str, float]:
         """A round of gradient updates; ``progress`` through the training lowers the step size."""
-        c = self.config
-        learner = self.learner_group._learner
-        module = self._module()
-        ((_, optimizer),) = learner.get_optimizers_for_module(DEFAULT_MODULE_ID)
+        c, module = self.config, self._module()
+        ((_, optimizer),) = self.learner_group._learner.get_optimizers_for_module(DEFAULT_MODULE_ID)
         for group in optimizer.param_groups:
-            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.settings.lr_final_share))
+            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.learn.train.lr_final_share))
         self._buffer.refresh()
-        for _ in range(c.settings.updates_per_round):
+        for _ in range(c.learn.train.updates_per_round):
             batch = self._buffer.sample(c.train_batch_size_per_learner)
             errors, loss = _loss(module, batch)
             optimizer.zero_grad()

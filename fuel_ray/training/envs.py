@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from fuel_ray.build.codec import POOLS, build_codec
-from fuel_ray.build.nodes import build_loop, build_node, numbered, patience
+from fuel_ray.build.nodes import build_node, numbered, patience
 from fuel_ray.build.objective import build_objective
 from fuel_ray.config import PRESETS, LearnConfig, from_dict, to_dict
 from fuel_ray.control import ControlLoop
@@ -16,6 +16,10 @@ from fuel_ray.guard import Guard
 from fuel_ray.objective import Energy
 from fuel_ray.policies.anchor import Anchor, GridAnchor
 from fuel_ray.types import Node
+
+_TPOTS_S = (0.0095, 0.011, 0.0125, 0.015, 0.018, 0.021, 0.03, 0.05)
+_PRICES_J = (10.0, 30.0, 70.0, 150.0, 300.0, 700.0, 1500.0, 4000.0)
+_Pools = Sequence[tuple[int | None, str]]  # KV tokens and workload
 
 
 def learning_settings(config: LearnConfig) -> dict[str, Any]:
@@ -35,77 +39,56 @@ def make_env(settings: Mapping[str, Any]) -> ServingEnv | ParallelServingEnv:
     return ParallelServingEnv(builds) if "num_envs" in settings else builds[0]()
 
 
-# What a generalist is trained on besides POOLS; the prices of a miss are a specialist's too
-_TPOTS_S = (0.0095, 0.011, 0.0125, 0.015, 0.018, 0.021, 0.03, 0.05)
-_PRICES_J = (10.0, 30.0, 70.0, 150.0, 300.0, 700.0, 1500.0, 4000.0)
-
-
 def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor | None = None) -> ServingEnv:
-    """A training environment over these block sizes; episodes begin at a random point of the workload.
+    """A training environment over these block sizes, and over what the mode varies besides; a node per pool.
 
-    ``anchor`` is what a specialist, on one block size of a simulated node, explores near to.
+    Episodes begin at a random point of the workload. ``anchor`` is what a specialist, on one block size of a
+    simulated node, explores near to, with its load table beside it.
     """
-    if config.mode == "generalist":
-        return _any_load(config, block_sizes)
-    if config.mode == "specialist":
-        return _any_price(config, block_sizes, anchor)
-    steps = config.train.episode_steps
-    build = partial(build_loop, config, horizon_s=float(steps + 1), random_start=True, part="first half")
-    loops = [build(size) for size in block_sizes]
-    return ServingEnv(loops, build_codec(config, loops[0].node.spec), steps=steps, failures=patience(config))
-
-
-def _any_load(config: LearnConfig, block_sizes: Sequence[int]) -> ServingEnv:
-    """Loads, pools, TPOT limits and prices in every combination; combinations on one pool share its node."""
-    steps = config.train.episode_steps
-    loops, codecs = [], []
-    for size, (kv_tokens, high_rps) in product(block_sizes, POOLS):
-        own = replace(config, kv_tokens=kv_tokens)
-        node = build_node(own, size, horizon_s=float(steps + 1), workload=f"mixed:high_rps={high_rps}")
-        codec = build_codec(config, node.spec)
-        for tpot_s, price_j in product(_TPOTS_S, _PRICES_J):
-            told = replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j)
-            loops.append(_priced(told, node))
-            codecs.append(replace(codec, slo=told.slo, miss_price_j=price_j))
-    return ServingEnv(loops, codecs[0], steps=steps, codecs=codecs)
-
-
-def _any_price(config: LearnConfig, block_sizes: Sequence[int], anchor: Anchor | None) -> ServingEnv:
-    """The load of the settings at every price; on the twin, beside its load table if that is given."""
-    steps = config.train.episode_steps
-    if config.node != "sim":
+    pools, tpots_s, prices_j = _varied(config)
+    if config.mode != "specialist" or config.node != "sim":
         anchor = None  # a real node has no second one beside it
     loops, codecs, shadows = [], [], []
-    for size in block_sizes:
-        build = partial(build_node, config, size, horizon_s=float(steps + 1))
-        make_node = partial(build, random_start=True, part="first half")
+    for size, (kv_tokens, workload) in product(block_sizes, pools):
+        own = replace(config, kv_tokens=kv_tokens)
+        build = partial(build_node, own, size, horizon_s=float(config.train.episode_steps + 1))
+        make_node = partial(
+            build, workload=workload, random_start=config.mode != "generalist", part="first half"
+        )
         node, shadow = make_node(), None if anchor is None else make_node()
         codec = build_codec(config, node.spec)
-        for price_j in _PRICES_J:
-            told = replace(config, miss_price_j=price_j)
-            loops.append(_priced(told, node))
-            codecs.append(replace(codec, miss_price_j=price_j))
-            shadows.append(None if shadow is None else _priced(told, shadow))
-    anchored = None if anchor is None else GridAnchor(anchor, codecs[0].grid)
+        for tpot_s, price_j in product(tpots_s, prices_j):
+            priced = replace(own, slo_tpot_s=tpot_s, miss_price_j=price_j)
+            loops.append(_loop(priced, node))
+            codecs.append(replace(codec, slo=priced.slo, miss_price_j=price_j))
+            shadows.append(None if shadow is None else _loop(priced, shadow))
     return ServingEnv(
         loops,
         codecs[0],
-        steps=steps,
+        steps=config.train.episode_steps,
         failures=patience(config),
         codecs=codecs,
-        anchor=anchored,
+        anchor=None if anchor is None else GridAnchor(anchor, codecs[0].grid),
         shadows=shadows,
     )
 
 
-def _priced(told: LearnConfig, node: Node) -> ControlLoop:
-    """A node under control at the price and the promise of the settings."""
-    objective = build_objective(told)
-    if isinstance(objective, Energy):  # rewards of one size, whatever the price
-        objective = replace(objective, scale_w=objective.scale_w * (1.0 + told.miss_price_j / 200.0))
-    return ControlLoop(node, objective, guard=Guard(told.guard.rules(told.slo, node.spec)))
+def _varied(config: LearnConfig) -> tuple[_Pools, Sequence[float | None], Sequence[float]]:
+    """KV pools with their loads, TPOT limits and prices of a miss to train on, in every combination."""
+    if config.mode == "generalist":
+        return [(tokens, f"mixed:high_rps={rps}") for tokens, rps in POOLS], _TPOTS_S, _PRICES_J
+    prices_j = _PRICES_J if config.mode == "specialist" else (config.miss_price_j,)
+    return [(config.kv_tokens, config.workload)], [config.slo_tpot_s], prices_j
 
 
-def serving_env(kv_block_size: int = 16, preset: str = "default", **_: Any) -> ServingEnv:
+def _loop(priced: LearnConfig, node: Node) -> ControlLoop:
+    """A node under control at the price and the SLO of the settings; rewards have one size at any of many."""
+    objective = build_objective(priced)
+    if isinstance(objective, Energy) and priced.mode != "fixed_price":
+        objective = replace(objective, scale_w=objective.scale_w * (1.0 + priced.miss_price_j / 200.0))
+    return ControlLoop(node, objective, guard=Guard(priced.guard.rules(priced.slo, node.spec)))
+
+
+def serving_env(kv_block_size: int = 16, preset: str = "default") -> ServingEnv:
     """What ``gymnasium.make("fuel_ray.env:fuel_ray/Serving-v0")`` makes."""
     return build_env(PRESETS[preset], [kv_block_size])

@@ -1,4 +1,4 @@
-"""What is seen of trials while they run: metrics of episodes, lines, a table, nodes that are missing."""
+"""What is seen of trials while they run: metrics of episodes, a line per result, nodes that are missing."""
 
 import math
 import re
@@ -16,9 +16,6 @@ from fuel_ray.config import LearnConfig
 from fuel_ray.env import NODE_FAILURE
 from fuel_ray.errors import NodeError
 
-TABLE_S = 30  # between two of Tune's tables
-LOOK_S = 2.0  # between two looks at the cluster
-
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
 
@@ -26,12 +23,12 @@ class Episodes(RLlibCallback):
     """What is logged of training episodes, and that no one learns from a step that was not measured."""
 
     def on_sample_end(self, *, samples: list[Any], **_: Any) -> None:
-        """RLlib's hook: drop the last step of what a node's failure ended."""
+        """Drop the last step of what a node's failure ended."""
         measured = [e[:-1] if len(e) and NODE_FAILURE in e.get_infos(-1) else e for e in samples]
         samples[:] = [episode for episode in measured if len(episode)]
 
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
-        """RLlib's hook: log reward per window, joules per request, SLO attainment and mean clock."""
+        """Log reward per window, joules per request, SLO attainment and mean clock."""
         infos = [info for info in episode.get_infos() if "energy_j" in info]
         if any(info["arrivals"] for info in infos):
             shown = figures(infos, reward=episode.get_return() / len(infos))
@@ -60,7 +57,6 @@ class Progress(tune.Callback):
         self._began_s = time.monotonic()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
-        """Tune's hook."""
         row = curve_row(result)
         steps = row["env_steps"]
         self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
@@ -83,23 +79,14 @@ class NodeWatch(tune.Callback):
     def __init__(self, config: LearnConfig) -> None:
         self._needed, self._gpus = config.nodes_per_trial, gpus_per_node(config)
         self._wait_s = config.node_wait_s
-        self._looked_s = -math.inf
         self._enough_s = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        """Tune's hook, several times a second.
-
-        Raises:
-            NodeError: for too long there have been too few nodes for any trial.
-        """
-        now_s = time.monotonic()
-        if now_s - self._looked_s < LOOK_S:
-            return
-        self._looked_s = now_s
-        there = num_nodes(self._gpus)
-        if there >= self._needed or any(trial.status == "RUNNING" for trial in trials):
-            self._enough_s = now_s
-        elif now_s - self._enough_s > self._wait_s:
+        """Raises NodeError if for too long there have been too few nodes for any trial."""
+        running = any(trial.status == "RUNNING" for trial in trials)
+        if running or (there := num_nodes(self._gpus)) >= self._needed:
+            self._enough_s = time.monotonic()
+        elif time.monotonic() - self._enough_s > self._wait_s:
             errors = [reason(error) for trial in trials if (error := trial.get_error())]
             raise NodeError(
                 f"for {self._wait_s:g} s the cluster has had {there} of the {self._needed} node(s) with the "
@@ -108,30 +95,12 @@ class NodeWatch(tune.Callback):
             )
 
 
-def progress_table() -> tune.CLIReporter:
-    """Tune's progress table."""
-    return tune.CLIReporter(
-        parameter_columns={"env_config/block_sizes": "block size"},
-        metric_columns={
-            "num_env_steps_sampled_lifetime": "steps",
-            "env_runners/fuel/energy_j_per_request": "J/request",
-            "env_runners/fuel/slo_attainment": "of SLO",
-            "env_runners/fuel/reward": "reward",
-        },
-        max_report_frequency=TABLE_S,
-    )
-
-
 def curve_row(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the learning curve shows of a training result; None where no episode ended yet."""
-    runners = result.get("env_runners", {})
-    fuel = runners.get("fuel", {})
-    return {
-        "env_steps": int(result.get("num_env_steps_sampled_lifetime", 0)),
-        "reward": _known(fuel.get("reward")),
-        "energy_j_per_request": _known(fuel.get("energy_j_per_request")),
-        "slo_attainment": _known(fuel.get("slo_attainment")),
-    }
+    fuel = result.get("env_runners", {}).get("fuel", {})
+    names = ("reward", "energy_j_per_request", "slo_attainment")
+    steps = int(result.get("num_env_steps_sampled_lifetime", 0))
+    return {"env_steps": steps} | {name: _known(fuel.get(name)) for name in names}
 
 
 def _known(value: Any) -> float | None:

@@ -1,5 +1,6 @@
 """Prioritised n-step replay in numpy: a batch takes microseconds, one from Python episodes milliseconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,18 +49,20 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return self._size
 
-    def add(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> None:
-        """Add t consecutive steps of one episode: (t + 1, features), (t,), (t,).
+    def add(
+        self, observations: Sequence[np.ndarray], actions: Sequence[np.int64], rewards: Sequence[float]
+    ) -> None:
+        """Add t consecutive steps of one episode: (t + 1, features), (t,), (t,), arrays or what makes them.
 
         The last n_step - 1 of them are bootstrapped sooner, from the last observation.
         """
         steps = len(actions)
         start = np.arange(steps)
         end = np.minimum(start + self._n_step, steps)
-        padded = np.concatenate((rewards, np.zeros(self._n_step, rewards.dtype)))
+        padded = np.concatenate((np.asarray(rewards, np.float32), np.zeros(self._n_step, np.float32)))
         at = (self._next + start) % self._capacity
-        self._observations[at] = observations[:-1]
-        self._next_observations[at] = observations[end]
+        seen = np.asarray(observations)
+        self._observations[at], self._next_observations[at] = seen[:-1], seen[end]
         self._actions[at] = actions
         self._returns[at] = sum(self._gamma**k * padded[start + k] for k in range(self._n_step))
         self._discounts[at] = self._gamma ** (end - start)

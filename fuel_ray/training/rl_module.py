@@ -86,19 +86,15 @@ class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAP
         return ["_target_q"]
 
     def make_target_networks(self) -> None:
-        """Copy the network into its target."""
         self._target_q = make_target_network(self.q)
 
     def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Networks that are copied now and then."""
         return [(self.q, self._target_q)]
 
     def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Q of every action."""
         return {QF_PREDS: self.q(batch[Columns.OBS])}
 
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Q of every action by the target network."""
         return {QF_PREDS: self._target_q(batch[Columns.OBS])}
 
     def _forward_inference(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Steps many environments together and explores: a window costs 0.1 ms here and 0.4 ms in RLlib's runner."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,14 @@ from fuel_ray.env import ServingEnv
 NEAR_MHZ = 300.0  # how far from the table's clock random actions go
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Fragment:
-    """Consecutive steps of one episode: t + 1 observations, t actions, rewards and infos."""
+    """Consecutive steps of one episode, which grow: one observation more than actions, rewards and infos."""
 
-    observations: np.ndarray  # (t + 1, features)
-    actions: np.ndarray  # (t,)
-    rewards: np.ndarray  # (t,)
-    infos: Sequence[Mapping[str, Any]]
+    observations: list[np.ndarray]
+    actions: list[np.int64] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    infos: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 class Exploration:
@@ -69,7 +69,7 @@ class Sampler:
         self, greedy: Callable[[np.ndarray, np.ndarray], np.ndarray], *, steps: int, epsilon: float
     ) -> list[Fragment]:
         """Take ``steps`` steps in each environment; ``greedy`` maps observations and penalties to actions."""
-        open_: list[_Open] = [_Open(observation) for observation in self._seen]
+        fragments = [Fragment([observation.copy()]) for observation in self._seen]
         done = []
         for _ in range(steps):
             penalties = np.array([env.penalty for env in self._envs], np.float32)
@@ -78,37 +78,17 @@ class Sampler:
             actions = self._exploration.choose(greedy(self._seen, penalties), epsilon, around)
             for i, env in enumerate(self._envs):
                 observation, reward, _, truncated, info = env.step(actions[i])
-                open_[i].add(observation, actions[i], reward, info)
+                fragment = fragments[i]
+                fragment.observations.append(observation)
+                fragment.actions.append(actions[i])
+                fragment.rewards.append(reward)
+                fragment.infos.append(info)
                 if truncated:
-                    done.append(open_[i].close())
+                    done.append(fragment)
                     observation, _ = env.reset()
-                    open_[i] = _Open(observation)
+                    fragments[i] = Fragment([observation])
                 self._seen[i] = observation
-        return done + [fragment.close() for fragment in open_ if fragment.actions]
-
-
-class _Open:
-    """A fragment that grows."""
-
-    def __init__(self, observation: np.ndarray) -> None:
-        self.observations = [observation.copy()]
-        self.actions: list[np.int64] = []
-        self.rewards: list[float] = []
-        self.infos: list[dict[str, Any]] = []
-
-    def add(self, observation: np.ndarray, action: np.int64, reward: float, info: dict[str, Any]) -> None:
-        self.observations.append(observation)
-        self.actions.append(action)
-        self.rewards.append(reward)
-        self.infos.append(info)
-
-    def close(self) -> Fragment:
-        return Fragment(
-            np.stack(self.observations),
-            np.array(self.actions),
-            np.array(self.rewards, np.float32),
-            self.infos,
-        )
+        return done + [fragment for fragment in fragments if fragment.actions]
 
 
 def near(grid: ActionGrid) -> np.ndarray:

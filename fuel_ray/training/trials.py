@@ -19,15 +19,16 @@ from fuel_ray import outside
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.nodes import is_kept
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
-from fuel_ray.codec import ActionGrid, Codec
+from fuel_ray.codec import ActionGrid
 from fuel_ray.config import ALGORITHMS, LearnConfig
 from fuel_ray.errors import FuelRayError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.envs import learning_settings, make_env
-from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, progress_table, reason
+from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, reason
 
 _ENV_NAME = "fuel_ray_serving"
+_STEPS = "num_env_steps_sampled_lifetime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,11 @@ def start_ray(config: LearnConfig) -> None:
 
 
 def run_trials(
-    config: LearnConfig,
-    run_dir: Path,
-    codecs: Mapping[int, Codec],
-    anchors: Mapping[int, Anchor],
+    config: LearnConfig, run_dir: Path, grid: ActionGrid, anchors: Mapping[int, Anchor]
 ) -> list[Trained]:
     """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
 
-    ``codecs`` and ``anchors``, which specialists explore near to, are by block size.
+    Near ``anchors``, by block size, specialists explore.
 
     Raises:
         FuelRayError: a trial failed; the message has its error.
@@ -77,47 +75,49 @@ def run_trials(
     """
     register_env(_ENV_NAME, make_env)
     sizes = [list(config.block_sizes)] if config.conditional else [[size] for size in config.block_sizes]
-    grid = codecs[config.block_sizes[0]].grid
-    space = settings_of_trials(config, tune.grid_search(sizes), grid, anchors)
+    space = _settings(config, tune.grid_search(sizes), grid, anchors)
     algorithm = _with_nodes(space.algo_class, config)
-    callbacks: list[tune.Callback] = [Progress(config, trials=len(sizes))]
-    if config.node == "ray":
-        callbacks.append(NodeWatch(config))
+    watch = [NodeWatch(config)] if config.node == "ray" else []
+    callbacks = [Progress(config, trials=len(sizes)), *watch]
     folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
-    name = round_folder(config)
-    if tune.Tuner.can_restore(f"{folder}/{name}"):
+    name = f"tune-{'-'.join(map(str, config.block_sizes))}" if config.live_server else "tune"
+    path = f"{folder}/{name}"
+    if tune.Tuner.can_restore(path):
         tuner = tune.Tuner.restore(
-            f"{folder}/{name}", algorithm, param_space=space, resume_unfinished=True, resume_errored=True
+            path, algorithm, param_space=space, resume_unfinished=True, resume_errored=True
         )
         tuner._local_tuner._run_config.callbacks = callbacks
     else:
-        settings = _run_settings(config, folder, callbacks)
+        settings = _run_settings(config, callbacks, name=name, storage_path=folder)
         tuner = tune.Tuner(algorithm, param_space=space, run_config=settings)
     results = tuner.fit()
     for error in results.errors:
         raise FuelRayError(f"training failed: {reason(error)}")
-    trained = [_trained(result) for result in results]
+    trained = [_trained(result, last=config.train.average_results) for result in results]
     if any(not t.results or t.results[-1].env_steps < config.steps for t in trained):
         raise KeyboardInterrupt  # Tune takes Ctrl-C as a wish to see what there is so far
     return trained
 
 
-def round_folder(config: LearnConfig) -> str:
-    """Tune's folder for a round, in that of the run."""
-    return f"tune-{'-'.join(map(str, config.block_sizes))}" if config.live_server else "tune"
-
-
-def _run_settings(config: LearnConfig, folder: str, callbacks: list[tune.Callback]) -> tune.RunConfig:
+def _run_settings(config: LearnConfig, callbacks: list[tune.Callback], **where: str) -> tune.RunConfig:
     """Of a new run; on a cluster a trial that lost its process or nodes goes on from its last checkpoint."""
     on_cluster = config.node == "ray"
     return tune.RunConfig(
-        name=round_folder(config),
-        storage_path=folder,
-        stop={"num_env_steps_sampled_lifetime": config.steps},
+        **where,
+        stop={_STEPS: config.steps},
         checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=True),
         failure_config=tune.FailureConfig(max_failures=config.node_failures if on_cluster else 0),
         callbacks=callbacks,
-        progress_reporter=progress_table(),
+        progress_reporter=tune.CLIReporter(
+            parameter_columns={"env_config/block_sizes": "block size"},
+            metric_columns={
+                _STEPS: "steps",
+                "env_runners/fuel/energy_j_per_request": "J/request",
+                "env_runners/fuel/slo_attainment": "of SLO",
+                "env_runners/fuel/reward": "reward",
+            },
+            max_report_frequency=30,  # s
+        ),
         verbose=1 if on_cluster else 0,
     )
 
@@ -135,7 +135,7 @@ def algorithm_of(config: LearnConfig) -> Callable[..., AlgorithmConfig]:
     return found
 
 
-def settings_of_trials(
+def _settings(
     config: LearnConfig, block_sizes: Any, grid: ActionGrid, anchors: Mapping[int, Anchor]
 ) -> AlgorithmConfig:
     """RLlib's settings of a trial; ``block_sizes`` may be a Tune search space over lists of sizes."""
@@ -197,15 +197,14 @@ def _with_nodes(algorithm: type[Algorithm], config: LearnConfig) -> type[Algorit
     return found
 
 
-def _trained(result: Any) -> Trained:
-    found = [
-        Checkpointed(row["env_steps"], row["reward"], _arrays(checkpoint))
-        for checkpoint, row in ((c, curve_row(metrics)) for c, metrics in result.best_checkpoints)
-    ]
-    settings = result.config["env_config"]
+def _trained(result: Any, *, last: int) -> Trained:
+    found = []
+    for checkpoint, metrics in result.best_checkpoints:
+        with checkpoint.as_directory() as folder:  # a copy, if the run's storage is not a local one
+            row = curve_row(metrics)
+            found.append(Checkpointed(row["env_steps"], row["reward"], q_network(Path(folder))))
     found.sort(key=lambda checkpointed: checkpointed.env_steps)
-    last = settings["config"]["train"]["average_results"]
-    return Trained(tuple(settings["block_sizes"]), tuple(averaged(found, last=last)))
+    return Trained(tuple(result.config["env_config"]["block_sizes"]), tuple(averaged(found, last=last)))
 
 
 def averaged(results: Sequence[Checkpointed], *, last: int) -> list[Checkpointed]:
@@ -219,8 +218,3 @@ def averaged(results: Sequence[Checkpointed], *, last: int) -> list[Checkpointed
         arrays = {name: np.asarray(np.mean([a[name] for a in near], axis=0)) for name in result.arrays}
         means.append(replace(result, arrays=arrays))
     return means
-
-
-def _arrays(checkpoint: tune.Checkpoint) -> dict[str, np.ndarray]:
-    with checkpoint.as_directory() as folder:  # a copy, if the run's storage is not a local one
-        return q_network(Path(folder))
