@@ -40,30 +40,37 @@ def gpus_per_node(config: ServingConfig) -> int:
 
 
 @contextlib.contextmanager
-def kept_servers(config: Kept, *, run: str, nodes_each: int) -> Iterator[tuple[Kept, dict[int, Answer]]]:
-    """Start the servers of all block sizes at once and keep them while the block runs.
+def kept_servers(
+    config: Kept, *, run: str, at_once: int, nodes_each: int
+) -> Iterator[tuple[Kept, dict[int, Answer]]]:
+    """Start the servers of the first ``at_once`` block sizes together and keep them while the block runs.
 
-    Gives the settings whose nodes are on these servers, and what each of them is. They are in named actors
-    of this process, which end with it, however it ends.
+    A block size that is refused makes room for the next. Gives the settings whose nodes are on these servers,
+    and what each of those asked is. They are in named actors of this process, which end with it, however it
+    ends.
 
     Raises:
         ConfigError: the cluster has too few nodes.
         NodeError: a server did not start.
     """
     gpus, here = gpus_per_node(config), driver_resource() if config.node == "live" else None
-    numbers = list(product(config.block_sizes, range(nodes_each)))
     if config.node == "ray":
-        require_nodes(len(numbers), gpus=gpus, wait_s=config.node_wait_s)
+        require_nodes(at_once * nodes_each, gpus=gpus, wait_s=config.node_wait_s)
     kept = replace(config, live=replace(config.live, server=ACTOR + run))
     actors: dict[tuple[int, int], Any] = {}
+    answers: dict[tuple[int, int], Any] = {}
+    left = config.block_sizes
     try:
-        for size, k in numbers:
-            name, serve = _actor_name(numbered(kept, k), size), partial(_serve, _there(config), size)
-            actors[size, k] = node_actor(serve, gpus=gpus, name=name, resources=here)
-        answers = facts_of(actors, timeout_s=_start_s(config))
-        for key in [key for key, answer in answers.items() if isinstance(answer, UnsupportedError)]:
-            end_actor(actors.pop(key))
-        yield kept, {size: answers[size, 0] for size in config.block_sizes}
+        while room := min(at_once - len(actors) // nodes_each, len(left)):
+            for size, k in product(left[:room], range(nodes_each)):
+                name, serve = _actor_name(numbered(kept, k), size), partial(_serve, _there(config), size)
+                actors[size, k] = node_actor(serve, gpus=gpus, name=name, resources=here)
+            asked = {key: actor for key, actor in actors.items() if key not in answers}
+            answers |= facts_of(asked, timeout_s=_start_s(config))
+            for key in [key for key in asked if isinstance(answers[key], UnsupportedError)]:
+                end_actor(actors.pop(key))
+            left = left[room:]
+        yield kept, {size: answer for (size, k), answer in answers.items() if k == 0}
     finally:
         for actor in actors.values():
             end_actor(actor)

@@ -35,8 +35,11 @@ class Resolved(Generic[Learning]):
 
 
 @contextlib.contextmanager
-def resolve(config: Learning, *, run: str) -> Iterator[Resolved[Learning]]:
-    """Ask each node once what it is; the server of a live one is started for that, and kept in the block."""
+def resolve(config: Learning, *, run: str, at_once: int | None = None) -> Iterator[Resolved[Learning]]:
+    """Ask each node once what it is; the server of a live one is started for that, and kept in the block.
+
+    Of live nodes, the first ``at_once`` block sizes that can be served are taken; None: all.
+    """
     if not config.live_server:
         engine = load_pack(config.pack).engine
         specs = {size: build_spec(config, size) for size in config.block_sizes}
@@ -44,7 +47,8 @@ def resolve(config: Learning, *, run: str) -> Iterator[Resolved[Learning]]:
         return
     from fuel_ray.build.cluster import kept_servers  # noqa: PLC0415  (only live nodes wait for Ray)
 
-    with kept_servers(config, run=run, nodes_each=config.nodes_per_trial) as (kept, answers):
+    at_once, each = at_once or len(config.block_sizes), config.nodes_per_trial
+    with kept_servers(config, run=run, at_once=at_once, nodes_each=each) as (kept, answers):
         refused = {size: str(found) for size, found in answers.items() if isinstance(found, UnsupportedError)}
         known = {size: found for size, found in answers.items() if not isinstance(found, UnsupportedError)}
         served = replace(twinned(kept, [spec for spec, _ in known.values()]), block_sizes=tuple(known))

@@ -70,22 +70,24 @@ def in_rounds(
 ) -> None:
     """Do the work of a run for as many block sizes at a time as have nodes, while their servers are kept.
 
-    Block sizes with rows in the run's ``table`` are finished. Simulated nodes are all there at once, and are
-    done again. What is found out goes to run.json.
+    Block sizes with rows in the run's ``table`` are finished; a round that was begun is gone on with, since
+    its trials are. Simulated nodes are all there at once, and are done again. What is found out goes to
+    run.json.
 
     Raises:
         UnsupportedError: no block size can be served.
     """
     start_ray(config)
-    for sizes in read_json(run_dir / "run.json").get("rounds", [config.block_sizes]):
-        done = {row["block_size"] for row in read_csv(run_dir / table)}
-        done |= read_json(run_dir / "run.json")["unsupported"].keys()
-        left = tuple(size for size in sizes if str(size) not in done or not config.live_server)
-        if left:
-            with resolve(replace(config, block_sizes=left, out=run_dir), run=run_dir.name) as found:
-                _note(run_dir, found)
-                if found.setups:
-                    work(found)
+    while left := _left(config, run_dir / table):
+        begun = [sizes for sizes in read_json(run_dir / "run.json")["rounds"] if {*sizes} <= {*left}]
+        sizes, at_once = (begun[0], len(begun[0])) if begun else (left, _at_once(config))
+        own = replace(config, block_sizes=tuple(sizes), out=run_dir)
+        with resolve(own, run=run_dir.name, at_once=at_once) as found:
+            _note(run_dir, found)
+            if found.setups:
+                work(found)
+        if not config.live_server:
+            break
     if read_json(run_dir / "run.json")["engine"] is None:
         raise UnsupportedError(f"no block size of {', '.join(map(str, config.block_sizes))} can be served")
 
@@ -133,7 +135,7 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
             "sha256": pack.sha256,
             "notes": f"Measured: {pack.measured}. Transferred: {pack.transferred}.",
         },
-        "rounds": _rounds(config),
+        "rounds": [],
         "engine": None,
         "unsupported": {},
         "nodes": {},
@@ -144,18 +146,28 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
     return run_dir
 
 
-def _rounds(config: LearnConfig) -> list[tuple[int, ...]]:
+def _left(config: LearnConfig, table: Path) -> tuple[int, ...]:
+    """Block sizes that are not finished yet, nor refused."""
+    if not config.live_server:
+        return config.block_sizes
+    done = {row["block_size"] for row in read_csv(table)}
+    done |= read_json(table.parent / "run.json")["unsupported"].keys()
+    return tuple(size for size in config.block_sizes if str(size) not in done)
+
+
+def _at_once(config: LearnConfig) -> int:
     """Block sizes that have nodes at the same time, by what the cluster has at this moment."""
-    sizes = config.block_sizes
-    at_once = len(sizes)
-    if config.live_server:
-        on_cluster = config.node == "ray"
-        at_once = max(1, num_nodes(gpus_per_node(config)) // config.nodes_per_trial) if on_cluster else 1
-    return [sizes[k : k + at_once] for k in range(0, len(sizes), at_once)]
+    if config.node == "ray":
+        return max(
+            1, min(len(config.block_sizes), num_nodes(gpus_per_node(config)) // config.nodes_per_trial)
+        )
+    return 1 if config.live_server else len(config.block_sizes)
 
 
 def _note(run_dir: Path, found: Resolved[Learning]) -> None:
     facts = read_json(run_dir / "run.json")
+    if (sizes := list(found.setups)) not in [[], *facts["rounds"]]:
+        facts["rounds"].append(sizes)
     facts["unsupported"] |= {str(size): why for size, why in found.unsupported.items()}
     facts["nodes"] |= {str(size): asdict(setup.spec) for size, setup in found.setups.items()}
     facts["engine"] = next((setup.engine for setup in found.setups.values()), facts["engine"])
