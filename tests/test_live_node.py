@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,3 +188,14 @@ def test_a_node_that_was_not_reset_cannot_be_measured(stub, gpu):
     with pytest.raises(NodeError, match="reset"):
         node.measure(0.1)
     node.close()
+
+
+def test_what_ended_before_records_were_taken_is_in_the_next_window_still(stub, gpu):
+    node = live_node(stub, limiter=ListLimiter())
+    node.reset(seed=1)
+    time.sleep(0.3)
+    taken = len(node.take_records())
+    window = node.measure(0.4)
+    node.close()
+    assert window.arrivals >= window.completed >= taken > 0
+    assert len(window.e2es_s) == window.completed

@@ -15,7 +15,7 @@ from fuel_ray.live.foreign_load import ForeignLoad, Served
 from fuel_ray.live.gpu.lease import ClockLease
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.load.completion import Attempt
-from fuel_ray.live.load.loadgen import LoadGenerator, request_records
+from fuel_ray.live.load.loadgen import LoadGenerator, LoadProgress, request_records
 from fuel_ray.live.sampling import Sample, Sampler, figures, held_mean, window_energy_j
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
@@ -71,6 +71,7 @@ class GpuNode:
         self._foreign = ForeignLoad()
         self._first_tokens: set[int] = set()  # requests whose TTFT was reported
         self._ended: list[Attempt] = []  # not yet taken as records
+        self._unseen: list[Attempt] = []  # not yet in a window
         self._mark: _Mark | None = None
         self._sent = 0
         self._lease = ClockLease(gpus.uuids) if len(spec.gpu_clocks_mhz) > 1 and not shadow else None
@@ -83,7 +84,8 @@ class GpuNode:
     def reset(self, *, seed: int) -> None:
         """Begin a new load, if this node sends one, and forget old samples."""
         self._stop_load()
-        self._first_tokens, self._ended, self._sent, self._foreign = set(), [], 0, ForeignLoad()
+        self._first_tokens, self._ended, self._unseen = set(), [], []
+        self._sent, self._foreign = 0, ForeignLoad()
         self._readings.start()
         self._mark = self._read_mark()
         if self._start_load is not None:
@@ -117,7 +119,8 @@ class GpuNode:
 
     def take_records(self) -> RequestRecords:
         """Records of the requests that ended since the last call, in order of their end."""
-        self._progress()
+        if self._load is not None:
+            self._progress(self._load)
         ended, self._ended = self._ended, []
         return request_records(ended)
 
@@ -142,14 +145,12 @@ class GpuNode:
         server = self._client.scrape()
         return _Mark(self._clock(), server, self._gpus.energy_j(), self._cpu.read())
 
-    def _progress(self) -> tuple[list[Attempt], tuple[Attempt, ...], float, int]:
-        """Requests that ended since the last look, those in flight, the load's time, how many were sent."""
-        if self._load is None:
-            return [], (), 0.0, 0
-        progress = self._load.take()
+    def _progress(self, load: LoadGenerator) -> LoadProgress:
+        """Look at the load; what has ended is for the records and for the next window."""
+        progress = load.take()
         self._ended += progress.ended
-        new, self._sent = progress.sent - self._sent, progress.sent
-        return list(progress.ended), progress.in_flight, progress.now_s, new
+        self._unseen += progress.ended
+        return progress
 
     def _window(self, begin: _Mark, end: _Mark) -> WindowMetrics:
         delta = difference(begin.server, end.server, end.at_s - begin.at_s)
@@ -157,7 +158,7 @@ class GpuNode:
             raise TelemetryError(f"{self._spec.name}: the server restarted within the window")
         readings = self._readings.since(begin.at_s)
         if self._load is not None:
-            served = self._served()
+            served = self._served(self._load)
         else:
             served = self._foreign.window(begin.server, end.server, delta, end_s=end.at_s)
         return WindowMetrics(
@@ -189,9 +190,12 @@ class GpuNode:
             gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
         )
 
-    def _served(self) -> Served:
+    def _served(self, load: LoadGenerator) -> Served:
         """Of the own load, request by request."""
-        ended, in_flight, now_s, sent = self._progress()
+        progress = self._progress(load)
+        in_flight, now_s = progress.in_flight, progress.now_s
+        ended, self._unseen = self._unseen, []
+        sent, self._sent = progress.sent - self._sent, progress.sent
         finished = [attempt for attempt in ended if attempt.finished_s is not None]
         records = request_records(finished)
         tpots_s = records.tpot_s
