@@ -92,7 +92,7 @@ def parse_serving(
     Raises:
         ConfigError: a flag, a file or a value is wrong.
     """
-    preset, path = _value_of(argv, "--preset"), _value_of(argv, "--config")
+    preset, path = value_of(argv, "--preset"), value_of(argv, "--config")
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"--preset {preset} is unknown; allowed are {', '.join(PRESETS)}")
     base = default or _of_class(config_class, PRESETS[preset or "default"])
@@ -202,14 +202,10 @@ def _validate_training(config: LearnConfig) -> None:
     _validate_algorithm(config)
     validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:
-        raise ConfigError(
-            "--conditional needs all block sizes at once; a live node or one of a cluster has one"
-        )
+        raise ConfigError("--conditional needs all block sizes at once; a live or a cluster's node has one")
     _validate_prices(config)
     if config.storage is not None and "://" not in config.storage and not config.storage.startswith("/"):
-        raise ConfigError(
-            f"--storage {config.storage}: an absolute path, or a URL such as s3://bucket/folder"
-        )
+        raise ConfigError(f"--storage {config.storage}: an absolute path, or a URL like s3://bucket/folder")
     if config.node != "ray" and config.nodes_per_trial > 1:
         raise ConfigError("--nodes-per-trial is for --node ray")
 
@@ -281,7 +277,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _value_of(argv: list[str], flag: str) -> str | None:
+def value_of(argv: list[str], flag: str) -> str | None:
+    """What the words give to a flag, before any of them is checked."""
     words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
     return next((value for word, value in pairwise(words) if word == flag), None)
 

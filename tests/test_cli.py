@@ -10,7 +10,7 @@ import pytest
 
 from fuel_ray.cli import VERBS, main
 from fuel_ray.commands import sweep
-from fuel_ray.config import PRESETS, SweepConfig, from_dict, load_config, to_dict
+from fuel_ray.config import PRESETS, LiveConfig, SweepConfig, from_dict, load_config, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from tests.fake_nvml import FakeNvml
@@ -215,6 +215,13 @@ def test_a_resumed_run_has_the_recorded_settings(preset, tmp_path):
         assert config == dataclasses.replace(recorded, resume=tmp_path)
     config = sweep.parse(["--resume", str(tmp_path), "--node-wait-s", "600"], prog="x")
     assert config == dataclasses.replace(recorded, resume=tmp_path, node_wait_s=600.0)
+
+
+def test_flags_that_a_resumed_run_repeats_need_not_be_whole_without_it(tmp_path):
+    recorded = dataclasses.replace(SweepConfig(), node="live", live=LiveConfig(model="m"))
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(recorded)}))
+    config = sweep.parse(["--node", "live", "--resume", str(tmp_path)], prog="x")
+    assert config == dataclasses.replace(recorded, resume=tmp_path)
 
 
 def test_a_run_of_another_config_is_not_resumed(capsys, tmp_path):

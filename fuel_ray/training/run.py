@@ -13,7 +13,7 @@ from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.codec import Codec
 from fuel_ray.config import LearnConfig, to_dict
 from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
-from fuel_ray.flags import parse_serving, resumed
+from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_json, write_json
 from fuel_ray.sim.pack import load_pack
@@ -29,12 +29,12 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
     Raises:
         ConfigError: a flag is wrong, or differs from the run that is to be resumed.
     """
-    config = parse_serving(config_class, argv, prog=prog)
-    if config.resume is None:
-        return config
-    if config.storage is not None and not config.resume.exists():
-        fetch(config.resume, config.storage)
-    return resumed(config.resume, argv, prog=prog, base=config_class(), may_change=_PATIENCE)
+    folder, storage = value_of(argv, "--resume"), value_of(argv, "--storage")
+    if folder is None:
+        return parse_serving(config_class, argv, prog=prog)
+    if storage is not None and not Path(folder).exists():
+        fetch(Path(folder), storage)
+    return resumed(Path(folder), argv, prog=prog, base=config_class(), may_change=_PATIENCE)
 
 
 @contextmanager
