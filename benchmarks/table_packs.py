@@ -1,6 +1,6 @@
 """Fit the packs that come from published tables: clock x batch, no prefill.
 
-    python benchmarks/table_packs.py ../shared/data/clock_batch [--out fuel_ray/sim/packs]
+    python benchmarks/table_packs.py FOLDER [--out fuel_ray/sim/packs]
 
 The tables have no licence, so the packs hold constants and never rows.
 """
