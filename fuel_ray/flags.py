@@ -288,4 +288,4 @@ def _one_line(text: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(re.sub(r"[│╭╮╰╯─┆┄]", " ", plain).split())
     words = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
-    return re.sub(r"^(Parsing error|Unrecognized options|[A-Z][a-z]+ (error|options?))\s+", "", words)
+    return re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|[A-Z][a-z]+ (error|options?))\s+", "", words)
