@@ -284,8 +284,7 @@ def value_of(argv: list[str], flag: str) -> str | None:
 
 
 def _one_line(text: str) -> str:
-    """Tyro's boxed complaint as one line, without its pointer to --help."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    words = " ".join(re.sub(r"[│╭╮╰╯─┆┄]", " ", plain).split())
-    words = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
-    return re.sub(r"^(Parsing error|Unrecognized options|Invalid choice|[A-Z][a-z]+ (error|options?))\s+", "", words)
+    """Tyro's boxed complaint as one line, without the box's title and the pointer to --help."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|╭.*", "", text)
+    words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
+    return re.sub(r" (For full helptext|Argument helptext:).*", "", words)
