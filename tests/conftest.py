@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 
 import pytest
 
@@ -7,6 +8,8 @@ RAY_SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RA
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two torch threads are slower than one on small nets
 os.environ.setdefault("MPLBACKEND", "Agg")
+# a script's background job ignores Ctrl-C, and so would every process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
