@@ -162,9 +162,9 @@ class ServingConfig:
     backend: Backend = "sim"
     """What the nodes of --node ray are; --node sim and --node live are that themselves."""
     node_wait_s: float = 60.0
-    """With --node ray, how long to wait for the cluster to have the nodes that are needed, in s."""
+    """With Ray's nodes, how long to wait for the cluster to have those that are needed, in s."""
     node_failures: int = 3
-    """With --node ray, failures of a node in a row after which an episode or a trial is given up."""
+    """With --node ray or a live run, failures of a node in a row that end an episode or a trial."""
     live: LiveConfig = field(default_factory=LiveConfig)
     pack: str = "h100-qwen3-8b"
     """Calibration pack of the simulated node: a shipped name or a .json file."""

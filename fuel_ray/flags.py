@@ -29,6 +29,8 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
+NOT_NAMED = "which is loaded only where the command line names it too"
+
 # Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
 _COUNT, _SHARE, _STEP_SIZE, _WAIT_S = (1, 10**9), (0.0, 1.0), (1e-9, 1.0), (0.0, 86_400.0)
 _GROUPS: dict[tuple[float, float], str] = {
@@ -112,13 +114,14 @@ def check_named(settings: Any, words: Sequence[str]) -> None:
     Raises:
         ConfigError: some is not; the message says what to add to the command line.
     """
-    values = (word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words)
-    named = {reference(value) for value in values}
-    for name, text in _values(to_dict(settings)):
-        if isinstance(text, str) and reference(text) not in (None, *named):
+    given = (word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words)
+    named = {reference(value) for value in given}
+    values = [(name, str(text)) for name, text in _values(to_dict(settings)) if isinstance(text, str)]
+    for name, text in values:
+        if reference(text) not in (None, *named):
             raise ConfigError(
-                "its settings name code from outside, which is loaded only where the command line names it "
-                f"too: add {_flag(name)} {text}"
+                f"its settings name code from outside, {NOT_NAMED}: add {_flag(name)} "
+                + " ".join(text for own, text in values if own == name)
             )
 
 

@@ -24,29 +24,47 @@ def load(name: str) -> Any:
     """What a ``package.module:NAME`` names; the working directory counts.
 
     Raises:
-        ConfigError: there is no such module, or no such name in it.
+        ConfigError: it is no such name, there is no such module or no such name in it, or it fails.
     """
+    if reference(name) != name:  # nor was the user asked to name it
+        raise ConfigError(f"{name}: not package.module:NAME")
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def called(name: str, *values: Any, **options: Any) -> Any:
+    """The class or function of that name.
+
+    Raises:
+        ConfigError: there is none, or it cannot be called with these.
+    """
+    function = load(name)
+    try:
+        inspect.signature(function).bind(*values, **options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join([*(["settings"] * len(values)), *options]) or "nothing"
+        raise ConfigError(f"{name}: {error}; it is called with {given}") from error
+    return function
 
 
 def made(name: str, *, needs: Sequence[str], **options: Any) -> Any:
     """What the class or function of that name makes of the options, with all the attributes that it needs.
 
     Raises:
-        ConfigError: it cannot be called so, or makes something else.
+        ConfigError: it cannot be called so, fails, or makes something else.
     """
-    function = load(name)
+    function = called(name, **options)
     try:
-        inspect.signature(function).bind(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}; it is called with {', '.join(options) or 'nothing'}") from error
-    found = function(**options)
+        found = function(**options)
+    except Exception as error:
+        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
     missing = [attribute for attribute in needs if not hasattr(found, attribute)]
     if missing:
         raise ConfigError(f"{name} makes a {type(found).__name__}, which has no {', '.join(missing)}")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fuel_ray.build import cluster as build_cluster
 from fuel_ray.build import live as build_live
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_node, build_spec, twin_of, twinned
@@ -33,6 +34,20 @@ def test_a_live_node_and_its_twin_have_the_same_clocks_and_the_same_actions(gpu)
     live, twin = build_spec(config, 16), build_spec(twin_of(config), 16)
     assert live.gpu_clocks_mhz == twin.gpu_clocks_mhz == tuple(range(990, 1981, 15))
     assert build_codec(config, live).grid == build_codec(twin_of(config), twin).grid
+
+
+def test_block_sizes_keep_their_order_whichever_server_is_up_first(monkeypatch):
+    class Found(dict):
+        def __init__(self, actors, **options):
+            super().__init__({key: (None, "engine") for key in reversed(actors)})
+
+    monkeypatch.setattr(build_cluster, "require_nodes", lambda *args, **options: None)
+    monkeypatch.setattr(build_cluster, "node_actor", lambda *args, **options: None)
+    monkeypatch.setattr(build_cluster, "end_actors", lambda actors: None)
+    monkeypatch.setattr(build_cluster, "facts_of", Found)
+    config = replace(LIVE, node="ray", backend="live")
+    with build_cluster.kept_servers(config, run="r", at_once=3, nodes_each=1) as (_, answers):
+        assert list(answers) == [8, 16, 32]
 
 
 def test_a_pack_of_another_gpu_is_refused_and_said_what_to_do(gpu):

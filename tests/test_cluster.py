@@ -276,7 +276,7 @@ def test_a_nodes_figures_are_on_the_metrics_page_of_its_host(node, two_hosts):
 
 
 def test_a_server_outlives_the_nodes_on_it_and_is_started_once(two_hosts, tmp_path):
-    from fuel_ray.cluster.node import NoServer, end_actor, node_actor
+    from fuel_ray.cluster.node import NoServer, end_actors, node_actor
 
     def serve(gpu_ids):
         with (tmp_path / "starts").open("a") as log:
@@ -295,6 +295,6 @@ def test_a_server_outlives_the_nodes_on_it_and_is_started_once(two_hosts, tmp_pa
     assert served(node)[0] == served(simulated())[0]  # Ray starts the actor again, and it its server
     assert (tmp_path / "starts").read_text().count("start") == 2
     node.close()
-    end_actor(actor)
+    end_actors([actor])
     with pytest.raises(NodeError, match="kept, which has the node's server, is gone"):
         remote_node(name="kept")

@@ -276,6 +276,8 @@ WRONG = [
     "--shadow",
     "--policy clipper",
     "--policy clipper --slo-ttft-s 1 --max-num-seqs 8",
+    "--policy {policy} --slo-ttft-s 0.5",
+    "--policy {policy} --pack h100-qwen3-8b --shadow",
     "--policy clipper --slo-ttft-s 0 --max-num-seqs 8 --shadow",
     "--policy clipper --slo-ttft-s 1 --shadow",
     "--policy eais --slo-ttft-s 1 --max-num-seqs 8 --shadow",

@@ -144,6 +144,48 @@ def test_an_export_loads_nothing_that_was_not_named(trap, tmp_path, monkeypatch,
     assert not trap.exists()
 
 
+@pytest.mark.parametrize(
+    ("verb", "settings"),
+    [
+        ("sweep", {"train": {"algorithm": "trap:x-y"}}),
+        ("sweep", {"also": ["trap:-"]}),
+        ("evaluate", {"extra_features": ["trap"]}),
+        ("evaluate", {"extra_features": ["trap:"]}),
+        ("evaluate", {"policies": ["trap:X.Y"]}),
+    ],
+)
+def test_what_only_looks_like_a_name_loads_nothing_either(trap, tmp_path, capsys, verb, settings):
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert main([verb, "--config", str(tmp_path / "settings.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not trap.exists()
+
+
+def test_an_export_has_no_use_for_the_algorithm(trap, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.commands.export.is_checkpoint", lambda path: True)
+    train = replace(PRESETS["plain"].train, algorithm="trap:own")
+    settings = learning_settings(replace(PRESETS["plain"], train=train))
+    (tmp_path / "run.json").write_text("{}")
+    trial = {"env_config": {"config": settings, "block_sizes": [16]}}
+    (tmp_path / "params.json").write_text(json.dumps(trial))
+    assert main(["export", "--checkpoint", str(tmp_path / "checkpoint")]) == 2
+    assert "module_state.pkl" in capsys.readouterr().err and not trap.exists()
+
+
+def test_all_of_several_names_are_to_be_named(trap, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"also": ["trap:Mine", "clipper"]}))
+    with pytest.raises(ConfigError, match=r"add --also trap:Mine clipper$"):
+        parse("--config", str(tmp_path / "settings.json"))
+
+
+def test_code_that_fails_is_told_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text("def maker():\n    return 1 // 0\n")
+    (tmp_path / "broken.py").write_text("undefined\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, says in (("failing:maker", "ZeroDivisionError"), ("broken:maker", "NameError")):
+        with pytest.raises(ConfigError, match=f"{name}: {says}"):
+            made(name, needs=())
+
+
 def test_what_the_command_line_names_is_loaded(trap, tmp_path):
     settings = to_dict(replace(PRESETS["plain"], extra_features=("trap:FEATURES",)))
     (tmp_path / "run.json").write_text(json.dumps({"config": settings}))

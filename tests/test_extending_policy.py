@@ -18,7 +18,7 @@ from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning import tuned
 from fuel_ray.tuning.contenders import names_of, resolve
 from fuel_ray.tuning.tuned import Tuned
-from fuel_ray.types import Knobs
+from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import write_policy
 from tests.test_arena import a_priced_policy
 from tests.test_codec import WINDOW
@@ -124,6 +124,20 @@ def test_what_is_no_policy_is_said_in_one_line_before_anything_is_run(entry, ver
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "arena"])
+def test_a_folder_of_another_block_size_is_not_left_out_without_a_word(verb, capsys, tmp_path):
+    folder = str(write_policy(tmp_path / "of_16"))
+    out = tmp_path / "out"
+    assert main([verb, "--policies", folder, "--block-sizes", "32", "--out", str(out)]) == 2
+    assert "--policies of_16: for no block size of 32" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("slo", [Slo(ttft_s=1.0), Slo(tpot_s=0.05)])
+def test_eais_needs_to_know_how_long_a_request_may_take(slo):
+    with pytest.raises(ConfigError, match="eais needs --slo-e2e-s"):
+        contender("eais", replace(CASE, slo=slo)).make(0.0)
+
+
 def test_an_unknown_name_lists_the_catalogue():
     with pytest.raises(ConfigError, match=", ".join(PUBLISHED)):
         resolve("storm", CASE)
@@ -138,3 +152,8 @@ def test_settings_with_policies_survive_json(tmp_path):
     assert main(["evaluate", *SHORT, "--out", str(tmp_path), "--policies", MINE]) == 0
     facts = json.loads(next(tmp_path.glob("*/run.json")).read_text())
     assert facts["config"]["policies"] == [MINE]
+
+
+def test_a_folder_that_has_the_name_of_the_learned_policy_is_told_apart_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert names_of([str(write_policy(Path("dqn")))]) == ["./dqn"]

@@ -272,6 +272,11 @@ def test_a_damaged_folder_is_refused(saved, damage):
         load_policy(folder, loop.node.spec)
 
 
+def scale(raw, *, each=1.0, **change):
+    size = len(raw["features"])
+    return {"count": 2, "mean": [0.0] * size, "sum_of_squares": [each] * size, **change}
+
+
 def _write(folder, name, change):
     raw = json.loads((folder / name).read_text())
     change(raw)
@@ -289,6 +294,9 @@ def _write(folder, name, change):
         ("manifest.json", lambda raw: raw.update(format=2)),
         ("manifest.json", lambda raw: raw.update(kv_block_sizes=None)),
         ("manifest.json", lambda raw: raw.pop("model")),
+        ("codec.json", lambda raw: raw.update(running_scale=scale(raw, count="x"))),
+        ("codec.json", lambda raw: raw.update(running_scale=scale(raw, mean=[0.0]))),
+        ("codec.json", lambda raw: raw.update(running_scale=scale(raw, each=-1.0))),
     ],
 )
 def test_a_folder_whose_parts_do_not_fit_each_other_is_refused(saved, name, change):

@@ -116,6 +116,8 @@ def test_an_algorithm_from_outside_is_a_function_that_the_user_names():
     assert algorithm_of(LearnConfig(train=train)).__name__ == "own"
     with pytest.raises(ConfigError, match="nowhere"):
         algorithm_of(LearnConfig(train=replace(train, algorithm="nowhere:own")))
+    with pytest.raises(ConfigError, match="it is called with settings, model"):
+        algorithm_of(LearnConfig(train=replace(train, algorithm="textwrap:dedent")))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.report.data import ENERGY
+from fuel_ray.report.data import ENERGY, Run
 from fuel_ray.report.sections import summary_table, write_report
+from fuel_ray.report.text import origin
 
 BLOCK_SIZES = (8, 16, 32, 64)
 POLICIES = ("max_performance", "tuned_static", "load_table", "dqn")
@@ -385,3 +387,9 @@ def test_the_terminal_table_has_a_row_per_policy_and_the_answer(full_report):
 def test_importing_fuel_ray_does_not_import_matplotlib():
     code = "import sys, fuel_ray, fuel_ray.commands, fuel_ray.stats; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("info", "config"), [({"origin": "measured"}, {}), ({}, {"backend": "live"})])
+def test_what_was_measured_is_not_called_modelled(info, config):
+    rows = pd.DataFrame()
+    assert origin(Run("run", info, config, rows, rows, rows)) == "Measured on hardware."

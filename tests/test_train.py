@@ -8,11 +8,13 @@ from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.build.resolve import resolve
 from fuel_ray.config import PRESETS, SweepConfig
+from fuel_ray.errors import ConfigError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.record import write_json
 from fuel_ray.training import policies as train
+from fuel_ray.training import run
 from fuel_ray.training.run import check_start
 from fuel_ray.training.trials import Checkpointed, Trained
 from fuel_ray.tuning.runs import Score
@@ -80,6 +82,17 @@ def test_a_policy_of_one_price_is_saved_with_it():
     config = replace(PRESETS["plain"], miss_price_j=70.0)
     assert build_codec(config, build_spec(config, 16)).miss_price_j == 70.0
     assert "miss_price" not in config.features
+
+
+@pytest.mark.parametrize("wrong", [["typo"], ["diurnal:nobody=1"]])
+def test_a_workload_is_looked_at_before_servers_start(wrong, monkeypatch):
+    monkeypatch.setattr(run, "start_ray", lambda config: pytest.fail("Ray was started"))
+    config = replace(SweepConfig(), node="ray", backend="live")
+    with (
+        pytest.raises(ConfigError, match=r"typo|nobody"),
+        run.running(config, "sweep", wrong, held_out=()),
+    ):
+        pass
 
 
 def test_training_may_start_from_a_policy_whose_price_was_tuned(tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import REFERENCES, TUNED_STATIC
 from fuel_ray.stats import Interval, relative_energy
 
@@ -52,8 +53,14 @@ def _summary(cell: Mapping[str, Any], name: str, rows: Rows, by_policy: Mapping[
 
 
 def attainment(rows: Rows) -> float:
-    """Share of all requests that met the SLO."""
+    """Share of all requests that met the SLO.
+
+    Raises:
+        ConfigError: there was no request, so there is nothing to compare.
+    """
     shares, requests = ([row[name] for row in rows] for name in ("slo_attainment", "requests"))
+    if not sum(requests):
+        raise ConfigError("no request was finished in these episodes: longer ones, or a load that has some")
     return float(np.average(shares, weights=requests))
 
 

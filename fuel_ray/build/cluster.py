@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fuel_ray.build.live import LiveServer
 from fuel_ray.build.nodes import ACTOR, is_kept, numbered
 from fuel_ray.cluster.hosts import driver_resource, require_nodes
-from fuel_ray.cluster.node import NoServer, RemoteNode, Server, end_actor, facts_of, node_actor
+from fuel_ray.cluster.node import NoServer, RemoteNode, Server, end_actors, facts_of, node_actor
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import UnsupportedError
 from fuel_ray.types import Node, NodeSpec
@@ -67,13 +67,12 @@ def kept_servers(
                 actors[size, k] = node_actor(serve, gpus=gpus, name=name, resources=here)
             asked = {key: actor for key, actor in actors.items() if key not in answers}
             answers |= facts_of(asked, timeout_s=_start_s(config))
-            for key in [key for key in asked if isinstance(answers[key], UnsupportedError)]:
-                end_actor(actors.pop(key))
+            refused = [key for key in asked if isinstance(answers[key], UnsupportedError)]
+            end_actors([actors.pop(key) for key in refused])
             left = left[room:]
-        yield kept, {size: answer for (size, k), answer in answers.items() if k == 0}
+        yield kept, {size: answers[size, 0] for size in config.block_sizes if (size, 0) in answers}
     finally:
-        for actor in actors.values():
-            end_actor(actor)
+        end_actors(actors.values())
 
 
 def _actor_name(config: ServingConfig, kv_block_size: int) -> str:

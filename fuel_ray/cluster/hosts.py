@@ -35,6 +35,7 @@ def connect(*, cluster: bool) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the first of several servers' errors is told
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address == "auto" or (cluster and not address):
@@ -76,7 +77,7 @@ def driver_resource() -> dict[str, float]:
     own_id = ray.get_runtime_context().get_node_id()
     own = next(host["Resources"] for host in ray.nodes() if host["NodeID"] == own_id)
     if own.get("CPU", 0) < 1:
-        raise ConfigError("Ray has no CPU here for trials: start it with --num-cpus=2, or give --storage")
+        raise ConfigError("Ray has no CPU here for trials: start it with --num-cpus=2")
     head = "node:__internal_head__"
     return {head if head in own else f"node:{ray.util.get_node_ip_address()}": 0.001}
 

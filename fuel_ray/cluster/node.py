@@ -4,7 +4,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,16 +132,19 @@ def node_actor(
     return ray.remote(NodeActor).options(resources=resources or {NODE_RESOURCE: 1}, **options).remote(serve)
 
 
-def end_actor(actor: Any) -> None:
-    """Let it close what it has, then kill it; what goes wrong is logged."""
-    if ray.is_initialized():
-        _closed(actor.end)
+def end_actors(actors: Iterable[Any]) -> None:
+    """Let them close what they have, all at once, then kill them; what goes wrong is logged."""
+    if not ray.is_initialized():
+        return
+    deadline_s = time.monotonic() + CLOSE_S
+    for actor, end in [(actor, actor.end.remote()) for actor in actors]:
+        _closed(end, max(0.1, deadline_s - time.monotonic()))
         ray.kill(actor)
 
 
-def _closed(method: Any) -> None:
+def _closed(answer: Any, timeout_s: float) -> None:
     try:
-        answer_of(method.remote(), "the node", CLOSE_S)
+        answer_of(answer, "the node", timeout_s)
     except FuelRayError as error:
         logger.warning("a node did not close by itself: %s", error)
 
@@ -232,9 +235,9 @@ class RemoteNode:
         if actor is None or not ray.is_initialized():
             return
         if self._name is not None:
-            _closed(actor.close)
+            _closed(actor.close.remote(), CLOSE_S)
         elif self._opened:
-            end_actor(actor)
+            end_actors([actor])
         else:
             ray.kill(actor)
 

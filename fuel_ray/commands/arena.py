@@ -9,7 +9,7 @@ from fuel_ray.build.nodes import build_spec
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed
 from fuel_ray.record import make_folder, new_folder, write_json
-from fuel_ray.tuning.contenders import check, names_of
+from fuel_ray.tuning.contenders import check, check_sizes, names_of
 
 # Settings of a node that are not the user's here
 _OF_SCENARIOS = (
@@ -33,6 +33,7 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
     if not config.slos:
         raise ConfigError("--slos: at least one of interactive, tight, seed")
     check("--policies", config.policies, config, [build_spec(config, config.block_sizes[0])])
+    check_sizes("--policies", config.policies, config.block_sizes)
     return replace(config, slos=tuple(dict.fromkeys(config.slos)))
 
 

@@ -64,6 +64,9 @@ class DeployConfig(Target):
     """Folder in which the run's own folder is made."""
 
 
+_OF_A_RULE = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s", "pack")
+
+
 def parse(argv: list[str], *, prog: str) -> DeployConfig:
     """Settings from flags; raises ConfigError where one is wrong."""
     config = parse_flags(DeployConfig, argv, prog=prog)
@@ -73,6 +76,8 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
         rule.check()
         if not config.shadow:
             raise ConfigError(f"--policy {config.policy}: only a folder may rule; this only with --shadow")
+    elif given := [name for name in _OF_A_RULE if getattr(config, name) is not None]:
+        raise ConfigError(f"--{given[0].replace('_', '-')}: a policy folder has its own")
     return config
 
 

@@ -14,7 +14,7 @@ from fuel_ray.flags import parse_serving, validate_tune_share
 from fuel_ray.policies.catalogue import CATALOGUE
 from fuel_ray.policies.static import Static
 from fuel_ray.record import new_folder, origin, write_csv, write_json, write_lines
-from fuel_ray.tuning.contenders import check, of_size
+from fuel_ray.tuning.contenders import check, check_sizes, of_size
 from fuel_ray.tuning.tuned import tuned_policies
 from fuel_ray.types import NodeSpec, Policy
 
@@ -30,6 +30,7 @@ def parse(argv: list[str], *, prog: str) -> EvaluateConfig:
             _static(text, spec)
         sizes = [replace(spec, kv_block_size=size) for size in config.block_sizes]
         check("--policies", config.policies, config, sizes)
+    check_sizes("--policies", config.policies, config.block_sizes)
     if any(entry in CATALOGUE and CATALOGUE[entry].tuned for entry in config.policies):
         validate_tune_share(config.tune_share, config.slo_share)
     return config

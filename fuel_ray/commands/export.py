@@ -1,7 +1,7 @@
 """fuel-ray export: an RLlib checkpoint of a sweep or a training as a policy folder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class ExportConfig:
     """Turn an RLlib checkpoint into a policy folder, which `fuel-ray deploy` takes without Ray."""
 
     checkpoint: Path
-    """Checkpoint folder in its run: results/sweep-.../tune/TRIAL/checkpoint_000015."""
+    """Checkpoint folder in its run: results/sweep-.../tune*/TRIAL/checkpoint_000015."""
     to: Path | None = None
     """Policy folder to write; None: `policy` in the checkpoint."""
     extra_features: tuple[str, ...] = ()
@@ -50,7 +50,10 @@ def run(config: ExportConfig) -> int:
             f"{checkpoint} is not in the folder of its run, whose {_RUN_JSON} says the settings"
         )
     settings, sizes = _trained(checkpoint.parent / "params.json")
-    check_named(settings, (*config.extra_features, config.reward or "", config.workload or ""))
+    loaded = replace(
+        settings, train=replace(settings.train, algorithm="dqn")
+    )  # whatever it was, not used here
+    check_named(loaded, (*config.extra_features, config.reward or "", config.workload or ""))
     facts = read_json(run_dir / _RUN_JSON)
     spec = _spec(settings, sizes[0], facts)
     engine = facts.get("engine") or "unknown"

@@ -46,6 +46,8 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
     config = parse_serving(ProfileConfig, argv, prog=prog, default=ProfileConfig())
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a profile is of one server, give one block size")
+    if config.node == "ray" and config.live_server:
+        raise ConfigError("--node ray: a profile is of this machine's server; run it there with --node live")
     clocks = build_spec(config, config.block_sizes[0]).gpu_clocks_mhz
     if unknown := set(config.clocks_mhz) - set(clocks):
         known = f"the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"

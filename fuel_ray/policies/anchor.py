@@ -33,8 +33,8 @@ class Anchor:
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Anchor":
         """The inverse of ``to_dict``; what is no anchor is a ValueError."""
-        if not math.isfinite(raw["weight"]):
-            raise ValueError("the anchor's weight is not finite")
+        if not 0 <= raw["weight"] < math.inf:
+            raise ValueError("the anchor's weight is not one")
         return Anchor(LoadTable.from_dict(raw), float(raw["weight"]))
 
 

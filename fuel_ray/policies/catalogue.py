@@ -1,5 +1,6 @@
 """The policies that are known by name: what they are called and drawn in, and how they are made."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +105,10 @@ def _eais(case: Case, _: float) -> Policy:
     ttft_s, tpot_s = token_limits(case.slo)
     capacity = case.spec.batch_limits[-1]
     models = fit_batches(_perf(case), every(case.spec.gpu_clocks_mhz, 8), max_batch=capacity)
-    return Eais(models, slo_s=case.slo.e2e_s or ttft_s + OUTPUT_TOKENS * tpot_s, max_batch=capacity)
+    slo_s = case.slo.e2e_s or ttft_s + OUTPUT_TOKENS * tpot_s
+    if not math.isfinite(slo_s):
+        raise ConfigError("eais needs --slo-e2e-s, or --slo-ttft-s and --slo-tpot-s")
+    return Eais(models, slo_s=slo_s, max_batch=capacity)
 
 
 def _voltana(case: Case, margin: float) -> Policy:

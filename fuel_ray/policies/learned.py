@@ -197,6 +197,7 @@ def _slo(raw: Mapping[str, Any]) -> Slo:
     slo = Slo(**raw)
     limits = (slo.ttft_s, slo.tpot_s, slo.e2e_s, slo.share)
     _expect(all(limit is None or 0 < limit < math.inf for limit in limits), f"{slo} is no SLO")
+    _expect(slo.share is None or slo.share <= 1, f"{slo} is no SLO")
     return slo
 
 
@@ -205,6 +206,12 @@ def _check_codec(codec: Codec) -> None:
     for name, values in (("batch_limits", grid.batch_limits), ("gpu_clocks_mhz", grid.gpu_clocks_mhz)):
         _expect(are_counts(values) and values == tuple(sorted(set(values))), f"{name} do not ascend")
     _slo(asdict(codec.slo))
+    if (scale := codec.running_scale) is not None:
+        _expect(type(scale.count) is int and scale.count >= 0, "the scale's count is no count")
+        size = len(codec.features) if scale.count else 0
+        for of_each in (scale.mean, scale.sum_of_squares):
+            _expect(len(of_each) == size and all(map(math.isfinite, of_each)), "the scale is not one")
+        _expect(all(spread >= 0 for spread in scale.sum_of_squares), "the scale has a negative spread")
 
 
 def _expect(holds: bool, otherwise: str) -> None:

@@ -58,7 +58,12 @@ def change(ratio: float) -> str:
 
 def chosen_pairs(run: Run) -> str:
     """What the baselines were tuned to."""
-    head = ("block size", "tuned static", "load table, by arrival rate", "DQN's weight on it")
+    head = (
+        "block size",
+        "tuned static",
+        "load table, by arrival rate",
+        f"{label(run.learned)}'s weight on it",
+    )
     groups = []
     for size, tuned in (run.info.get("tuned") or {}).items():
         weight = tuned.get("anchor_weight")

@@ -48,8 +48,8 @@ def sample(run: Run) -> str:
 def origin(run: Run) -> str:
     """Whether the numbers are modelled or measured, and with what."""
     pack = run.info.get("pack") or {}
-    if (run.setting("backend") or "sim") != "sim":
-        return f"Measured on hardware (backend {run.setting('backend')})."
+    if run.info.get("origin") == "measured" or (run.setting("backend") or "sim") != "sim":
+        return "Measured on hardware."
     name = pack.get("name") or run.setting("pack") or "unnamed"
     return (
         f"Modelled, not measured: every number comes from a simulated node with calibration pack {name}. "

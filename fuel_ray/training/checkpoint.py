@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.errors import PolicyError
+from fuel_ray.flags import NOT_NAMED
 from fuel_ray.policies.learned import PolicyFolder, read_policy
 
 MODULE_STATE = Path("learner_group/learner/rl_module/default_policy/module_state.pkl")
@@ -53,9 +54,14 @@ def policy_folder(path: Path, *, extra_features: tuple[str, ...] = ()) -> Policy
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--to", folder]
         command += ["--extra-features", *extra_features] if extra_features else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
+        beforehand = f"; beforehand: fuel-ray export --checkpoint {path}"
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
+        except subprocess.TimeoutExpired as error:
+            raise PolicyError(f"{path}: not converted within {EXPORT_S:g} s{beforehand}") from error
         if done.returncode:
-            raise PolicyError(done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed")
+            why = done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed"
+            raise PolicyError(why + (beforehand if NOT_NAMED in why else ""))
         return replace(read_policy(Path(folder), extra_features=extra_features), path=path)
 
 

@@ -41,8 +41,8 @@ def train_policies(
     shares = [min(home[size].share for size in trial.block_sizes) for trial in trained]
     scored = _scored(config, trained, shares, anchors if config.anchor else {})
     results = list(zip(trained, scored, shares, strict=True))
-    update_csv(run_dir / "learning.csv", [row for trial, own, _ in results for row in _curve(trial, own)])
     _add_tuned(config, [_chosen(found, run_dir, *result) for result in results], home)
+    update_csv(run_dir / "learning.csv", [row for trial, own, _ in results for row in _curve(trial, own)])
     return by_size
 
 

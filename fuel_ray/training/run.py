@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.codec import build_codec
-from fuel_ray.build.nodes import build_node, build_spec, twin_of
+from fuel_ray.build.nodes import build_node, build_spec, twin_of, twinned
 from fuel_ray.build.resolve import Learning, Resolved, resolve
 from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.codec import Codec
@@ -19,6 +19,7 @@ from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_j
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.trials import algorithm_of, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.workload.spec import parse_workload
 
 _PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
 
@@ -58,8 +59,7 @@ def running(
     print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
     try:
         yield run_dir
-        if config.storage is not None:
-            publish(run_dir, config.storage)
+        _publish(config, run_dir)
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
         raise
@@ -84,8 +84,10 @@ def in_rounds(
         own = replace(config, block_sizes=tuple(sizes), out=run_dir)
         with resolve(own, run=run_dir.name, at_once=at_once) as found:
             _note(run_dir, found)
+            _publish(config, run_dir)
             if found.setups:
                 work(found)
+        _publish(config, run_dir)
         if not config.live_server:
             break
     if read_json(run_dir / "run.json")["engine"] is None:
@@ -95,12 +97,19 @@ def in_rounds(
 def _check(config: LearnConfig, workloads: Sequence[str]) -> None:
     """Try what can be tried without a server."""
     algorithm_of(config)
+    for workload in workloads:
+        parse_workload(workload)
+    if config.start_from is not None:
+        read_policy(config.start_from, extra_features=config.extra_features)
     if config.node == "ray":
         start_ray(config)
     if config.node == "live":
-        build_spec(config, config.block_sizes[0])
+        spec = build_spec(config, config.block_sizes[0])
+        check_start(config, build_codec(twinned(config, [spec]), spec))
     for size in () if config.live_server else config.block_sizes:
-        check_start(config, build_codec(config, build_spec(config, size)))
+        spec = build_spec(config, size)
+        config.guard.rules(config.slo, spec)
+        check_start(config, build_codec(config, spec))
         for workload in workloads:
             build_node(twin_of(config), size, horizon_s=float(EPISODE_S), workload=workload).reset(seed=0)
 
@@ -141,9 +150,13 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
         "nodes": {},
     }
     write_json(run_dir / "run.json", facts)
+    _publish(config, run_dir)
+    return run_dir
+
+
+def _publish(config: LearnConfig, run_dir: Path) -> None:
     if config.storage is not None:
         publish(run_dir, config.storage)
-    return run_dir
 
 
 def _left(config: LearnConfig, table: Path) -> tuple[int, ...]:

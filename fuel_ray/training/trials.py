@@ -21,7 +21,7 @@ from fuel_ray.build.nodes import is_kept
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
 from fuel_ray.codec import ActionGrid
 from fuel_ray.config import ALGORITHMS, LearnConfig
-from fuel_ray.errors import FuelRayError
+from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.envs import learning_settings, make_env
@@ -128,10 +128,10 @@ def algorithm_of(config: LearnConfig) -> Callable[..., AlgorithmConfig]:
     The module in them keeps a ``DuelingQNet`` as ``q``, whose weights become the policy's.
 
     Raises:
-        ConfigError: there is no such code.
+        ConfigError: there is no such code, or it is not called so.
     """
     name = config.train.algorithm
-    found: Callable[..., AlgorithmConfig] = outside.load(ALGORITHMS.get(name, name))
+    found: Callable[..., AlgorithmConfig] = outside.called(ALGORITHMS.get(name, name), config, model={})
     return found
 
 
@@ -142,6 +142,8 @@ def _settings(
     nodes = config.train.num_envs if config.node == "sim" else config.nodes_per_trial
     train = replace(config.train, num_envs=nodes)
     found = algorithm_of(config)(replace(config, train=train), model=_model(config, grid))
+    if not isinstance(found, AlgorithmConfig):
+        raise ConfigError(f"{train.algorithm} makes a {type(found).__name__}, not RLlib's AlgorithmConfig")
     env_config = {
         "config": learning_settings(config),
         "block_sizes": block_sizes,
@@ -155,7 +157,7 @@ def _settings(
     if config.node == "ray" and config.storage is None:  # this machine's disk has the run's folder
         found.resources(num_cpus_for_main_process=1)
         found.custom_resources_for_main_process = driver_resource()
-    round_steps = nodes * found.rollout_fragment_length
+    round_steps = nodes * found.get_rollout_fragment_length()
     rounds = math.ceil(config.steps / train.iterations / round_steps)
     found.learners(num_learners=0)
     found.callbacks(Episodes)

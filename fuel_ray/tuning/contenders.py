@@ -1,5 +1,6 @@
 """Who takes part: what a name, a folder or ``package.module:Class`` among --policies stands for."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,9 @@ def names_of(entries: Sequence[str]) -> list[str]:
     """What the entries are called in tables: a folder by its own name where nothing else has it."""
     folders = [Path(entry) for entry in entries if is_folder(entry)]
     own = {str(folder): name for folder, name in zip(folders, distinct_names(folders), strict=True)}
-    return [name if (name := own.get(str(Path(e)), e)) not in CATALOGUE else e for e in entries]
+    names = [own.get(str(Path(entry)), entry) for entry in entries]
+    pairs = zip(names, entries, strict=True)
+    return [name if name not in CATALOGUE or e in PLAYABLE else os.path.join(".", e) for name, e in pairs]
 
 
 def of_size(entries: Sequence[str], kv_block_size: int) -> dict[str, str]:
@@ -79,6 +82,13 @@ def of_size(entries: Sequence[str], kv_block_size: int) -> dict[str, str]:
         for name, entry in named
         if not is_folder(entry) or kv_block_size in read_manifest(Path(entry)).kv_block_sizes
     }
+
+
+def check_sizes(flag: str, entries: Sequence[str], block_sizes: Sequence[int]) -> None:
+    """Check that each entry can play at one of the block sizes; raises ConfigError."""
+    played = {name for size in block_sizes for name in of_size(entries, size)}
+    if left := [name for name in names_of(entries) if name not in played]:
+        raise ConfigError(f"{flag} {' '.join(left)}: for no block size of {', '.join(map(str, block_sizes))}")
 
 
 def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
