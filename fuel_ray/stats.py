@@ -25,12 +25,14 @@ class Interval:
 
 
 def relative_energy(own_j: Mapping[int, float], reference_j: Mapping[int, float]) -> Interval | None:
-    """Energy of one policy over that of another, by seed, paired by those that both have; None if none.
+    """Energy of one policy over that of another, by seed, paired by those that both have.
+
+    None if there are none, or if the other's was not measured.
 
     With the same resamples for every interval, so that a run has one report.
     """
     seeds = sorted(own_j.keys() & reference_j.keys())
-    if not seeds:
+    if not any(reference_j[seed] for seed in seeds):
         return None
     own, reference = ([by_seed[seed] for seed in seeds] for by_seed in (own_j, reference_j))
     return paired_ratio(own, reference, rng=np.random.default_rng(0))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fuel_ray.errors import FuelRayError
-from fuel_ray.stats import Interval, bootstrap_mean, paired_ratio
+from fuel_ray.stats import Interval, bootstrap_mean, paired_ratio, relative_energy
 
 
 def rng():
@@ -53,3 +53,9 @@ def test_same_generator_state_gives_the_same_interval():
 def test_values_that_do_not_pair_up_are_refused(numerators, denominators):
     with pytest.raises(FuelRayError, match="needs pairs"):
         paired_ratio(numerators, denominators, rng=rng())
+
+
+@pytest.mark.parametrize("reference", [{}, {3: 5.0}, {1: 0.0, 2: 0.0}])
+def test_energy_against_what_is_not_there_or_was_not_measured_is_none(reference):
+    assert relative_energy({1: 2.0, 2: 4.0}, reference) is None
+    assert relative_energy({1: 2.0, 2: 4.0}, {1: 4.0, 2: 8.0}).mean == 0.5
