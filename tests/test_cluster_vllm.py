@@ -7,6 +7,7 @@ from functools import partial
 import psutil
 import pytest
 
+from fuel_ray.build.live import LiveServer
 from fuel_ray.build.nodes import build_node
 from fuel_ray.config import LiveConfig, ServingConfig
 from fuel_ray.errors import UnsupportedError
@@ -15,12 +16,21 @@ from tests.test_cluster import actors_of, remote_node
 from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture and the marks)
 
 
-def build(config, kv_block_size, gpu_ids):
+def start(config, kv_block_size, gpu_ids):
+    """In the actor, which has no GPU: its server."""
     import fuel_ray.live.gpu.nvml
     from tests.fake_nvml import FakeGpu, FakeNvml
 
     fuel_ray.live.gpu.nvml.pynvml = FakeNvml(FakeGpu(uuid="GPU-0"))
-    return build_node(config, kv_block_size, horizon_s=60.0)
+    return LiveServer(config, kv_block_size)
+
+
+def node_of(config, kv_block_size):
+    return remote_node(
+        lambda server: build_node(server.config, kv_block_size, horizon_s=60.0),
+        serve=partial(start, config, kv_block_size),
+        start_s=400.0,
+    )
 
 
 @pytest.fixture
@@ -44,7 +54,7 @@ def config(model, tmp_path):  # noqa: F811
 
 
 def test_a_server_behind_an_actor_is_measured_and_dies_with_it(config, two_hosts):
-    node = remote_node(partial(build, config, 32), start_s=400.0)
+    node = node_of(config, 32)
     node.reset(seed=1)
     windows = []
     for limit in (32, 4, 4, 4):
@@ -63,4 +73,4 @@ def test_a_server_behind_an_actor_is_measured_and_dies_with_it(config, two_hosts
 
 def test_a_block_size_that_its_server_refuses_is_unsupported_there_too(config, two_hosts):
     with pytest.raises(UnsupportedError, match="block size 8"):
-        remote_node(partial(build, config, 8), start_s=400.0)
+        node_of(config, 8)
