@@ -218,7 +218,7 @@ class LearnConfig(ServingConfig):
     steps: int = 200_000
     """Control windows (1 s each) to train each policy on."""
     tune_share: float = 0.97
-    """Share that baselines and checkpoints are tuned to on training seeds; some slips on held-out ones."""
+    """Share that baselines and checkpoints are tuned to on tuning seeds; some slips on held-out ones."""
     features: tuple[str, ...] = PRICED_FEATURES
     """Entries of the observation, by name."""
     normalisation: Literal["fixed", "running"] = "fixed"

@@ -1,1 +1,1 @@
-"""Policies against each other: scenarios, tuning on training seeds, evaluation on held-out ones."""
+"""Policies against each other: scenarios, tuning on tuning seeds, evaluation on held-out ones."""

@@ -1,4 +1,4 @@
-"""One scenario: tune everybody on training seeds, evaluate everybody on held-out ones."""
+"""One scenario: tune everybody on tuning seeds, evaluate everybody on held-out ones."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence

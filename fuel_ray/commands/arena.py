@@ -1,4 +1,4 @@
-"""Every policy on every workload: tuned on training seeds, compared on held-out ones, side by side."""
+"""Every policy on every workload: tuned on tuning seeds, compared on held-out ones, side by side."""
 
 from dataclasses import replace
 

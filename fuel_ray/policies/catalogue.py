@@ -157,7 +157,7 @@ CATALOGUE: dict[str, Entry] = {
         *("tuned static", "#e69f00"),
         lambda case, _: Static(case.static),
         tuned=True,
-        what="the one (clock, limit) pair with the least energy within the SLO on the training seeds",
+        what="the one (clock, limit) pair with the least energy within the SLO on the tuning seeds",
     ),
     LOAD_TABLE: Entry(
         *("load table", "#009e73"),

@@ -1,4 +1,4 @@
-"""What is tuned on training seeds: the baselines, a policy's price and anchor, the score of its weights."""
+"""What is tuned on tuning seeds: the baselines, a policy's price and anchor, the score of its weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
