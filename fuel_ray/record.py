@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,10 +100,19 @@ def make_folder(path: Path) -> None:
 
 
 def new_folder(out: Path, verb: str) -> Path:
-    """A new folder below ``out`` named after the verb and the time."""
-    folder = out / f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
-    make_folder(folder)
-    return folder
+    """A new folder below ``out`` named after the verb and the time, and numbered where that is taken."""
+    make_folder(out)
+    name = f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    return next(filter(_is_new, chain([out / name], (out / f"{name}-{number}" for number in count(2)))))
+
+
+def _is_new(folder: Path) -> bool:
+    """Make the folder; whether nobody else has."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def origin(verb: str) -> dict[str, Any]:

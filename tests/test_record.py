@@ -12,6 +12,7 @@ from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.record import (
     fetch,
     make_folder,
+    new_folder,
     publish,
     read_json,
     step_line,
@@ -68,6 +69,10 @@ def test_rows_that_cannot_be_written_leave_the_old_table(tmp_path):
     with pytest.raises(ValueError, match="policy"):
         write_csv(path, [{"seed": 2}, {"seed": 3, "policy": "dqn"}])
     assert path.read_text().split() == ["seed", "1"]
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):
+    assert len({new_folder(tmp_path, "deploy") for _ in range(5)}) == 5
 
 
 def test_a_folder_below_a_file_cannot_be_made(tmp_path):

@@ -18,7 +18,7 @@ class Measured:
 
     began_s: float
     ended_s: float = 0.0
-    gpus: Mapping[int, tuple[Sample[GpuReading], ...]] = field(default_factory=dict)
+    gpus: dict[int, tuple[Sample[GpuReading], ...]] = field(default_factory=dict)
     energy_j: Mapping[int, tuple[float | None, float | None]] = field(default_factory=dict)  # first, last
     cpu: tuple[Sample[CpuReading], ...] = ()
     cpu_modelled: bool = False
@@ -48,8 +48,10 @@ def monitors(
         finally:
             found.ended_s = time.monotonic()
             found.energy_j = {index: (first_j[index], opened.energy_j()) for index, opened in gpus.items()}
-            with contextlib.suppress(TelemetryError):  # no sample at all shows as none in the result
-                found.gpus = {index: sampler.since(found.began_s) for index, sampler in samplers.items()}
+            for index, sampler in samplers.items():
+                with contextlib.suppress(TelemetryError):  # no sample at all shows as none in the result
+                    found.gpus[index] = sampler.since(found.began_s)
+            with contextlib.suppress(TelemetryError):
                 found.cpu = cpu_sampler.since(found.began_s) if cpu_sampler is not None else ()
             found.kv = kv.trace() if kv is not None else ()
 
