@@ -79,10 +79,7 @@ def _workloads(config: SweepConfig) -> list[str]:
 def _evaluate(config: SweepConfig, run_dir: Path, tuned: Mapping[int, Mapping[str, Tuned]]) -> None:
     """Serve the held-out seeds, block sizes side by side."""
     jobs = [(config, size, tuned[size], policy_folder(config, run_dir, size)) for size in config.block_sizes]
-    on_cluster = config.node == "ray"
-    at_once = max(1, num_nodes(gpus_per_node(config))) if on_cluster else None
-    found = in_parallel(
-        "evaluate", evaluate_block_size, jobs, at_once=at_once, here=on_cluster or config.live_server
-    )
+    at_once = max(1, num_nodes(gpus_per_node(config))) if config.node == "ray" else None
+    found = in_parallel("evaluate", evaluate_block_size, jobs, at_once=at_once, here=config.node != "sim")
     update_lines(run_dir / "steps.jsonl", [line for e in found for line in e.lines])
     update_csv(run_dir / "summary.csv", [row for e in found for row in e.rows])
