@@ -18,7 +18,6 @@ from numba import njit
 
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack
-from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.sim.recorded import read_trace
 from fuel_ray.sim.replay import RecordedRun, measured_figures, predicted_latencies, relative_errors
 from fuel_ray.sim.replay import predicted_figures as predict
@@ -94,7 +93,7 @@ def fitted(
     """Damped Gauss-Newton over relative changes of the constants in ROUGH."""
 
     def model(change: np.ndarray) -> PerfModel:
-        return start._replace(**{k: v * c for (k, v), c in zip(ROUGH.items(), change, strict=True)})
+        return start.replace(**{k: v * c for (k, v), c in zip(ROUGH.items(), change, strict=True)})
 
     def residuals(change: np.ndarray) -> np.ndarray:
         perf = model(change)
@@ -130,8 +129,8 @@ def fitted(
 def decode_residuals(perf: PerfModel, steps: list[dict[str, Any]]) -> np.ndarray:
     values = []
     for step in steps:
-        time_s, power_w, _ = step_cost(
-            perf, step["b"], step["b"] * step["ctx_mid"], 0, perf.max_clock_mhz, 0.0
+        time_s, power_w, _ = perf.step_cost(
+            step["b"], step["b"] * step["ctx_mid"], 0, perf.constants.max_clock_mhz
         )
         values += [(time_s / step["itl"] - 1) / 0.02, (power_w / step["power_w"] - 1) / 0.04]
     return np.array(values)
@@ -190,17 +189,19 @@ def closed_loop(perf: PerfModel, phase: dict[str, Any]) -> tuple[float, float, n
     requests = Requests(arrival_s, same * phase["n_in"], same * phase["n_out"], -same, same * 0)
     engine = rules.Engine(block_size, 387_040 // block_size, 128, 8192, False)
     state = rules.new_state(requests, engine)
-    seconds, energy_j = _closed_loop(state, engine, perf, phase["c"])
+    seconds, energy_j = _closed_loop(
+        state, engine, perf.constants, perf.at(perf.constants.max_clock_mhz), phase["c"]
+    )
     latency_s = state.time_s - state.time_s[:, [rules.ARRIVAL]]
     return seconds, energy_j, latency_s[:, rules.FIRST_TOKEN], latency_s[:, rules.FINISH]
 
 
 @njit
-def _closed_loop(s, e, m, clients):  # type: ignore[no-untyped-def]
+def _closed_loop(s, e, m, at, clients):  # type: ignore[no-untyped-def]
     n, energy_j, now_s, sent, answered = len(s.request), 0.0, 0.0, clients, 0
     while answered < n:
         now_s += 5e-4
-        rules.advance(s, e, m, now_s, e.max_num_seqs, m.max_clock_mhz)
+        rules.advance(s, e, m, at, now_s, e.max_num_seqs)
         energy_j += s.clock[rules.ENERGY]
         while answered < s.count[rules.FINISHED]:
             if sent < n:
@@ -223,7 +224,7 @@ def print_errors(name: str, run: RecordedRun, pack: Pack) -> None:
 def write(path: Path, name: str, perf: PerfModel) -> None:
     source = Path(__file__).parents[1] / "fuel_ray" / "sim" / "packs" / f"{name}.json"
     raw = json.loads(source.read_text())
-    raw["perf"] |= {key: float(f"{getattr(perf, key):.4g}") for key in ROUGH}
+    raw["perf"] |= {key: float(f"{getattr(perf.constants, key):.4g}") for key in ROUGH}
     path.write_text(json.dumps(raw, indent=2) + "\n")
 
 

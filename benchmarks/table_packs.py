@@ -11,12 +11,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fuel_ray.sim.calibrate import DecodePoint, Profile, fit, leave_one_out
-from fuel_ray.sim.pack import PerfModel, load_pack
+from fuel_ray.sim.calibrate import DecodePoint, LeftOut, Profile, errors, fit, leave_one_out, table
+from fuel_ray.sim.clock_axis import ClockAxis
+from fuel_ray.sim.pack import PerfModel, load_pack, pack_fields
 
 # What a batch of the A100 table is: so many steps that its batch-1 step takes what reading 16.1 GB of weights
 # at 80 % of 1,555 GB/s takes, 12.9 ms; the table does not say how many tokens were asked for.
 A100_STEPS = 600
+STREAMING = 0.8  # share of the batch-1 step; no clock slows it in these packs
 V100S_STEPS = 32  # 23 ms per step at batch 1; the repository does not say either
 
 
@@ -42,7 +44,7 @@ def a100_profile(path: Path) -> Profile:
         for row in csv.DictReader(path.open())
         if float(row["total_latency_sec"]) > 6  # the others ended early
     ]
-    return Profile(tuple(points), idle_w=71.3)  # what the powers point to at clock 0
+    return Profile(tuple(points), idle=((1410.0, 71.3),))  # what the powers point to at clock 0
 
 
 def v100s_profile(path: Path) -> Profile:
@@ -57,7 +59,7 @@ def v100s_profile(path: Path) -> Profile:
         for row in csv.DictReader(path.open())
         if row["source"].startswith("measured") and int(row["batch"]) <= 32  # 64 takes 3 x as long as 32
     ]
-    return Profile(tuple(points), idle_w=25.0)
+    return Profile(tuple(points), idle=((1597.0, 25.0),))
 
 
 def a100() -> dict[str, Any]:
@@ -66,6 +68,7 @@ def a100() -> dict[str, Any]:
     return {
         "name": "a100-llama31-8b",
         "gpu_name": "NVIDIA A100-PCIE-40GB",
+        "architecture": "Ampere",
         "model": "Llama-3.1-8B",
         "engine": "vLLM 0.11",
         "gpu_clocks_mhz": {"min": 705, "max": 1410, "step": 15},
@@ -75,7 +78,7 @@ def a100() -> dict[str, Any]:
         "kv_tokens": 128_000,
         "perf": {"power_cap_w": 250.0, "prefill_token_s": prefill_s, "prefill_token_j": 235 * prefill_s,
                  "prefill_attention_s": 4 * 32 * 4096 / (312e12 * 0.55), "mixed_token_s": prefill_s / 2,
-                 "prefill_clock": 1.0, "stall_w": 110.0},
+                 "prefill_clock": 1.0, "stall_w": 110.0, "prefill_clock_share": 0.9},
         "measured": "time and power of whole batches: 15 clocks (705 to 1410 MHz) x 11 batches (1 to 64)",
         "transferred": "assumed: 600 output tokens per request, which sets the scale of every time (batch 1 "
             "then takes 12.9 ms per token, 80 % of the memory bandwidth); context is part of the cost per "
@@ -91,6 +94,7 @@ def v100s() -> dict[str, Any]:
     return {
         "name": "v100s-qwen7b-int4",
         "gpu_name": "Tesla V100S-PCIE-32GB",
+        "architecture": "Volta",
         "model": "Qwen-7B-Chat-Int4",
         "engine": "Hugging Face transformers, static batches",
         "gpu_clocks_mhz": {"min": 517, "max": 1597, "step": 60},
@@ -100,7 +104,7 @@ def v100s() -> dict[str, Any]:
         "kv_tokens": 32_000,
         "perf": {"power_cap_w": 250.0, "prefill_token_s": prefill_s, "prefill_token_j": 235 * prefill_s,
                  "prefill_attention_s": 4 * 32 * 4096 / (130e12 * 0.3), "mixed_token_s": prefill_s / 2,
-                 "prefill_clock": 1.0, "stall_w": 60.0},
+                 "prefill_clock": 1.0, "stall_w": 60.0, "prefill_clock_share": 0.9},
         "measured": "time and power of whole static batches: 10 clocks (517 to 1597 MHz) x batches 1 to 32, "
             "the rows marked measured",
         "transferred": "modelled is a server that batches continuously and whose steps cost what a step of a "
@@ -114,14 +118,20 @@ def v100s() -> dict[str, Any]:
 
 
 def write(folder: Path, raw: dict[str, Any], profile: Profile, base: PerfModel) -> None:
-    start = base._replace(**raw["perf"])
-    perf = fit(profile, base=start, shape=base)._replace(**raw["perf"])
-    raw["perf"] = {name: float(f"{value:.5g}") for name, value in perf._asdict().items()}
+    flat = ClockAxis((profile.clocks_mhz[-1],), (1.0,), (1.0,), (1.0,))  # nothing is known of its idle power
+    start = PerfModel(base.constants._replace(**raw["perf"], decode_s=1.0, stream_s=STREAMING), flat)
+    perf = fit(profile, base=start).replace(**raw["perf"])
     path = folder / f"{raw['name']}.json"
-    path.write_text(json.dumps(raw, indent=2) + "\n")
+    path.write_text(json.dumps(raw | pack_fields(perf), indent=2) + "\n")
+    print(f"{path}, as fitted: {table(leave_none_out(profile, perf))}")
     print(f"{path}, left out, mean absolute error of time, power, energy:")
-    for left_out in leave_one_out(profile, base=start, shape=base):
-        print(f"  {left_out.label:>10} {left_out.time:6.1%} {left_out.power:6.1%} {left_out.energy:6.1%}")
+    print(table(leave_one_out(profile, base=start)))
+
+
+def leave_none_out(profile: Profile, perf: PerfModel) -> list[LeftOut]:
+    """Errors of the fit on its own rows, by clock."""
+    groups = {mhz: [p for p in profile.decode if p.clock_mhz == mhz] for mhz in profile.clocks_mhz}
+    return [LeftOut(f"{mhz:.0f} MHz", *errors(perf, points)) for mhz, points in groups.items()]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from fuel_ray.commands.calibrate import CalibrateConfig
 from fuel_ray.commands.validate import ValidateConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.pack import load_pack, pack_names
-from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.sim.recorded import read_trace
 from fuel_ray.sim.replay import FIGURES, measured_figures, predicted_figures, relative_errors
 
@@ -123,23 +122,24 @@ def test_a_pack_is_physically_sane(name: str, seqs: int, prefill: int) -> None:
     pack = load_pack(name)
     perf = pack.perf
     costs = [
-        step_cost(perf, seqs, seqs * 500.0, prefill, clock, prefill * prefill / 2)
+        perf.step_cost(seqs, seqs * 500.0, prefill, clock, prefill * prefill / 2)
         for clock in pack.gpu_clocks_mhz
     ]
     times, powers, clocks = (np.array(column) for column in zip(*costs, strict=True))
-    uncapped = powers < perf.power_cap_w
+    m = perf.constants
+    uncapped = powers < m.power_cap_w
     assert (np.diff(times[uncapped]) <= 0).all()
-    assert (powers <= perf.power_cap_w).all()
-    assert (powers > perf.idle_w).all()
+    assert (powers <= m.power_cap_w).all()
+    assert (powers > [perf.at(mhz).idle_w for mhz in pack.gpu_clocks_mhz]).all()
     assert (np.diff(powers) >= -1e-9).all()
     assert (clocks <= np.array(pack.gpu_clocks_mhz) + 1e-9).all()
-    more_times = step_cost(perf, seqs + 1, (seqs + 1) * 500.0, prefill, perf.max_clock_mhz, 0.0)[0]
-    assert more_times >= step_cost(perf, seqs, seqs * 500.0, prefill, perf.max_clock_mhz, 0.0)[0]
+    more_times = perf.step_cost(seqs + 1, (seqs + 1) * 500.0, prefill, m.max_clock_mhz)[0]
+    assert more_times >= perf.step_cost(seqs, seqs * 500.0, prefill, m.max_clock_mhz)[0]
 
 
 def _energies(name: str, seqs: int) -> dict[int, float]:
     pack = load_pack(name)
-    costs = {mhz: step_cost(pack.perf, seqs, seqs * 500.0, 0, mhz, 0.0) for mhz in pack.gpu_clocks_mhz}
+    costs = {mhz: pack.perf.step_cost(seqs, seqs * 500.0, 0, mhz) for mhz in pack.gpu_clocks_mhz}
     return {mhz: time_s * power_w for mhz, (time_s, power_w, _) in costs.items()}
 
 
@@ -149,10 +149,9 @@ def test_the_a100s_energy_optimum_is_near_900_mhz() -> None:
     assert energies[900] / energies[1410] == pytest.approx(0.613, abs=0.07)  # of the published table
 
 
-def test_the_a100s_power_has_a_knee_near_1120_mhz() -> None:
+def test_the_a100s_power_bends_near_1120_mhz() -> None:
     perf = load_pack("a100-llama31-8b").perf
-    assert 1080 <= perf.knee * perf.max_clock_mhz <= 1160
-    power_w = [step_cost(perf, 32, 0.0, 0, mhz, 0.0)[1] for mhz in (900, 1000, 1300, 1400)]
+    power_w = [perf.step_cost(32, 0.0, 0, mhz)[1] for mhz in (900, 1000, 1300, 1400)]
     assert power_w[3] - power_w[2] > 3 * (power_w[1] - power_w[0])
 
 
@@ -164,18 +163,19 @@ def test_the_v100ss_energy_optimum_is_within_its_clocks() -> None:
 @pytest.fixture
 def profile(tmp_path: Path) -> str:
     """What the A100 pack would measure, with context as a cost of its own."""
-    perf = load_pack("a100-llama31-8b").perf._replace(decode_ctx_s=1e-7)
-    rows: list[dict[str, object]] = [{"phase": "idle", "power_w": perf.idle_w}, {"phase": "other"}]
+    perf = load_pack("a100-llama31-8b").perf.replace(decode_ctx_s=1e-7)
+    m = perf.constants
+    rows: list[dict[str, object]] = [{"phase": "idle", "power_w": m.idle_w}, {"phase": "other"}]
     for clock in (705, 900, 1110, 1200, 1305, 1410):
         for b in (1, 2, 8, 16, 32, 64):
             for ctx in (128.0, 1000.0):
-                time_s, power_w, _ = step_cost(perf, b, b * ctx, 0, clock, 0.0)
+                time_s, power_w, _ = perf.step_cost(b, b * ctx, 0, clock)
                 row = {"phase": "decode", "b": b, "ctx_mid": ctx, "itl": time_s, "power_w": power_w}
                 rows.append({**row, "clock_mhz": clock})
-    frontend_s = perf.frontend_in_s + perf.frontend_out_s
+    frontend_s = m.frontend_in_s + m.frontend_out_s
     for tokens in (128, 512, 2048, 4096, 8000):
-        launch_s = perf.launch_pieces_s if tokens < 256 else perf.launch_eager_s
-        work_s = perf.prefill_token_s * tokens + perf.prefill_attention_s * tokens**2 / 2
+        launch_s = m.launch_pieces_s if tokens < 256 else m.launch_eager_s
+        work_s = m.prefill_token_s * tokens + m.prefill_attention_s * tokens**2 / 2
         ttft_s = frontend_s + max(launch_s, work_s if tokens > 600 else 0)
         rows.append({"phase": "prefill", "c": 1, "n_in": tokens, "ttft_p50": ttft_s, "sm_mhz": 1200})
     path = tmp_path / "profile.jsonl"
@@ -191,15 +191,15 @@ def test_calibrate_recovers_a_known_server(
     assert calibrate.run(config) == 0
     assert "705 MHz" in capsys.readouterr().out
     known, found = load_pack("a100-llama31-8b").perf, load_pack(out).perf
+    m = found.constants
     for name in ("decode_s", "decode_seq_s", "launch_pieces_s", "launch_eager_s", "prefill_token_s"):
-        assert getattr(found, name) == pytest.approx(getattr(known, name), rel=0.05), name
-    assert found.decode_ctx_s == pytest.approx(1e-7, rel=0.05)
-    assert found.prefill_attention_s == pytest.approx(known.prefill_attention_s, rel=0.2)
-    assert found.knee == pytest.approx(known.knee, abs=0.03)
-    truth = known._replace(decode_ctx_s=1e-7)
+        assert getattr(m, name) == pytest.approx(getattr(known.constants, name), rel=0.05), name
+    assert m.decode_ctx_s == pytest.approx(1e-7, rel=0.05)
+    assert m.prefill_attention_s == pytest.approx(known.constants.prefill_attention_s, rel=0.2)
+    truth = known.replace(decode_ctx_s=1e-7)
     for clock in (705, 1005, 1410):
         for b in (1, 20, 64):
-            expected, actual = (step_cost(m, b, b * 500.0, 0, clock, 0.0) for m in (truth, found))
+            expected, actual = (perf.step_cost(b, b * 500.0, 0, clock) for perf in (truth, found))
             assert actual[:2] == pytest.approx(expected[:2], rel=0.05)
 
 
@@ -211,9 +211,9 @@ def test_one_profiled_clock_takes_the_clock_axis_from_another_pack(profile: str,
     calibrate.run(CalibrateConfig(profile=(str(one),), name="mine", gpu="A100", out=out, power_cap_w=250.0))
     pack, shape = load_pack(out), load_pack("a100-llama31-8b")
     assert "a100-llama31-8b" in pack.transferred
-    assert pack.perf.knee == shape.perf.knee
+    assert pack.perf.axis == shape.perf.axis
     assert pack.gpu_clocks_mhz[-1] == 1410
-    slow, fast = (step_cost(pack.perf, 8, 4000.0, 0, mhz, 0.0)[0] for mhz in (900, 1410))
+    slow, fast = (pack.perf.step_cost(8, 4000.0, 0, mhz)[0] for mhz in (900, 1410))
     assert slow > 1.05 * fast
 
 

@@ -18,7 +18,6 @@ from fuel_ray.policies.models import BatchModel, StepModel, fit_batches, fit_ste
 from fuel_ray.policies.static import ClockSchedule, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.tuning.clock_search import (
     Trace,
     allowed_penalty,
@@ -105,7 +104,7 @@ def test_eais_goes_to_the_highest_clock_when_no_clock_keeps_the_slo():
 
 def test_batch_models_are_lines_through_the_performance_model():
     slow, fast = fit_batches(PERF, (1305, 1980), max_batch=128)
-    step_s, _, _ = step_cost(PERF, 32, 32 * 622, 0, 1980)
+    step_s, _, _ = PERF.step_cost(32, 32 * 622, 0, 1980)
     assert fast.latency_s(32) > 220 * step_s  # decoding alone
     assert slow.latency_s(32) > fast.latency_s(32)
     assert slow.energy_j_per_request(32) < fast.energy_j_per_request(32)
@@ -182,7 +181,7 @@ def test_dwell_holds_a_clock_before_it_falls_and_lets_it_rise_at_once():
 def test_step_models_are_lines_through_the_performance_model():
     (model,) = fit_steps(PERF, (1305,), max_num_seqs=128)
     for requests, tokens in ((4, 3000), (40, 25_000), (100, 70_000)):
-        step_s, _, _ = step_cost(PERF, requests, tokens, 0, 1305)
+        step_s, _, _ = PERF.step_cost(requests, tokens, 0, 1305)
         assert model.itl_s(requests, tokens) == pytest.approx(step_s, rel=0.05)
     assert model.prefill_s(512) < fit_steps(PERF, (990,), max_num_seqs=128)[0].prefill_s(512)
 

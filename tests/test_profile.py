@@ -7,7 +7,6 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.perf_model import step_cost
 
 DATA = Path(__file__).parent / "data"
 CLOCKS = ("1980", "1740", "1500", "1245", "990")
@@ -23,14 +22,14 @@ def profile(tmp_path_factory):
 
 def test_a_pack_calibrated_to_a_profile_of_the_twin_is_the_twin(profile, tmp_path, capsys):
     out = tmp_path / "pack.json"
-    flags = ["--name", "again", "--gpu", "gpu", "--out", str(out), "--power-cap-w", "700"]
+    flags = ["--name", "again", "--gpu", "NVIDIA H100", "--out", str(out), "--power-cap-w", "700"]
     assert main(["calibrate", "--profile", str(profile), *flags]) == 0
     assert "dropped" not in capsys.readouterr().out
     twin, again = load_pack("h100-qwen3-8b").perf, load_pack(str(out)).perf
     for clock_mhz in map(int, CLOCKS):
         for n in (1, 8, 32, 96):
-            expected_s, expected_w, _ = step_cost(twin, n, n * 700, 0, clock_mhz, 0.0)
-            step_s, power_w, _ = step_cost(again, n, n * 700, 0, clock_mhz, 0.0)
+            expected_s, expected_w, _ = twin.step_cost(n, n * 700, 0, clock_mhz)
+            step_s, power_w, _ = again.step_cost(n, n * 700, 0, clock_mhz)
             assert step_s == pytest.approx(expected_s, rel=0.03)
             assert power_w == pytest.approx(expected_w, rel=0.03)
 
@@ -63,7 +62,7 @@ def test_the_twin_tells_what_another_h100_was_measured_to_do():
     decode = [row for row in rows if row["phase"] == "decode"]
     errors = []
     for row in decode:
-        step_s, power_w, _ = step_cost(perf, row["b"], row["b"] * row["ctx_mid"], 0, row["clock_mhz"], 0.0)
+        step_s, power_w, _ = perf.step_cost(row["b"], row["b"] * row["ctx_mid"], 0, row["clock_mhz"])
         errors.append(step_s * power_w / (row["itl"] * row["power_w"]) - 1)
     assert len(errors) == 16
     assert max(map(abs, errors)) < 0.05 and sum(map(abs, errors)) / len(errors) < 0.02

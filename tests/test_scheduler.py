@@ -12,12 +12,12 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.sim.scheduler import Engine, advance, new_state
 from fuel_ray.types import Knobs, Requests
 from fuel_ray.workload.spec import parse_workload
 
 PACK = load_pack("h100-qwen3-8b")
+MODEL = PACK.perf.constants
 
 
 def requests(arrival_s, prompt, output, prefix_id=None, prefix=0):
@@ -36,7 +36,7 @@ def engine(block_size=16, num_blocks=2000, max_num_seqs=32, max_num_batched_toke
 
 
 def run_until(state, e, until_s, limit=32, clock_mhz=1980):
-    advance(state, e, PACK.perf, until_s, limit, clock_mhz)
+    advance(state, e, MODEL, PACK.perf.at(clock_mhz), until_s, limit)
 
 
 def free_list(state):
@@ -112,7 +112,7 @@ def test_blocks_tokens_and_requests_are_conserved(scenario):
     assert tokens == work.output_tokens.sum()
     assert s.request[0, rules.PREEMPTED_TIMES] == 0  # never anything but the oldest
     seconds = s.clock[rules.NOW]
-    assert PACK.perf.idle_w * seconds <= energy_j * (1 + 1e-9) and energy_j <= PACK.perf.power_cap_w * seconds
+    assert MODEL.idle_w * seconds <= energy_j * (1 + 1e-9) and energy_j <= MODEL.power_cap_w * seconds
     assert s.count[rules.FREE_BLOCKS] == e.num_blocks
     first, finish = s.time_s[:, rules.FIRST_TOKEN], s.time_s[:, rules.FINISH]
     assert (first > work.arrival_s).all()
@@ -135,7 +135,7 @@ def test_windows_add_up_whatever_their_length():
 def test_an_idle_engine_draws_idle_power():
     s, e = new_state(requests([10.0], 10, 10), engine()), engine()
     run_until(s, e, 5.0)
-    assert s.clock[rules.ENERGY] == pytest.approx(5 * PACK.perf.idle_w)
+    assert s.clock[rules.ENERGY] == pytest.approx(5 * MODEL.idle_w)
 
 
 def test_a_lowered_limit_lets_running_requests_finish():
@@ -171,7 +171,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_token_budget():
     assert chunks[:4] == [256, 512, 768, 1000]
     assert (
         s.time_s[0, rules.FIRST_TOKEN]
-        > s.time_s[0, rules.ADMISSION] + 4 * step_cost(PACK.perf, 1, 1, 0, 1980)[0]
+        > s.time_s[0, rules.ADMISSION] + 4 * PACK.perf.step_cost(1, 1, 0, 1980)[0]
     )
 
 
@@ -268,8 +268,8 @@ def test_an_arrival_during_a_step_joins_the_step_after_the_next():
         run_until(s, e, now)
         if s.count[rules.OUTPUT_TOKENS] and now > 0.4:
             step_ends_s.append(now)
-    ready_s = arrival_s + PACK.perf.frontend_in_s
-    first_token_s = s.time_s[1, rules.FIRST_TOKEN] - PACK.perf.frontend_out_s
+    ready_s = arrival_s + MODEL.frontend_in_s
+    first_token_s = s.time_s[1, rules.FIRST_TOKEN] - MODEL.frontend_out_s
     ends_s = [end for end in step_ends_s if ready_s < end <= first_token_s + 1e-4]
     assert len(ends_s) == 3  # of the step during which it came, of the next, of its own
     assert s.time_s[1, rules.ADMISSION] == pytest.approx(ends_s[0], abs=1.1e-4)

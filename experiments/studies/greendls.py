@@ -99,7 +99,7 @@ class BatchServer:
         self.arrival_s = np.concatenate([second + np.arange(n) / n for second, n in enumerate(rates_rps)])
         self._rates_rps, self._costs, self._as_trained = rates_rps, costs, as_trained
         self.served, self.now_s, self.energy_j = 0, 0.0, 0.0
-        self._power_w, self._wait_s, self._took_s = PACK.perf.idle_w, 0.0, 0.0
+        self._power_w, self._wait_s, self._took_s = PACK.perf.constants.idle_w, 0.0, 0.0
 
     @property
     def done(self) -> bool:
@@ -131,7 +131,7 @@ class BatchServer:
         self.served, self.energy_j = self.served + size, self.energy_j + energy_j
         charged_mj = 1e3 * energy_j / size
         if self._as_trained:
-            charged_mj = 1e3 * (self._power_w - PACK.perf.idle_w) / (20 * LIMITS[limit])
+            charged_mj = 1e3 * (self._power_w - PACK.perf.constants.idle_w) / (20 * LIMITS[limit])
         return greendls_reward(1e3 * delay_s, charged_mj, 0.9 * 1e3 * SLO_S) / 50, delay_s
 
     def drop_backlog(self) -> None:

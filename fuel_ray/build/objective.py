@@ -4,7 +4,6 @@ from fuel_ray.config import ServingConfig
 from fuel_ray.objective import Energy, GreenDls, Objective, from_outside
 from fuel_ray.outside import reference
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.perf_model import step_cost
 
 # Mean output and prompt length for which the energy reward's reference is computed
 _REFERENCE_SEQS, _REFERENCE_CONTEXT = 16, 16 * 700
@@ -16,9 +15,8 @@ def build_objective(config: ServingConfig) -> Objective:
         return from_outside(config.reward, config.slo, miss_price_j=config.miss_price_j)
     if config.reward == "energy":
         perf = load_pack(config.pack).perf
-        duration_s, power_w, _ = step_cost(
-            perf, _REFERENCE_SEQS, _REFERENCE_CONTEXT, 0, 0.7 * perf.max_clock_mhz
-        )
+        clock_mhz = 0.7 * perf.constants.max_clock_mhz
+        duration_s, power_w, _ = perf.step_cost(_REFERENCE_SEQS, _REFERENCE_CONTEXT, 0, clock_mhz)
         return Energy(
             slo=config.slo,
             token_price_j=duration_s * power_w / _REFERENCE_SEQS,

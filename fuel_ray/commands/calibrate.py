@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.calibrate import Profile, fit, leave_one_out, table, without_outliers
-from fuel_ray.sim.pack import Pack, PerfModel, load_pack
+from fuel_ray.sim.calibrate import (
+    AXIS_CLOCKS,
+    Profile,
+    fit,
+    leave_one_out,
+    table,
+    with_clock_axis,
+    without_outliers,
+)
+from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, same_architecture
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 
 
@@ -36,23 +44,24 @@ class CalibrateConfig:
     """Size of the KV pool in tokens; by default the base pack's."""
     base: str = "h100-qwen3-8b"
     """Pack that gives what the profile does not tell: front end, limits, CPU."""
-    clock_shape_from: str = "a100-llama31-8b"
-    """Pack that gives the clock axis if only one clock was profiled."""
+    clock_axis_from: str | None = None
+    """Pack that gives the clock axis if fewer than three clocks were profiled, and always how streaming
+    depends on the clock; by default the shipped one of the GPU's architecture."""
 
 
 def run(config: CalibrateConfig) -> int:
     """Write the pack and print its leave-one-out errors."""
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out {config.out} must end in .json")
-    base, shape = load_pack(config.base), load_pack(config.clock_shape_from)
+    base, shape = load_pack(config.base), load_pack(config.clock_axis_from or same_architecture(config.gpu))
     profile = read_profile(config.profile)
     cap_w = config.power_cap_w or max(point.power_w for point in profile.decode)
-    known = {"base": base.perf._replace(power_cap_w=cap_w), "shape": shape.perf}
-    profile, dropped = without_outliers(profile, **known)
+    start = with_clock_axis(base.perf, of=shape.perf).replace(power_cap_w=cap_w)
+    profile, dropped = without_outliers(profile, base=start)
     for point in dropped:
         print(f"dropped, more than 30 % off any fit: {point}")
-    raw = _pack(config, profile, fit(profile, **known), base=base, shape=shape)
-    errors = table(leave_one_out(profile, **known))
+    raw = _pack(config, profile, fit(profile, base=start), base=base, shape=shape)
+    errors = table(leave_one_out(profile, base=start))
     try:
         Path(config.out).write_text(json.dumps(raw, indent=2) + "\n")
     except OSError as error:
@@ -70,8 +79,8 @@ def _pack(
     if not (0 < lowest <= highest and step > 0 and (highest - lowest) % step == 0):
         raise ConfigError(f"--clocks-mhz {clocks}: lowest, highest and a step that leads from one to it")
     transferred = {
-        f"clock axis of time from {shape.name}": profiled == 1,
-        f"clock axis of power from {shape.name}": profiled < 4,
+        f"clock axis, all of it modelled, from {shape.name} ({shape.gpu_name})": profiled < AXIS_CLOCKS,
+        f"streaming by clock from {shape.name} ({shape.gpu_name})": profiled >= AXIS_CLOCKS,
         f"prefill from {base.name}": not profile.prefill,
         f"front end, CPU and what else the profile does not tell from {base.name}": True,
     }
@@ -79,12 +88,13 @@ def _pack(
     return {
         "name": config.name,
         "gpu_name": config.gpu,
+        "architecture": shape.architecture,
         "model": config.model,
         "engine": config.engine,
         "gpu_clocks_mhz": {"min": lowest, "max": highest, "step": step},
         **{name: getattr(base, name) for name in limits},
         "kv_tokens": config.kv_tokens or base.kv_tokens,
-        "perf": {name: float(f"{value:.5g}") for name, value in perf._asdict().items()},
+        **pack_fields(perf),
         "measured": f"{len(profile.decode)} decode and {len(profile.prefill)} prefill rows",
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
         "sources": ["fuel-ray calibrate"],

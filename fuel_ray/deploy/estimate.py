@@ -1,6 +1,6 @@
 """What another clock would have cost for the work of a window: modelled by a calibration pack."""
 
-from fuel_ray.sim.pack import PerfModel, step_cost
+from fuel_ray.sim.pack import PerfModel
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 
 _CONTEXT = 700  # tokens per request where the size of the KV pool is not known
@@ -20,16 +20,27 @@ class SavingEstimate:
         return window.energy_j * (reference_j - knobs_j) / in_force_j
 
     def _energy_j(self, window: WindowMetrics, clock_mhz: int) -> float:
-        """Of the window's tokens in equal steps, and of idling in what is left of it."""
-        idle_w = self._perf.idle_w
+        """Of the window's tokens in equal steps, of launching its prompts, and of idling in what is left."""
+        at = self._perf.at(clock_mhz)
         if not window.output_tokens and not window.prompt_tokens:
-            return idle_w * window.duration_s
-        seqs = max(1, window.running)
-        steps = max(1.0, window.output_tokens / seqs)
-        step_s, power_w, _ = step_cost(
-            self._perf, seqs, self._context(window), window.prompt_tokens / steps, clock_mhz
+            return at.idle_w * window.duration_s
+        # requests stay longer at a slower clock, so that more of them share a step
+        slower = (
+            self._step(window, 1.0, clock_mhz)[0] / self._step(window, 1.0, window.knobs.gpu_clock_mhz)[0]
         )
-        return steps * step_s * power_w + idle_w * max(0.0, window.duration_s - steps * step_s)
+        step_s, power_w, steps = self._step(window, slower, clock_mhz)
+        left_s = max(0.0, window.duration_s - steps * step_s)
+        launch_s = max(0.0, self._perf.constants.launch_pieces_s - step_s)
+        stall_s = min(left_s, window.arrivals * launch_s)
+        return steps * step_s * power_w + stall_s * at.stall_w + (left_s - stall_s) * at.idle_w
+
+    def _step(self, window: WindowMetrics, more: float, clock_mhz: int) -> tuple[float, float, float]:
+        """Seconds, watts and number of the window's steps with so many times its running requests."""
+        seqs = more * max(1, window.running)
+        steps = max(1.0, window.output_tokens / seqs)
+        context = more * self._context(window)
+        step_s, power_w, _ = self._perf.step_cost(seqs, context, window.prompt_tokens / steps, clock_mhz)
+        return step_s, power_w, steps
 
     def _context(self, window: WindowMetrics) -> float:
         """Tokens in the KV cache."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuel_ray.sim.pack import PerfModel
-from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.types import Slo
 from fuel_ray.workload.lengths import OUTPUT_TOKENS, PROMPT_TOKENS
 
@@ -63,8 +62,8 @@ def fit_steps(perf: PerfModel, clocks_mhz: Sequence[int], *, max_num_seqs: int) 
     loads = np.array([(n, n * context) for n in requests for context in _CONTEXTS])
     prompts, models = np.array(_PROMPTS)[:, None], []
     for clock_mhz in clocks_mhz:
-        steps_s = (step_cost(perf, n, tokens, 0, clock_mhz)[0] for n, tokens in loads)
-        itls_s = np.array([max(step_s, perf.launch_graph_s) for step_s in steps_s])
+        steps_s = (perf.step_cost(n, tokens, 0, clock_mhz)[0] for n, tokens in loads)
+        itls_s = np.array([max(step_s, perf.constants.launch_graph_s) for step_s in steps_s])
         prefills_s = np.array([_prefill_cost(perf, p, clock_mhz)[0] for p in _PROMPTS])
         itl, prefill = _least_squares(loads, itls_s).tolist(), _least_squares(prompts, prefills_s).tolist()
         models.append(StepModel(clock_mhz, *itl, *prefill))
@@ -100,16 +99,18 @@ def token_limits(slo: Slo, *, output_tokens: float = OUTPUT_TOKENS) -> tuple[flo
 
 def _prefill_cost(perf: PerfModel, tokens: float, clock_mhz: int) -> tuple[float, float]:
     """Time in s and energy in J of a prefill by itself, launch included."""
-    work_s, power_w, _ = step_cost(perf, 1, tokens, tokens, clock_mhz, tokens**2 / 2)
-    launch_s = perf.launch_pieces_s if tokens < perf.graph_max_tokens else perf.launch_eager_s
-    return max(work_s, launch_s), work_s * power_w + max(launch_s - work_s, 0.0) * perf.stall_w
+    m = perf.constants
+    work_s, power_w, _ = perf.step_cost(1, tokens, tokens, clock_mhz, tokens**2 / 2)
+    launch_s = m.launch_pieces_s if tokens < m.graph_max_tokens else m.launch_eager_s
+    stall_j = max(launch_s - work_s, 0.0) * perf.at(clock_mhz).stall_w
+    return max(work_s, launch_s), work_s * power_w + stall_j
 
 
 def _batch_cost(perf: PerfModel, batch: float, clock_mhz: int) -> tuple[float, float]:
     """Time in s and energy in J of a static batch: its prefills, then its decode steps."""
     prefill_s, prefill_j = _prefill_cost(perf, PROMPT_TOKENS, clock_mhz)
     context = batch * (PROMPT_TOKENS + OUTPUT_TOKENS / 2)
-    step_s, power_w, _ = step_cost(perf, batch, context, 0, clock_mhz)
+    step_s, power_w, _ = perf.step_cost(batch, context, 0, clock_mhz)
     decode_s = OUTPUT_TOKENS * step_s
     return batch * prefill_s + decode_s, batch * prefill_j + decode_s * power_w
 

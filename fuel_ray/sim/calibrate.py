@@ -1,17 +1,20 @@
 """A performance model from a profile of a server: linear least squares over relative errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.sim.clock_axis import ClockAxis
 from fuel_ray.sim.pack import PerfModel
-from fuel_ray.sim.perf_model import step_cost
 
 _GRAPH_TOKENS = 256  # vLLM captures CUDA graphs up to 2 x max_num_seqs = 256 tokens by default
+AXIS_CLOCKS = 3  # from which on a profile tells its own clock axis
 _OUTLIER = 0.3
-_TURNS = 20
+_KNOTS = 8  # of a fitted clock axis
+_MOST_HBM_W = 400.0
 _LAUNCH_BOUND = 1.3  # prefills that take less than this times the shortest eager one tell the launch time
 
 
@@ -43,7 +46,12 @@ class Profile:
 
     decode: tuple[DecodePoint, ...]
     prefill: tuple[PrefillPoint, ...] = ()
-    idle_w: float | None = None
+    idle: tuple[tuple[float, float], ...] = ()  # (clock in MHz, W), ascending
+
+    @property
+    def idle_w(self) -> float | None:
+        """At the highest clock at which it was measured."""
+        return self.idle[-1][1] if self.idle else None
 
     @property
     def clocks_mhz(self) -> tuple[float, ...]:
@@ -61,10 +69,11 @@ class LeftOut:
     energy: float
 
 
-def fit(profile: Profile, *, base: PerfModel, shape: PerfModel) -> PerfModel:
-    """Constants that reproduce the profile.
+def fit(profile: Profile, *, base: PerfModel) -> PerfModel:
+    """A model that reproduces the profile; what it does not tell is from ``base``, of the same architecture.
 
-    What it does not tell is from ``base``; with one clock the clock axis is from ``shape``.
+    The clock axis is fitted from three clocks on. Whatever their number, how streaming depends on the clock
+    is from ``base``: on one GPU it cannot be told from the rest.
 
     Raises:
         ConfigError: the profile has too few decode rows.
@@ -73,18 +82,27 @@ def fit(profile: Profile, *, base: PerfModel, shape: PerfModel) -> PerfModel:
     if len({(point.seqs, point.context_tokens) for point in points}) < 4:
         raise ConfigError("a profile needs decode rows of at least 4 different (b, ctx_mid)")
     highest_mhz = profile.clocks_mhz[-1]
-    idle_w = profile.idle_w if profile.idle_w is not None else base.idle_w
-    model = base._replace(max_clock_mhz=highest_mhz, idle_w=idle_w)
-    model = model._replace(shape_max_seqs=max(point.seqs for point in points))
-    model = _fit_times(points, model, shape)
-    model = _fit_power_shape(points, model, shape)
-    model = _fit_energy([point for point in points if point.clock_mhz == highest_mhz], model)
+    at_highest = [point for point in points if point.clock_mhz == highest_mhz]
+    axis = _idle_axis(profile, _scaled(base, highest_mhz))
+    idle_w = profile.idle_w if profile.idle_w is not None else base.constants.idle_w
+    model = PerfModel(base.constants._replace(max_clock_mhz=highest_mhz, idle_w=idle_w), axis)
+    model = _with_shares(_fit_times(at_highest, model), of=base)
+    model = _fit_energy(at_highest, _fit_times(points, model))
+    if len(profile.clocks_mhz) >= AXIS_CLOCKS:
+        model = _fit_switched(points, model)
     return _fit_prefill([point for point in profile.prefill if point.clock_mhz == highest_mhz], model)
 
 
-def without_outliers(
-    profile: Profile, *, base: PerfModel, shape: PerfModel
-) -> tuple[Profile, tuple[DecodePoint, ...]]:
+def with_clock_axis(model: PerfModel, *, of: PerfModel) -> PerfModel:
+    """The model on another GPU's clock axis: its tables, and the shares of a step that they act on."""
+    names = ("hbm_w", "prefill_clock_share")
+    taken = {name: getattr(of.constants, name) for name in names}
+    return _with_shares(replace(model, axis=_scaled(of, model.constants.max_clock_mhz)), of=of).replace(
+        **taken
+    )
+
+
+def without_outliers(profile: Profile, *, base: PerfModel) -> tuple[Profile, tuple[DecodePoint, ...]]:
     """The profile without decode rows whose time the fit misses by over 30 %, and those rows, worst first.
 
     They are measured wrongly rather than modelled wrongly: clients that merge chunks see longer intervals.
@@ -92,14 +110,14 @@ def without_outliers(
     dropped: list[DecodePoint] = []
     while True:
         kept = replace(profile, decode=tuple(p for p in profile.decode if p not in dropped))
-        model = fit(kept, base=base, shape=shape)
-        error, worst = max(((_errors(model, [p])[0], p) for p in kept.decode), key=lambda pair: pair[0])
+        model = fit(kept, base=base)
+        error, worst = max(((errors(model, [p])[0], p) for p in kept.decode), key=lambda pair: pair[0])
         if error <= _OUTLIER:
             return kept, tuple(dropped)
         dropped.append(worst)
 
 
-def leave_one_out(profile: Profile, *, base: PerfModel, shape: PerfModel) -> tuple[LeftOut, ...]:
+def leave_one_out(profile: Profile, *, base: PerfModel) -> tuple[LeftOut, ...]:
     """Errors per clock left out, but the highest, which is the reference; per row if there is one clock."""
     one_clock, groups = len(profile.clocks_mhz) == 1, dict[str, list[DecodePoint]]()
     for p in sorted(profile.decode, key=lambda p: p.clock_mhz):
@@ -109,9 +127,33 @@ def leave_one_out(profile: Profile, *, base: PerfModel, shape: PerfModel) -> tup
     results = []
     for label, left_out in groups.items():
         rest = tuple(point for point in profile.decode if point not in left_out)
-        model = fit(replace(profile, decode=rest), base=base, shape=shape)
-        results.append(LeftOut(label, *_errors(model, left_out)))
+        model = fit(replace(profile, decode=rest), base=base)
+        results.append(LeftOut(label, *errors(model, left_out)))
     return tuple(results)
+
+
+def relative_fit(
+    columns: Mapping[Any, np.ndarray],
+    target: np.ndarray,
+    *,
+    of: np.ndarray | None = None,
+    signed: bool = False,
+) -> dict[Any, float]:
+    """Coefficients with the least squares of errors relative to ``of``, the target by default.
+
+    They are at least 0 unless ``signed``.
+    """
+    scale = target if of is None else of
+    matrix = np.column_stack(list(columns.values())) / scale[:, None]
+    norms = np.linalg.norm(matrix, axis=0)
+    norms[norms == 0] = 1.0
+    used = np.full(len(norms), True)
+    while True:
+        coefficients = np.zeros(len(norms))
+        coefficients[used] = np.linalg.lstsq(matrix[:, used] / norms[used], target / scale, rcond=None)[0]
+        if signed or not (coefficients < 0).any():
+            return dict(zip(columns, (coefficients / norms).tolist(), strict=True))
+        used[coefficients.argmin()] = False
 
 
 def table(errors: Sequence[LeftOut]) -> str:
@@ -123,9 +165,9 @@ def table(errors: Sequence[LeftOut]) -> str:
     return "\n".join(lines)
 
 
-def _errors(model: PerfModel, points: Sequence[DecodePoint]) -> tuple[float, float, float]:
-    """Of time, power and energy."""
-    costs = [step_cost(model, p.seqs, p.seqs * p.context_tokens, 0, p.clock_mhz, 0.0) for p in points]
+def errors(model: PerfModel, points: Sequence[DecodePoint]) -> tuple[float, float, float]:
+    """Mean absolute relative errors of time, power and energy."""
+    costs = [model.step_cost(p.seqs, p.seqs * p.context_tokens, 0, p.clock_mhz) for p in points]
     time, power = np.array(
         [(c[0] / p.step_s, c[1] / p.power_w) for c, p in zip(costs, points, strict=True)]
     ).T
@@ -133,110 +175,127 @@ def _errors(model: PerfModel, points: Sequence[DecodePoint]) -> tuple[float, flo
     return tuple(errors.mean(axis=1).tolist())
 
 
-def _fit_times(points: Sequence[DecodePoint], model: PerfModel, shape: PerfModel) -> PerfModel:
-    """T = D (1 + c / (c + f) (1 / x - 1)) with D as PerfModel has it; c + f is D at the mean context.
+def _scaled(base: PerfModel, highest_mhz: float) -> ClockAxis:
+    """The axis of ``base`` at equal clocks relative to the highest one."""
+    share = highest_mhz / base.constants.max_clock_mhz
+    return replace(base.axis, clocks_mhz=tuple(mhz * share for mhz in base.axis.clocks_mhz))
 
-    Both factors are linear where the other is known, so they are fitted in turns.
+
+def _idle_axis(profile: Profile, axis: ClockAxis) -> ClockAxis:
+    """The axis with the idle powers of the profile, where it has them at three clocks or more."""
+    idle = dict(profile.idle)
+    if len(idle) < AXIS_CLOCKS or profile.clocks_mhz[-1] not in idle:
+        return axis
+    clocks = sorted(idle)
+    return _at_clocks(axis, clocks, idle=[idle[mhz] / idle[clocks[-1]] for mhz in clocks])
+
+
+def _at_clocks(axis: ClockAxis, clocks_mhz: Sequence[float], **columns: Sequence[float]) -> ClockAxis:
+    """The axis read at these clocks, with some of its columns replaced."""
+    streaming, switched, idle = zip(*map(axis.read, clocks_mhz), strict=True)
+    read: dict[str, Sequence[float]] = {"streaming": streaming, "switched": switched, "idle": idle} | columns
+    return ClockAxis(tuple(clocks_mhz), **{name: tuple(column) for name, column in read.items()})
+
+
+def _fit_times(points: Sequence[DecodePoint], model: PerfModel) -> PerfModel:
+    """T = decode_s + decode_seq_s n + decode_ctx_s ctx r + stream_s (r - 1) + (clock_s + clock_seq_s n) / x'.
+
+    r is the streaming of the axis and 1 / x' = 1 / x - 1. With one clock nothing is said of what it acts on.
     """
-    seqs, context, step_s, _, slower = _columns(points, model.max_clock_mhz)
-    columns = [np.ones_like(seqs), seqs]
+    m = model.constants
+    seqs, context, step_s, _, slower = _columns(points, m.max_clock_mhz)
+    streaming = np.array([model.axis.read(point.clock_mhz)[0] for point in points])
+    columns = {"decode_s": np.ones_like(seqs), "decode_seq_s": seqs}
     if len(set(context.tolist())) > 1:
-        columns.append(seqs * context)
-    clocked = slower > 0
-    stretch = np.ones_like(seqs)
-    clock = [0.0, 0.0]
-    for _ in range(_TURNS if clocked.any() else 1):
-        decode = _relative_fit(columns, step_s / stretch)
-        at_highest_s = np.column_stack(columns) @ decode
-        per_context_s = max(decode[2], 0.0) if len(decode) > 2 else 0.0
-        per_seq_s = decode[1] + per_context_s * float(context.mean())
-        if clocked.any():
-            typical_s = decode[0] + per_seq_s * seqs
-            clock_columns = [(slower * factor / typical_s)[clocked] for factor in (np.ones_like(seqs), seqs)]
-            slowdown = (step_s / at_highest_s)[clocked]
-            clock = [max(c, 0.0) for c in _relative_fit(clock_columns, slowdown - 1, of=slowdown)]
-            stretch = 1 + slower * (clock[0] + clock[1] * seqs) / typical_s
-    model = model._replace(decode_s=decode[0], decode_seq_s=decode[1], decode_ctx_s=per_context_s)
-    if not clocked.any():
-        names = ("clock_s", "clock_seq_s", "fixed_s", "fixed_seq_s", "shape_max_seqs")
-        return model._replace(**{name: getattr(shape, name) for name in names})
-    fixed_s, fixed_seq_s = max(decode[0] - clock[0], 0.0), max(per_seq_s - clock[1], 0.0)
-    return model._replace(clock_s=clock[0], clock_seq_s=clock[1], fixed_s=fixed_s, fixed_seq_s=fixed_seq_s)
+        columns["decode_ctx_s"] = seqs * context * streaming
+    if slower.any():
+        columns |= {"clock_s": slower, "clock_seq_s": slower * seqs}
+    fitted = relative_fit(columns, step_s - m.stream_s * (streaming - 1), of=step_s)
+    return model.replace(**{"decode_ctx_s": 0.0} | fitted)
 
 
-def _fit_power_shape(points: Sequence[DecodePoint], model: PerfModel, shape: PerfModel) -> PerfModel:
-    """P - idle = (slope_w + slope_seq_w n) x + max(0, x - knee)(knee_w + knee_seq_w n), for the best knee."""
-    seqs, _, _, power_w, slower = _columns(points, model.max_clock_mhz)
-    x = 1 / (1 + slower)
-    clocks = sorted(set(x.tolist()))
-    names = ("slope_w", "slope_seq_w", "knee_w", "knee_seq_w", "knee")
-    if len(clocks) < 4:  # a knee cannot be seen
-        return model._replace(**{name: getattr(shape, name) for name in names})
-    tried: list[tuple[float, list[float]]] = []
-    for knee in np.arange(clocks[1], clocks[-2] + 1e-9, 0.005).tolist():
-        above = np.maximum(0.0, x - knee)
-        columns = [x, x * seqs, above, above * seqs]
-        fitted = _relative_fit(columns, power_w - model.idle_w, of=power_w)
-        predicted_w = np.column_stack(columns) @ fitted + model.idle_w
-        tried.append((float(np.square(predicted_w / power_w - 1).sum()), [*fitted, knee]))
-    _, best = min(tried, key=lambda pair: pair[0])
-    return model._replace(**dict(zip(names, best, strict=True)))
+def _with_shares(model: PerfModel, *, of: PerfModel) -> PerfModel:
+    """The model with the shares of a step's time that stream and that the clock scales in another one."""
+    m, shares = model.constants, of.constants
+    return model.replace(
+        stream_s=m.decode_s * shares.stream_s / shares.decode_s,
+        clock_s=m.decode_s * shares.clock_s / shares.decode_s,
+        clock_seq_s=m.decode_seq_s * shares.clock_seq_s / shares.decode_seq_s,
+    )
+
+
+def _fit_switched(points: Sequence[DecodePoint], model: PerfModel) -> PerfModel:
+    """P - idle = (hbm_w streaming + switched v) / T, v of at most eight clocks, for the best of the hbm_w."""
+    clocks = [float(mhz) for mhz in sorted({point.clock_mhz for point in points})]
+    knots = [clocks[round(i)] for i in np.linspace(0, len(clocks) - 1, min(len(clocks), _KNOTS))]
+    hbm_w = np.linspace(0, _MOST_HBM_W, 41).tolist()
+    return min((_switched(points, model.replace(hbm_w=w), knots) for w in hbm_w), key=lambda pair: pair[0])[1]
+
+
+def _switched(
+    points: Sequence[DecodePoint], model: PerfModel, knots: Sequence[float]
+) -> tuple[float, PerfModel]:
+    """Sum of squares of the power's relative errors, and the model with the switched energies fitted."""
+    m, rows, target = model.constants, [], []
+    for p in points:
+        context = p.seqs * p.context_tokens
+        reference_s = m.decode_s + m.decode_seq_s * p.seqs + m.decode_ctx_s * context
+        above_j = m.graph_w * reference_s + m.graph_j + m.graph_seq_j * p.seqs - m.idle_w * reference_s
+        hbm_j = min(above_j, m.hbm_w * (m.stream_s + m.decode_ctx_s * context))
+        step_s, _, _ = model.step_cost(p.seqs, context, 0, p.clock_mhz)
+        idle_w = m.idle_w * model.axis.read(p.clock_mhz)[2]
+        tents = np.array([np.interp(p.clock_mhz, knots, unit) for unit in np.eye(len(knots))])
+        rows.append(tents * (above_j - hbm_j) / step_s)
+        target.append(p.power_w - idle_w - hbm_j / step_s)
+    *below, top = np.array(rows).T
+    power_w = np.array([p.power_w for p in points])
+    fitted = relative_fit(dict(enumerate(below)), np.array(target) - top, of=power_w)
+    switched = [*(max(value, 0.01) for value in fitted.values()), 1.0]
+    error = (np.column_stack([*below, top]) @ switched - target) / power_w
+    return float(error @ error), replace(model, axis=_at_clocks(model.axis, knots, switched=switched))
 
 
 def _fit_energy(points: Sequence[DecodePoint], model: PerfModel) -> PerfModel:
     """P = graph_w + graph_j / T + graph_seq_j n / T at the highest clock, with the fitted T."""
-    seqs, context, _, power_w, _ = _columns(points, model.max_clock_mhz)
-    step_s = model.decode_s + model.decode_seq_s * seqs + model.decode_ctx_s * seqs * context
-    columns = [np.ones_like(seqs), seqs / step_s]
+    m = model.constants
+    seqs, context, _, power_w, _ = _columns(points, m.max_clock_mhz)
+    step_s = m.decode_s + m.decode_seq_s * seqs + m.decode_ctx_s * seqs * context
+    columns = {"graph_w": np.ones_like(seqs), "graph_seq_j": seqs / step_s}
     if len({point.context_tokens for point in points}) > 1:  # otherwise T and n tell the same
-        columns.append(1 / step_s)
-    fitted = _relative_fit(columns, power_w)
-    constant_j = fitted[2] if len(fitted) > 2 else 0.0
-    return model._replace(graph_w=fitted[0], graph_seq_j=fitted[1], graph_j=constant_j)
+        columns["graph_j"] = 1 / step_s
+    return model.replace(**{"graph_j": 0.0} | relative_fit(columns, power_w, signed=True))
 
 
 def _fit_prefill(points: Sequence[PrefillPoint], model: PerfModel) -> PerfModel:
     """Launch times from short prompts, slope and its growth from long ones, energy where it was measured."""
-    frontend_s = model.frontend_in_s + model.frontend_out_s
+    m = model.constants
+    frontend_s = m.frontend_in_s + m.frontend_out_s
     single = [(point.prompt_tokens, point.ttft_s - frontend_s) for point in points if point.clients == 1]
     small = [engine_s for tokens, engine_s in single if tokens < _GRAPH_TOKENS]
     large = [pair for pair in single if pair[0] >= _GRAPH_TOKENS]
     if small:
-        model = model._replace(launch_pieces_s=max(min(small), 1e-4))
+        model = model.replace(launch_pieces_s=max(min(small), 1e-4))
     if large:
         eager_s = min(engine_s for _, engine_s in large)
         if eager_s <= 0:
             raise ConfigError(f"a prefill row has a TTFT of at most the front end's {frontend_s:.4f} s")
-        model = model._replace(launch_eager_s=eager_s)
+        model = model.replace(launch_eager_s=eager_s)
         if bound := [pair for pair in large if pair[1] > _LAUNCH_BOUND * eager_s]:
             model = _fit_prefill_time(*np.array(bound).T, model=model)
     # the least of them has the least waiting for launches in it
     energies_j = [p.energy_per_token_j for p in points if p.energy_per_token_j is not None]
-    token_j = min(energies_j, default=model.power_cap_w * model.prefill_token_s)
-    return model._replace(prefill_token_j=token_j)
+    token_j = min(energies_j, default=model.constants.power_cap_w * model.constants.prefill_token_s)
+    return model.replace(prefill_token_j=token_j)
 
 
 def _fit_prefill_time(tokens: np.ndarray, engine_s: np.ndarray, *, model: PerfModel) -> PerfModel:
-    columns = [tokens, tokens**2 / 2][: len(tokens)]
-    fitted = _relative_fit(columns, engine_s)
-    if len(fitted) < 2 or fitted[1] < 0:
-        fitted = [*_relative_fit(columns[:1], engine_s), 0.0]
-    return model._replace(prefill_token_s=fitted[0], prefill_attention_s=fitted[1])
+    columns = {"prefill_token_s": tokens, "prefill_attention_s": tokens**2 / 2}
+    if len(tokens) < 2:
+        columns.pop("prefill_attention_s")
+    return model.replace(**{"prefill_attention_s": 0.0} | relative_fit(columns, engine_s))
 
 
 def _columns(points: Sequence[DecodePoint], highest_mhz: float) -> tuple[np.ndarray, ...]:
     """Sequences, context per sequence, step time, power and 1 / x - 1."""
     rows = [(p.seqs, p.context_tokens, p.step_s, p.power_w, highest_mhz / p.clock_mhz - 1) for p in points]
     return tuple(np.array(rows, float).T)
-
-
-def _relative_fit(
-    columns: Sequence[np.ndarray], target: np.ndarray, *, of: np.ndarray | None = None
-) -> list[float]:
-    """Coefficients with the least squares of errors relative to ``of``, the target by default."""
-    scale = target if of is None else of
-    matrix = np.column_stack(columns) / scale[:, None]
-    norms = np.linalg.norm(matrix, axis=0)
-    norms[norms == 0] = 1.0
-    coefficients = np.linalg.lstsq(matrix / norms, target / scale, rcond=None)[0] / norms
-    return [float(value) for value in coefficients]

@@ -62,7 +62,9 @@ class SimulatedNode:
             batch_limits=(1, capacity),
             gpu_clocks_mhz=clocks,
         )
-        self._clocks = frozenset(clocks)
+        self._constants = pack.perf.constants
+        self._at = {clock_mhz: pack.perf.at(clock_mhz) for clock_mhz in clocks}
+        self._clock_table = np.array(list(self._at.values()))
         self._knobs = self._spec.max_performance
         self._state: State | None = None
         self._reported = 0
@@ -94,7 +96,7 @@ class SimulatedNode:
         """Set the nearest supported clock and a limit within range; they act at the next engine step."""
         lowest, highest = self._spec.batch_limits
         clock_mhz = knobs.gpu_clock_mhz
-        if clock_mhz not in self._clocks:
+        if clock_mhz not in self._at:
             clock_mhz = min(self._spec.gpu_clocks_mhz, key=lambda supported: abs(supported - clock_mhz))
         self._knobs = Knobs(min(max(knobs.batch_limit, lowest), highest), clock_mhz)
         return self._knobs
@@ -104,13 +106,14 @@ class SimulatedNode:
         s = self._running()
         before = s.count.tolist()
         until_s = s.clock[rules.NOW] + duration_s
-        advance(s, self._engine, self._pack.perf, until_s, self._knobs.batch_limit, self._knobs.gpu_clock_mhz)
+        at = self._at[self._knobs.gpu_clock_mhz]
+        advance(s, self._engine, self._constants, at, until_s, self._knobs.batch_limit)
         return self._window(s, duration_s, before)
 
     def arrivals_to_come(self, windows: int, *, window_s: float = 1.0) -> np.ndarray:
         """How many requests will arrive in each of the next windows, whatever the knobs: (windows,)."""
         s = self._running()
-        seen_s = s.time_s[:, rules.ARRIVAL] + self._pack.perf.frontend_in_s
+        seen_s = s.time_s[:, rules.ARRIVAL] + self._constants.frontend_in_s
         ends_s = s.clock[rules.NOW] + window_s * np.arange(windows + 1)
         return np.diff(np.searchsorted(seen_s, ends_s, side="right"))
 
@@ -123,8 +126,9 @@ class SimulatedNode:
         supported. Three times as fast as window by window.
         """
         s, energy_j = self._running(), np.zeros(len(clocks_mhz))
+        clocks = self._clock_table[np.searchsorted(self._spec.gpu_clocks_mhz, clocks_mhz)]
         ran = advance_windows(
-            s, self._engine, self._pack.perf, window_s, batch_limits, clocks_mhz, at_least, energy_j
+            s, self._engine, self._constants, window_s, batch_limits, clocks, at_least, energy_j
         )
         return energy_j[:ran]
 
@@ -157,7 +161,7 @@ class SimulatedNode:
         clock, count = s.clock.tolist(), s.count.tolist()
         busy_s = clock[rules.BUSY_S]
         busy = busy_s / duration_s
-        perf = self._pack.perf
+        perf = self._constants
         queries = count[rules.PREFIX_QUERIES]
         ttft_s, tpot_s, e2e_s = s.sample
         return WindowMetrics(

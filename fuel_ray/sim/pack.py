@@ -1,7 +1,8 @@
 """Calibration packs: how long an engine step takes and what power it draws, in plain Python."""
 
 import json
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -9,20 +10,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.sim.clock_axis import AtClock, ClockAxis
+
+FORMAT = 2  # of pack files
+NOMINAL = "nominal"
+_ARCHITECTURES = {
+    "Hopper": "H100|H200|H800|H20|GH200",
+    "Ampere": "A100|A800|A40|A30|A10|A6000|A5000|RTX 30",
+    "Volta": "V100|V100S|TITAN V",
+}
+AXIS_TABLES = tuple(field.name for field in fields(ClockAxis))
 
 
-class PerfModel(NamedTuple):
-    """Constants of one (GPU, model) pair; times in s, energies in J, powers in W, clocks in MHz.
+class Constants(NamedTuple):
+    """Of one (GPU, model) pair at the highest clock; times in s, energies in J, powers in W.
 
     A step has n sequences with ctx tokens in their KV caches and p prompt tokens to compute. Two resources
-    share the work. At the highest clock the GPU takes D = ``decode_s + decode_seq_s n + decode_ctx_s ctx``
-    for a decode step. With prefill it takes the larger of ``D + mixed_token_s p``, bound by reading the
-    weights, and ``prefill_token_s p + decode_seq_s n + decode_ctx_s ctx``, bound by arithmetic; each pair
-    of a prompt token and one before it adds ``prefill_attention_s``. The host composes and launches the
-    step in a time of its own that does not depend on the GPU's clock; the scheduler overlaps the two.
+    share the work. The GPU takes D = ``decode_s + decode_seq_s n + decode_ctx_s ctx`` for a decode step. With
+    prefill it takes the larger of ``D + mixed_token_s p``, bound by reading the weights, and
+    ``prefill_token_s p + decode_seq_s n + decode_ctx_s ctx``, bound by arithmetic; each pair of a prompt
+    token and one before it adds ``prefill_attention_s``. The host composes and launches the step in a time
+    of its own that does not depend on the GPU's clock; the scheduler overlaps the two.
 
     The energy is ``graph_w D + graph_j + graph_seq_j n + prefill_token_j p``, plus ``graph_w`` times the
-    time of prefill attention.
+    time of prefill attention. Of what is above idle power, ``hbm_w`` times the time of streaming is that of
+    the memory; the rest is switched in the chip and falls with the clock's voltage.
     """
 
     max_clock_mhz: float
@@ -46,22 +58,14 @@ class PerfModel(NamedTuple):
     graph_j: float
     graph_seq_j: float
     prefill_token_j: float
-    # Clock axis, with x = clock / max_clock_mhz and n at most shape_max_seqs.
-    # Share of a decode step's time that scales with 1 / x: c / (c + f) with c = clock_s + clock_seq_s n.
+    # What the clock acts on. Of decode_s, stream_s reads the weights (bytes / bandwidth), clock_s scales with
+    # 1 / x and the rest with nothing; of decode_seq_s, clock_seq_s scales with 1 / x; decode_ctx_s streams.
+    stream_s: float
     clock_s: float
     clock_seq_s: float
-    fixed_s: float
-    fixed_seq_s: float
-    prefill_clock_share: float  # the same of a step bound by arithmetic
+    hbm_w: float  # J per byte x bandwidth
+    prefill_clock_share: float  # of a step bound by arithmetic, and of mixed_token_s: the rest stays
     prefill_clock: float  # x at which such steps were measured: the power cap lets them run no faster
-    # Power above idle relates to its value at x = 1 (prefill_clock) as
-    # (slope_w + slope_seq_w n) x + max(0, x - knee) (knee_w + knee_seq_w n) does.
-    slope_w: float
-    slope_seq_w: float
-    knee: float
-    knee_w: float
-    knee_seq_w: float
-    shape_max_seqs: float
     # Utilisation while a step runs, 0..1
     busy_mem_util: float
     idle_cpu_util: float
@@ -71,48 +75,86 @@ class PerfModel(NamedTuple):
 
 
 def step_cost(
-    m: PerfModel, seqs: float, context: float, prefill: float, clock_mhz: float, attention: float = 0.0
+    m: Constants, at: AtClock, seqs: float, context: float, prefill: float, attention: float
 ) -> tuple[float, float, float]:
     """GPU time (s), power (W) and effective clock (MHz) of a step.
 
     Args:
-        m: the constants.
+        m: the constants at the highest clock.
+        at: what the pinned clock makes of them. The power cap stretches a step whose power would pass it at
+            constant energy, which is what the H100 of ``h100-qwen3-8b`` was seen to do.
         seqs: requests in the step.
         context: tokens in the KV cache of these requests after the step.
         prefill: prompt tokens computed in the step.
-        clock_mhz: the pinned SM clock. The power cap stretches a step whose power would pass it at constant
-            energy, which is what the H100 of ``h100-qwen3-8b`` was seen to do.
         attention: sum over these prompt tokens of the tokens before them.
     """
-    x, measured_x = clock_mhz / m.max_clock_mhz, 1.0
+    clock_mhz, idle_w, switched, measured_idle_w = at.clock_mhz, at.idle_w, at.switched, m.idle_w
     decode = m.decode_seq_s * seqs + m.decode_ctx_s * context
-    shape_seqs = min(seqs, m.shape_max_seqs)
-    duration = m.decode_s + decode
-    energy = m.graph_w * duration + m.graph_j + m.graph_seq_j * seqs
-    scaled = m.clock_s + m.clock_seq_s * shape_seqs
-    share = scaled / (scaled + m.fixed_s + m.fixed_seq_s * shape_seqs)
+    streaming = m.stream_s + m.decode_ctx_s * context
+    measured = m.decode_s + decode
+    duration = measured + streaming * (at.streaming - 1.0) + (m.clock_s + m.clock_seq_s * seqs) * at.slower
+    energy = m.graph_w * measured + m.graph_j + m.graph_seq_j * seqs
     if prefill > 0:
+        attention_s = m.prefill_attention_s * attention
         arithmetic = m.prefill_token_s * prefill + decode
-        duration += m.mixed_token_s * prefill
-        if arithmetic > duration:
-            duration = arithmetic
-            share = m.prefill_clock_share
-            shape_seqs = m.shape_max_seqs
-            measured_x = m.prefill_clock
-            x = min(x, measured_x)
-        duration += m.prefill_attention_s * attention
-        energy += m.prefill_token_j * prefill + m.graph_w * m.prefill_attention_s * attention
-    slope = m.slope_w + m.slope_seq_w * shape_seqs
-    knee = m.knee_w + m.knee_seq_w * shape_seqs
-    shape = slope * x + max(0.0, x - m.knee) * knee
-    measured_shape = slope * measured_x + max(0.0, measured_x - m.knee) * knee
-    power = m.idle_w + (energy / duration - m.idle_w) * shape / measured_shape
-    duration *= 1.0 - share + share * measured_x / x
-    clock_mhz = x * m.max_clock_mhz
+        work = m.mixed_token_s * prefill
+        if arithmetic > measured + work:
+            measured = arithmetic + attention_s
+            duration = measured * (1.0 + m.prefill_clock_share * at.prefill_slower)
+            clock_mhz, idle_w = at.prefill_clock_mhz, at.prefill_idle_w
+            switched, measured_idle_w = at.prefill_switched, at.measured_idle_w
+        else:
+            measured += work + attention_s
+            duration += (work + attention_s) * (1.0 + m.prefill_clock_share * at.slower)
+        energy += m.prefill_token_j * prefill + m.graph_w * attention_s
+    above_idle = max(0.0, energy - measured_idle_w * measured)
+    hbm = min(above_idle, m.hbm_w * streaming)
+    power = idle_w + (hbm + (above_idle - hbm) * switched) / duration
     if power > m.power_cap_w:
         stretch = power / m.power_cap_w
         return duration * stretch, m.power_cap_w, clock_mhz / stretch
     return duration, power, clock_mhz
+
+
+@dataclass(frozen=True, slots=True)
+class PerfModel:
+    """How long an engine step takes and what power it draws, at any clock."""
+
+    constants: Constants
+    axis: ClockAxis
+
+    def at(self, clock_mhz: float) -> AtClock:
+        """What this clock makes of the constants."""
+        m = self.constants
+        streaming, switched, idle = self.axis.read(clock_mhz)
+        measured_mhz = m.prefill_clock * m.max_clock_mhz
+        bound_mhz = min(clock_mhz, measured_mhz)
+        _, measured_switched, measured_idle = self.axis.read(measured_mhz)
+        _, bound_switched, bound_idle = self.axis.read(bound_mhz)
+        stall = switched * clock_mhz / m.max_clock_mhz  # switching by second, as it is by operation above
+        return AtClock(
+            clock_mhz=clock_mhz,
+            slower=m.max_clock_mhz / clock_mhz - 1.0,
+            streaming=streaming,
+            switched=switched,
+            idle_w=m.idle_w * idle,
+            stall_w=m.idle_w * idle + (m.stall_w - m.idle_w) * stall,
+            prefill_clock_mhz=bound_mhz,
+            prefill_slower=measured_mhz / bound_mhz - 1.0,
+            prefill_switched=bound_switched / measured_switched,
+            prefill_idle_w=m.idle_w * bound_idle,
+            measured_idle_w=m.idle_w * measured_idle,
+        )
+
+    def step_cost(
+        self, seqs: float, context: float, prefill: float, clock_mhz: float, attention: float = 0.0
+    ) -> tuple[float, float, float]:
+        """GPU time (s), power (W) and effective clock (MHz) of a step at a pinned clock."""
+        return step_cost(self.constants, self.at(clock_mhz), seqs, context, prefill, attention)
+
+    def replace(self, **constants: float) -> "PerfModel":
+        """The model with other constants."""
+        return replace(self, constants=self.constants._replace(**constants))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +163,7 @@ class Pack:
 
     name: str
     gpu_name: str
+    architecture: str  # NVIDIA's name of it
     model: str
     engine: str
     gpu_clocks_mhz: tuple[int, ...]  # supported SM clocks, ascending
@@ -132,6 +175,26 @@ class Pack:
     measured: str  # which axes were measured on this very server
     transferred: str  # which were taken from elsewhere or assumed, and from where
     sha256: str  # of the pack file
+    clock_axis: str = NOMINAL  # which of the clock axes that the data allow
+    other_axes: tuple[tuple[str, PerfModel], ...] = ()
+
+    @property
+    def clock_axes(self) -> tuple[str, ...]:
+        """Names of the clock axes that the pack has, the nominal one first."""
+        names = {self.clock_axis, *dict(self.other_axes)}
+        return (NOMINAL, *sorted(names - {NOMINAL}))
+
+    def with_axis(self, name: str) -> "Pack":
+        """The pack under another of its clock axes.
+
+        Raises:
+            ConfigError: it has none of that name.
+        """
+        axes = {self.clock_axis: self.perf, **dict(self.other_axes)}
+        if name not in axes:
+            raise ConfigError(f"--clock-axis {name}: pack {self.name} has {', '.join(self.clock_axes)}")
+        perf = axes.pop(name)
+        return replace(self, clock_axis=name, perf=perf, other_axes=tuple(axes.items()))
 
 
 def pack_names() -> tuple[str, ...]:
@@ -140,11 +203,30 @@ def pack_names() -> tuple[str, ...]:
     return tuple(sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json")))
 
 
-def load_pack(name_or_path: str) -> Pack:
+def same_architecture(gpu_name: str) -> str:
+    """The shipped pack whose clock axis a GPU of this name shares.
+
+    Raises:
+        ConfigError: none is of its architecture.
+    """
+    for architecture, names in _ARCHITECTURES.items():
+        if re.search(rf"\b({names})", gpu_name):
+            found = [name for name in pack_names() if load_pack(name).architecture == architecture]
+            return found[0]
+    known = "; ".join(
+        f"{architecture}: {names.replace('|', ', ')}" for architecture, names in _ARCHITECTURES.items()
+    )
+    raise ConfigError(
+        f"no shipped pack has the clock axis of {gpu_name!r} (known are {known}): profile it at three clocks "
+        "or more, and name the nearest pack by --clock-axis-from"
+    )
+
+
+def load_pack(name_or_path: str, clock_axis: str = NOMINAL) -> Pack:
     """A shipped pack by name, or a pack file by path (anything that ends in .json).
 
     Raises:
-        ConfigError: there is no such pack, or the file is malformed.
+        ConfigError: there is no such pack or clock axis, or the file is malformed or of an older format.
     """
     if name_or_path.endswith(".json"):
         path: Traversable = Path(name_or_path)
@@ -158,12 +240,26 @@ def load_pack(name_or_path: str) -> Pack:
         raise ConfigError(f"pack {name_or_path}: no such file")
     try:
         text = path.read_text(encoding="utf-8")
-        return _parse_pack(json.loads(text), digest=sha256(text.encode()).hexdigest())
+        pack = _parse_pack(json.loads(text), digest=sha256(text.encode()).hexdigest())
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"pack {name_or_path}: malformed: {error}") from error
+    return pack.with_axis(clock_axis)
+
+
+def pack_fields(perf: PerfModel) -> dict[str, Any]:
+    """What a pack file says of its model: format, constants and clock axis."""
+    rounded = {name: float(f"{value:.5g}") for name, value in perf.constants._asdict().items()}
+    axis = {name: [float(f"{value:.5g}") for value in getattr(perf.axis, name)] for name in AXIS_TABLES}
+    return {"format": FORMAT, "perf": rounded, "clock_axis": axis}
 
 
 def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
+    if raw.get("format") != FORMAT:
+        found = "1, whose clock axis was another" if "format" not in raw else repr(raw["format"])
+        raise ConfigError(
+            f"pack {raw.get('name')}: its format is {found}; this version reads {FORMAT}: make it again by "
+            "`fuel-ray calibrate` from the profile that it was fitted to"
+        )
     clocks = raw["gpu_clocks_mhz"]
     supported = tuple(range(clocks["min"], clocks["max"] + 1, clocks["step"]))
     if not supported or supported[-1] != clocks["max"]:
@@ -172,5 +268,20 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
         )
     typed: dict[str, Any]
     typed = {f.name: f.type(raw[f.name]) for f in fields(Pack) if f.type in (int, str) and f.name in raw}
-    perf = PerfModel(**{name: float(value) for name, value in raw["perf"].items()})
-    return Pack(**typed, gpu_clocks_mhz=supported, perf=perf, sha256=digest)
+    typed.pop("clock_axis", None)
+    axes = {name: _perf(raw, variant) for name, variant in raw.get("clock_axis_variants", {}).items()}
+    return Pack(
+        **typed,
+        gpu_clocks_mhz=supported,
+        perf=_perf(raw, {}),
+        sha256=digest,
+        other_axes=tuple(axes.items()),
+    )
+
+
+def _perf(raw: dict[str, Any], variant: dict[str, Any]) -> PerfModel:
+    """The model under an axis, whose entries replace those of the nominal one."""
+    tables = raw["clock_axis"] | variant.get("clock_axis", {})
+    constants = raw["perf"] | variant.get("perf", {})
+    columns = {name: tuple(map(float, tables[name])) for name in AXIS_TABLES}
+    return PerfModel(Constants(**{k: float(v) for k, v in constants.items()}), ClockAxis(**columns))

@@ -5,7 +5,7 @@ import math
 from numba import njit
 
 from fuel_ray.sim import pack
-from fuel_ray.sim.pack import PerfModel
+from fuel_ray.sim.pack import Constants
 
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -13,7 +13,7 @@ step_cost = njit(cache=True, _nrt=False)(pack.step_cost)
 
 
 @njit(inline="always")
-def launch_cost(m: PerfModel, seqs: float, prefill: float, step: int) -> float:
+def launch_cost(m: Constants, seqs: float, prefill: float, step: int) -> float:
     """Seconds the host takes to compose and launch a step; the clock of the GPU does not matter.
 
     The number of the step decides how much the host's other work delays it: multiples of the golden ratio are

@@ -100,7 +100,7 @@ def read_profile(paths: Sequence[str]) -> Profile:
     return Profile(
         tuple(replace(p, clock_mhz=highest_mhz) if p.clock_mhz > 0.95 * highest_mhz else p for p in decode),
         tuple(_prefill_point(row, highest_mhz) for row in prefill),
-        min((row.number("power_w", "power_inst_mean_w", "power_mean_w") for row in idle), default=None),
+        _idle_powers(idle, highest_mhz),
     )
 
 
@@ -198,6 +198,16 @@ def _prefill_point(row: Row, highest_mhz: float) -> PrefillPoint:
         clock_mhz=_snapped(row.number("clock_mhz")) if "clock_mhz" in row.values else highest_mhz,
         energy_per_token_j=energy_j,
     )
+
+
+def _idle_powers(rows: Sequence[Row], highest_mhz: float) -> tuple[tuple[float, float], ...]:
+    """The least power at each clock; rows that name none are at the highest."""
+    found: dict[float, float] = {}
+    for row in rows:
+        clock_mhz = _snapped(row.number("clock_mhz")) if "clock_mhz" in row.values else highest_mhz
+        power_w = row.number("power_w", "power_inst_mean_w", "power_mean_w")
+        found[clock_mhz] = min(power_w, found.get(clock_mhz, power_w))
+    return tuple(sorted(found.items()))
 
 
 def _snapped(clock_mhz: float) -> float:

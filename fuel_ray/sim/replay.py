@@ -59,9 +59,9 @@ def predicted_latencies(
     )
     state = new_state(run.requests, engine)
     state.count[rules.STEP] = first_step
-    energy_j = 0.0
+    at, energy_j = perf.at(perf.constants.max_clock_mhz), 0.0
     for until_s, limit in _periods(run):
-        advance(state, engine, perf, until_s, limit, int(perf.max_clock_mhz))
+        advance(state, engine, perf.constants, at, until_s, limit)
         if until_s <= run.duration_s:
             energy_j += float(state.clock[rules.ENERGY])
         elif state.count[rules.FINISHED] == len(run.requests):

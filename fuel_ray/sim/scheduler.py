@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fuel_ray.sim.pack import PerfModel
+from fuel_ray.sim.clock_axis import AtClock
+from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.perf_model import launch_cost, step_cost
 from fuel_ray.types import Requests
 
@@ -125,11 +126,10 @@ def new_state(requests: Requests, engine: Engine) -> State:
 
 
 @_compiled
-def advance(s: State, e: Engine, m: PerfModel, until_s: float, batch_limit: int, clock_mhz: float) -> None:
+def advance(s: State, e: Engine, m: Constants, at: AtClock, until_s: float, batch_limit: int) -> None:
     """Let the engine run to ``until_s`` under the knobs; what is counted per window starts anew."""
     s.clock[ENERGY] = s.clock[BUSY_S] = s.clock[CLOCK_S] = 0.0
     s.count[ARRIVALS:] = 0
-    stall_w = m.idle_w + (m.stall_w - m.idle_w) * clock_mhz / m.max_clock_mhz
     while True:
         if s.count[ON_GPU] == 1:
             end = min(s.clock[STEP_END], until_s)
@@ -147,9 +147,9 @@ def advance(s: State, e: Engine, m: PerfModel, until_s: float, batch_limit: int,
             if s.count[READY] == 1:
                 s.clock[LAUNCHED] = s.clock[NOW] + _launch_s(s, m)
         if s.count[READY] == 0 or s.clock[LAUNCHED] > s.clock[NOW]:
-            wake_s, power_w = s.clock[LAUNCHED], stall_w
+            wake_s, power_w = s.clock[LAUNCHED], at.stall_w
             if s.count[READY] == 0:
-                wake_s, power_w = until_s, m.idle_w
+                wake_s, power_w = until_s, at.idle_w
                 if s.count[ARRIVED] < len(s.request):
                     wake_s = s.time_s[s.count[ARRIVED], ARRIVAL] + m.frontend_in_s
             end = min(wake_s, until_s)
@@ -158,9 +158,9 @@ def advance(s: State, e: Engine, m: PerfModel, until_s: float, batch_limit: int,
             if end >= until_s:
                 break
         if s.count[READY] == 1:
-            _start_step(s, m, clock_mhz, stall_w)
+            _start_step(s, m, at)
             _compose_step(s, e, m, batch_limit)
-            _overlap_launch(s, m, stall_w)
+            _overlap_launch(s, m, at.stall_w)
     _see_arrivals(s, m)
     s.clock[OLDEST_WAIT] = _oldest_wait(s)
 
@@ -169,48 +169,51 @@ def advance(s: State, e: Engine, m: PerfModel, until_s: float, batch_limit: int,
 def advance_windows(
     s: State,
     e: Engine,
-    m: PerfModel,
+    m: Constants,
     window_s: float,
     batch_limits: np.ndarray,
-    clocks_mhz: np.ndarray,
+    clocks: np.ndarray,
     at_least: int,
     energy_j: np.ndarray,
 ) -> int:
     """Let the engine run window after window under knobs that are known beforehand; returns how many ran.
 
-    Stops after ``at_least`` windows once nothing runs or waits. ``energy_j`` is filled per window.
+    Stops after ``at_least`` windows once nothing runs or waits. ``clocks`` has an ``AtClock`` as a row per
+    window; ``energy_j`` is filled.
     """
-    for k in range(len(clocks_mhz)):
-        advance(s, e, m, s.clock[NOW] + window_s, batch_limits[k], clocks_mhz[k])
+    for k in range(len(clocks)):
+        c = clocks[k]
+        at = AtClock(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10])
+        advance(s, e, m, at, s.clock[NOW] + window_s, batch_limits[k])
         energy_j[k] = s.clock[ENERGY]
         busy = s.count[RUNNING] + s.count[PREEMPTED] + s.count[ARRIVED] - s.count[ADMITTED]
         if k + 1 >= at_least and busy == 0:
             return k + 1
-    return len(clocks_mhz)
+    return len(clocks)
 
 
 @_inlined
-def _start_step(s: State, m: PerfModel, clock_mhz: int, stall_w: float) -> None:
+def _start_step(s: State, m: Constants, at: AtClock) -> None:
     """Let the GPU work on the composed step as soon as the one before it is done and kernels arrive."""
     buffer = s.count[BUFFER]
     work_s, power_w, effective_clock = step_cost(
         m,
+        at,
         s.step[buffer, SEQS],
         s.step[buffer, CONTEXT],
         s.step[buffer, PREFILL],
-        clock_mhz,
         s.step[buffer, ATTENTION],
     )
     end = max(s.clock[GPU_FREE] + work_s, s.clock[LAUNCHED] + _TAIL_S)
     s.clock[GPU_FREE] = s.clock[STEP_END] = end
-    s.clock[STEP_POWER] = (power_w - stall_w) * work_s  # becomes a power when the step's end is known
+    s.clock[STEP_POWER] = (power_w - at.stall_w) * work_s  # becomes a power when the step's end is known
     s.clock[STEP_CLOCK] = effective_clock
     s.count[ON_GPU] = 1
     s.count[BUFFER] = 1 - buffer
 
 
 @_inlined
-def _overlap_launch(s: State, m: PerfModel, stall_w: float) -> None:
+def _overlap_launch(s: State, m: Constants, stall_w: float) -> None:
     """Launch the step just composed; the output of the one on the GPU is looked at afterwards."""
     if s.count[READY] == 1:
         s.clock[LAUNCHED] = s.clock[NOW] + _launch_s(s, m)
@@ -219,13 +222,13 @@ def _overlap_launch(s: State, m: PerfModel, stall_w: float) -> None:
 
 
 @_inlined
-def _launch_s(s: State, m: PerfModel) -> float:
+def _launch_s(s: State, m: Constants) -> float:
     buffer = s.count[BUFFER]
     return launch_cost(m, s.step[buffer, SEQS], s.step[buffer, PREFILL], s.count[STEP])
 
 
 @_inlined
-def _see_arrivals(s: State, m: PerfModel) -> None:
+def _see_arrivals(s: State, m: Constants) -> None:
     arrived = s.count[ARRIVED]
     while arrived < len(s.request) and s.time_s[arrived, ARRIVAL] + m.frontend_in_s <= s.clock[NOW]:
         arrived += 1
@@ -248,7 +251,7 @@ def _oldest_wait(s: State) -> float:
 
 
 @_compiled
-def _complete_step(s: State, m: PerfModel) -> None:
+def _complete_step(s: State, m: Constants) -> None:
     """Deliver the tokens of the step that was on the GPU and free what finished."""
     buffer = 1 - s.count[BUFFER]
     s.count[ON_GPU] = 0
@@ -285,7 +288,7 @@ def _finish(s: State, r: int, delivered_s: float) -> None:
 
 
 @_inlined
-def _compose_step(s: State, e: Engine, m: PerfModel, batch_limit: int) -> None:
+def _compose_step(s: State, e: Engine, m: Constants, batch_limit: int) -> None:
     """Choose what the next step computes, into the buffer that is not on the GPU."""
     _see_arrivals(s, m)
     buffer = s.count[BUFFER]
