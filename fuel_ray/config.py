@@ -168,6 +168,8 @@ class ServingConfig:
     live: LiveConfig = field(default_factory=LiveConfig)
     pack: str = "h100-qwen3-8b"
     """Calibration pack of the simulated node: a shipped name or a .json file."""
+    clock_axis: str = "nominal"
+    """How the twin's time and power depend on the clock: a clock axis of the pack, such as low or high."""
     kv_tokens: int | None = 26_000
     """Size of the KV pool in tokens, of a server that is started too; None: the pack's or server's own."""
     max_num_seqs: int | None = None
@@ -227,7 +229,7 @@ class LearnConfig(ServingConfig):
     """Action grid: derived from the node, the seed preset's 187 or GreenDLS's 198 actions."""
     grid_clock_step_mhz: int = 15
     """Distance of the clocks of the node grid in MHz."""
-    grid_lowest_clock_share: float = 0.5
+    grid_lowest_clock_share: float = 0.45
     """Lowest clock of the node grid as a share of the highest."""
     grid_batch_limits: tuple[int, ...] = (32, 40, 128)
     """Batch limits of the node grid; the server's capacity is always added."""
@@ -257,6 +259,8 @@ class SweepConfig(LearnConfig):
     """Held-out workload seeds of the evaluation."""
     control_workload: str | None = "steady:rate_rps=5"
     """Negative control, evaluated only; None: leave it out."""
+    axis_seeds: int = 2
+    """Held-out seeds on which every policy is evaluated under each other clock axis of the pack; 0: none."""
     live_seconds: int = 120
     """Seconds of arrivals per policy and seed when a live node is evaluated."""
     also: tuple[str, ...] = ()

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATI
 from fuel_ray.policies.learned import load_policy, read_manifest
 from fuel_ray.policies.static import Static
 from fuel_ray.record import step_line, summary_fields
+from fuel_ray.sim.pack import NOMINAL, load_pack
 from fuel_ray.stats import relative_energy
 from fuel_ray.tuning.contenders import of_size
 from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, run_episode
@@ -36,6 +38,7 @@ class Evaluation:
 
     rows: list[dict[str, Any]]  # of summary.csv
     lines: list[str]  # of steps.jsonl, for the first seed
+    axis_rows: list[dict[str, Any]] = field(default_factory=list)  # of clock_axes.csv
 
 
 def static_name(text: str) -> str:
@@ -46,7 +49,8 @@ def static_name(text: str) -> str:
 def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
     """A table of the policies, means over the seeds; savings are paired, with 95 % bootstrap intervals."""
     first = static_name(config.static[0])
-    kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}"
+    axis = "" if config.clock_axis == NOMINAL else f", clock axis {config.clock_axis}"
+    kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}{axis}"
     width = max(20, *(len(label(row["policy"])) + 1 for row in rows))
     lines = [
         f"{config.workload}, n = {config.seeds} x {config.seconds} s, {kind}{', partial' if partial else ''}",
@@ -86,11 +90,16 @@ def _saving(*pair: Mapping[int, Mapping[str, Any]]) -> str:
 def evaluate_block_size(
     config: SweepConfig, kv_block_size: int, tuned: Mapping[str, Tuned], policy_folder: Path
 ) -> Evaluation:
-    """Evaluate the learned policy, the baselines ``tuned`` for each workload and whoever plays also."""
+    """Evaluate the learned policy, the baselines ``tuned`` for each workload and whoever plays also.
+
+    On the workload that was trained for, all of them on the first seeds once more under each other clock axis
+    of the pack; nothing is trained or tuned again.
+    """
     evaluation = Evaluation([], [])
     also, learned = of_size(config.also, kv_block_size), read_manifest(policy_folder).algorithm
     for workload, own in tuned.items():
 
+        @cache
         def policies(spec: NodeSpec, workload: str = workload, own: Tuned = own) -> dict[str, Policy]:
             return {
                 MAX_PERFORMANCE: Static(spec.max_performance),
@@ -109,7 +118,25 @@ def evaluate_block_size(
             seconds=config.live_seconds if config.live_server else EPISODE_S,
             into=evaluation,
         )
+        if workload == config.workload:
+            evaluation.axis_rows.extend(_axis_rows(config, kv_block_size, policies))
     return evaluation
+
+
+def _axis_rows(
+    config: SweepConfig, kv_block_size: int, policies: Callable[[NodeSpec], Mapping[str, Policy]]
+) -> list[dict[str, Any]]:
+    """Rows as those of summary.csv with their clock axis; none of a live node, which has but its own."""
+    axes = () if config.live_server or not config.axis_seeds else load_pack(config.pack).clock_axes
+    rows = []
+    for axis in axes if len(axes) > 1 else ():
+        found = Evaluation([], [])
+        own, seeds = replace(config, clock_axis=axis), min(config.seeds, config.axis_seeds)
+        evaluate_policies(
+            own, kv_block_size, config.workload, policies, seeds=seeds, seconds=EPISODE_S, into=found
+        )
+        rows += [{"clock_axis": axis, **row} for row in found.rows]
+    return rows
 
 
 def evaluate_policies(

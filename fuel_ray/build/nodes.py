@@ -54,7 +54,7 @@ def build_node(
     if config.node == "live":
         return live_node(config, kv_block_size, load, horizon_s=horizon_s, random_start=random_start)
     return SimulatedNode(
-        load_pack(config.pack),
+        load_pack(config.pack, config.clock_axis),
         load,
         kv_block_size=kv_block_size,
         horizon_s=horizon_s,
@@ -85,7 +85,7 @@ def twinned(config: Settings, specs: Iterable[NodeSpec]) -> Settings:
     """
     if not config.live_server:
         return config
-    pack = load_pack(config.pack)
+    pack = load_pack(config.pack, config.clock_axis)
     common = set(pack.gpu_clocks_mhz).intersection(*(spec.gpu_clocks_mhz for spec in specs))
     if not common:
         raise ConfigError(

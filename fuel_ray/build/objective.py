@@ -14,7 +14,7 @@ def build_objective(config: ServingConfig) -> Objective:
     if reference(config.reward):
         return from_outside(config.reward, config.slo, miss_price_j=config.miss_price_j)
     if config.reward == "energy":
-        perf = load_pack(config.pack).perf
+        perf = load_pack(config.pack, config.clock_axis).perf
         clock_mhz = 0.7 * perf.constants.max_clock_mhz
         duration_s, power_w, _ = perf.step_cost(_REFERENCE_SEQS, _REFERENCE_CONTEXT, 0, clock_mhz)
         return Energy(

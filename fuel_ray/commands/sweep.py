@@ -82,4 +82,6 @@ def _evaluate(config: SweepConfig, run_dir: Path, tuned: Mapping[int, Mapping[st
     at_once = max(1, num_nodes(gpus_per_node(config))) if config.node == "ray" else None
     found = in_parallel("evaluate", evaluate_block_size, jobs, at_once=at_once, here=config.node != "sim")
     update_lines(run_dir / "steps.jsonl", [line for e in found for line in e.lines])
-    update_csv(run_dir / "summary.csv", [row for e in found for row in e.rows])
+    if rows := [row for e in found for row in e.axis_rows]:
+        update_csv(run_dir / "clock_axes.csv", rows)
+    update_csv(run_dir / "summary.csv", [row for e in found for row in e.rows])  # last: what is in it is done

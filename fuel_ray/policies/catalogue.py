@@ -20,6 +20,7 @@ from fuel_ray.workload.lengths import OUTPUT_TOKENS
 
 MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE, LEARNED = "max_performance", "tuned_static", "load_table", "dqn"
 REFERENCES = (MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE)
+JUDGED_BY = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)  # the comparison that says most comes first
 DWELL_S = 5.0
 # Of policies that are not listed below (Tol's muted palette)
 _OTHER_COLORS = ("#882255", "#999933", "#332288", "#88ccee", "#117733", "#aa4499", "#ddcc77", "#bbbbbb")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Run:
     summary: pd.DataFrame  # one row per (block_size, policy, workload, seed)
     learning: pd.DataFrame  # one row per (block_size, training iteration); may be empty
     steps: pd.DataFrame  # one row per control window of one seed; may be empty
+    axes: pd.DataFrame  # the summary's rows under each clock axis, for some seeds; may be empty
 
     @property
     def block_sizes(self) -> list[int]:
@@ -92,6 +93,7 @@ def load_run(run_dir: Path) -> Run:
         summary=summary,
         learning=_optional(run_dir / "learning.csv", pd.read_csv),
         steps=_optional(run_dir / "steps.jsonl", _read_steps),
+        axes=_optional(run_dir / "clock_axes.csv", pd.read_csv),
     )
 
 
@@ -110,6 +112,23 @@ def energy_against(
     own, other = (_cells(run, ENERGY, workload, name, block_size) for name in (policy, reference))
     both = own.index.intersection(other.index)
     return relative_energy(_by_seed(own[both]), _by_seed(other[both]))
+
+
+def over_axes(run: Run, policy: str, reference: str | None) -> dict[str, float]:
+    """By clock axis, the policy's energy over the reference's on the workload trained for, or its attainment.
+
+    ``reference`` None asks for the attainment; empty where only one axis was evaluated.
+    """
+    found = {}
+    for axis in run.axes["clock_axis"].unique() if len(run.axes) else ():
+        under = replace(run, summary=where(run.axes, clock_axis=axis))
+        if reference is None:
+            of_axis = mean_over_seeds(under, "slo_attainment", workload=run.workloads[0], policy=policy)
+        else:
+            of_axis = energy_against(under, policy, reference, workload=run.workloads[0])
+        if of_axis is not None:
+            found[str(axis)] = of_axis.mean
+    return found
 
 
 def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int, int], Interval]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fuel_ray.policies.catalogue import CATALOGUE, REFERENCES, color, label
+from fuel_ray.policies.catalogue import CATALOGUE, JUDGED_BY, color, label
 from fuel_ray.report import figures, tables, text
 from fuel_ray.report.data import Run, energy_against, load_run, mean_over_seeds, missed
 from fuel_ray.report.page import Cell, definitions, figure, folded, heading, page, paragraph, tile, tiles
@@ -19,6 +19,10 @@ _TERMS = {
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
     "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed",
 }
+_CLOCK_AXES = (
+    "Large: the pack's nominal clock axis. Small: the lowest and the highest of all axes that its data "
+    "allow, with the same policies and baselines, on fewer seeds and averaged over block sizes."
+)
 _LEARNING = (
     "Left, the reward with the random actions of training; it should rise until it is flat. Right, the "
     "greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing the SLO. "
@@ -62,8 +66,9 @@ def summary_table(run_dir: Path) -> str:
         lines += [f"workload {workload}", *tables.plain_results(run, workload=workload)]
         lines += [text.misses(run, workload=workload)]
         lines += [text.control(run, workload=workload), ""] if workload == run.control else [""]
+    axes = [*tables.plain_clock_axes(run), text.clock_axis(run), ""] if len(run.axes) else []
     sentences = (text.headline(run), text.sample(run), text.block_sizes(run), text.origin(run))
-    return "\n".join([*lines, *sentences])
+    return "\n".join([*lines, *axes, *sentences])
 
 
 def _sections(run: Run) -> Iterator[str]:
@@ -72,6 +77,11 @@ def _sections(run: Run) -> Iterator[str]:
     for workload in [main, *(name for name in others if name != run.control)]:
         yield heading(f"Results on the {workload} workload")
         yield from _results(run, workload)
+    if len(run.axes):
+        yield heading("How much hangs on the clock axis?")
+        yield paragraph(text.clock_axis(run))
+        yield tables.clock_axes(run)
+        yield paragraph(_CLOCK_AXES, style="soft")
     yield heading("Do the block sizes differ?")
     yield paragraph(text.block_sizes(run))
     yield from _figures(run)
@@ -107,7 +117,7 @@ def _meaning(run: Run, policy: str) -> str:
 
 def _tiles(run: Run) -> Iterator[str]:
     main = run.workloads[0]
-    for reference in REFERENCES:
+    for reference in JUDGED_BY:
         ratio = energy_against(run, run.learned, reference, workload=main)
         if ratio is not None:
             note = f"95 % interval {tables.span(ratio, tables.change)}"

@@ -5,16 +5,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fuel_ray.policies.catalogue import REFERENCES, color, label
+from fuel_ray.policies.catalogue import JUDGED_BY, color, label
 from fuel_ray.policies.static import LoadTable
-from fuel_ray.report.data import ENERGY, Run, digests, energy_against, mean_over_seeds, missed
+from fuel_ray.report.data import ENERGY, Run, digests, energy_against, mean_over_seeds, missed, over_axes
 from fuel_ray.report.page import Cell, table
 from fuel_ray.report.text import percent
 from fuel_ray.stats import Interval
 from fuel_ray.types import Knobs
 
-_AGAINST = ("J/request", "vs max", "vs static", "vs table", "SLO met")
+_AGAINST = ("J/request", "vs static", "vs table", "vs max", "SLO met")
 _MEAN = ("TTFT p99 s", "TPOT p99 ms", "MHz", "limit", "switches")
+_AXIS_HEAD = _AGAINST[1:]
 _HEAD = (Cell("block"), Cell("policy", style="text"), *(Cell(name) for name in (*_AGAINST, *_MEAN)))
 _MEANS: dict[str, Callable[[float], str]] = {
     "ttft_p99_s": "{:.2f}".format,
@@ -42,6 +43,41 @@ def plain_results(run: Run, *, workload: str) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return [line.replace("−", "-").replace("–", "-") for line in lines]
+
+
+def clock_axes(run: Run) -> str:
+    """What each policy saves and attains under every clock axis that the pack's data allow."""
+    rows = [
+        [Cell(label(policy), style="text", dot=color(policy, run.policies)), *_axis_cells(run, policy)]
+        for policy in run.policies
+    ]
+    head = [Cell("policy", style="text"), *map(Cell, _AXIS_HEAD)]
+    return table(head, [rows]) if len(run.axes) else ""
+
+
+def plain_clock_axes(run: Run) -> list[str]:
+    """The same as lines of text: nominal, and from the lowest to the highest."""
+    if not len(run.axes):
+        return []
+    lines = ["clock axes: nominal (lowest to highest)" + "".join(f"{name:>24}" for name in _AXIS_HEAD)]
+    for policy in run.policies:
+        cells = _axis_cells(run, policy)
+        texts = (f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in cells)
+        lines.append(f"{label(policy):>39}" + "".join(f"{text:>24}" for text in texts))
+    return [line.replace("−", "-").replace("–", "-") for line in lines]
+
+
+def _axis_cells(run: Run, policy: str) -> list[Cell]:
+    against = [{} if name == policy else over_axes(run, policy, name) for name in JUDGED_BY]
+    return [*(_band(ratios, change) for ratios in against), _band(over_axes(run, policy, None), percent)]
+
+
+def _band(by_axis: Mapping[str, float], form: Callable[[float], str]) -> Cell:
+    """The nominal axis's figure and, as its note, the lowest and the highest."""
+    if not by_axis:
+        return Cell("–")
+    ends = (form(min(by_axis.values())), form(max(by_axis.values())))
+    return Cell(form(next(iter(by_axis.values()))), " to ".join(ends).replace(" %", ""))
 
 
 def span(interval: Interval, form: Callable[[float], str]) -> str:
@@ -103,7 +139,7 @@ def _row(run: Run, policy: str, workload: str, size: int) -> list[Cell]:
     against = partial(energy_against, run, policy, workload=workload, block_size=size)
     if (energy := mean(ENERGY)) is None:
         return []
-    ratios = (None if name == policy else against(name) for name in REFERENCES)
+    ratios = (None if name == policy else against(name) for name in JUDGED_BY)
     share = mean("slo_attainment")
     style = "text mine" if policy == run.learned else "text"
     return [

@@ -2,8 +2,16 @@
 
 from collections.abc import Mapping
 
-from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, REFERENCES, TUNED_STATIC, label
-from fuel_ray.report.data import Run, block_size_ratios, digests, energy_against, mean_over_seeds, missed
+from fuel_ray.policies.catalogue import JUDGED_BY, LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
+from fuel_ray.report.data import (
+    Run,
+    block_size_ratios,
+    digests,
+    energy_against,
+    mean_over_seeds,
+    missed,
+    over_axes,
+)
 from fuel_ray.stats import Interval
 
 SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
@@ -22,15 +30,31 @@ def headline(run: Run) -> str:
     attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=run.learned)
     if attainment is None:
         return f"This run has no learned policy on the {workload} workload to judge."
-    ratios = {name: energy_against(run, run.learned, name, workload=workload) for name in REFERENCES}
+    ratios = {name: energy_against(run, run.learned, name, workload=workload) for name in JUDGED_BY}
     energy = [
-        f"{_more(r)} than under {_IN_PROSE.get(name, label(name))}{_range(r)}"
+        f"{_more(r)} than under {_IN_PROSE.get(name, label(name))}{_range(r)}{_axes(run, name)}"
         for name, r in ratios.items()
         if r is not None
     ]
     answer = f"learned policy's energy per request is {_and(energy)}, and it" if energy else "learned policy"
     news = _news(missed=missed(run, attainment), ratios=ratios)
     return f"{news} {answer} meets the SLO for {_shares(run, attainment)}."
+
+
+def clock_axis(run: Run) -> str:
+    """Which comparison hangs on which part of the clock axis; nothing of a real server."""
+    notes = (run.info.get("pack") or {}).get("clock_axis_notes")
+    simulated = (run.setting("backend") or "sim") == "sim"
+    return f"Every saving is modelled over the GPU clock. {notes}" if notes and simulated else ""
+
+
+def _axes(run: Run, reference: str) -> str:
+    """The same comparison from the lowest to the highest of the clock axes."""
+    ratios = over_axes(run, run.learned, reference).values()
+    if not ratios:
+        return ""
+    low, high = (f"{100 * (end(ratios) - 1):+.1f}".replace("-", "−") for end in (min, max))
+    return f" [{low} to {high} % over the clock axes]"
 
 
 def sample(run: Run) -> str:

@@ -175,6 +175,7 @@ class Pack:
     measured: str  # which axes were measured on this very server
     transferred: str  # which were taken from elsewhere or assumed, and from where
     sha256: str  # of the pack file
+    clock_axis_notes: str = ""  # which comparison hangs on which part of the axis, in a sentence or two
     clock_axis: str = NOMINAL  # which of the clock axes that the data allow
     other_axes: tuple[tuple[str, PerfModel], ...] = ()
 
@@ -268,7 +269,7 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
         )
     typed: dict[str, Any]
     typed = {f.name: f.type(raw[f.name]) for f in fields(Pack) if f.type in (int, str) and f.name in raw}
-    typed.pop("clock_axis", None)
+    typed.pop("clock_axis")  # a table in the file
     axes = {name: _perf(raw, variant) for name, variant in raw.get("clock_axis_variants", {}).items()}
     return Pack(
         **typed,

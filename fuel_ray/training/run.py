@@ -143,6 +143,7 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
             "name": pack.name,
             "sha256": pack.sha256,
             "notes": f"Measured: {pack.measured}. Transferred: {pack.transferred}.",
+            "clock_axis_notes": pack.clock_axis_notes,
         },
         "rounds": [],
         "engine": None,

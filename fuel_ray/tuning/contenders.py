@@ -36,7 +36,12 @@ def case_of(
     table: LoadTable | None = None,
 ) -> Case:
     """What policies are made for on a node of these settings; None: as they say, and nothing tuned."""
-    bare = untuned(spec, slo or config.slo, load_pack(config.pack), extra_features=config.extra_features)
+    bare = untuned(
+        spec,
+        slo or config.slo,
+        load_pack(config.pack, config.clock_axis),
+        extra_features=config.extra_features,
+    )
     return replace(bare, static=static or bare.static, table=table or bare.table)
 
 
