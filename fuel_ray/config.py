@@ -331,7 +331,7 @@ def load_config(path: Path, *, base: Serving) -> Serving:
         ConfigError: the file is not there, is not JSON or has an unknown key.
     """
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
     return from_dict(raw.get("config", raw) if isinstance(raw, dict) else raw, base=base, source=str(path))

@@ -80,7 +80,7 @@ def read_json(path: Path) -> Any:
         ConfigError: the file is not there or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
 

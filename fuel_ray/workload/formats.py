@@ -1,6 +1,5 @@
 """The readers of the published formats; docs/workloads.md has their columns and units."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -63,20 +62,23 @@ def read_recorded(name: str, path: Path, *, unit: Unit | None, block: int | None
     columns, hashed = _READERS[name](path)
     if unit is not None and columns.dated:
         raise ConfigError(f"{path}: timestamps are dates: leave unit={unit} out")
-    kept = np.flatnonzero(columns.output_tokens > 0)
-    if len(kept) < len(columns.time):
-        columns = _chosen(columns, kept)
+    which = None  # of the file's requests, where that is not all of them in its order
+    if not (answered := columns.output_tokens > 0).all():
+        columns, which = _chosen(columns, np.flatnonzero(answered)), np.flatnonzero(answered)
     _check_span(path, columns.time)
     if (order := time_order(columns.time, source=path, absolute=columns.dated)) is not None:
-        columns, kept = _chosen(columns, order), kept[order]
+        columns, which = _chosen(columns, order), order if which is None else which[order]
     form, time_s = FORMATS[name], columns.time
     if not columns.dated:
         known, slowest_rps = unit or columns.unit, form.slowest_rps
         time_s = in_seconds(time_s, source=path, usual=form.unit, slowest_rps=slowest_rps, known=known)
-    prefixes = (
-        () if hashed is None else _prefixes(path, columns, hashed, kept, usual=form.block_tokens, given=block)
-    )
-    return Recorded(time_s, columns.prompt_tokens, columns.output_tokens, *prefixes)
+    if hashed is None:
+        return Recorded(time_s, columns.prompt_tokens, columns.output_tokens)
+    which = np.arange(len(time_s)) if which is None else which
+    blocks, tokens = hashed.blocks[which], columns.prompt_tokens
+    size = block_tokens(tokens, blocks, source=path, usual=form.block_tokens, given=block)
+    prefix_id, depth = hashed.shared(which)
+    return Recorded(time_s, tokens, columns.output_tokens, prefix_id, depth * size)
 
 
 @cache
@@ -187,15 +189,6 @@ def _chosen(columns: Columns, which: np.ndarray) -> Columns:
 def _check_span(path: Path, time: np.ndarray) -> None:
     if not len(time) or time.min() == time.max():
         raise ConfigError(f"{path}: no two requests with output tokens at different times")
-
-
-def _prefixes(
-    path: Path, columns: Columns, hashed: Hashed, which: np.ndarray, *, usual: int, given: int | None
-) -> Iterable[np.ndarray]:
-    blocks = hashed.blocks[which]
-    tokens = block_tokens(columns.prompt_tokens, blocks, source=path, usual=usual, given=given)
-    prefix_id, depth = hashed.shared(which)
-    return prefix_id, depth * tokens
 
 
 _READERS = {

@@ -89,12 +89,14 @@ def block_tokens(
     too_many = int((blocks > -(-tokens // expected)).sum())
     possible = too_many <= (1 - _NEARLY_ALL) * len(tokens)
     told = _likely_block(matched) if not possible or _varied(tokens, blocks) else None
-    facts = f"hash_ids in blocks of {expected} tokens match {100 * matched[expected]:.0f} % of the prompts' lengths"
-    if told and given or not possible and not told:
+    if (told and given) or not (told or possible):
+        share = (
+            f"hash_ids in blocks of {expected} tokens match {100 * matched[expected]:.0f} % of prompt lengths"
+        )
         instead = (
             f"{told} match {100 * matched[told]:.0f} %: block={told}" if told else "block=N says their size"
         )
-        raise ConfigError(f"{source}: {facts}; {instead}")
+        raise ConfigError(f"{source}: {share}; {instead}")
     if told:
         shares = told, 100 * matched[told], usual, 100 * matched[usual]
         logger.warning(_TOLD, source, *shares)
