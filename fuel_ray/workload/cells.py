@@ -44,7 +44,7 @@ def time_of(value: object) -> float | None:
     try:
         number = _number(value)
     except ValueError as error:
-        raise ValueError(f"{value!r} is neither a number nor a date such as 2024-05-10 00:00:00.5") from error
+        raise ValueError(f"{value!r} is no number, nor a date such as 2024-05-10 00:00:00.5") from error
     if number is not None and not math.isfinite(number):
         raise ValueError(f"{value!r} is no time")
     return number
@@ -58,8 +58,11 @@ def seconds_of_date(value: object) -> float | None:
     """
     if missing(value):
         return None
-    text = str(value).strip().removesuffix("UTC").rstrip()
-    moment = datetime.fromisoformat(text)
+    text = str(value).strip().removesuffix("UTC").rstrip().replace("/", "-")
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"{value!r} is no date, as timestamps before it are") from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
@@ -101,7 +104,10 @@ def _number(value: object) -> float | None:
             raise ValueError(f"{value!r} is no number") from error
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is no number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError("a number of hundreds of digits") from error
 
 
 def _is_number(text: str) -> bool:

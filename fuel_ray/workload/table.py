@@ -121,9 +121,12 @@ def _piece(
     clock: Clock,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
-        return _at_once(rows, places=places, dated=clock.dated)
+        arrays = _at_once(rows, places=places, dated=clock.dated)
     except (ValueError, IndexError, OverflowError):
         return as_arrays(list(_one_by_one(rows, path=path, places=places, names=names, clock=clock)))
+    if rows:
+        clock.dated = bool(clock.dated)  # numbers, if it was not told
+    return arrays
 
 
 def _at_once(

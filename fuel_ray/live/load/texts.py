@@ -22,8 +22,8 @@ _TURNS, _ROLE, _TEXT = (
     ("value", "text", "content"),
 )
 
-# Characters per token: 4 of English by OpenAI (platform.openai.com/tokenizer); DeepSeek counts 0.6 tokens for a
-# Chinese character (api-docs.deepseek.com, "Token usage"), older vocabularies up to 1.
+# Characters per token: 4 of English by OpenAI (platform.openai.com/tokenizer); DeepSeek counts 0.6 tokens for
+# a Chinese character (api-docs.deepseek.com, "Token usage"), older vocabularies up to 1.
 _LATIN, _CJK, _OTHER = 4, 1.5, 2
 _CJK_RANGES = (
     (0x1100, 0x11FF),  # Hangul
@@ -42,7 +42,7 @@ def load_sharegpt(path: Path, n: int, rng: np.random.Generator) -> tuple[list[st
     """First questions of ``n`` random conversations, and the lengths (n,) of the recorded answers in tokens.
 
     A system's turn is no question and is left out. Conversations are kept as `vllm bench serve` keeps them:
-    at least 4 tokens each way, at most 1024 in the prompt and 2048 in all. Those of a short file are repeated.
+    at least 4 tokens each way, at most 1024 in the prompt, 2048 in all. Those of a short file are repeated.
 
     Raises:
         ConfigError: not a ShareGPT file, or no conversation of fitting length.
@@ -107,8 +107,8 @@ def _why_none(items: int, sized: list[tuple[str, int, int]], roles: Counter[str]
     prompts, outputs = sorted(p for _, p, _ in sized), sorted(o for _, _, o in sized)
     return (
         f"no ShareGPT conversation of fitting length among {len(sized)}: prompts of {prompts[0]} to "
-        f"{prompts[-1]} tokens, answers of {outputs[0]} to {outputs[-1]}; taken are at least {_FEWEST_TOKENS} "
-        f"in each, at most {_MOST_PROMPT_TOKENS} in the prompt and {_MOST_TOKENS} in both"
+        f"{prompts[-1]} tokens, answers of {outputs[0]} to {outputs[-1]}; taken are at least "
+        f"{_FEWEST_TOKENS} in each, at most {_MOST_PROMPT_TOKENS} in the prompt and {_MOST_TOKENS} in both"
     )
 
 
