@@ -133,7 +133,7 @@ def test_a_given_unit_is_taken_and_an_unlikely_rate_said(read, caplog):
     assert read("mooncake", lines(recorded(rate_rps=500)), ",unit=ms").mean_rate_rps == pytest.approx(
         500, rel=0.3
     )
-    assert "timestamps in ms are" in caplog.text
+    assert "with timestamps in ms it is" in caplog.text
     with pytest.raises(ConfigError, match="leave unit=s out"):
         read("azure", table(), ",unit=s")
     with pytest.raises(ConfigError, match="one of s, ms, us, ns"):
@@ -297,6 +297,10 @@ def test_failed_requests_as_pandas_writes_them_are_left_out(read):
             ":2: .*no number, nor a date such as 2024-",
         ),
         ("azure", table().split("\n", 1)[1], ":1: no column 'TIMESTAMP'; needs .*; has 2024-05-10"),
+        ("azure", table(cell=lambda tokens: f"{tokens * 100:,}"), ":2: .*4 cells under a header of 3"),
+        ("azure", table(cell=lambda tokens: "" if tokens == 107 else str(tokens)), ":9: .*without prompt"),
+        ("azure", table() + "2024-05-10 00:01:00,1", ":22: .*2 cells under a header of 3"),
+        ("azure", table() + table(), ":22: 'TIMESTAMP"),
         ("azure", table().replace(" 00:00:07", '" 00:00:07'), "trace"),
         ("azure", table(end=",é").encode("latin-1"), "not UTF-8"),
         ("azure", gzip.compress(table().encode())[:60], "ended before"),

@@ -68,10 +68,9 @@ def read_recorded(name: str, path: Path, *, unit: Unit | None, block: int | None
     _check_span(path, columns.time)
     if (order := time_order(columns.time, source=path, absolute=columns.dated)) is not None:
         columns, which = _chosen(columns, order), order if which is None else which[order]
-    form, time_s = FORMATS[name], columns.time
-    if not columns.dated:
-        known, slowest_rps = unit or columns.unit, form.slowest_rps
-        time_s = in_seconds(time_s, source=path, usual=form.unit, slowest_rps=slowest_rps, known=known)
+    form, known = FORMATS[name], "s" if columns.dated else unit or columns.unit
+    usual, slowest_rps = form.unit, form.slowest_rps
+    time_s = in_seconds(columns.time, source=path, usual=usual, slowest_rps=slowest_rps, known=known)
     if hashed is None:
         return Recorded(time_s, columns.prompt_tokens, columns.output_tokens)
     which = np.arange(len(time_s)) if which is None else which

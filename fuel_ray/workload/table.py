@@ -29,6 +29,14 @@ class Columns(NamedTuple):
     unit: Unit | None  # as the name of the column says
 
 
+class Layout(NamedTuple):
+    """Where in a row of a table the wanted cells are."""
+
+    names: Sequence[str]
+    places: Sequence[int]
+    width: int  # cells of the header
+
+
 class Clock:
     """Reads times as the first of them is written: as numbers, or as dates."""
 
@@ -61,11 +69,11 @@ def read_table(path: Path, names: tuple[str, str, str]) -> Columns:
         if absent := [name for name, place in zip(names, found, strict=True) if place is None]:
             there = ", ".join(header) or "nothing"
             raise ConfigError(f"{path}:1: no column {absent[0]!r}; needs {', '.join(names)}; has {there}")
-        places = [header.index(place[0]) for place in found if place is not None]
+        layout = Layout(names, [header.index(place[0]) for place in found if place is not None], len(header))
         rows = _rows(path, reader)
-        pieces = [_piece([], path=path, places=places, names=names, clock=clock)]
+        pieces = [_piece([], path=path, layout=layout, clock=clock)]
         while piece := list(islice(rows, _PIECE)):
-            pieces.append(_piece(piece, path=path, places=places, names=names, clock=clock))
+            pieces.append(_piece(piece, path=path, layout=layout, clock=clock))
     unit = found[0][1] if found[0] is not None else None
     time, prompt_tokens, output_tokens = (np.concatenate(part) for part in zip(*pieces, strict=True))
     return Columns(time, prompt_tokens, output_tokens, bool(clock.dated), unit)
@@ -116,24 +124,25 @@ def _piece(
     rows: Sequence[tuple[int, list[str]]],
     *,
     path: Path,
-    places: Sequence[int],
-    names: Sequence[str],
+    layout: Layout,
     clock: Clock,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
-        arrays = _at_once(rows, places=places, dated=clock.dated)
+        arrays = _at_once(rows, layout=layout, dated=clock.dated)
     except (ValueError, IndexError, OverflowError):
-        return as_arrays(list(_one_by_one(rows, path=path, places=places, names=names, clock=clock)))
+        return as_arrays(list(_one_by_one(rows, path=path, layout=layout, clock=clock)))
     if rows:
         clock.dated = bool(clock.dated)  # numbers, if it was not told
     return arrays
 
 
 def _at_once(
-    rows: Sequence[tuple[int, list[str]]], *, places: Sequence[int], dated: bool | None
+    rows: Sequence[tuple[int, list[str]]], *, layout: Layout, dated: bool | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows' columns; ValueError if a cell is not in the usual form."""
-    times, prompt_tokens, output_tokens = ([cells[place] for _, cells in rows] for place in places)
+    times, prompt_tokens, output_tokens = ([cells[place] for _, cells in rows] for place in layout.places)
+    if max((len(cells) for _, cells in rows), default=0) > layout.width:
+        raise ValueError
     time = np.array([*map(_moment, times)] if dated else [*map(float, times)])
     tokens = np.array([[*map(float, prompt_tokens)], [*map(float, output_tokens)]])
     if not (np.isfinite(time).all() and ((tokens >= 0) & (tokens <= MOST) & (tokens % 1 == 0)).all()):
@@ -145,22 +154,21 @@ def _one_by_one(
     rows: Iterable[tuple[int, list[str]]],
     *,
     path: Path,
-    places: Sequence[int],
-    names: Sequence[str],
+    layout: Layout,
     clock: Clock,
 ) -> Iterator[Request]:
     for line, cells in rows:
         if not any(cell.strip() for cell in cells):
             continue
         try:
-            if len(cells) <= max(places):
-                raise ValueError(f"there are only {len(cells)} cells")
-            time, prompt_tokens, output_tokens = (cells[place] for place in places)
+            if len(cells) <= max(layout.places) or "".join(cells[layout.width :]).strip():
+                raise ValueError(f"{len(cells)} cells under a header of {layout.width}")
+            time, prompt_tokens, output_tokens = (cells[place] for place in layout.places)
             request = recorded(clock.read(time), count(prompt_tokens), count(output_tokens))
         except (ValueError, OverflowError) as error:
             text = ",".join(cells)[:60]
             raise ConfigError(
-                f"{path}:{line}: {text!r} is not a row with {', '.join(names)}: {error}"
+                f"{path}:{line}: {text!r} is not a row with {', '.join(layout.names)}: {error}"
             ) from error
         if request is not None:
             yield request

@@ -44,9 +44,8 @@ def in_seconds(
         there = _rate_in(time, unit), usual, _rate_in(time, usual)
         logger.warning(said, source, unit, *there, "|".join(UNITS))
     elif not slowest_rps <= _rate_rps(time, unit) <= _FASTEST_RPS:
-        logger.warning("%s: timestamps in %s are %s on average", source, unit, _rate_in(time, unit))
-    seconds: np.ndarray = time / _PER_SECOND[unit]
-    return seconds
+        logger.warning("%s: with timestamps in %s it is %s on average", source, unit, _rate_in(time, unit))
+    return time if unit == "s" else np.divide(time, _PER_SECOND[unit])
 
 
 def time_order(time: np.ndarray, *, source: Path, absolute: bool) -> np.ndarray | None:
