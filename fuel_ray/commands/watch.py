@@ -48,7 +48,17 @@ def _look(url: str) -> Page | str:
 
 def table(found: list[tuple[str, Page | str]]) -> Group:
     """One row per controller, and below them what is wrong with those that do not answer."""
-    columns = ("controller", "clock MHz", "limit", "W", "run/wait", "TTFT ms", "TPOT ms", "SLO", "overruled")
+    columns = (
+        "controller",
+        "clock MHz",
+        "limit",
+        "W",
+        "run/wait",
+        "mean TTFT ms",
+        "mean TPOT ms",
+        "SLO",
+        "overruled",
+    )
     shown = Table(*columns, title="fuel-ray", title_style="bold")
     errors = []
     for url, page in found:
@@ -72,10 +82,23 @@ def _row(url: str, page: Page) -> tuple[Text | str, ...]:
         f"{_number(page.get('requests', 'running'), 0)}/{_number(page.get('requests', 'waiting'), 0)}",
         _number(page.get("latency_seconds", "ttft"), 1, scale=1e3),
         _number(page.get("latency_seconds", "tpot"), 1, scale=1e3),
-        _number(page.get("slo_attainment"), 3),
+        _attainment(page),
         ", ".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
         or "-",
     )
+
+
+def _attainment(page: Page) -> str:
+    """What is certain of it, where that is not one number."""
+    lowest, highest = (
+        _number(page.get("slo_attainment_bounds", which), 3) for which in ("lowest", "highest")
+    )
+    return lowest if lowest == highest and lowest != "-" else _estimate(page, lowest, highest)
+
+
+def _estimate(page: Page, lowest: str, highest: str) -> str:
+    attainment = _number(page.get("slo_attainment"), 3)
+    return attainment if "-" in (lowest, highest) else f"{lowest} to {highest}"
 
 
 def _knob(page: Page, name: str) -> str:

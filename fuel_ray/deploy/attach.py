@@ -15,6 +15,7 @@ from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
 from fuel_ray.deploy.estimate import SavingEstimate
+from fuel_ray.deploy.limits import check_judged, how_judged
 from fuel_ray.deploy.rule import Rule
 from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import ConfigError, NodeError, PolicyError
@@ -23,9 +24,10 @@ from fuel_ray.live.gpu.lease import unlock
 from fuel_ray.live.gpu.lease_state import state_folder, state_path
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.cache import CacheConfig
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
-from fuel_ray.live.vllm.metrics import CacheConfig
+from fuel_ray.live.vllm.metrics import MetricsSnapshot
 from fuel_ray.live.vllm.server import served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
@@ -77,7 +79,9 @@ def attach(
             _give_back_left(gpus.uuids)
         client = MetricsClient(target.server, timeout_s=SCRAPE_S)
         opened.callback(client.close)
-        cache = _cache(client)
+        page = client.scrape()
+        cache = _cache(client, page)
+        check_judged(client.url, folder.slo, page)
         limiter = None
         if target.limit_file is not None and not target.shadow:
             limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
@@ -97,6 +101,7 @@ def attach(
         policy=policy,
         check=partial(_check_same, client, spec, target.server),
         saved_j=_saving(folder, spec),
+        judged=tuple(how_judged(folder.slo, page)),
     )
 
 
@@ -197,16 +202,15 @@ def _plain(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].casefold()
 
 
-def _cache(client: MetricsClient) -> CacheConfig:
-    cache = client.scrape().cache_config
-    if cache is None:
-        raise NodeError(f"{client.url} does not say the KV block size (vllm:cache_config_info)")
-    return cache
+def _cache(client: MetricsClient, page: MetricsSnapshot) -> CacheConfig:
+    if page.cache_config is None:
+        raise NodeError(f"{client.url} does not say {page.cache_unknown}")
+    return page.cache_config
 
 
 def _check_same(client: MetricsClient, spec: NodeSpec, server: str) -> None:
     """Raises PolicyError where there is another server at the same address."""
-    cache = _cache(client)
+    cache = _cache(client, client.scrape())
     found = cache.block_size, cache.num_gpu_blocks, served_model(server)
     expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
     if found != expected:
