@@ -94,7 +94,7 @@ class Histogram:
         """As many values as were counted, exact to the bucket, and of the same mean where that is known.
 
         With a sum those of a bucket are taken to be alike, as they nearly are within one window; without it,
-        to be evenly spread. What lies above the last finite bound counts as that bound, or more by the sum.
+        to be evenly spread. What lies above the last finite bound is just above it, or as far as the sum says.
         """
         found: list[float] = []
         shift = self._shift()
@@ -102,7 +102,7 @@ class Histogram:
             if shift is None:
                 found.extend(self._interpolated(low_s, high_s, (i + 0.5) / n) for i in range(n))
             elif math.isinf(high_s):
-                found.extend([low_s + self._beyond_s(n)] * n)
+                found.extend([math.nextafter(low_s + self._beyond_s(n), math.inf)] * n)
             else:
                 value_s = low_s + (high_s - low_s) * (1.0 + shift) / 2
                 found.extend([min(high_s, max(value_s, math.nextafter(low_s, math.inf)))] * n)
@@ -148,4 +148,4 @@ class Histogram:
 
     @staticmethod
     def _interpolated(low_s: float, high_s: float, share: float) -> float:
-        return low_s + (high_s - low_s) * share if math.isfinite(high_s) else low_s
+        return low_s + (high_s - low_s) * share if math.isfinite(high_s) else math.nextafter(low_s, math.inf)

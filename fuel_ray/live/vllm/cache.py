@@ -78,7 +78,7 @@ def cache_config(info: Mapping[str, Labels]) -> CacheConfig | str:
 def _block_size(labels: Labels) -> int | None:
     """What --block-size means: a block of full attention on one rank.
 
-    ``block_size`` may be the smallest of a hybrid model's kinds of block, or as it was before vLLM enlarged it;
+    ``block_size`` may be the smallest of a hybrid model's kinds, or what it was before vLLM enlarged it;
     the effective size is right, but with context parallelism (DCP) it is that of all ranks together.
     """
     shown, effective = _number(labels, "block_size"), _number(labels, _ATTENTION)
