@@ -20,12 +20,14 @@ class Histogram:
     sum_s: float | None = None  # of all latencies; None if the server does not say
 
     def __sub__(self, before: "Histogram") -> "Histogram | None":
-        """The requests since ``before``; None if the bounds changed."""
+        """The requests since ``before``; None if the bounds changed, or counts fell."""
         if not before.upper_bounds_s:
             return self
         if self.upper_bounds_s != before.upper_bounds_s:
             return None
         counts = tuple(map(int.__sub__, self.cumulative_counts, before.cumulative_counts))
+        if min(counts) < 0:
+            return None
         sums = (self.sum_s, before.sum_s)
         sum_s = None if sums[0] is None or sums[1] is None else sums[0] - sums[1]
         return Histogram(self.upper_bounds_s, counts, self.count - before.count, sum_s)
@@ -94,7 +96,7 @@ class Histogram:
         """As many values as were counted, exact to the bucket, and of the same mean where that is known.
 
         With a sum those of a bucket are taken to be alike, as they nearly are within one window; without it,
-        to be evenly spread. What lies above the last finite bound is just above it, or as far as the sum says.
+        to be evenly spread. What lies above the last finite bound is just above it, or where the sum says.
         """
         found: list[float] = []
         shift = self._shift()

@@ -72,7 +72,7 @@ def table(found: list[tuple[str, Page | str]]) -> Group:
 def _row(url: str, page: Page) -> tuple[Text | str, ...]:
     age_s, attached = page.get("window_age_seconds"), page.get("attached")
     fresh = attached == 1 and age_s is not None and age_s < 5.0
-    state = "" if fresh else " (not under control)" if attached != 1 else f" ({age_s:.0f} s old)"
+    state = "" if fresh else " (not under control)" if attached != 1 else _age(age_s)
     mode = "shadow " if page.info.get("mode") == "shadow" else ""
     return (
         Text(f"{url}\n{mode}{page.info.get('policy', '')}{state}", style="" if fresh else "yellow"),
@@ -86,6 +86,10 @@ def _row(url: str, page: Page) -> tuple[Text | str, ...]:
         ", ".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
         or "-",
     )
+
+
+def _age(seconds: float | None) -> str:
+    return " (no window yet)" if seconds is None else f" ({seconds:.0f} s old)"
 
 
 def _attainment(page: Page) -> str:

@@ -203,7 +203,7 @@ def _percentile(value_s: float | None, bounds_s: tuple[float, float | None] | No
     low_s, high_s = bounds_s
     if high_s is None:
         return f"> {_ms(low_s)}"
-    return f"{_ms(low_s)} to {_ms(high_s)}" if low_s else f"<= {_ms(high_s)}"
+    return f"{low_s * 1000:.3g} to {_ms(high_s)}" if low_s else f"<= {_ms(high_s)}"
 
 
 def _rounded(share: float | None) -> float | None:
