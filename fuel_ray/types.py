@@ -56,18 +56,20 @@ class Slo:
     @property
     def limits_s(self) -> dict[LatencyName, float]:
         """The limits that there are."""
-        limits: dict[LatencyName, float | None]
-        limits = {"ttft": self.ttft_s, "tpot": self.tpot_s, "e2e": self.e2e_s}
-        return {name: limit_s for name, limit_s in limits.items() if limit_s is not None}
+        return {name: limit_s for name, limit_s in self._limits_s.items() if limit_s is not None}
 
     def limited(
         self, latencies: Mapping[LatencyName, Samples]
     ) -> Iterator[tuple[LatencyName, Samples, float]]:
         """Name, samples and limit in s of each latency that has a limit."""
-        limits_s = self.limits_s
+        limits_s = self._limits_s
         for name, samples in latencies.items():
-            if name in limits_s:
-                yield name, samples, limits_s[name]
+            if (limit_s := limits_s[name]) is not None:
+                yield name, samples, limit_s
+
+    @property
+    def _limits_s(self) -> dict[LatencyName, float | None]:
+        return {"ttft": self.ttft_s, "tpot": self.tpot_s, "e2e": self.e2e_s}
 
 
 @dataclass(frozen=True, slots=True)
