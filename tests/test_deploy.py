@@ -417,3 +417,32 @@ def test_blocks_that_are_not_known_are_not_blamed_on_the_block_size(
         in error
     )
     assert "block size" not in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("effective", "tokens", "code", "words"),
+    [
+        ("256", "70000", 0, ""),
+        (
+            "None",
+            "70000",
+            2,
+            "the server's page says 4, which need not be that of a hybrid model's attention",
+        ),
+        ("None", "1200", 2, "trained for KV block size 256, the server has 4"),
+    ],
+)
+def test_a_hybrid_models_block_size_is_its_attentions(
+    stub, gpu, tmp_path, capsys, effective, tokens, code, words
+):
+    stub.block_size = 4
+    page = stub.now().replace(
+        'effective_attention_block_size="32"', f'effective_attention_block_size="{effective}"'
+    )
+    stub.page_override = page.replace('kv_cache_size_tokens="9600"', f'kv_cache_size_tokens="{tokens}"')
+    folder = write_policy(tmp_path / "hybrid", best=Knobs(4, 990), sizes=(256,))
+    flags = ["--max-num-seqs", "32", "--server", stub.url, "--max-steps", "2", "--interval", "0.1"]
+    arguments = ["deploy", "--policy", str(folder), *flags, "--out", str(tmp_path / "out")]
+    assert main(arguments) == code and words in capsys.readouterr().err
+    assert main([*arguments, "--allow-mismatch"]) == (2 if tokens == "1200" else 0)
+    assert tokens == "1200" or "KV blocks of 256" in capsys.readouterr().out
