@@ -15,7 +15,7 @@ class StepRecord:
     chosen: Knobs
     applied: Knobs
     metrics: WindowMetrics
-    reward: float
+    reward: float | None  # None: the window cannot be judged, and nobody is to learn from it
     verdict: Verdict  # of the guard: what it let be applied, and why that is not what was chosen
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fuel_ray.codec import Codec, Encoder
 from fuel_ray.control import ControlLoop
-from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.errors import NodeError, TelemetryError, UnsupportedError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.policies.anchor import GridAnchor
 from fuel_ray.types import Knobs, WindowMetrics
@@ -103,6 +103,8 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         """Apply an action for one window; ``info`` has what a trainer wants to log."""
         try:
             record = self._loop.step(self._decode(int(action)))
+            if record.reward is None:
+                raise TelemetryError("a window cannot be judged: a latency that the SLO limits is unknown")
         except NodeError as error:
             self._count(error)
             return self._seen, 0.0, False, True, {NODE_FAILURE: str(error)}
@@ -110,7 +112,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         self._step += 1
         window, reward = record.metrics, record.reward
         if self._shadow is not None:
-            reward -= self._shadow.step(self._table).reward
+            reward -= self._shadow.step(self._table).reward or 0.0
         info = {
             "energy_j": window.energy_j,
             "arrivals": window.arrivals,

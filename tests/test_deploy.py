@@ -324,3 +324,125 @@ def test_a_policy_for_something_else_is_refused_unless_that_is_harmless_and_allo
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert main([*arguments, "--allow-mismatch"]) == (2 if "block size" in message else 0)
+
+
+HISTOGRAMS = {
+    "TTFT": "vllm:time_to_first_token_seconds",
+    "TPOT": "vllm:request_time_per_output_token_seconds",
+}
+
+
+@pytest.mark.parametrize("limited", HISTOGRAMS)
+def test_a_server_by_which_the_slo_cannot_be_judged_is_refused_and_told_why(
+    stub, gpu, policy, tmp_path, capsys, limited
+):
+    stub.lacks = (HISTOGRAMS[limited],)
+    words = ["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main([*words, "--max-steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"has no {HISTOGRAMS[limited]}, by which the SLO's {limited} is judged: " in error
+    assert len(error.splitlines()) == 1 and gpu.locked_mhz is None
+
+
+def test_a_server_without_a_histogram_that_no_limit_needs_is_taken(stub, gpu, policy, tmp_path):
+    stub.lacks = ("vllm:e2e_request_latency_seconds",)
+    code, lines, run = deploy(stub, policy, tmp_path)
+    assert code == 0 and all(line["slo_attainment"] == 1.0 for line in lines)
+    assert run["summary"]["e2e"] == {"mean_s": None, "p50_s": None, "p99_s": None}
+
+
+def test_a_fresh_server_whose_histograms_are_empty_is_taken(stub, gpu, policy, tmp_path, capsys):
+    stub.lacks = tuple(
+        f"{name}_{what}{{" for name in HISTOGRAMS.values() for what in ("bucket", "sum", "count")
+    )
+    code, lines, _ = deploy(stub, policy, tmp_path)
+    assert code == 0 and lines[-1]["slo_attainment"] == 1.0
+    assert "TPOT <= 50 ms is judged once the server has served a request" in capsys.readouterr().out
+
+
+def test_a_histogram_that_goes_away_makes_attainment_unknown_and_the_fallback_rule(
+    stub, gpu, policy, tmp_path
+):
+    stub.at(3, lacks=(HISTOGRAMS["TPOT"],))
+    _, lines, _ = deploy(stub, policy, tmp_path, "--guard.fallback", "16@1500")
+    assert lines[-1]["slo_attainment"] is None and lines[-1]["slo_attainment_bounds"] is None
+    assert lines[-1]["reward"] is None and lines[-1]["overruled"] == ["stale"]
+    assert lines[-1]["applied"]["gpu_clock_mhz"] == 1500
+
+
+TIGHT = ("--shadow", "--max-num-seqs", "32", "--slo-ttft-s", "1", "--slo-tpot-s", "0.02")
+
+
+@pytest.mark.parametrize(
+    ("tpot_s", "overruled", "bounds"), [(0.016, False, [0.375, 1.0]), (0.0249, True, [0.0, 0.0])]
+)
+def test_a_tight_limit_is_judged_by_what_is_certain(
+    stub, gpu, tmp_path, capsys, monkeypatch, tpot_s, overruled, bounds
+):
+    monkeypatch.chdir(ROOT)
+    stub.tpot_s, stub.rate_rps = tpot_s, 100.0
+    code, lines, run = deploy(stub, "clipper", tmp_path, *TIGHT, "--max-steps", "12")
+    out = capsys.readouterr().out
+    assert code == 0 and any("latency" in line["overruled"] for line in lines) == overruled
+    lowest, highest = lines[-1]["slo_attainment_bounds"]
+    assert lowest == pytest.approx(bounds[0], abs=0.15) and highest == bounds[1]
+    assert "TTFT <= 1 s is judged exactly" in out
+    assert "TPOT <= 20 ms is judged within bounds: requests between 10 ms and 25 ms" in out
+    assert "a limit of 25 ms would be exact" in out
+    assert f"TPOT mean {tpot_s * 1000:.3g} ms, p50 10 to 25 ms, p99 10 to 25 ms" in out
+    assert run["summary"]["tpot"]["mean_s"] == pytest.approx(tpot_s)
+    assert run["summary"]["tpot"]["p50_bounds_s"] == [0.01, 0.025]
+
+
+def test_a_percentile_in_the_first_bucket_is_said_to_be_at_most_its_bound(
+    stub, gpu, policy, tmp_path, capsys
+):
+    stub.tpot_s = 0.0085
+    deploy(stub, policy, tmp_path)
+    assert "TPOT mean 8.5 ms, p50 <= 10 ms, p99 <= 10 ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("blocks", ["None", "", "0"])
+def test_blocks_that_are_not_known_are_not_blamed_on_the_block_size(
+    stub, gpu, policy, tmp_path, capsys, blocks
+):
+    stub.blocks, stub.lacks = blocks, ()
+    stub.page_override = stub.now().replace('num_gpu_blocks_override="300"', 'num_gpu_blocks_override="None"')
+    assert (
+        main(["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]) == 2
+    )
+    error = capsys.readouterr().err
+    assert (
+        f'does not say how many KV blocks there are: vllm:cache_config_info has num_gpu_blocks="{blocks}"'
+        in error
+    )
+    assert "block size" not in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("effective", "tokens", "code", "words"),
+    [
+        ("256", "70000", 0, ""),
+        (
+            "None",
+            "70000",
+            2,
+            "the server's page says 4, which need not be that of a hybrid model's attention",
+        ),
+        ("None", "1200", 2, "trained for KV block size 256, the server has 4"),
+    ],
+)
+def test_a_hybrid_models_block_size_is_its_attentions(
+    stub, gpu, tmp_path, capsys, effective, tokens, code, words
+):
+    stub.block_size = 4
+    page = stub.now().replace(
+        'effective_attention_block_size="32"', f'effective_attention_block_size="{effective}"'
+    )
+    stub.page_override = page.replace('kv_cache_size_tokens="9600"', f'kv_cache_size_tokens="{tokens}"')
+    folder = write_policy(tmp_path / "hybrid", best=Knobs(4, 990), sizes=(256,))
+    flags = ["--max-num-seqs", "32", "--server", stub.url, "--max-steps", "2", "--interval", "0.1"]
+    arguments = ["deploy", "--policy", str(folder), *flags, "--out", str(tmp_path / "out")]
+    assert main(arguments) == code and words in capsys.readouterr().err
+    assert main([*arguments, "--allow-mismatch"]) == (2 if tokens == "1200" else 0)
+    assert tokens == "1200" or "KV blocks of 256" in capsys.readouterr().out

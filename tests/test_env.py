@@ -1,6 +1,7 @@
 """A training environment whose node fails, and environments whose windows pass at the same time."""
 
 import threading
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -58,6 +59,16 @@ def test_a_window_that_cannot_be_measured_ends_the_episode_and_the_next_one_begi
     np.testing.assert_array_equal(observation, seen)
     env.reset()
     assert not env.step(np.int64(3))[3] and node.errors == []
+
+
+def test_a_window_whose_slo_cannot_be_judged_is_for_no_one_to_learn_from():
+    node = Failing()
+    env = env_on(node)
+    env.reset(seed=1)
+    measure = node.measure
+    node.measure = lambda duration_s: replace(measure(duration_s), histograms={}, tpots_s=(), ttfts_s=())
+    _, reward, _, truncated, info = env.step(np.int64(3))
+    assert (reward, truncated) == (0.0, True) and "cannot be judged" in info[NODE_FAILURE]
 
 
 def test_failures_in_a_row_are_given_up_with_the_reason():

@@ -172,7 +172,7 @@ def _num_kv_blocks(client: MetricsClient, kv_block_size: int) -> int | None:
     cache = client.scrape().cache_config
     if cache is None:
         return None
-    if cache.block_size != kv_block_size:
+    if not cache.may_have(kv_block_size):
         raise ConfigError(f"{client.url} has KV block size {cache.block_size}, not {kv_block_size}")
     return cache.num_gpu_blocks
 

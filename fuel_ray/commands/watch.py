@@ -48,7 +48,17 @@ def _look(url: str) -> Page | str:
 
 def table(found: list[tuple[str, Page | str]]) -> Group:
     """One row per controller, and below them what is wrong with those that do not answer."""
-    columns = ("controller", "clock MHz", "limit", "W", "run/wait", "TTFT ms", "TPOT ms", "SLO", "overruled")
+    columns = (
+        "controller",
+        "clock MHz",
+        "limit",
+        "W",
+        "run/wait",
+        "mean TTFT ms",
+        "mean TPOT ms",
+        "SLO",
+        "overruled",
+    )
     shown = Table(*columns, title="fuel-ray", title_style="bold")
     errors = []
     for url, page in found:
@@ -62,7 +72,7 @@ def table(found: list[tuple[str, Page | str]]) -> Group:
 def _row(url: str, page: Page) -> tuple[Text | str, ...]:
     age_s, attached = page.get("window_age_seconds"), page.get("attached")
     fresh = attached == 1 and age_s is not None and age_s < 5.0
-    state = "" if fresh else " (not under control)" if attached != 1 else f" ({age_s:.0f} s old)"
+    state = "" if fresh else " (not under control)" if attached != 1 else _age(age_s)
     mode = "shadow " if page.info.get("mode") == "shadow" else ""
     return (
         Text(f"{url}\n{mode}{page.info.get('policy', '')}{state}", style="" if fresh else "yellow"),
@@ -72,10 +82,27 @@ def _row(url: str, page: Page) -> tuple[Text | str, ...]:
         f"{_number(page.get('requests', 'running'), 0)}/{_number(page.get('requests', 'waiting'), 0)}",
         _number(page.get("latency_seconds", "ttft"), 1, scale=1e3),
         _number(page.get("latency_seconds", "tpot"), 1, scale=1e3),
-        _number(page.get("slo_attainment"), 3),
+        _attainment(page),
         ", ".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
         or "-",
     )
+
+
+def _age(seconds: float | None) -> str:
+    return " (no window yet)" if seconds is None else f" ({seconds:.0f} s old)"
+
+
+def _attainment(page: Page) -> str:
+    """What is certain of it, where that is not one number."""
+    lowest, highest = (
+        _number(page.get("slo_attainment_bounds", which), 3) for which in ("lowest", "highest")
+    )
+    return lowest if lowest == highest and lowest != "-" else _estimate(page, lowest, highest)
+
+
+def _estimate(page: Page, lowest: str, highest: str) -> str:
+    attainment = _number(page.get("slo_attainment"), 3)
+    return attainment if "-" in (lowest, highest) else f"{lowest} to {highest}"
 
 
 def _knob(page: Page, name: str) -> str:

@@ -15,6 +15,7 @@ from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
 from fuel_ray.deploy.estimate import SavingEstimate
+from fuel_ray.deploy.limits import check_judged, how_judged
 from fuel_ray.deploy.rule import Rule
 from fuel_ray.drift import DriftDetector
 from fuel_ray.errors import ConfigError, NodeError, PolicyError
@@ -23,9 +24,10 @@ from fuel_ray.live.gpu.lease import unlock
 from fuel_ray.live.gpu.lease_state import state_folder, state_path
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.cache import CacheConfig
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
-from fuel_ray.live.vllm.metrics import CacheConfig
+from fuel_ray.live.vllm.metrics import MetricsSnapshot
 from fuel_ray.live.vllm.server import served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
@@ -77,13 +79,16 @@ def attach(
             _give_back_left(gpus.uuids)
         client = MetricsClient(target.server, timeout_s=SCRAPE_S)
         opened.callback(client.close)
-        cache = _cache(client)
+        page = client.scrape()
+        cache = _cache(client, page)
+        check_judged(client.url, folder.slo, page)
         limiter = None
         if target.limit_file is not None and not target.shadow:
             limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
         spec = _spec(target, folder, gpus, cache, limiter)
         if isinstance(folder, PolicyFolder):
-            _check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
+            engine, unsure = server_version(target.server), cache.block_size if cache.uncertain else None
+            _check_fit(folder, spec, engine, unsure=unsure, allow_mismatch=target.allow_mismatch)
         if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
             logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
@@ -97,6 +102,7 @@ def attach(
         policy=policy,
         check=partial(_check_same, client, spec, target.server),
         saved_j=_saving(folder, spec),
+        judged=tuple(how_judged(folder.slo, page)),
     )
 
 
@@ -110,11 +116,17 @@ def _spec(
         gpu_name=gpus.name,
         gpu_uuids=gpus.uuids,
         model=served_model(target.server),
-        kv_block_size=cache.block_size,
+        kv_block_size=_block_size(folder, cache),
         num_kv_blocks=cache.num_gpu_blocks,
         batch_limits=(1, _capacity(target, folder, limiter)),
         gpu_clocks_mhz=shown or gpus.settable_clocks_mhz(wanted=wanted),
     )
+
+
+def _block_size(folder: PolicyFolder | Rule, cache: CacheConfig) -> int:
+    """The page's; the policy's where the page does not say that of a hybrid model's attention."""
+    sizes = folder.manifest.kv_block_sizes if isinstance(folder, PolicyFolder) else ()
+    return sizes[0] if cache.uncertain and len(sizes) == 1 else cache.block_size
 
 
 def _guard(config: GuardConfig, folder: PolicyFolder | Rule, spec: NodeSpec) -> Guard:
@@ -159,7 +171,9 @@ def _objective(folder: PolicyFolder | Rule) -> Energy:
     return Energy(folder.slo, token_price_j=0.0, miss_price_j=price_j, scale_w=1.0, lowest=-math.inf)
 
 
-def _check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
+def _check_fit(
+    folder: PolicyFolder, spec: NodeSpec, engine: str, *, unsure: int | None, allow_mismatch: bool
+) -> None:
     """Raises PolicyError where a policy was made for another node."""
     manifest = folder.manifest
     if spec.kv_block_size not in manifest.kv_block_sizes:
@@ -168,6 +182,9 @@ def _check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_misma
             f"{folder.path} was trained for KV block size {sizes}, the server has {spec.kv_block_size}"
         )
     found = list(_mismatches(folder, spec, engine))
+    if unsure not in (None, spec.kv_block_size):
+        shown = f"it was trained for KV block size {spec.kv_block_size}, the server's page says {unsure}"
+        found.append(f"{shown}, which need not be that of a hybrid model's attention")
     if found and not allow_mismatch:
         raise PolicyError(f"{folder.path} does not fit: {'; '.join(found)} (--allow-mismatch takes it)")
     for mismatch in found:
@@ -197,17 +214,17 @@ def _plain(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].casefold()
 
 
-def _cache(client: MetricsClient) -> CacheConfig:
-    cache = client.scrape().cache_config
-    if cache is None:
-        raise NodeError(f"{client.url} does not say the KV block size (vllm:cache_config_info)")
-    return cache
+def _cache(client: MetricsClient, page: MetricsSnapshot) -> CacheConfig:
+    if page.cache_config is None:
+        raise NodeError(f"{client.url} does not say {page.cache_unknown}")
+    return page.cache_config
 
 
 def _check_same(client: MetricsClient, spec: NodeSpec, server: str) -> None:
     """Raises PolicyError where there is another server at the same address."""
-    cache = _cache(client)
-    found = cache.block_size, cache.num_gpu_blocks, served_model(server)
+    cache = _cache(client, client.scrape())
+    size = spec.kv_block_size if cache.may_have(spec.kv_block_size) else cache.block_size
+    found = size, cache.num_gpu_blocks, served_model(server)
     expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
     if found != expected:
         raise PolicyError(

@@ -188,6 +188,7 @@ class GpuNode:
             e2es_s=served.e2es_s,
             knobs=self._knobs,
             gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
+            histograms=served.histograms,
         )
 
     def _served(self, load: LoadGenerator) -> Served:

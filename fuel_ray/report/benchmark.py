@@ -131,7 +131,7 @@ def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
         "energy_j": window_energy_j(power_w, **span, counter_j=counter_j),
         "energy_source": "integrated power" if None in counter_j else "energy counter",
         "power_trace": [sample.value * 1000 for sample in power_w],  # mW
-        "time_trace": [sample.at_s - measured.began_s for sample in samples],  # s
+        "time_trace": [sample.at_s - measured.began_s for sample in power_w],  # s
     }
 
 

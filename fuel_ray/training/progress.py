@@ -38,10 +38,11 @@ class Episodes(RLlibCallback):
 def figures(infos: Sequence[Mapping[str, Any]], *, reward: float) -> dict[str, float]:
     """What is logged of training windows, of which ``reward`` is the mean."""
     arrivals = sum(info["arrivals"] for info in infos)
+    known = [info["slo_attainment"] for info in infos if info["slo_attainment"] is not None]
     return {
         "reward": reward,
         "energy_j_per_request": sum(info["energy_j"] for info in infos) / max(arrivals, 1),
-        "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
+        "slo_attainment": float(np.mean(known)) if known else math.nan,
         "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
     }
 
