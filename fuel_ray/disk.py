@@ -1,0 +1,125 @@
+"""Files that appear whole or not at all, and what a disk that takes no more says."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from fuel_ray.errors import ConfigError, DiskError
+
+# Of the machine, not of what was asked for
+FAULTS = frozenset(
+    {
+        *(
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENAMETOOLONG,
+        ),
+        *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
+        *(errno.ETXTBSY, errno.EBUSY, errno.EREMOTEIO),
+    }
+)
+_STEM = 60  # letters of a name, so that a temporary one is never too long
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextlib.contextmanager
+def whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file that takes the place of ``path`` when the block ends: nobody ever sees half of it.
+
+    Raises:
+        DiskError, ConfigError: as ``writing``; what was at ``path`` stays.
+    """
+    partial = path.with_name(f"{path.name[:_STEM]}.partial")
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+    with writing(path):
+        try:
+            with partial.open(mode, **text) as file:  # type: ignore[call-overload]
+                yield file
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Let an OSError of writing ``path`` leave as an error that names it.
+
+    Raises:
+        DiskError: the disk takes no more, or not from us.
+        ConfigError: ``path`` is not one that can be written, such as one below a file.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        kind = DiskError if error.errno in FAULTS else ConfigError
+        raise kind(f"cannot write {path}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def disk_faults() -> Iterator[None]:
+    """Let a disk's fault that nobody has named leave as a DiskError; other OSErrors leave as they are."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskError) or error.errno not in FAULTS:
+            raise
+        raise DiskError(f"{error.filename or 'a file'}: {reason(error)}") from error
+
+
+def reason(error: OSError) -> str:
+    """What the system says and, where there is something, what helps."""
+    said = error.strerror or str(error)
+    if error.errno in _FULL:
+        return f"{said}; free some space"
+    return said
+
+
+def fault_in(text: str) -> str | None:
+    """The disk's fault that other people's code tells of in a message or a traceback; None if it is none.
+
+    Only a disk that takes no more is looked for: other people's code says "permission denied" of much else.
+    """
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        if os.strerror(number) in text:
+            return f"{os.strerror(number)}{'; free some space' if number in _FULL else ''}"
+    return None
+
+
+def save_somewhere(path: Path, text: str) -> Path | None:
+    """Write a result that took long to get: at ``path``, or where there is room for it; None if nowhere is.
+
+    Names and folders that cannot be had are passed over; the caller says where it went.
+    """
+    places = [path.parent, *_others()]
+    for place in places:
+        with contextlib.suppress(OSError, ConfigError):
+            place.mkdir(parents=True, exist_ok=True)
+            target = place / path.name
+            with whole(target) as file:
+                file.write(text)
+            return target
+    return None
+
+
+def _others() -> Iterator[Path]:
+    """Folders that most machines have; the last one is memory."""
+    with contextlib.suppress(OSError):
+        yield Path(tempfile.gettempdir())
+    with contextlib.suppress(OSError):
+        yield Path.cwd()
+    with contextlib.suppress(RuntimeError):
+        yield Path.home()
+    yield Path("/var/tmp")
+    yield Path("/dev/shm")
