@@ -97,29 +97,44 @@ def fault_in(text: str) -> str | None:
     return None
 
 
-def save_somewhere(path: Path, text: str) -> Path | None:
-    """Write a result that took long to get: at ``path``, or where there is room for it; None if nowhere is.
+def write_or_keep(path: Path, text: str) -> None:
+    """Write what took long to measure: at ``path``, or else wherever there is room for it.
 
-    Names and folders that cannot be had are passed over; the caller says where it went.
+    Raises:
+        DiskError: it is not at ``path``; the message says where it is, or that it was only printed.
     """
-    places = [path.parent, *_others()]
-    for place in places:
-        with contextlib.suppress(OSError, ConfigError):
-            place.mkdir(parents=True, exist_ok=True)
-            target = place / path.name
-            with whole(target) as file:
-                file.write(text)
-            return target
-    return None
+    try:
+        _write(path, text)
+    except (DiskError, ConfigError) as error:
+        place = next((place for place in _others(path.name) if _written(place, text)), None)
+        if place is None:
+            print(text, flush=True)
+        where = "nowhere else either: it was printed" if place is None else f"it is in {place} instead"
+        raise DiskError(f"{error}; {where}") from error
 
 
-def _others() -> Iterator[Path]:
-    """Folders that most machines have; the last one is memory."""
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as file:
+        file.write(text)
+
+
+def _written(path: Path, text: str) -> bool:
+    try:
+        _write(path, text)
+    except (DiskError, ConfigError):
+        return False
+    return True
+
+
+def _others(name: str) -> Iterator[Path]:
+    """Where most machines have room; the last one is memory."""
     with contextlib.suppress(OSError):
-        yield Path(tempfile.gettempdir())
+        yield Path(tempfile.gettempdir(), name)
     with contextlib.suppress(OSError):
-        yield Path.cwd()
+        yield Path.cwd() / name
     with contextlib.suppress(RuntimeError):
-        yield Path.home()
-    yield Path("/var/tmp")
-    yield Path("/dev/shm")
+        yield Path.home() / name
+    yield Path("/var/tmp", name)
+    yield Path("/dev/shm", name)
