@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,32 +97,33 @@ def fault_in(text: str) -> str | None:
     return None
 
 
-def write_or_keep(path: Path, text: str) -> None:
-    """Write what took long to measure: at ``path``, or else wherever there is room for it.
+def write_or_keep(folder: Path, files: Mapping[str, str]) -> None:
+    """Write what took long to measure, by file name: into ``folder``, or else wherever there is room.
 
     Raises:
-        DiskError: it is not at ``path``; the message says where it is, or that it was only printed.
+        DiskError: it is not in ``folder``; the message says where it is, or that it was only printed.
     """
     try:
-        _write(path, text)
+        _write(folder, files)
     except (DiskError, ConfigError) as error:
-        place = next((place for place in _others(path.name) if _written(place, text)), None)
+        place = next((place for place in _others(folder.name) if _written(place, files)), None)
         if place is None:
-            print(text, flush=True)
+            print("\n".join(files.values()), flush=True)
         where = "nowhere else either: it was printed" if place is None else f"it is in {place} instead"
         raise DiskError(f"{error}; {where}") from error
 
 
-def _write(path: Path, text: str) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as file:
-        file.write(text)
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        with whole(folder / name) as file:
+            file.write(text)
 
 
-def _written(path: Path, text: str) -> bool:
+def _written(folder: Path, files: Mapping[str, str]) -> bool:
     try:
-        _write(path, text)
+        _write(folder, files)
     except (DiskError, ConfigError):
         return False
     return True

@@ -1,6 +1,7 @@
 """What a run leaves on disk: run.json, summary.csv, learning.csv, steps.jsonl. Files appear whole or not."""
 
 import csv
+import io
 import json
 import logging
 import os
@@ -128,10 +129,18 @@ def origin(verb: str) -> dict[str, Any]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys; None becomes an empty field."""
+    text = csv_text(rows)
     with whole(path) as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        file.write(text)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What ``write_csv`` writes."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

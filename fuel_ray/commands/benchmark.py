@@ -111,9 +111,9 @@ def _send(load: LoadGenerator, n: int) -> str | None:
 
 def _save(config: BenchmarkConfig, result: dict[str, Any]) -> None:
     model = Path(config.model).name[:_NAME_LETTERS]
-    path = config.result_dir / f"{model}-benchmark-{datetime.now():%Y%m%d-%H%M%S}.json"
-    write_or_keep(path, json.dumps(result, indent=2))
-    print(f"wrote {path}")
+    name = f"{model}-benchmark-{datetime.now():%Y%m%d-%H%M%S}.json"
+    write_or_keep(config.result_dir, {name: json.dumps(result, indent=2)})
+    print(f"wrote {config.result_dir / name}")
 
 
 def _code(result: dict[str, Any]) -> int:
