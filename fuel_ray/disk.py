@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -75,7 +76,13 @@ def disk_faults() -> Iterator[None]:
     except OSError as error:
         if isinstance(error, DiskError) or error.errno not in FAULTS:
             raise
-        raise DiskError(f"{error.filename or 'a file'}: {reason(error)}") from error
+        raise DiskError(f"{error.filename or _writer(error)}: {reason(error)}") from error
+
+
+def _writer(error: OSError) -> str:
+    """Whose file it was: the module that the error comes from."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return f"a file of {frames[-1].f_globals.get('__name__', 'Python')}" if frames else "a file"
 
 
 def reason(error: OSError) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from fuel_ray.control import StepRecord
 from fuel_ray.disk import FAULTS, reason, whole, writing
@@ -43,17 +44,30 @@ def publish(run_dir: Path, storage: str) -> None:
             name = path.relative_to(run_dir)
             if path.is_file() and not name.parts[0].startswith(_TUNE):
                 files.makedirs(f"{there}/{name.parent.as_posix()}", exist_ok=True)
-                files.put_file(str(path), f"{there}/{name.as_posix()}")
+                _put(files, path, f"{there}/{name.as_posix()}")
 
 
 def fetch(run_dir: Path, storage: str) -> None:
     """The inverse of ``publish``, for a machine that has not the run's folder."""
     with _stored(storage, run_dir) as (files, there):
         names = [name for name in files.find(there) if f"/{run_dir.name}/{_TUNE}" not in name]
-        for name in names:
-            path = run_dir / name.rpartition(f"/{run_dir.name}/")[2]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(name, str(path))
+        partial = run_dir.with_name(f"{run_dir.name}.partial")
+        with writing(run_dir):
+            for name in names:
+                path = partial / name.rpartition(f"/{run_dir.name}/")[2]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(name, str(path))
+            if names:
+                os.replace(partial, run_dir)
+
+
+def _put(files: Any, source: Path, target: str) -> None:
+    """Copy a file into storage, where nobody ever sees half of it; object stores see to that themselves."""
+    if isinstance(files, LocalFileSystem):
+        with whole(Path(target), "wb") as file:
+            file.write(source.read_bytes())
+    else:
+        files.put_file(str(source), target)
 
 
 @contextmanager

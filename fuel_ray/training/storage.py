@@ -37,7 +37,6 @@ class _WholeFile:
     def __init__(self, path: Path) -> None:
         self._opened = contextlib.ExitStack()
         self._file = self._opened.enter_context(whole(path, "wb"))
-        self._error: BaseException | None = None
 
     @property
     def closed(self) -> bool:
@@ -46,8 +45,8 @@ class _WholeFile:
     def write(self, data: Any) -> int:
         try:
             return int(self._file.write(data))
-        except BaseException as error:
-            self._error = error
+        except OSError as error:  # it is given up, and its room with it: arrow may never close it
+            self._opened.pop_all().__exit__(type(error), error, error.__traceback__)
             raise
 
     def tell(self) -> int:
@@ -57,12 +56,7 @@ class _WholeFile:
         self._file.flush()
 
     def close(self) -> None:
-        error, opened = self._error, self._opened
-        self._opened = contextlib.ExitStack()
-        if error is None:
-            opened.close()
-        else:
-            opened.__exit__(type(error), error, error.__traceback__)
+        self._opened.pop_all().close()
 
 
 def forget_stop(experiment: Path) -> None:
