@@ -316,3 +316,33 @@ def test_a_result_that_finds_no_room_goes_elsewhere(stub, tmp_path, monkeypatch,
 def test_a_folder_that_takes_nothing_is_said_before_anything_is_sent(stub, capsys, monkeypatch):
     code = main(["benchmark", "--model", "tiny", "--save-result", "--result-dir", "/sys/fuel-ray"])
     assert code == 1 and "/sys/fuel-ray" in capsys.readouterr().err and not stub.bodies
+
+
+def test_a_server_that_is_restarted_in_the_middle_is_said(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
+    threading.Timer(0.5, stub.__dict__.update, [{"prompts": 0, "tokens": 0}]).start()
+    _, result = benchmark(stub, tmp_path, "--enable-kv-trace", "--kv-monitor-interval", "0.1")
+    assert any("the server was restarted before 0." in line for line in result["missing"])
+
+
+def test_a_result_folder_that_is_removed_in_the_run_is_made_again(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
+    folder = tmp_path / "results"
+    threading.Timer(0.5, folder.rmdir).start()
+    flags = ["--port", stub.url.rsplit(":", 1)[1], "--num-prompts", "20", "--request-rate", "20"]
+    long_name = "m" * 300
+    assert (
+        main(["benchmark", "--model", long_name, *flags, "--save-result", "--result-dir", str(folder)]) == 0
+    )
+    assert len(list(folder.glob("m*.json"))) == 1
+
+
+def test_a_log_without_room_does_not_end_a_benchmark(stub, tmp_path):
+    flags = ["--model", "tiny", "--port", stub.url.rsplit(":", 1)[1], "--num-prompts", "60"]
+    save = ["--request-rate", "20", "--save-result", "--result-dir", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "fuel_ray", "benchmark", *flags, *save]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "what was printed is not complete" in done.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["completed"] == 60

@@ -25,6 +25,7 @@ from fuel_ray.record import StepLog, fetch, make_folder, publish, read_json, upd
 from fuel_ray.training.run import running
 from fuel_ray.training.storage import disk_faults_told, forget_stop, whole_files
 from tests.policy_folders import write_policy
+from tests.stub_vllm import Stub, serving
 
 DATA = Path(__file__).parent / "data"
 NUMBERS = (
@@ -331,3 +332,33 @@ def test_a_training_whose_disk_fills_up_goes_on_from_its_last_checkpoint(size, s
     assert (run_dir / "policies/block_16/manifest.json").is_file()
     began_at = next(line for line in done.stdout.splitlines() if line.startswith("train  block"))
     assert ("512/2,560" in began_at) == (size == "64k")
+
+
+@pytest.mark.slow
+def test_a_benchmark_on_a_full_disk_and_on_one_that_is_read_only(small_disk, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(other))
+    with serving(Stub()) as stub:
+        load = ["--port", stub.url.rsplit(":", 1)[1], "--num-prompts", "20", "--request-rate", "50"]
+        words = ["benchmark", "--model", "tiny", *load, "--enable-kv-trace", "--kv-monitor-interval", "0.05"]
+        disk = small_disk("4k")
+        (disk / "filling").write_bytes(b"x" * 4096)
+        assert main([*words, "--save-result", "--result-dir", str(disk / "results")]) == 1
+        (path,) = other.glob("results/*.json")
+        assert json.loads(path.read_text())["completed"] == 20
+        assert f"No space left on device; free some space; it is in {path.parent}" in capsys.readouterr().err
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        sent = len(stub.bodies)
+        assert main([*words, "--save-result", "--result-dir", str(disk)]) == 1
+        assert main([*words, "--save-result", "--result-dir", str(disk / "new")]) == 1
+        assert len(stub.bodies) == sent
+    assert "Read-only file system" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["arena", "evaluate", "profile", "train", "sweep"])
+def test_a_verb_on_a_read_only_disk_is_one_line(verb, small_disk, capsys):
+    disk = small_disk("1m", "ro")
+    assert main([verb, "--block-sizes", "16", "--out", str(disk)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
