@@ -12,21 +12,8 @@ from typing import IO, Any
 from fuel_ray.errors import ConfigError, DiskError
 
 # Of the machine, not of what was asked for
-FAULTS = frozenset(
-    {
-        *(
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.ENAMETOOLONG,
-        ),
-        *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
-        *(errno.ETXTBSY, errno.EBUSY, errno.EREMOTEIO),
-    }
-)
+_NAMES = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENAMETOOLONG EIO ESTALE ENODEV ENOTCONN EMFILE ENFILE EBUSY"
+FAULTS = frozenset(getattr(errno, name) for name in _NAMES.split())
 _STEM = 60  # letters of a name, so that a temporary one is never too long
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 

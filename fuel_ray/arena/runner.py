@@ -63,7 +63,7 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
         print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
         raise
     except DiskError as error:
-        raise DiskError(f"{error}; then: fuel-ray arena --resume {run_dir}") from error
+        raise DiskError(f"{error}; to go on afterwards: fuel-ray arena --resume {run_dir}") from error
     return [read_json(cell_file(folder, c.scenario.name, slo)) for c in jobs for slo in config.slos]
 
 

@@ -66,7 +66,7 @@ def running(
         print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
         raise
     except DiskError as error:
-        raise DiskError(f"{error}; then: fuel-ray {verb} --resume {run_dir}") from error
+        raise DiskError(f"{error}; to go on afterwards: fuel-ray {verb} --resume {run_dir}") from error
 
 
 def in_rounds(

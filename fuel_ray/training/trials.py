@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,8 @@ def _with_nodes(algorithm: type[Algorithm], config: LearnConfig) -> type[Algorit
 def _trained(result: Any, *, last: int) -> Trained:
     found = []
     for checkpoint, metrics in result.best_checkpoints:
-        with checkpoint.as_directory() as folder:  # a copy
+        local = Path(checkpoint.path)
+        with nullcontext(local) if local.is_dir() else checkpoint.as_directory() as folder:  # else a copy
             row = curve_row(metrics)
             found.append(Checkpointed(row["env_steps"], row["reward"], q_network(Path(folder))))
     found.sort(key=lambda checkpointed: checkpointed.env_steps)
