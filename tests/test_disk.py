@@ -316,7 +316,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("size", ["64k", "1500k"], ids=["before the first checkpoint", "after some"])
+@pytest.mark.parametrize("size", ["64k", "2m"], ids=["before the first checkpoint", "after some"])
 def test_a_training_whose_disk_fills_up_goes_on_from_its_last_checkpoint(size, small_disk):
     disk = small_disk(size)
     train = [sys.executable, "-m", "fuel_ray", "train"]
