@@ -5,9 +5,11 @@ import sys
 from functools import partial
 from typing import get_type_hints
 
-from fuel_ray.errors import ConfigError, FuelRayError
+from fuel_ray.disk import disk_faults
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError
 from fuel_ray.flags import parse_flags
 from fuel_ray.live.processes import orderly_signals
+from fuel_ray.output import lasting_output
 
 VERBS = {  # each is the module of that name in commands
     "sweep": "train and compare one policy per KV block size",
@@ -30,22 +32,30 @@ VERBS = {  # each is the module of that name in commands
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; 0 if it worked, 2 if the user asked for something wrong, 130 if interrupted."""
+    """Run a verb; 0 if it worked, 1 if a disk took no more, 2 if it was asked wrongly, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print("usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)\n")
-            print("\n".join(f"  {verb:<12} {what}" for verb, what in VERBS.items()))
-            return 0
-        if argv[0] not in VERBS:
-            raise ConfigError(f"{argv[0]} is no verb; there are {', '.join(VERBS)}")
-        return _run(argv[0], argv[1:])
+        with disk_faults(), lasting_output() as lost:
+            code = _verb(argv)
+            if lost():
+                raise DiskError(f"what was printed is not complete: {lost()}")
+        return code
     except FuelRayError as error:
         print(f"fuel-ray: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, DiskError) else 2
     except KeyboardInterrupt:
         print("fuel-ray: interrupted", file=sys.stderr)
         return 130
+
+
+def _verb(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)\n")
+        print("\n".join(f"  {verb:<12} {what}" for verb, what in VERBS.items()))
+        return 0
+    if argv[0] not in VERBS:
+        raise ConfigError(f"{argv[0]} is no verb; there are {', '.join(VERBS)}")
+    return _run(argv[0], argv[1:])
 
 
 def _run(verb: str, argv: list[str]) -> int:

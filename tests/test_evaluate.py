@@ -8,11 +8,13 @@ import pytest
 from fuel_ray.arena import evaluation as evaluate
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.build.objective import build_objective
+from fuel_ray.cli import main
 from fuel_ray.config import LiveConfig, SweepConfig
 from fuel_ray.control import ControlLoop
-from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.errors import GpuError, NodeError, UnsupportedError
 from fuel_ray.policies.learned import distinct_names
 from fuel_ray.policies.static import Static
+from fuel_ray.record import read_csv, read_json
 from fuel_ray.types import Knobs
 from tests.test_env import Failing
 
@@ -86,3 +88,24 @@ def test_seeds_of_a_recorded_trace_are_different_episodes():
     again = evaluate.Evaluation([], [])
     evaluate.evaluate_policies(config, 16, "azure-conv", lambda _: static, seeds=3, seconds=60.0, into=again)
     assert again.rows == found.rows
+
+
+def test_episodes_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch, tmp_path, capsys):
+    episode, done = evaluate.run_episode, []
+
+    def failing(*arguments, **named):
+        if len(done) == 3:
+            raise GpuError("cannot read the power of GPU GPU-0: the GPU is lost")
+        done.append(named["seed"])
+        return episode(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "run_episode", failing)
+    short = ["--seconds", "20", "--seeds", "3", "--workload", "steady:rate_rps=2", "--static", "max", "16"]
+    assert main(["evaluate", *short, "--out", str(tmp_path)]) == 2
+    (run_dir,) = tmp_path.iterdir()
+    facts = read_json(run_dir / "run.json")
+    assert facts["partial"] and "the GPU is lost" in facts["ended"]
+    assert len(read_csv(run_dir / "summary.csv")) == 3
+    found = capsys.readouterr()
+    assert "ended early, 3 episodes are kept: cannot read the power" in found.out and "partial" in found.out
+    assert found.err.endswith("the GPU is lost\n")

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
-    ("types", "histogram", "errors", "outside"),
+    ("types", "histogram", "errors", "outside", "disk", "output"),
     (
         *(
             "metrics",
@@ -45,7 +45,7 @@ HOMES = {
     "matplotlib": ("report.figures", "arena.figures"),
     "pandas": ("report",),
     "tyro": ("flags", "commands"),
-    "fsspec": ("record",),
+    "fsspec": ("record", "training.storage"),
     "yaml": ("cluster.ssh",),
     "pynvml": ("live.gpu.nvml",),
     "aiohttp": ("live.load",),

@@ -14,7 +14,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fuel_ray.errors import ConfigError, FuelRayError, NodeError
+from fuel_ray.disk import FAULTS
+from fuel_ray.disk import reason as disk_reason
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError, NodeError
 
 NODE_RESOURCE = "fuel_node"  # one per machine, or per group of GPUs, that may serve as a node
 CLOCK_S = 30.0
@@ -160,13 +162,15 @@ def answer_of(reference: Any, what: str, timeout_s: float) -> Any:
 
     Raises:
         NodeError: it was lost or late.
-        FuelRayError: it raised that.
+        FuelRayError: it raised that, or a disk took no more there.
     """
     try:
         return ray.get(reference, timeout=timeout_s)
     except RayTaskError as error:
         if isinstance(error.cause, FuelRayError):
             raise error.cause from None
+        if isinstance(error.cause, OSError) and error.cause.errno in FAULTS:
+            raise DiskError(f"{what} failed: {disk_reason(error.cause)}") from error
         raise NodeError(f"{what} failed: {error.cause!r}") from error
     except GetTimeoutError as error:
         raise NodeError(f"{what} gave no answer within {timeout_s:g} s") from error

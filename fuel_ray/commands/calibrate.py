@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuel_ray.disk import whole
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.calibrate import Profile, fit, leave_one_out, table, without_outliers
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack
@@ -53,12 +54,11 @@ def run(config: CalibrateConfig) -> int:
         print(f"dropped, more than 30 % off any fit: {point}")
     raw = _pack(config, profile, fit(profile, **known), base=base, shape=shape)
     errors = table(leave_one_out(profile, **known))
-    try:
-        Path(config.out).write_text(json.dumps(raw, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--out {config.out}: {error.strerror}") from error
+    print(errors)
+    with whole(Path(config.out)) as file:
+        file.write(json.dumps(raw, indent=2) + "\n")
     load_pack(config.out)
-    print(f"{errors}\nwrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
+    print(f"wrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """What a deployment leaves on disk and says: steps.jsonl, run.json, complaints and a summary."""
 
-import contextlib
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ import numpy as np
 from fuel_ray.control import StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
-from fuel_ray.errors import FuelRayError
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError
 from fuel_ray.histogram import Histogram
 from fuel_ray.metrics import EpisodeTotals, attainment_bounds, latency, window_attainment
 from fuel_ray.record import StepLog, step_line, write_json
@@ -115,8 +114,10 @@ class Recorder:
     def close(self) -> None:
         """Close steps.jsonl, write run.json and print the summary."""
         self._log.close()
-        with contextlib.suppress(OSError):  # a full disk must not hide why it ended
+        try:
             write_json(self._run_dir / "run.json", {**self._facts, "summary": self.summary()})
+        except (DiskError, ConfigError) as error:  # it must not hide why the deployment ended
+            logger.warning("the summary is only here: %s", error)
         print(f"{self.summary_text()}\nwrote {self._run_dir}", flush=True)
 
     def summary(self) -> dict[str, Any]:

@@ -121,6 +121,10 @@ class LoadGenerator:
     def result(self) -> LoadResult:
         """Of all that ended so far; complete after ``wait`` or ``stop``; raises as ``take`` does."""
         self._raise_fault()
+        return self.so_far()
+
+    def so_far(self) -> LoadResult:
+        """The same of a generator that may have failed."""
         now_s = time.monotonic() if self._over_s is None else self._over_s
         with self._lock:
             ended = tuple(self._ended)

@@ -11,7 +11,7 @@ from typing import Self
 from urllib.parse import quote, urlsplit
 
 from fuel_ray.errors import ConfigError, TelemetryError
-from fuel_ray.live.sampling import Sampler
+from fuel_ray.live.sampling import Missing, Sampler
 from fuel_ray.live.vllm.metrics import SCALARS, MetricsSnapshot, difference, parse_metrics
 
 _FILTER = "/?" + "&".join(f"name[]={quote(name)}" for name in SCALARS)  # without the slash vLLM ignores it
@@ -161,7 +161,11 @@ class KVCacheMonitor:
 
     def trace(self) -> tuple[TimedSnapshot, ...]:
         """All samples kept so far with their monotonic times; a failed scrape leaves a gap."""
-        return tuple((sample.at_s, sample.value) for sample in self._sampler.samples())
+        return tuple((sample.at_s, sample.value) for sample in self._sampler.kept()[0])
+
+    def failures(self) -> tuple[Missing, ...]:
+        """The scrapes that failed, of those that are still kept."""
+        return self._sampler.kept()[1]
 
     def get_current_state(self) -> dict[str, float]:
         """The state now; a key that is unknown is absent. ``kv_cache_usage`` and its like are 0..1.
