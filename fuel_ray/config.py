@@ -121,14 +121,28 @@ class GuardConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What a server wants before it answers, other than its address."""
+
+    api_key_env: str | None = None
+    """Variable with the server's key; None: VLLM_API_KEY, else OPENAI_API_KEY; "": none is sent."""
+    ca_file: Path | None = None
+    """Certificate of the server's CA; None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
+    metrics_url: str | None = None
+    """URL of the server's /metrics, where a gateway has only its /v1; None: the server's own."""
+
+
 @dataclass(frozen=True)
-class LiveConfig:
+class LiveConfig(Access):
     """The server and the GPUs of a live node."""
 
     model: str = ""
     """Model folder or name, as vllm serve takes it."""
     server: str | None = None
     """URL of a running server to attach to, which is not stopped; None: start one per block size."""
+    served_model: str | None = None
+    """Name under which the server serves the model, where it serves several; None: the one that fits."""
     limit_file: Path | None = None
     """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
     vllm: str = "vllm"
