@@ -1,9 +1,8 @@
-"""Other people's servers: behind keys, logins, prefixes, TLS and redirects, and pages as gateways send them."""
+"""Other people's servers: keys, logins, prefixes, TLS, redirects, and pages as gateways send them."""
 
 import gzip
 import os
 import pickle
-import re
 from contextlib import closing
 
 import numpy as np
@@ -12,7 +11,7 @@ from aiohttp import web
 
 from fuel_ray.address import concealed, key_of_flags, server_url, shown
 from fuel_ray.config import Access
-from fuel_ray.errors import ConfigError, NodeError, TelemetryError
+from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
@@ -360,9 +359,8 @@ def test_a_whole_page_is_read_however_it_ends(how):
 
 @pytest.mark.parametrize("how", CUT)
 def test_a_page_that_is_cut_off_is_not_believed(how):
-    with answering(CUT[how]) as url, closing(MetricsClient(url)) as client:
-        with pytest.raises(TelemetryError, match=re.escape(url)):
-            client.scrape()
+    with answering(CUT[how]) as url:
+        assert wrong(url).startswith(f"{url}/metrics: ")
 
 
 def test_an_encoding_that_cannot_be_undone_is_named():

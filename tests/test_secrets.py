@@ -1,4 +1,4 @@
-"""Every verb that speaks to a server, in front of one with a key, a prefix, a login or TLS: no secret is seen."""
+"""Every verb that speaks to a server, before one with a key, a prefix, a login or TLS: no secret is seen."""
 
 import json
 import os
