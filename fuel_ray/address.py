@@ -5,7 +5,9 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from fuel_ray.errors import ConfigError
@@ -20,6 +22,24 @@ _ADDRESS_FLAGS = re.compile(r"--([\w.-]+[.-])?(server|url|urls|host)$")
 _KEY_IN_TEXT = re.compile(r"(--api[-_]key)(\s+|=)(\"[^\"]*\"|'[^']*'|[^\s\"']+)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What a server wants before it answers, other than its address."""
+
+    api_key_env: str | None = None
+    """Variable with the server's key; None: VLLM_API_KEY, else OPENAI_API_KEY; "": none is sent."""
+    ca_file: Path | None = None
+    """Certificate of the server's CA; None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
+    metrics_url: str | None = None
+    """URL of the server's /metrics, where a gateway has only its /v1; None: the server's own."""
+
+
+def page_url(text: str, *, flag: str) -> str:
+    """The URL of a /metrics page, which may have another name; otherwise as ``server_url``."""
+    url, path = _url(text, flag=flag, port=DEFAULT_PORT)
+    return url + (path.rstrip("/") or "/metrics")
+
+
 def server_url(text: str, *, flag: str, port: int = DEFAULT_PORT) -> str:
     """The URL of a server without login, /v1 and slashes at its end.
 
@@ -29,28 +49,8 @@ def server_url(text: str, *, flag: str, port: int = DEFAULT_PORT) -> str:
     Raises:
         ConfigError: it is not an address; the message has neither its login nor its query.
     """
-    given = text.strip()
-    try:
-        parts = urlsplit(_with_scheme(given, port))
-        host, own_port = parts.hostname or "", parts.port
-        if parts.scheme not in ("http", "https"):
-            raise ValueError("it is neither http nor https")
-        if not host or own_port == 0 or re.search(r"[\s\\<>\"{}|^`]", given):
-            raise ValueError("it names no host and port that there can be")
-    except ValueError as error:
-        why = str(error) if "@" not in given else "it cannot be read"  # urlsplit's words have a part of it
-        example = "http://localhost:8000, host:8000, [::1]:8000 or https://gateway/prefix"
-        raise ConfigError(f"{flag} {shown(given)!r} is not an address like {example}: {why}") from None
-    if parts.query or parts.fragment:
-        raise ConfigError(f"{flag} {shown(given)}: give it without what follows the ? or #")
-    name = f"[{host}]" if ":" in host else host
-    authority = name if own_port is None else f"{name}:{own_port}"
-    path = quote(_PATHS.sub("", parts.path).rstrip("/"), safe=_SAFE)
-    url = f"{parts.scheme}://{authority}{path}"
-    if "@" in parts.netloc:
-        login = unquote(parts.netloc.rpartition("@")[0])
-        os.environ[login_variable(url)] = base64.b64encode(login.encode()).decode()
-    return url
+    url, path = _url(text, flag=flag, port=port)
+    return url + _PATHS.sub("", path).rstrip("/")
 
 
 def login_variable(url: str) -> str:
@@ -78,12 +78,18 @@ def beside(flag: str, name: str) -> str:
     return f"{stem}{dot}{name}" if dot else f"--{name}"
 
 
-def check_variable(name: str | None, *, flag: str) -> None:
-    """Check the name of a key's variable; ConfigError if it is none, without it: it may be the key itself."""
-    if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ConfigError(
-            f"{flag}: not a variable's name; put the key into a variable and give its name here"
-        )
+def check_variable(name: str | None, *, flag: str, is_here: bool = True) -> None:
+    """Check the name of a key's variable, which is set here unless other hosts have it.
+
+    Raises:
+        ConfigError: it is not; what may be the key itself is not in the message.
+    """
+    if not name or os.environ.get(name, "").strip():
+        return
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise ConfigError(f"{flag}: no such variable is set; put the key into one and give its name here")
+    if is_here:
+        raise ConfigError(f"{flag} {name}: it is not set in this environment")
 
 
 def shown(text: str) -> str:
@@ -133,6 +139,31 @@ def flag_value(words: Sequence[str], flag: str) -> str | None:
         if flag_name(word) == flag:
             found = word.partition("=")[2] if "=" in word else following
     return found
+
+
+def _url(text: str, *, flag: str, port: int) -> tuple[str, str]:
+    """The URL of a server's root, and the path that is asked for."""
+    given = text.strip()
+    try:
+        parts = urlsplit(_with_scheme(given, port))
+        host, own_port = parts.hostname or "", parts.port
+        if parts.scheme not in ("http", "https"):
+            raise ValueError("it is neither http nor https")
+        if not host or own_port == 0 or re.search(r"[\s\\<>\"{}|^`]", given):
+            raise ValueError("it names no host and port that there can be")
+    except ValueError as error:
+        why = str(error) if "@" not in given else "it cannot be read"  # urlsplit's words have a part of it
+        example = "http://localhost:8000, host:8000, [::1]:8000 or https://gateway/prefix"
+        raise ConfigError(f"{flag} {shown(given)!r} is not an address like {example}: {why}") from None
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{flag} {shown(given)}: give it without what follows the ? or #")
+    name = f"[{host}]" if ":" in host else host
+    authority = name if own_port is None else f"{name}:{own_port}"
+    url = f"{parts.scheme}://{authority}"
+    if "@" in parts.netloc:
+        login = unquote(parts.netloc.rpartition("@")[0])
+        os.environ[login_variable(url)] = base64.b64encode(login.encode()).decode()
+    return url, quote(parts.path, safe=_SAFE)
 
 
 def _concealed(words: Sequence[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
 
+from fuel_ray.address import Access
 from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
 from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Rules
@@ -119,18 +120,6 @@ class GuardConfig:
             fallback=None if fallback is None else parse_knobs(fallback, spec),
             **{name: getattr(self, name) for name in same},
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Access:
-    """What a server wants before it answers, other than its address."""
-
-    api_key_env: str | None = None
-    """Variable with the server's key; None: VLLM_API_KEY, else OPENAI_API_KEY; "": none is sent."""
-    ca_file: Path | None = None
-    """Certificate of the server's CA; None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
-    metrics_url: str | None = None
-    """URL of the server's /metrics, where a gateway has only its /v1; None: the server's own."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 import tyro
 
-from fuel_ray.address import VLLM_KEY, check_no_key, check_variable, key_of_flags, server_url
+from fuel_ray.address import VLLM_KEY, check_no_key, check_variable, key_of_flags, page_url, server_url
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     ALGORITHMS,
@@ -271,14 +271,17 @@ def _without_secrets(config: ServingConfig) -> LiveConfig:
     """How the server is spoken to, with its login and its key in this process's environment."""
     live = config.live
     server = live.server and server_url(live.server, flag="--live.server")
-    metrics = live.metrics_url and server_url(live.metrics_url, flag="--live.metrics-url")
-    check_variable(live.api_key_env, flag="--live.api-key-env")
+    metrics = live.metrics_url and page_url(live.metrics_url, flag="--live.metrics-url")
+    on_others = config.node == "ray" or bool(os.environ.get("RAY_ADDRESS"))
+    check_variable(live.api_key_env, flag="--live.api-key-env", is_here=not on_others)
+    if on_others and "@" in f"{live.server}{live.metrics_url}":
+        raise ConfigError("--live.server: a login reaches no other host; --live.api-key-env is for that")
     try:
         kept, key = key_of_flags(shlex.split(live.flags))
     except ValueError as error:
         raise ConfigError(f"--live.flags: {error}") from None
     if key is not None:
-        if config.node == "ray" or os.environ.get("RAY_ADDRESS"):
+        if on_others:
             raise ConfigError(
                 f"--live.flags: --api-key does not reach other hosts; set {VLLM_KEY} for `ray start`"
             )

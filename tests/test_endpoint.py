@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from fuel_ray.address import concealed, key_of_flags, server_url, shown
-from fuel_ray.config import Access
+from fuel_ray.address import Access, concealed, key_of_flags, server_url, shown
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.vllm.endpoint import Endpoint
@@ -159,10 +158,10 @@ def test_a_missing_and_a_wrong_key_say_which_setting_to_give(monkeypatch):
 
 
 def test_what_names_no_key_is_refused_without_it(monkeypatch):
-    for name in ("sk-123 4", "sk-123", "not_upper_case_key"):
+    for name in ("sk-123 4", "sk-123", "perhaps_a_key"):
         text = wrong(None, lambda _, name=name: Endpoint.of("h", Access(api_key_env=name)))
         assert "--api-key-env" in text and name not in text
-    assert "NOT_SET is not set" in wrong(None, lambda _: Endpoint.of("h", Access(api_key_env="NOT_SET")))
+    assert "NOT_SET: it is not set" in wrong(None, lambda _: Endpoint.of("h", Access(api_key_env="NOT_SET")))
     monkeypatch.setenv("VLLM_API_KEY", "sk-1\r\nX: y")
     text = wrong(None, lambda _: Endpoint.of("h"))
     assert "VLLM_API_KEY" in text and "sk-1" not in text
@@ -195,7 +194,9 @@ def test_a_redirect_says_the_address_to_give_and_takes_no_key_along(status, monk
 def test_a_redirect_to_a_login_page_is_no_address():
     with serving(Stub(middlewares=[redirects(lambda path: f"/login?next={path}&t=TOPSECRET")])) as stub:
         text = wrong(stub.url)
-    assert "/login, which is no such page" in text and "--api-key-env" in text and "TOPSECRET" not in text
+    assert (
+        "/login, which is no such page: if it" in text and "--api-key-env" in text and "TOPSECRET" not in text
+    )
 
 
 @pytest.mark.parametrize("location", ["/metrics/", "http://internal:8000/metrics/", "metrics/"])
@@ -305,9 +306,12 @@ def test_metrics_may_be_elsewhere_where_the_key_is_not_sent(monkeypatch):
     seen = []
     gateway = Stub(status=404, middlewares=[demands(f"Bearer {KEY}")])
     with serving(gateway) as stub, serving(Stub(middlewares=[demands(None, seen=seen)])) as other:
-        server = Endpoint.of(stub.url, Access(metrics_url=f"{other.url}/metrics"))
-        assert running(server) == 30 and served_model(server) == "tiny"
-    assert seen == [None]
+        for given in (other.url, f"{other.url}/metrics"):
+            server = Endpoint.of(stub.url, Access(metrics_url=given))
+            assert running(server) == 30 and served_model(server) == "tiny"
+        server = Endpoint.of(stub.url, Access(metrics_url=f"{other.url}/prom/page"))
+        assert f"{other.url}/prom/page: HTTP 404" in wrong(server)
+    assert seen == [None] * 3
 
 
 BODY = PAGE.encode()
@@ -368,3 +372,16 @@ def test_an_encoding_that_cannot_be_undone_is_named():
         assert "compressed by br" in wrong(url)
     with answering(compressed(BODY)) as url:
         assert "damaged" in wrong(url)
+
+
+def test_a_load_follows_a_slash_too():
+    @web.middleware
+    async def slash(request, handler):
+        if request.path.endswith("/v1/completions/"):
+            return await stub.completions(request)
+        if request.path.endswith("/v1/completions"):
+            return web.Response(status=307, headers={"Location": f"{request.path}/"})
+        return await handler(request)
+
+    with serving(Stub(middlewares=[slash])) as stub:
+        assert errors(stub.url) == {None}

@@ -138,7 +138,8 @@ def test_a_server_that_is_started_with_a_key_is_asked_with_it(how, tmp_path, mon
     assert main(given) == 0
     (folder,) = (tmp_path / "out").glob("evaluate-*")
     assert len((folder / "summary.csv").read_text().splitlines()) == 2
-    assert (how == "flags") == (b"half" in (tmp_path / "arguments").read_bytes())
+    arguments = (tmp_path / "arguments").read_bytes()
+    assert (how == "flags") == (b"half" in arguments) and b"asks for a key" in arguments
     unseen(tmp_path, *capfd.readouterr())
 
 
@@ -227,4 +228,5 @@ def test_a_sweep_leaves_no_key_in_its_files_nor_in_those_of_tune(tmp_path, monke
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "out").rglob("*.pkl"))) > 0
+    assert b"asks for a key" in (tmp_path / "arguments").read_bytes()
     unseen(tmp_path, done.stdout, done.stderr)

@@ -6,8 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from fuel_ray.address import server_url
-from fuel_ray.config import Access
+from fuel_ray.address import Access, server_url
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import DrawnLoad
 from fuel_ray.live.monitors import monitors

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import arg
 
-from fuel_ray.address import check_variable, server_url
+from fuel_ray.address import check_variable, page_url, server_url
 from fuel_ray.config import to_dict
 from fuel_ray.deploy.attach import Target, attach
 from fuel_ray.deploy.canary import Canary
@@ -81,7 +81,7 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
         raise ConfigError(f"--{given[0].replace('_', '-')}: a policy folder has its own")
     server = server_url(config.server, flag="--server")  # its login is not written down with the settings
     check_variable(config.api_key_env, flag="--api-key-env")
-    metrics = config.metrics_url and server_url(config.metrics_url, flag="--metrics-url")
+    metrics = config.metrics_url and page_url(config.metrics_url, flag="--metrics-url")
     return replace(config, server=server, metrics_url=metrics)
 
 

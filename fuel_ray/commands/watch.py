@@ -9,8 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fuel_ray.address import server_url
-from fuel_ray.config import Access
+from fuel_ray.address import Access, server_url
 from fuel_ray.deploy.exporter import Page, read_page
 from fuel_ray.errors import ConfigError, TelemetryError
 from fuel_ray.live.vllm.endpoint import Endpoint

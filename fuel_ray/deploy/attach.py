@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fuel_ray.config import Access, GuardConfig
+from fuel_ray.address import Access
+from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached

@@ -121,7 +121,7 @@ class Exporter:
 
 def _serve(port: int, host: str, registry: CollectorRegistry) -> tuple[WSGIServer, threading.Thread]:
     try:
-        return start_http_server(port, host, registry)
+        return start_http_server(port, host.strip("[]"), registry)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--metrics-port {port} on {host}: {error}") from error
 

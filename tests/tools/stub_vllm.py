@@ -41,7 +41,9 @@ if key := os.environ.get("VLLM_API_KEY"):
 if asked.ssl_certfile:
     stub.tls = shows(asked.ssl_certfile, asked.ssl_keyfile)
 if "STUB_ARGUMENTS" in os.environ:
-    Path(os.environ["STUB_ARGUMENTS"]).write_bytes(Path("/proc/self/cmdline").read_bytes())
+    Path(os.environ["STUB_ARGUMENTS"]).write_bytes(
+        Path("/proc/self/cmdline").read_bytes() + (b"asks for a key" if key else b"")
+    )
 stub.page = re.sub(r'block_size="\d+"', f'block_size="{asked.block_size}"', stub.page)
 ended = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: ended.set())

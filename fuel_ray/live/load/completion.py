@@ -9,7 +9,7 @@ from functools import partial
 
 import aiohttp
 
-from fuel_ray.live.vllm.endpoint import Endpoint
+from fuel_ray.live.vllm.endpoint import Endpoint, with_other_slash
 
 _DONE = "[DONE]"
 
@@ -81,7 +81,17 @@ class Completions:
             attempt.error = f"{type(error).__name__}: {self._server.trouble(self._url, _cause(error))}"
 
     async def _post(self, body: bytes) -> aiohttp.ClientResponse:
-        post = partial(self._session.post, self._url, data=body, headers=self._headers, allow_redirects=False)
+        url = self._url
+        response = await self._post_to(url, body)
+        other = with_other_slash(url, response.status, response.headers.get("Location"))
+        if other is None or url.endswith("/"):
+            return response
+        response.release()
+        self._url = other
+        return await self._post_to(other, body)
+
+    async def _post_to(self, url: str, body: bytes) -> aiohttp.ClientResponse:
+        post = partial(self._session.post, url, data=body, headers=self._headers, allow_redirects=False)
         try:
             return await post()
         except aiohttp.ClientConnectorError:

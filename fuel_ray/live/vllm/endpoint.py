@@ -9,8 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from fuel_ray.address import VLLM_KEY, beside, check_variable, login_variable, server_url, shown
-from fuel_ray.config import Access
+from fuel_ray.address import (
+    VLLM_KEY,
+    Access,
+    beside,
+    check_variable,
+    login_variable,
+    page_url,
+    server_url,
+    shown,
+)
 from fuel_ray.errors import ConfigError, NodeError
 
 KEY_VARIABLES = (VLLM_KEY, "OPENAI_API_KEY")  # looked at in this order
@@ -50,10 +58,11 @@ class Endpoint:
             return server
         access = access or Access()
         check_variable(access.api_key_env, flag=beside(flag, "api-key-env"))
-        url = metrics = server_url(server, flag=flag)
+        url = server_url(server, flag=flag)
+        metrics = f"{url}/metrics"
         if access.metrics_url is not None:
-            metrics = server_url(access.metrics_url, flag=beside(flag, "metrics-url"))
-        made = cls(url, f"{metrics}/metrics", access.api_key_env, access.ca_file, flag=flag)
+            metrics = page_url(access.metrics_url, flag=beside(flag, "metrics-url"))
+        made = cls(url, metrics, access.api_key_env, access.ca_file, flag=flag)
         made.headers(url)
         made.context(url)
         return made
@@ -144,11 +153,6 @@ class Endpoint:
         names = KEY_VARIABLES if self.api_key_env is None else (self.api_key_env,) if self.api_key_env else ()
         name = next((name for name in names if os.environ.get(name, "").strip()), "")
         key = os.environ[name].strip() if name else None
-        if key is None and self.api_key_env:
-            variable = (
-                self.api_key_env if self.api_key_env.isupper() else "its variable"
-            )  # else perhaps a key
-            raise ConfigError(f"{self.setting('api-key-env')}: {variable} is not set in this environment")
         if key is not None and not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{name}: its key has characters that cannot be sent in a header")
         return key
@@ -183,14 +187,13 @@ class Endpoint:
         return advice
 
     def _elsewhere(self, url: str, location: str) -> str:
-        there, asked = urljoin(url, location), url.removeprefix(self.url)
-        flag = self.flag
-        if url == self.metrics_url and not url.startswith(f"{self.url}/"):
-            flag, asked = self.setting("metrics-url"), "/metrics"
-        place = shown(there).rstrip("/")
-        if asked and place.endswith(asked):
-            return f"it is elsewhere; give {flag} {place.removesuffix(asked)}"
-        return f"it sends to {place}, which is no such page; {self._key_advice()}"
+        place, page = shown(urljoin(url, location)).rstrip("/"), url.removeprefix(self.url).rstrip("/")
+        if page == url and place.rpartition("/")[2] == url.rpartition("/")[2]:
+            return f"it is elsewhere; give {self.setting('metrics-url')} {place}"
+        if place.endswith(page):
+            return f"it is elsewhere; give {self.flag} {place.removesuffix(page)}"
+        advice = f"if it is there now, give that in {self.flag}; if one logs in there, {self._key_advice()}"
+        return f"it sends to {place}, which is no such page: {advice}"
 
     def _tls_advice(self, error: ssl.SSLCertVerificationError) -> str:
         if error.verify_code in _ANOTHER_NAME:
@@ -244,7 +247,10 @@ def _answer(endpoint: Endpoint, url: str, timeout_s: float) -> tuple[int, str | 
         parts = urlsplit(url)
         connection.request("GET", parts.path, headers=endpoint.headers(url))
         response = connection.getresponse()
-        body = decoded(response.read(2**24), response.getheader("Content-Encoding"))
+        body = response.read(2**24)
+        if response.length:
+            raise OSError(f"the answer is cut off or too long, {response.length} bytes are missing")
+        body = decoded(body, response.getheader("Content-Encoding"))
         return response.status, response.getheader("Location"), body
     except (OSError, http.client.HTTPException) as error:
         raise NodeError(f"{url}: {endpoint.trouble(url, error)}") from error
