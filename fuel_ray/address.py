@@ -19,7 +19,8 @@ _PATHS = re.compile(r"(/v1(/(chat/)?completions|/models)?|/metrics|/health)?/*$"
 _SAFE = "/%:@!$&'()*+,;=~-._"  # what may stand in a path; a percent sign is of something quoted already
 _LOGIN = re.compile(r"//[^/\s]*@")
 _ADDRESS_FLAGS = re.compile(r"--([\w.-]+[.-])?(server|url|urls|host)$")
-_KEY_IN_TEXT = re.compile(r"(--api[-_]key)(\s+|=)(\"[^\"]*\"|'[^']*'|[^\s\"']+)")
+_KEY_FLAG = re.compile(r"--(live\.)?(api-?key|(bearer-?|auth-?|access-?)?token|password)", re.IGNORECASE)
+_KEY_IN_TEXT = re.compile(r"(--(?:api[-_]key|hf[-_]token))(\s+|=)(\"[^\"]*\"|'[^']*'|[^\s\"']+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def check_no_key(words: Sequence[str]) -> None:
     """
     for word in words:
         flag, name = word.partition("=")[0], flag_name(word)
-        if name in ("--api-key", "--live.api-key"):
+        if _KEY_FLAG.fullmatch(name):
             raise ConfigError(
                 f"{flag}: put the key into a variable and name that by {beside(flag, 'api-key-env')}"
             )

@@ -13,7 +13,15 @@ from typing import Any, TypeVar, get_args
 
 import tyro
 
-from fuel_ray.address import VLLM_KEY, check_no_key, check_variable, key_of_flags, page_url, server_url
+from fuel_ray.address import (
+    VLLM_KEY,
+    check_no_key,
+    check_variable,
+    flag_value,
+    key_of_flags,
+    page_url,
+    server_url,
+)
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     ALGORITHMS,
@@ -280,6 +288,8 @@ def _without_secrets(config: ServingConfig) -> LiveConfig:
         kept, key = key_of_flags(shlex.split(live.flags))
     except ValueError as error:
         raise ConfigError(f"--live.flags: {error}") from None
+    if (token := flag_value(kept, "--hf-token")) and not token.startswith("-"):
+        raise ConfigError("--live.flags: --hf-token would be written down; set HF_TOKEN in the environment")
     if key is not None:
         if on_others:
             raise ConfigError(

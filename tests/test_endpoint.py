@@ -122,7 +122,7 @@ def test_a_server_behind_a_key_is_read_and_asked(variable, monkeypatch):
     access = Access(api_key_env="MY_KEY" if variable == "MY_KEY" else None)
     with serving(Stub(middlewares=[demands(f"Bearer {KEY}", seen=seen)])) as stub:
         server = Endpoint.of(f"{stub.url}/v1/", access)
-        assert running(server) == 30 and served_model(server) == "tiny"
+        assert running(server) == 30 and served_model(server).name == "tiny"
         assert server_version(server) == "0.32.0" and errors(server) == {None}
         with KVCacheMonitor(server, 0.05) as monitor:
             assert monitor.get_current_state()["num_requests_running"] == 30
@@ -170,7 +170,7 @@ def test_what_names_no_key_is_refused_without_it(monkeypatch):
 
 def test_a_prefix_is_part_of_the_address_and_its_lack_is_said():
     with serving(Stub(prefix="/team/llm")) as stub:
-        assert running(stub.url) == 30 and served_model(f"{stub.url}/v1") == "tiny"
+        assert running(stub.url) == 30 and served_model(f"{stub.url}/v1").name == "tiny"
         assert errors(stub.url) == {None}
         bare = stub.url.removesuffix("/team/llm")
         for text in (wrong(bare), wrong(bare, served_model), *errors(bare)):
@@ -229,7 +229,7 @@ def test_a_certificate_of_an_own_ca_is_believed_once_the_ca_is_named(tmp_path, m
             assert "certificate is not believed" in text and "--ca-file" in text, text
         for trusted in (ca, own):
             server = Endpoint.of(stub.url, Access(ca_file=trusted))
-            assert running(server) == 30 and served_model(server) == "tiny" and errors(server) == {None}
+            assert running(server) == 30 and served_model(server).name == "tiny" and errors(server) == {None}
         for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
             monkeypatch.setenv(variable, str(ca))
             assert running(stub.url) == 30 and errors(stub.url) == {None}
@@ -260,13 +260,15 @@ def test_a_server_on_ipv6_is_spoken_to(monkeypatch):
     with serving(Stub(host="::1")) as stub:
         port = stub.url.rpartition(":")[2]
         for given in (stub.url, f"[::1]:{port}"):
-            assert running(given) == 30 and served_model(given) == "tiny" and errors(given) == {None}
+            assert running(given) == 30 and served_model(given).name == "tiny" and errors(given) == {None}
 
 
 def test_proxies_are_not_used(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with serving(Stub()) as stub:
-        assert running(stub.url) == 30 and served_model(stub.url) == "tiny" and errors(stub.url) == {None}
+        assert (
+            running(stub.url) == 30 and served_model(stub.url).name == "tiny" and errors(stub.url) == {None}
+        )
     assert "http_proxy is not used" in wrong("http://no-such-host.invalid:1")
 
 
@@ -277,16 +279,18 @@ def models(*entries):
 def test_the_model_is_the_one_that_is_meant():
     served = models(("qwen", "/m/Qwen3-8B", None), ("q", "/m/Qwen3-8B", None), ("sql", "/lora/sql", "qwen"))
     with serving(Stub(models_list=served)) as stub:
-        assert served_model(stub.url) == "qwen"  # second names and adapters are no other models
-        assert served_model(stub.url, name="sql") == "sql" and served_model(stub.url, like="q") == "q"
+        assert served_model(stub.url).name == "qwen"  # second names and adapters are no other models
+        assert (
+            served_model(stub.url, name="sql").name == "sql" and served_model(stub.url, like="q").name == "q"
+        )
         assert "--served-model none" in wrong(stub.url, lambda url: served_model(url, name="none"))
         stub.models_list = models(("llama", "llama", None), *[tuple(entry.values()) for entry in served])
-        assert served_model(stub.url, like="/m/Qwen3-8B") == "qwen"
-        assert served_model(stub.url, like="Qwen/Qwen3-8B") == "qwen"
+        assert served_model(stub.url, like="/m/Qwen3-8B").name == "qwen"
+        assert served_model(stub.url, like="Qwen/Qwen3-8B").name == "qwen"
         text = wrong(Endpoint.of(stub.url, flag="--live.server"), served_model)
         assert "serves llama, qwen, q, sql: say which by --live.served-model" in text
         stub.models_list = [{"id": "bare"}]
-        assert served_model(stub.url) == "bare"
+        assert served_model(stub.url).name == "bare"
         stub.models_list = [{"name": "ollama"}]
         assert "does not answer as a vLLM server does" in wrong(stub.url, served_model)
 
@@ -308,7 +312,7 @@ def test_metrics_may_be_elsewhere_where_the_key_is_not_sent(monkeypatch):
     with serving(gateway) as stub, serving(Stub(middlewares=[demands(None, seen=seen)])) as other:
         for given in (other.url, f"{other.url}/metrics"):
             server = Endpoint.of(stub.url, Access(metrics_url=given))
-            assert running(server) == 30 and served_model(server) == "tiny"
+            assert running(server) == 30 and served_model(server).name == "tiny"
         server = Endpoint.of(stub.url, Access(metrics_url=f"{other.url}/prom/page"))
         assert f"{other.url}/prom/page: HTTP 404" in wrong(server)
     assert seen == [None] * 3

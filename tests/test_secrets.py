@@ -147,13 +147,14 @@ def test_a_key_on_the_command_line_is_refused_without_it(tmp_path, capsys, monke
     flags = [f"--live.flags=--api-key {KEY} --api-key {KEY}2"]
     assert main([*EVALUATE, *flags, "--out", str(tmp_path)]) == 2
     for verb in (["benchmark", "--model", "m"], ["deploy", "--policy", "p"], EVALUATE):
-        for given in (["--api-key", KEY], [f"--api_key={KEY}"], [f"--live.api-key={KEY}"]):
+        for given in (["--api-key", KEY], [f"--api_key={KEY}"], [f"--live.api-key={KEY}"], ["--token", KEY]):
             assert main([*verb, *given]) == 2
+    assert main([*EVALUATE, f"--live.flags=--hf-token {KEY}"]) == 2
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     assert main([*EVALUATE, f"--live.flags=--api-key {KEY}"]) == 2
     out, err = capsys.readouterr()
-    assert len(err.splitlines()) == 11 and "VLLM_API_KEY for `ray start`" in err
-    assert err.count("api-key-env") == 9
+    assert len(err.splitlines()) == 15 and "VLLM_API_KEY for `ray start`" in err
+    assert err.count("-env") == 12
     unseen(tmp_path, out, err)
 
 
@@ -197,6 +198,19 @@ def test_a_model_that_is_named_by_its_folder_is_asked_for_by_its_name():
     ) as stub:
         assert main(["benchmark", "--model", "/models/tiny-8b", *LOAD, "--base-url", stub.url]) == 0
         assert {body["model"] for body in stub.bodies} == {"tiny"}
+
+
+def test_a_policy_fits_a_server_by_what_it_was_started_from(tmp_path, capsys):
+    policy = write_policy(tmp_path / "policy", best=Knobs(4, 1980), model="Qwen/Qwen3-8B")
+    adapter = {"id": "sql", "root": "/lora", "parent": "prod"}
+    with serving(TrafficStub(models_list=[adapter, {"id": "prod", "root": "/m/Qwen3-8B"}])) as stub:
+        given = ["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+        given += ["--interval", "0.1", "--max-steps", "2", "--clock-control", "off"]
+        assert main(given) == 0
+        assert ": prod on" in capsys.readouterr().out
+        stub.models_list = [{"id": "a"}, {"id": "b"}]
+        assert main(given) == 2
+        assert "serves a, b: say which by --served-model" in capsys.readouterr().err
 
 
 def test_watch_takes_addresses_too(capsys):

@@ -203,7 +203,7 @@ def _num_kv_blocks(client: MetricsClient, kv_block_size: int) -> int | None:
 def _loads(
     live: LiveConfig, server: Endpoint, workload: Workload, horizon_s: float, *, random_start: bool
 ) -> Callable[[int], LoadGenerator]:
-    model = served_model(server, name=live.served_model, like=live.model)
+    model = served_model(server, name=live.served_model, like=live.model).name
     episodes = count(secrets.randbits(32))
 
     def start_load(seed: int) -> LoadGenerator:

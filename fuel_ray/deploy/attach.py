@@ -28,7 +28,7 @@ from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.metrics import CacheConfig
-from fuel_ray.live.vllm.server import plain_name, served_model, server_version
+from fuel_ray.live.vllm.server import ServedModel, plain_name, served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import Pack, load_pack
@@ -87,9 +87,9 @@ def attach(
         if target.limit_file is not None and not target.shadow:
             limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
         model = served_model(server, name=target.served_model, like=_model(folder))
-        spec = _spec(target, folder, gpus, cache, limiter, name=server.url, model=model)
+        spec = _spec(target, folder, gpus, cache, limiter, name=server.url, model=model.name)
         if isinstance(folder, PolicyFolder):
-            _check_fit(folder, spec, server_version(server), allow_mismatch=target.allow_mismatch)
+            _check_fit(folder, spec, model, server_version(server), allow_mismatch=target.allow_mismatch)
         if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
             logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
@@ -176,7 +176,9 @@ def _model(folder: PolicyFolder | Rule) -> str | None:
     return folder.manifest.model if isinstance(folder, PolicyFolder) else None
 
 
-def _check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str | None, *, allow_mismatch: bool) -> None:
+def _check_fit(
+    folder: PolicyFolder, spec: NodeSpec, model: ServedModel, engine: str | None, *, allow_mismatch: bool
+) -> None:
     """Raises PolicyError where a policy was made for another node."""
     manifest = folder.manifest
     if spec.kv_block_size not in manifest.kv_block_sizes:
@@ -184,16 +186,18 @@ def _check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str | None, *, allo
         raise PolicyError(
             f"{folder.path} was trained for KV block size {sizes}, the server has {spec.kv_block_size}"
         )
-    found = list(_mismatches(folder, spec, engine))
+    found = list(_mismatches(folder, spec, model, engine))
     if found and not allow_mismatch:
         raise PolicyError(f"{folder.path} does not fit: {'; '.join(found)} (--allow-mismatch takes it)")
     for mismatch in found:
         logger.warning("%s: %s", folder.path, mismatch)
 
 
-def _mismatches(folder: PolicyFolder, spec: NodeSpec, engine: str | None) -> Iterator[str]:
+def _mismatches(
+    folder: PolicyFolder, spec: NodeSpec, model: ServedModel, engine: str | None
+) -> Iterator[str]:
     manifest, grid = folder.manifest, folder.codec.grid
-    if plain_name(spec.model) != plain_name(manifest.model):
+    if not model.fits(manifest.model):
         yield f"it was trained for model {manifest.model}, the server has {spec.model}"
     if spec.gpu_name != manifest.gpu_name:
         yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
@@ -221,7 +225,7 @@ def _cache(client: MetricsClient) -> CacheConfig:
 def _check_same(client: MetricsClient, spec: NodeSpec, server: Endpoint) -> None:
     """Raises PolicyError where there is another server at the same address."""
     cache = _cache(client)
-    found = cache.block_size, cache.num_gpu_blocks, served_model(server, like=spec.model)
+    found = cache.block_size, cache.num_gpu_blocks, served_model(server, like=spec.model).name
     expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
     if found != expected:
         raise PolicyError(

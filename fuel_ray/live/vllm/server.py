@@ -276,6 +276,10 @@ class ServedModel:
     root: str  # what it was started from
     is_adapter: bool
 
+    def fits(self, model: str) -> bool:
+        """Whether it is known as that, folders and owners aside."""
+        return plain_name(model) in (plain_name(self.name), plain_name(self.root))
+
 
 def served_models(server: str | Endpoint) -> list[ServedModel]:
     """All that a server serves, adapters too; NodeError without an answer or a model."""
@@ -293,8 +297,8 @@ def served_models(server: str | Endpoint) -> list[ServedModel]:
     return found
 
 
-def served_model(server: str | Endpoint, *, name: str | None = None, like: str | None = None) -> str:
-    """The name by which a server serves its model: ``name`` if it is given, else what fits ``like``.
+def served_model(server: str | Endpoint, *, name: str | None = None, like: str | None = None) -> ServedModel:
+    """The model of a server: the one of that ``name`` if it is given, else the one that fits ``like``.
 
     ``like`` is a name or what a server was started from; without a match it is the server's only model, of
     which adapters and its second names are no others.
@@ -305,18 +309,16 @@ def served_model(server: str | Endpoint, *, name: str | None = None, like: str |
     endpoint = Endpoint.of(server)
     found = served_models(endpoint)
     names = ", ".join(model.name for model in found)
-    if name is not None:
-        if not any(model.name == name for model in found):
-            raise NodeError(f"{endpoint.setting('served-model')} {name}: {endpoint.url} serves {names}")
-        return name
     models = [model for model in found if not model.is_adapter] or found
-    for own in (lambda text: text, plain_name):
-        for model in models:
-            if like and own(like) in (own(model.name), own(model.root)):
-                return model.name
-    if len({model.root for model in models}) > 1:
+    if name is not None:
+        models = [model for model in found if model.name == name]
+        if not models:
+            raise NodeError(f"{endpoint.setting('served-model')} {name}: {endpoint.url} serves {names}")
+    elif like and (fitting := [model for model in models if model.fits(like)]):
+        models = [model for model in fitting if like in (model.name, model.root)] or fitting
+    elif len({model.root for model in models}) > 1:
         raise NodeError(f"{endpoint.url} serves {names}: say which by {endpoint.setting('served-model')}")
-    return models[0].name
+    return models[0]
 
 
 def plain_name(model: str) -> str:
