@@ -90,7 +90,8 @@ def check_variable(name: str | None, *, flag: str, is_here: bool = True) -> None
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ConfigError(f"{flag}: no such variable is set; put the key into one and give its name here")
     if is_here:
-        raise ConfigError(f"{flag} {name}: it is not set in this environment")
+        there = "; Ray's nodes have that of their `ray start`" if flag.startswith("--live") else ""
+        raise ConfigError(f"{flag} {name}: it is not set in this environment{there}")
 
 
 def shown(text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fuel_ray.address import VLLM_KEY, flag_name, flag_value
+from fuel_ray.address import VLLM_KEY, check_variable, flag_name, flag_value
 from fuel_ray.config import LiveConfig, ServingConfig
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.gpu.nvml import Gpus
@@ -52,7 +52,9 @@ class LiveServer:
         self._opened = contextlib.ExitStack()
         if config.live.server is not None:
             return
-        live_spec(config, kv_block_size)  # no GPU is said before a server takes its minutes to start
+        # no GPU, or no key, is said before a server takes its minutes to start
+        check_variable(config.live.api_key_env, flag="--live.api-key-env")
+        live_spec(config, kv_block_size)
         with contextlib.ExitStack() as opened:
             name = f"fuel-ray-limit-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             limiter = opened.enter_context(BatchLimiter(Path(tempfile.gettempdir()) / name))

@@ -254,7 +254,9 @@ def _block_size(asked: int | None, variable: str | None) -> int | None:
 def _todays_flags(flags: Sequence[str]) -> tuple[str, ...]:
     for flag in flags:
         if flag_name(flag) in _OUR_FLAGS:
-            raise ConfigError(f"{flag} is set by fuel_ray; give it as an argument of VllmServer")
+            raise ConfigError(
+                f"{flag_name(flag)}: fuel_ray itself says where its server listens and its blocks"
+            )
     renamed = {"--disable-prefix-caching": "--no-enable-prefix-caching"}
     return tuple(renamed.get(flag, flag) for flag in flags)
 
