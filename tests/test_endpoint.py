@@ -3,6 +3,8 @@
 import gzip
 import os
 import pickle
+import ssl
+import zlib
 from contextlib import closing
 
 import numpy as np
@@ -339,6 +341,8 @@ WHOLE = {
     "closed": HEAD + b"Connection: close\r\n\r\n" + BODY,
     "CRLF": HEAD + b"\r\n" + BODY.replace(b"\n", b"\r\n"),
     "gzip": compressed(gzip.compress(BODY)),
+    "gzip in pieces": compressed(gzip.compress(BODY[:30000]) + gzip.compress(BODY[30000:])),
+    "deflate": compressed(zlib.compress(BODY)).replace(b"gzip", b"deflate"),
     "OpenMetrics without a newline": HEAD.replace(b"text/plain", b"application/openmetrics-text")
     + b"\r\n"
     + BODY
@@ -389,3 +393,19 @@ def test_a_load_follows_a_slash_too():
 
     with serving(Stub(middlewares=[slash])) as stub:
         assert errors(stub.url) == {None}
+
+
+def test_a_login_and_a_key_are_not_both_taken(logins, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    text = wrong(None, lambda _: Endpoint.of("http://u:secret@h", Access(api_key_env="MY_KEY")))
+    assert "give one of them" in text and "secret" not in text
+
+
+def test_a_model_that_is_not_there_is_not_blamed_on_a_path():
+    words = '{"error": {"message": "The model `x` does not exist."}}'
+    assert Endpoint.of("h").refusal("http://h:8000/v1/completions", 404, words=words) == f"HTTP 404: {words}"
+
+
+def test_a_server_that_wants_a_certificate_of_its_clients_is_said():
+    error = ssl.SSLError(1, "[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert certificate required")
+    assert "certificate of its clients" in Endpoint.of("h").trouble("https://h", error)

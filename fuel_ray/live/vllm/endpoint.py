@@ -27,7 +27,8 @@ REDIRECTS = (301, 302, 303, 307, 308)
 _NO_SUCH_PAGE = (403, 404, 405, 410, 501)
 _CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 _ANOTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
+_OUT_OF_TIME = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")  # answers that are none
 _WORDS = 200  # of a server's own that are repeated
 
 
@@ -62,6 +63,8 @@ class Endpoint:
         metrics = f"{url}/metrics"
         if access.metrics_url is not None:
             metrics = page_url(access.metrics_url, flag=beside(flag, "metrics-url"))
+        if access.api_key_env and login_variable(url) in os.environ:
+            raise ConfigError(f"{flag} has a login and {beside(flag, 'api-key-env')} a key: give one of them")
         made = cls(url, metrics, access.api_key_env, access.ca_file, flag=flag)
         made.headers(url)
         made.context(url)
@@ -105,6 +108,7 @@ class Endpoint:
             ) from error
         context.check_hostname = self.checks_host
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a server's own certificate will do
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # from Python 3.13 on; own CAs are seldom so exact
         return context
 
     def connection(self, url: str, timeout_s: float) -> http.client.HTTPConnection:
@@ -120,7 +124,9 @@ class Endpoint:
         if status in REDIRECTS:
             return f"HTTP {status}: {self._elsewhere(url, location or '')}"
         said = " ".join(self.without_secrets(words).split())[:_WORDS]
-        advice = {401: self._key_advice(), 403: self._key_advice(), 404: self._path_advice(url)}.get(status)
+        advice = self._key_advice() if status in (401, 403) else None
+        if status == 404 and "model" not in said.lower():  # of a model that is not there the words are enough
+            advice = self._path_advice(url)
         return f"HTTP {status}" + "".join(f": {part}" for part in (said, advice) if part)
 
     def trouble(self, url: str, error: BaseException) -> str:
@@ -128,11 +134,14 @@ class Endpoint:
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate is not believed: {error.verify_message}; {self._tls_advice(error)}"
         if isinstance(error, ssl.SSLError):
-            return f"{error.reason or error}: it does not speak TLS as asked; is it http:// there?"
+            reason = error.reason or str(error)
+            if "CERTIFICATE_REQUIRED" in reason:
+                return f"{reason}: it wants a certificate of its clients, and none can be given"
+            return f"TLS failed, {reason}" + ("; is it http:// there?" if reason in _NO_TLS else "")
         text = self.without_secrets(str(error) or type(error).__name__)
         if isinstance(error, http.client.BadStatusLine) and urlsplit(url).scheme == "http":
             return f"{text}; is it https:// there?"
-        proxied = [name for name in ("http_proxy", "https_proxy", "all_proxy") if os.environ.get(name)]
+        proxied = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
         if proxied and isinstance(error, OSError) and not _is_here(url):
             return f"{text} (asked directly: {proxied[0]} is not used)"
         return text
@@ -198,8 +207,8 @@ class Endpoint:
     def _tls_advice(self, error: ssl.SSLCertVerificationError) -> str:
         if error.verify_code in _ANOTHER_NAME:
             return f"name it in {self.flag} as its certificate does"
-        if error.verify_code == _EXPIRED:
-            return "it needs a new one"
+        if error.verify_code in _OUT_OF_TIME:
+            return "it needs a new one, or this host's clock is wrong"
         return f"give the certificate of its CA, or its own if it signed itself, by {self.setting('ca-file')}"
 
 
@@ -266,12 +275,15 @@ def decoded(body: bytes, encoding: str | None, *, most_bytes: int = 2**26) -> by
     if kind not in ("gzip", "x-gzip", "deflate"):
         raise OSError(f"the answer is compressed by {kind}, which was not asked for")
     try:
-        undo = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
-        found = undo.decompress(body, most_bytes)
+        found = b""
+        while body:  # may be in several pieces
+            undo = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either header
+            found += undo.decompress(body, max(1, most_bytes - len(found)))
+            if not undo.eof:
+                raise OSError("the compressed answer is cut off, or too large")
+            body = undo.unused_data
     except zlib.error as error:
         raise OSError(f"the compressed answer is damaged: {error}") from error
-    if not undo.eof:
-        raise OSError("the compressed answer is cut off, or too large")
     return found
 
 
