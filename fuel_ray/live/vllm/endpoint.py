@@ -134,7 +134,7 @@ class Endpoint:
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate is not believed: {error.verify_message}; {self._tls_advice(error)}"
         if isinstance(error, ssl.SSLError):
-            reason = error.reason or str(error)
+            reason: str = getattr(error, "reason", None) or str(error)  # not every one has it
             if "CERTIFICATE_REQUIRED" in reason:
                 return f"{reason}: it wants a certificate of its clients, and none can be given"
             return f"TLS failed, {reason}" + ("; is it http:// there?" if reason in _NO_TLS else "")
