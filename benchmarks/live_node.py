@@ -53,7 +53,7 @@ def burst(url: str, n: int, flags: argparse.Namespace, *, seed: int) -> LoadGene
         np.zeros(n, np.int64),
     )
     prompts = TokenPrompts(work, vocab_size=flags.vocab, rng=np.random.default_rng(seed))
-    return LoadGenerator(url, work, prompts=prompts, model=served_model(url))
+    return LoadGenerator(url, work, prompts=prompts, model=served_model(url).name)
 
 
 @contextmanager

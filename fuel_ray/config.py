@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
 
+from fuel_ray.address import Access
 from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
 from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Rules
@@ -122,13 +123,15 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
-class LiveConfig:
+class LiveConfig(Access):
     """The server and the GPUs of a live node."""
 
     model: str = ""
     """Model folder or name, as vllm serve takes it."""
     server: str | None = None
     """URL of a running server to attach to, which is not stopped; None: start one per block size."""
+    served_model: str | None = None
+    """Name under which the server serves the model, where it serves several; None: the one that fits."""
     limit_file: Path | None = None
     """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
     vllm: str = "vllm"

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import io
+import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,12 +13,22 @@ from typing import Any, TypeVar, get_args
 
 import tyro
 
+from fuel_ray.address import (
+    VLLM_KEY,
+    check_no_key,
+    check_variable,
+    flag_value,
+    key_of_flags,
+    page_url,
+    server_url,
+)
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     ALGORITHMS,
     DQN_ONLY,
     PRESETS,
     LearnConfig,
+    LiveConfig,
     Reward,
     Serving,
     ServingConfig,
@@ -67,6 +79,7 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         ConfigError: a flag or a value is wrong, in one line.
         SystemExit: with code 0, after --help.
     """
+    check_no_key(argv)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -105,7 +118,7 @@ def parse_serving(
     config = parse_flags(config_class, argv, prog=prog, default=base)
     check_named(config, argv)
     validate(config)
-    return config
+    return dataclasses.replace(config, live=_without_secrets(config))
 
 
 def check_named(settings: Any, words: Sequence[str]) -> None:
@@ -260,6 +273,31 @@ def _validate_live(config: ServingConfig) -> None:
         raise ConfigError("--node live needs --live.model, the model as vllm serve takes it")
     if config.live.server is not None and len(config.block_sizes) > 1:
         raise ConfigError("--live.server is one server with one block size: give that as --block-sizes")
+
+
+def _without_secrets(config: ServingConfig) -> LiveConfig:
+    """How the server is spoken to, with its login and its key in this process's environment."""
+    live = config.live
+    server = live.server and server_url(live.server, flag="--live.server")
+    metrics = live.metrics_url and page_url(live.metrics_url, flag="--live.metrics-url")
+    on_others = config.node == "ray" or bool(os.environ.get("RAY_ADDRESS"))
+    check_variable(live.api_key_env, flag="--live.api-key-env", is_here=not on_others)
+    if on_others and "@" in f"{live.server}{live.metrics_url}":
+        raise ConfigError("--live.server: a login reaches no other host; --live.api-key-env is for that")
+    try:
+        kept, key = key_of_flags(shlex.split(live.flags))
+    except ValueError as error:
+        raise ConfigError(f"--live.flags: {error}") from None
+    if (token := flag_value(kept, "--hf-token")) and not token.startswith("-"):
+        raise ConfigError("--live.flags: --hf-token would be written down; set HF_TOKEN in the environment")
+    if key is not None:
+        if on_others:
+            raise ConfigError(
+                f"--live.flags: --api-key does not reach other hosts; set {VLLM_KEY} for `ray start`"
+            )
+        os.environ[VLLM_KEY] = key
+        live = dataclasses.replace(live, flags=shlex.join(kept))
+    return dataclasses.replace(live, server=server, metrics_url=metrics)
 
 
 def _validate_slo(config: ServingConfig) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from fuel_ray.address import concealed
 from fuel_ray.control import StepRecord
 from fuel_ray.disk import FAULTS, reason, whole, writing
 from fuel_ray.errors import ConfigError, DiskError
@@ -134,7 +135,7 @@ def origin(verb: str) -> dict[str, Any]:
     """Where a run's numbers come from: command, time, versions, commit."""
     given = sys.argv[2:] if sys.argv[1:2] == [verb] else sys.argv[1:]  # experiments/ leave the verb out
     return {
-        "command": " ".join([f"fuel-ray {verb}", *given]),
+        "command": " ".join([f"fuel-ray {verb}", *concealed(given)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),

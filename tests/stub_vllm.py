@@ -28,6 +28,11 @@ class Stub:
     most_in_flight: int = 0
     model: str = "tiny"
     version: str = "0.32.0"
+    host: str = "127.0.0.1"
+    prefix: str = ""  # of all paths
+    tls: object = None  # an SSL context
+    middlewares: list = field(default_factory=list)
+    models_list: list[dict] | None = None
     url: str = ""
     stop: object = None
 
@@ -47,7 +52,7 @@ class Stub:
         return web.Response(status=self.status, text=text)
 
     async def models(self, request):
-        return web.json_response({"data": [{"id": self.model}]})
+        return web.json_response({"data": self.models_list or [{"id": self.model}]})
 
     async def version_page(self, request):
         return web.json_response({"version": self.version})
@@ -111,18 +116,19 @@ def serving(stub, *, port=0):
     finish = asyncio.Event()
 
     async def main():
-        app = web.Application()
-        app.router.add_get("/metrics", stub.metrics)
-        app.router.add_get("/metrics/", stub.metrics)
-        app.router.add_get("/v1/models", stub.models)
-        app.router.add_get("/version", stub.version_page)
-        app.router.add_get("/health", stub.version_page)
-        app.router.add_post("/v1/completions", stub.completions)
+        app = web.Application(middlewares=stub.middlewares)
+        app.router.add_get(f"{stub.prefix}/metrics", stub.metrics)
+        app.router.add_get(f"{stub.prefix}/metrics/", stub.metrics)
+        app.router.add_get(f"{stub.prefix}/v1/models", stub.models)
+        app.router.add_get(f"{stub.prefix}/version", stub.version_page)
+        app.router.add_get(f"{stub.prefix}/health", stub.version_page)
+        app.router.add_post(f"{stub.prefix}/v1/completions", stub.completions)
         runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port)
+        site = web.TCPSite(runner, stub.host, port, ssl_context=stub.tls)
         await site.start()
-        stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        host = f"[{stub.host}]" if ":" in stub.host else stub.host
+        stub.url = f"{'https' if stub.tls else 'http'}://{host}:{runner.addresses[0][1]}{stub.prefix}"
         ready.set()
         await finish.wait()
         await runner.cleanup()

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fuel_ray.address import VLLM_KEY, check_variable, flag_name, flag_value
 from fuel_ray.config import LiveConfig, ServingConfig
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.server import VllmServer, served_model, server_version
@@ -50,22 +52,24 @@ class LiveServer:
         self._opened = contextlib.ExitStack()
         if config.live.server is not None:
             return
-        live_spec(config, kv_block_size)  # no GPU is said before a server takes its minutes to start
+        # no GPU, or no key, is said before a server takes its minutes to start
+        check_variable(config.live.api_key_env, flag="--live.api-key-env")
+        live_spec(config, kv_block_size)
         with contextlib.ExitStack() as opened:
             name = f"fuel-ray-limit-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             limiter = opened.enter_context(BatchLimiter(Path(tempfile.gettempdir()) / name))
             self._server = opened.enter_context(_server(config, kv_block_size, limiter.path))
-            live = replace(config.live, server=self._server.url, limit_file=limiter.path)
+            live = replace(_own_access(config.live), server=self._server.url, limit_file=limiter.path)
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
 
     def facts(self) -> tuple[NodeSpec, str]:
         """What its nodes are, and the engine's name and version."""
-        url = str(self.config.live.server)
-        with Gpus(self.config.live.gpu_ids) as gpus, contextlib.closing(MetricsClient(url)) as client:
+        server = server_endpoint(self.config.live)
+        with Gpus(self.config.live.gpu_ids) as gpus, contextlib.closing(MetricsClient(server)) as client:
             blocks = _num_kv_blocks(client, self._kv_block_size)
             spec = _spec(self.config, self._kv_block_size, gpus, num_kv_blocks=blocks)
-        return spec, f"vllm {server_version(url)}"
+        return spec, f"vllm {server_version(server) or 'of an unknown version'}"
 
     def revive(self) -> None:
         """Start the server again if it was started here and has died.
@@ -99,10 +103,11 @@ def live_node(
         limiter = None if live.limit_file is None else BatchLimiter(Path(live.limit_file))
         if limiter is not None:
             opened.callback(limiter.close)
-        client = MetricsClient(live.server)
+        server = server_endpoint(live)
+        client = MetricsClient(server)
         opened.callback(client.close)
         spec = _spec(config, kv_block_size, gpus, num_kv_blocks=_num_kv_blocks(client, kv_block_size))
-        start_load = _loads(live, live.server, workload, horizon_s, random_start=random_start)
+        start_load = _loads(live, server, workload, horizon_s, random_start=random_start)
         node = GpuNode(spec, gpus, client, limiter=limiter, start_load=start_load)
         opened.pop_all()  # the node closes them
     return node
@@ -116,6 +121,13 @@ def live_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     """
     with Gpus(config.live.gpu_ids) as gpus:
         return _spec(config, kv_block_size, gpus, num_kv_blocks=None)
+
+
+def server_endpoint(live: LiveConfig) -> Endpoint:
+    """How the server that the settings name is spoken to, one that was started with their flags too."""
+    server = Endpoint.of(str(live.server), live, flag="--live.server")
+    certificate = flag_value(shlex.split(live.flags), "--ssl-certfile")
+    return server if certificate is None else server.showing(Path(certificate))
 
 
 def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_blocks: int | None) -> NodeSpec:
@@ -149,7 +161,7 @@ def _capacity(config: ServingConfig) -> int:
 def _server(config: ServingConfig, kv_block_size: int, limit_file: Path) -> VllmServer:
     flags = shlex.split(config.live.flags)
     for flag in flags:
-        if flag.split("=")[0] in _OUR_FLAGS:
+        if flag_name(flag) in _OUR_FLAGS:
             raise ConfigError(f"--live.flags: {flag} is set from --max-num-seqs and --kv-tokens")
     own = ["--max-num-seqs", str(_capacity(config))]
     if config.kv_tokens is not None:
@@ -162,10 +174,23 @@ def _server(config: ServingConfig, kv_block_size: int, limit_file: Path) -> Vllm
         kv_block_size=kv_block_size,
         executable=shlex.split(config.live.vllm),
         flags=(*own, *flags),
-        env=_OFFLINE,
+        env=_OFFLINE | _key(config.live),
         limit_file=limit_file,
         start_timeout_s=config.live.start_timeout_s,
     )
+
+
+def _key(live: LiveConfig) -> dict[str, str]:
+    """The key that a server of our own demands: that of the named variable, else of vLLM's."""
+    return {VLLM_KEY: os.environ.get(VLLM_KEY if live.api_key_env is None else live.api_key_env, "").strip()}
+
+
+def _own_access(live: LiveConfig) -> LiveConfig:
+    """How a server of our own is spoken to; a key that it does not know is not sent to it."""
+    variable = live.api_key_env
+    if variable is None:
+        variable = VLLM_KEY if os.environ.get(VLLM_KEY, "").strip() else ""
+    return replace(live, api_key_env=variable, metrics_url=None)
 
 
 def _num_kv_blocks(client: MetricsClient, kv_block_size: int) -> int | None:
@@ -178,9 +203,9 @@ def _num_kv_blocks(client: MetricsClient, kv_block_size: int) -> int | None:
 
 
 def _loads(
-    live: LiveConfig, url: str, workload: Workload, horizon_s: float, *, random_start: bool
+    live: LiveConfig, server: Endpoint, workload: Workload, horizon_s: float, *, random_start: bool
 ) -> Callable[[int], LoadGenerator]:
-    model = served_model(url)
+    model = served_model(server, name=live.served_model, like=live.model).name
     episodes = count(secrets.randbits(32))
 
     def start_load(seed: int) -> LoadGenerator:
@@ -189,6 +214,6 @@ def _loads(
         # predecessor's prompts in the prefix cache.
         tokens = np.random.default_rng((seed, next(episodes)))
         prompts = TokenPrompts(requests, vocab_size=live.vocab_size, rng=tokens)
-        return LoadGenerator(url, requests, prompts=prompts, model=model, timeout_s=live.request_timeout_s)
+        return LoadGenerator(server, requests, prompts=prompts, model=model, timeout_s=live.request_timeout_s)
 
     return start_load

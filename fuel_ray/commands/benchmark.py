@@ -8,12 +8,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from fuel_ray.address import Access, server_url
 from fuel_ray.disk import write_or_keep
 from fuel_ray.errors import TelemetryError
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import DrawnLoad
 from fuel_ray.live.monitors import monitors
+from fuel_ray.live.vllm.endpoint import Endpoint, PageError
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
+from fuel_ray.live.vllm.server import served_models
 from fuel_ray.record import make_folder
 from fuel_ray.report.benchmark import benchmark_result, check, errors_by_kind
 
@@ -22,13 +25,15 @@ _NAME_LETTERS = 60  # of the model, in the name of a file
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(DrawnLoad):
+class BenchmarkConfig(DrawnLoad, Access):
     """Benchmark a running vLLM server: latencies, GPU and CPU power, KV cache."""
 
     model: str
     """Model name that the server serves, or the path it was started with."""
     backend: Literal["vllm"] = "vllm"
     """Kind of server."""
+    base_url: str | None = None
+    """URL of the server, such as https://gateway/prefix, in place of --host and --port."""
     host: str = "127.0.0.1"
     """Host of the server."""
     port: int = 8000
@@ -62,12 +67,13 @@ def run(config: BenchmarkConfig) -> int:
     requests, prompts = config.draw()
     if config.save_result:
         make_folder(config.result_dir)
-    base_url = f"http://{config.host}:{config.port}"
-    with contextlib.closing(MetricsClient(base_url)) as client:
+    server = _endpoint(config)
+    with contextlib.closing(MetricsClient(server)) as client:
         client.scrape()  # a wrong address is said before anything is sent
-    load = LoadGenerator(base_url, requests, prompts=prompts, model=config.model, timeout_s=config.timeout_s)
+    model = _served_as(server, config.model)
+    load = LoadGenerator(server, requests, prompts=prompts, model=model, timeout_s=config.timeout_s)
     monitored = monitors(
-        base_url,
+        server,
         gpu_ids=config.gpu_ids,
         gpu_interval_s=config.gpu_monitor_interval,
         cpu=config.monitor_cpu,
@@ -89,6 +95,23 @@ def run(config: BenchmarkConfig) -> int:
     if config.save_result:
         _save(config, result)
     return _code(result)
+
+
+def _endpoint(config: BenchmarkConfig) -> Endpoint:
+    if config.base_url is not None:
+        return Endpoint.of(config.base_url, config, flag="--base-url")
+    url = server_url(config.host, flag="--host", port=config.port)
+    return Endpoint.of(url, config, flag="--base-url")
+
+
+def _served_as(server: Endpoint, model: str) -> str:
+    """The name to ask for, where the model is what the server was started from; else as it was given."""
+    try:
+        found = served_models(server)
+    except PageError:  # a gateway need not list what it serves
+        return model
+    is_name = any(model == served.name for served in found)
+    return model if is_name else next((served.name for served in found if served.root == model), model)
 
 
 def _send(load: LoadGenerator, n: int) -> str | None:

@@ -2,14 +2,19 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fuel_ray.address import Access, server_url
 from fuel_ray.deploy.exporter import Page, read_page
 from fuel_ray.errors import ConfigError, TelemetryError
+from fuel_ray.live.vllm.endpoint import Endpoint
+
+PORT = 9464  # of a controller's /metrics, where an address has none
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,10 @@ class WatchConfig:
 
     urls: tuple[str, ...] = ("http://127.0.0.1:9464",)
     """Controllers: where `fuel-ray deploy --metrics-port` serves."""
+    api_key_env: str = ""
+    """Environment variable with the key of a gateway before them; by default none is sent."""
+    ca_file: Path | None = None
+    """Certificate of their CA; None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
     interval_s: float = 1.0
     """Seconds between two looks."""
     once: bool = False
@@ -29,19 +38,24 @@ def run(config: WatchConfig) -> int:
     if not config.urls:
         raise ConfigError("--urls must name at least one controller")
     console = Console()
+    access = Access(api_key_env=config.api_key_env, ca_file=config.ca_file)
+    urls = [server_url(url, flag="--urls", port=PORT) for url in config.urls]
+    controllers = [Endpoint.of(url, access, flag="--urls") for url in urls]
     if config.once:
-        pages = [_look(url) for url in config.urls]
-        console.print(table(list(zip(config.urls, pages, strict=True))))
-        return 2 if any(isinstance(page, str) for page in pages) else 0
+        found = [(controller.url, _look(controller)) for controller in controllers]
+        console.print(table(found))
+        return 2 if any(isinstance(page, str) for _, page in found) else 0
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(table([(url, _look(url)) for url in config.urls]), refresh=True)
+            live.update(
+                table([(controller.url, _look(controller)) for controller in controllers]), refresh=True
+            )
             time.sleep(config.interval_s)
 
 
-def _look(url: str) -> Page | str:
+def _look(controller: Endpoint) -> Page | str:
     try:
-        return read_page(url)
+        return read_page(controller)
     except TelemetryError as error:
         return str(error)
 

@@ -3,8 +3,6 @@
 import math
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fuel_ray.control import StepRecord
 from fuel_ray.deploy.deployment import Attached
-from fuel_ray.errors import ConfigError, FuelRayError, TelemetryError
+from fuel_ray.errors import ConfigError, FuelRayError, NodeError, TelemetryError
+from fuel_ray.live.vllm.endpoint import Endpoint, ask
 from fuel_ray.metrics import attainment_bounds, window_attainment
 from fuel_ray.types import Knobs, Slo
-
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
-
 
 _GAUGES: dict[str, tuple[str, Callable[[StepRecord], float | None]]] = {
     "power_watts": ("Mean GPU power of the last window", lambda r: r.metrics.energy_j / r.metrics.duration_s),
@@ -143,7 +139,7 @@ def _or_nan(value: float | None) -> float:
 
 def _serve(port: int, host: str, registry: CollectorRegistry) -> tuple[WSGIServer, threading.Thread]:
     try:
-        return start_http_server(port, host, registry)
+        return start_http_server(port, host.strip("[]"), registry)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--metrics-port {port} on {host}: {error}") from error
 
@@ -165,13 +161,14 @@ class Page:
         return {label: value for (found, label), value in self.values.items() if found == name}
 
 
-def read_page(url: str, *, timeout_s: float = 2.0) -> Page:
+def read_page(server: str | Endpoint, *, timeout_s: float = 2.0) -> Page:
     """What a controller says of itself; TelemetryError without an answer of one."""
+    controller = Endpoint.of(server)
+    url = controller.url
     try:
-        with _DIRECT.open(f"{url.rstrip('/')}/metrics", timeout=timeout_s) as answer:
-            text = answer.read(2**20).decode()
+        text = ask(controller, "/metrics", timeout_s=timeout_s).decode()
         families = list(text_string_to_metric_families(text))
-    except (OSError, ValueError) as error:
+    except (NodeError, ValueError) as error:
         raise TelemetryError(f"{url}/metrics does not answer as a controller does: {error}") from error
     samples = [s for family in families for s in family.samples if s.name.startswith("fuel_ray_")]
     info = [s.labels for s in samples if s.name == "fuel_ray_info"]

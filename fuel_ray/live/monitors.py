@@ -10,6 +10,7 @@ from fuel_ray.errors import GpuError, NodeError
 from fuel_ray.live.cpu import CpuMeter, CpuReading
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.sampling import Missing, Sample, Sampler
+from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor
 from fuel_ray.live.vllm.metrics import MetricsSnapshot
 
@@ -52,7 +53,12 @@ class Measured:
 
 @contextlib.contextmanager
 def monitors(
-    base_url: str, *, gpu_ids: Sequence[int], gpu_interval_s: float, cpu: bool, kv_interval_s: float | None
+    base_url: str | Endpoint,
+    *,
+    gpu_ids: Sequence[int],
+    gpu_interval_s: float,
+    cpu: bool,
+    kv_interval_s: float | None,
 ) -> Iterator[Measured]:
     """Everything that samples, while the block runs; the samples are there after it, whatever failed."""
     found = Measured(time.monotonic(), tuple(dict.fromkeys(gpu_ids)), kv_interval_s=kv_interval_s)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from aiohttp import web
 
+from tests.gateways import demands, shows
 from tests.stub_vllm import serving
 from tests.test_live_node import CountingStub
 
@@ -20,6 +21,8 @@ parser.add_argument("serve")
 parser.add_argument("model")
 parser.add_argument("--port", type=int)
 parser.add_argument("--block-size", type=int)
+parser.add_argument("--ssl-certfile")
+parser.add_argument("--ssl-keyfile")
 asked, _ = parser.parse_known_args()
 with open(os.environ["STUB_STARTS"], "a") as log:
     log.write(f"{asked.block_size} {os.getpid()}\n")
@@ -33,6 +36,14 @@ class Healthy(CountingStub):
 
 
 stub = Healthy()
+if key := os.environ.get("VLLM_API_KEY"):
+    stub.middlewares = [demands(f"Bearer {key}", prefixes=("/v1",))]  # as vLLM does
+if asked.ssl_certfile:
+    stub.tls = shows(asked.ssl_certfile, asked.ssl_keyfile)
+if "STUB_ARGUMENTS" in os.environ:
+    Path(os.environ["STUB_ARGUMENTS"]).write_bytes(
+        Path("/proc/self/cmdline").read_bytes() + (b"asks for a key" if key else b"")
+    )
 stub.page = re.sub(r'block_size="\d+"', f'block_size="{asked.block_size}"', stub.page)
 ended = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: ended.set())

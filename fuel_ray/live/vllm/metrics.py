@@ -1,6 +1,7 @@
 """What a vLLM server says of itself on /metrics: snapshots, and differences between them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -51,6 +52,11 @@ SCALARS = tuple(
 )
 _WANTED = (*SCALARS, *HISTOGRAMS.values())  # SCALARS alone can be parsed and lack the histograms
 _LINES = (*_WANTED, *(f"# TYPE {name}" for name in _WANTED))  # skipping the others is 10 times as fast
+
+_LAST_LINE = re.compile(
+    r"#.*|[\w:]+(\{.*\})?\s+[-+]?((?P<integer>\d+)|\d*\.\d+|\d+(\.\d+)?e[-+]?\d\d+|Inf|NaN)\s*"
+)
+_INTEGERS = re.compile(r"(?m)^[\w:].* \d+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +110,15 @@ class MetricsDelta(Counters):
         return self.prefix_hits / self.prefix_queries
 
 
-def parse_metrics(text: str) -> MetricsSnapshot:
+def parse_metrics(text: str, *, is_whole: bool = False) -> MetricsSnapshot:
     """Read a /metrics page of any vLLM from 0.6 on, complete or filtered.
+
+    Whether nothing is missing at its end is known to whoever brought it; else by how it ends.
 
     Raises:
         TelemetryError: not a vLLM's page, cut off, or a metric is missing or has an impossible value.
     """
-    series = _read(text)
+    series = _read(text, is_whole=is_whole)
     counted: dict[str, Any] = {field: _needed(series, names) for field, names in _NEEDED.items()}
     counted |= {field: _total(series, names) for field, names in _OPTIONAL.items()}
     counted |= {field: _histogram(series, name) for field, name in HISTOGRAMS.items()}
@@ -154,12 +162,12 @@ def _minus(after: Any, before: Any) -> Any:
     return None if after is None or before is None else after - before
 
 
-def _read(text: str) -> Series:
+def _read(text: str, *, is_whole: bool) -> Series:
     """The samples we want; a metric that is declared without samples has an empty list."""
     lines = [line for line in text.splitlines(keepends=True) if line.startswith(_LINES)]
     if not any("vllm:" in line for line in lines):
         raise TelemetryError(f"the page has no metric of vLLM; it begins {text[:60]!r}")
-    if not text.endswith("\n"):
+    if not _is_ended(text, is_whole=is_whole):
         raise TelemetryError(f"the /metrics page is cut off after {text[-60:]!r}")
     series: Series = {}
     try:
@@ -170,6 +178,18 @@ def _read(text: str) -> Series:
     except ValueError as error:
         raise TelemetryError(f"the /metrics page is malformed: {error}") from error
     return series
+
+
+def _is_ended(text: str, *, is_whole: bool) -> bool:
+    """Whether the last line is one; without a newline after it only if nothing is said to be missing."""
+    before, _, last = text.rpartition("\n")
+    if not last or last == "# EOF":
+        return True
+    line = _LAST_LINE.fullmatch(last) if is_whole else None
+    # a gateway may have stored a page that was cut: Python's client writes 1.0, and 1 would be a part of that
+    return line is not None and (
+        not (line["integer"] or "").isdigit() or _INTEGERS.search(before) is not None
+    )
 
 
 def _find(series: Series, names: Sequence[str]) -> list[Sample]:
