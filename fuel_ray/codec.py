@@ -198,14 +198,16 @@ def node_grid(
 ) -> ActionGrid:
     """A grid of what the node supports: clocks at least ``clock_step_mhz`` apart, down from the maximum.
 
-    Limits above the node's capacity become its capacity, which is always included.
+    Limits above the node's capacity become its capacity, which is always included; it is the only one where
+    the limit is not ours to set.
     """
     highest = spec.gpu_clocks_mhz[-1]
     clocks = [highest]
     for clock_mhz in reversed(spec.gpu_clocks_mhz):
         if clock_mhz >= lowest_clock_share * highest and clocks[-1] - clock_mhz >= clock_step_mhz:
             clocks.append(clock_mhz)
-    limits = {limit for limit in batch_limits if limit < spec.batch_limits[-1]} | {spec.batch_limits[-1]}
+    lowest, capacity = spec.batch_limits
+    limits = {limit for limit in batch_limits if lowest <= limit < capacity} | {capacity}
     return ActionGrid(tuple(sorted(limits)), tuple(reversed(clocks)))
 
 

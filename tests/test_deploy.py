@@ -57,7 +57,7 @@ def deploy(stub, policy, tmp_path, *flags):
 
 
 def test_a_policy_controls_a_running_server_and_gives_everything_back(stub, gpu, policy, tmp_path):
-    limit_file = tmp_path / "limit"
+    limit_file = stub.limit_file = tmp_path / "limit"
     code, lines, run = deploy(stub, policy, tmp_path, "--limit-file", str(limit_file))
     assert code == 0 and [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(
@@ -220,14 +220,15 @@ def under_control(controller):
     until(lambda: controller.locked() and controller.limit() == 4, within_s=20.0)
 
 
-def start_with_limit(controller, tmp_path):
-    one = controller("--limit-file", str(tmp_path / "c0" / "limit"), "--max-num-seqs", "32")
+def start_with_limit(controller, stub, tmp_path):
+    stub.limit_file = tmp_path / "c0" / "limit"
+    one = controller("--limit-file", str(stub.limit_file), "--max-num-seqs", "32")
     under_control(one)
     return one
 
 
-def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controller, tmp_path):
-    killed = start_with_limit(controller, tmp_path)
+def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controller, stub, tmp_path):
+    killed = start_with_limit(controller, stub, tmp_path)
     killed.process.kill()
     until(lambda: not killed.locked() and killed.limit() is None, within_s=2.0)
     until(lambda: not list(killed.state.glob("*.json")), within_s=2.0)
@@ -237,9 +238,9 @@ def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controll
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
-    controller, tmp_path, number, code
+    controller, stub, tmp_path, number, code
 ):
-    ended = start_with_limit(controller, tmp_path)
+    ended = start_with_limit(controller, stub, tmp_path)
     lines = "out/deploy-*/steps.jsonl"
     until(lambda: any(path.stat().st_size for path in (tmp_path / "c0").glob(lines)), within_s=5.0)
     ended.process.send_signal(number)
@@ -251,7 +252,7 @@ def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
 
 
 def test_a_second_deployment_on_the_gpu_is_refused_by_the_firsts_pid(controller, tmp_path):
-    first = start_with_limit(controller, tmp_path)
+    first = start_with_limit(controller, stub, tmp_path)
     second = controller(state=first.state)
     _, err = second.process.communicate(timeout=20)
     assert second.process.returncode == 2 and len(err.splitlines()) == 1

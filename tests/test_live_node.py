@@ -13,6 +13,7 @@ from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.in_force import InForce
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.types import Knobs, NodeSpec, Requests
 from tests.fake_nvml import FakeGpu, FakeNvml
@@ -50,8 +51,20 @@ class CountingStub(Stub):
 
 
 class ListLimiter:
+    """Acknowledged at once."""
+
     def __init__(self):
         self.asked, self.closed = [], False
+
+    @property
+    def in_force(self):
+        return self.asked[-1] if self.asked else None
+
+    def window(self, *, worked, duration_s):
+        return InForce(self.in_force, True if self.asked else None)
+
+    def forget(self):
+        pass
 
     def set(self, limit):
         self.asked.append(limit)

@@ -80,7 +80,8 @@ def attach(
         cache = _cache(client)
         limiter = None
         if target.limit_file is not None and not target.shadow:
-            limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
+            limiter = BatchLimiter(target.limit_file, leased=True, capacity=target.max_num_seqs)
+            opened.callback(limiter.close)
         spec = _spec(target, folder, gpus, cache, limiter)
         if isinstance(folder, PolicyFolder):
             _check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)

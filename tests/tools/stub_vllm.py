@@ -1,4 +1,7 @@
-"""``vllm serve MODEL --port N --block-size B`` in a second: the stub; a line per start in $STUB_STARTS."""
+"""``vllm serve MODEL --port N --block-size B`` in a second: the stub; a line per start in $STUB_STARTS.
+
+It has the plug-in unless $VLLM_PLUGINS leaves it out.
+"""
 
 import argparse
 import os
@@ -20,8 +23,9 @@ parser.add_argument("serve")
 parser.add_argument("model")
 parser.add_argument("--port", type=int)
 parser.add_argument("--block-size", type=int)
+parser.add_argument("--max-num-seqs", type=int, default=32)
 asked, _ = parser.parse_known_args()
-with open(os.environ["STUB_STARTS"], "a") as log:
+with open(os.environ.get("STUB_STARTS", os.devnull), "a") as log:
     log.write(f"{asked.block_size} {os.getpid()}\n")
 if asked.block_size % 16:
     sys.exit(f"RuntimeError: No common block size for {asked.block_size} (CPU_ATTN: [MultipleOf(16)]).")
@@ -32,7 +36,9 @@ class Healthy(CountingStub):
         return web.json_response({"version": self.version})
 
 
-stub = Healthy()
+stub = Healthy(capacity=asked.max_num_seqs)
+if "fuel_ray" in os.environ.get("VLLM_PLUGINS", "fuel_ray").split(","):
+    stub.limit_file = os.environ.get("FUEL_RAY_LIMIT_FILE")
 stub.page = re.sub(r'block_size="\d+"', f'block_size="{asked.block_size}"', stub.page)
 ended = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: ended.set())
