@@ -31,7 +31,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
 
     A window that cannot be measured, or in which the scheduler did not acknowledge the batch limit, ends the
     episode: that step has reward 0, the observation before it and the reason in ``info``, and is for no one
-    to learn from (see ``unlearnable``). After ``failures`` windows in a row that could not be measured, failed
+    to learn from (``unlearnable``). After ``failures`` windows in a row that could not be measured, failed
     resets included, NodeError is raised.
     """
 

@@ -180,8 +180,8 @@ class WindowMetrics:
     e2es_s: tuple[float, ...]
     knobs: Knobs  # in force at its end, whatever was asked for
     gpu_clock_mhz: float | None = None  # mean SM clock while busy; below the knob when the power cap binds
-    # whether a step of the scheduler has put the limit in force that was asked for; False: there were steps, and
-    # none did. None: none was made, or the limit is not ours
+    # whether a step of the scheduler has put the limit in force that was asked for; False: steps were made,
+    # and none did; None: none was made, or the limit is not ours
     limit_acknowledged: bool | None = None
 
     @property

@@ -63,12 +63,27 @@ def test_a_policy_controls_a_running_server_and_gives_everything_back(stub, gpu,
     assert all(
         line["chosen"] == {"batch_limit": 4, "gpu_clock_mhz": 990} == line["applied"] for line in lines
     )
+    assert all(line["limit_acknowledged"] for line in lines)
     assert sum(line["completed"] for line in lines) == pytest.approx(20 * 0.4, abs=3)
     assert gpu.locked_mhz is None and "reset" in gpu.calls and not limit_file.exists()
     summary = run["summary"]
     assert (summary["windows"], summary["lost_windows"], summary["lost_lines"]) == (4, 0, 0)
     assert 0.04 < summary["ttft"]["p50_s"] < 0.06 and 0.01 < summary["tpot"]["p50_s"] < 0.025
     assert run["spec"]["kv_block_size"] == 16 and run["policy"]["model"] == "tiny"
+
+
+def test_a_deployment_whose_limit_is_never_acknowledged_gives_clocks_back_and_says_what_to_do(
+    stub, gpu, policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("fuel_ray.live.vllm.in_force.PATIENCE_S", 0.5)
+    limit_file = tmp_path / "limit"
+    code, lines, _ = deploy(stub, policy, tmp_path, "--limit-file", str(limit_file), "--max-steps", "99")
+    assert code == 2 and gpu.locked_mhz is None and "reset" in gpu.calls and not limit_file.exists()
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fuel-ray: ")]
+    assert len(err) == 1 and f"no vLLM scheduler has read {limit_file} in " in err[0]
+    assert 3 <= len(lines) <= 6
+    assert all(line["applied"] == {"batch_limit": 32, "gpu_clock_mhz": 990} for line in lines)
+    assert {line["limit_acknowledged"] for line in lines} == {False}
 
 
 def test_shadow_mode_sets_nothing(stub, gpu, policy, tmp_path):

@@ -20,7 +20,7 @@ _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
 
 class Episodes(RLlibCallback):
-    """What is logged of training episodes, and that no one learns from a step that says nothing of its action."""
+    """What is logged of training episodes, and that no one learns from what says nothing of its action."""
 
     def on_sample_end(self, *, samples: list[Any], **_: Any) -> None:
         """Drop the last step of what a node's failure ended, or a limit that was not in force."""

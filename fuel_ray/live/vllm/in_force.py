@@ -95,18 +95,18 @@ class Acknowledgement:
         return False if self._stepped or worked else None
 
     def _why(self, report: Report) -> str:
-        traffic = f"{self._doubt_s:.0f} s of traffic"
+        traffic, path = f"{self._doubt_s:.0f} s of traffic", self._path
         start = (
-            f"start vLLM with {LIMIT_FILE_VARIABLE}={self._path} (this very file, which its user may read and "
-            "write), fuel_ray installed in its environment and not left out by VLLM_PLUGINS; `fuel-ray doctor` "
-            "looks, and without a limit file the batch limit is left alone"
+            f"start vLLM with {LIMIT_FILE_VARIABLE}={path} (this very file, and its user may read and write "
+            "it) and with fuel_ray installed in its environment, which `fuel-ray doctor` checks, and not "
+            "left out by VLLM_PLUGINS; or leave the batch limit alone, without a limit file"
         )
         if not report.monotonic_ns:
-            return f"no vLLM scheduler has read {self._path} in {traffic}: {start}"
+            return f"no vLLM scheduler has read {path} in {traffic}: {start}"
         if self._word is None or self._silent_s > SILENT_S:
-            return f"the scheduler attached to {self._path}, but in {traffic} no step of it was reported: {start}"
+            return f"a scheduler attached to {path}, but none of its steps was reported in {traffic}: {start}"
         return (
-            f"in {traffic} the steps of the scheduler had {self._word.batch_limit} in force: one that "
-            "--scheduler-cls names may admit by a rule of its own, so leave that out; or another server has "
-            f"the same {LIMIT_FILE_VARIABLE}; or {self._path} is on a file system without locks"
+            f"its scheduler had {self._word.batch_limit} in force in {traffic}: start vLLM without "
+            "--scheduler-cls, whose class may admit by a rule of its own; let no other server have the same "
+            f"{LIMIT_FILE_VARIABLE}; and keep {path} on a local file system, which has locks"
         )

@@ -86,8 +86,8 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
         """What was in force in the window that just ended, in which the server ``worked`` or was idle.
 
         Raises:
-            ConfigError: there was traffic for some time and no step of a scheduler has acknowledged the limit;
-                the message says what to do.
+            ConfigError: there was traffic for some time, and no step has acknowledged the limit; the message
+                says what to do.
         """
         return self._acknowledgement.window(self._read()[1], worked=worked, duration_s=duration_s)
 
