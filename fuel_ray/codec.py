@@ -184,6 +184,11 @@ def parse_knobs(text: str, spec: NodeSpec) -> Knobs:
         knobs = Knobs(int(limit), int(clock) if clock else clocks[-1])
     except ValueError:
         raise ConfigError(f"{text!r}: max, LIMIT or LIMIT@MHZ, such as 48@1350") from None
+    if lowest == highest != knobs.batch_limit:
+        raise ConfigError(
+            f"{text}: the batch limit is {highest} and not ours to set; --live.limit-file names the server's "
+            "FUEL_RAY_LIMIT_FILE"
+        )
     if not lowest <= knobs.batch_limit <= highest:
         raise ConfigError(f"{text}: the limit must be from {lowest} to {highest}")
     if knobs.gpu_clock_mhz not in clocks:

@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 
+from fuel_ray import __version__
 from fuel_ray.cli import main
 from tests.fake_nvml import FakeGpu, FakeNvml
 
@@ -24,7 +24,7 @@ def vllm(tmp_path, monkeypatch):
         python, site = tmp_path / "python", tmp_path / "site"
         _installed(site, "vllm", version)
         if plugin is not None:
-            info = _installed(site, "fuel_ray", plugin_version or metadata.version("fuel_ray"))
+            info = _installed(site, "fuel_ray", plugin_version or __version__)
             entry = "[vllm.general_plugins]\nfuel_ray = fuel_ray.vllm_plugin:register\n"
             (info / "entry_points.txt").write_text(entry)
         if plugin == "there":

@@ -112,11 +112,11 @@ def test_asking_for_the_known_capacity_needs_no_plug_in():
         assert busy(made, NOTHING) == InForce(CAPACITY, None)
 
 
-def until_given_up(made, report, *, between=lambda: None):
+def until_given_up(made, report, *, between=lambda: None, duration_s=1.0):
     for windows in range(1, 100):
         between()
         try:
-            busy(made, report(windows) if callable(report) else report)
+            busy(made, report(windows) if callable(report) else report, duration_s=duration_s)
         except ConfigError as error:
             return windows, str(error)
     raise AssertionError("it was never given up")
@@ -125,7 +125,7 @@ def until_given_up(made, report, *, between=lambda: None):
 @pytest.mark.parametrize(
     ("report", "words"),
     [
-        (NOTHING, "no vLLM scheduler has read /run/limit in 5 s of traffic: start vLLM with FUEL_RAY_LIMIT_"),
+        (NOTHING, "no vLLM scheduler has read /run/limit in 5 s of traffic: vLLM needs fuel_ray in its"),
         (STARTED, "a scheduler attached to /run/limit, but none of its steps was reported in 5 s of traffic"),
         (
             lambda number: step(number, CAPACITY),
@@ -136,6 +136,10 @@ def until_given_up(made, report, *, between=lambda: None):
 def test_traffic_without_an_acknowledgement_is_an_error_that_says_what_to_do(report, words):
     windows, text = until_given_up(asked(2), report)
     assert windows == 5 and text.startswith(f"batch limit 2 is not in force: {words}")
+
+
+def test_one_long_window_is_not_enough():
+    assert until_given_up(asked(2), NOTHING, duration_s=60.0)[0] == 3
 
 
 def test_idle_windows_and_the_capacity_neither_count_nor_start_the_count_again():

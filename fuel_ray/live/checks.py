@@ -1,16 +1,14 @@
 """What a host has of what a node needs: GPUs, clocks, RAPL, vLLM with the plug-in, a port, disk space."""
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
-import fuel_ray
+from fuel_ray import __version__
 from fuel_ray.errors import GpuError
 from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
@@ -136,25 +134,18 @@ def _plugin(there: _Environment, python: str) -> Check:
     if wanted is not None and "fuel_ray" not in wanted.split(","):
         found = f"VLLM_PLUGINS={wanted} leaves fuel_ray out"
         return Check("plug-in", found, "batch limits need it: add it there, or unset the variable")
-    if (own := _own_version()) not in (None, there.plugin):
-        found = f"fuel_ray {there.plugin} is among vLLM's plug-ins, this is {own}"
+    if there.plugin != __version__:
+        found = f"fuel_ray {there.plugin} is among vLLM's plug-ins, this is {__version__}"
         return Check("plug-in", found, f"both need the same: {_install(there, python)}")
     return Check("plug-in", "fuel_ray is among vLLM's plug-ins")
 
 
 def _install(there: _Environment, python: str) -> str:
     """The command that puts this very fuel_ray into vLLM's environment, whatever is left of another there."""
-    root = Path(fuel_ray.__file__).parents[1]
-    what = root if (root / "pyproject.toml").exists() else f"fuel_ray=={_own_version()}"
+    root = Path(__file__).parents[2]
+    what = root if (root / "pyproject.toml").exists() else f"fuel_ray=={__version__}"
     pip = f"{python} -m pip install" if there.pip else f"uv pip install --python {python}"
     return f"{pip} --no-deps --force-reinstall {what}"
-
-
-def _own_version() -> str | None:
-    """None where this is a checkout that was not installed."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("fuel_ray")
-    return None
 
 
 def _python_of(executable: Path) -> str:

@@ -8,6 +8,7 @@ from fuel_ray.vllm_plugin import LIMIT_FILE_VARIABLE, Report, clamped
 
 SILENT_S = 2.0  # of traffic without a reported step, after which the scheduler's last word no longer counts
 PATIENCE_S = 5.0  # of traffic without an acknowledgement, after which there will be none
+WINDOWS = 3  # and at least as many: in one, all steps may have been under way when the limit was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Acknowledgement:
         if acknowledged:
             self._doubt_s = 0.0
         elif acknowledged is False:
-            self._doubt_s += duration_s
+            self._doubt_s += min(duration_s, PATIENCE_S / WINDOWS)
         self._stepped = False
         if self._doubt_s >= PATIENCE_S:
             raise ConfigError(f"batch limit {self._wanted} is not in force: {self._why(report)}")
@@ -97,9 +98,9 @@ class Acknowledgement:
     def _why(self, report: Report) -> str:
         traffic, path = f"{self._doubt_s:.0f} s of traffic", self._path
         start = (
-            f"start vLLM with {LIMIT_FILE_VARIABLE}={path} (this very file, and its user may read and write "
-            "it) and with fuel_ray installed in its environment, which `fuel-ray doctor` checks, and not "
-            "left out by VLLM_PLUGINS; or leave the batch limit alone, without a limit file"
+            "vLLM needs fuel_ray in its environment, not left out by VLLM_PLUGINS (`fuel-ray doctor` checks "
+            f"both), and, if you started it, {LIMIT_FILE_VARIABLE}={path}, this very file, which its user "
+            "can read and write; without a limit file the batch limit is left alone"
         )
         if not report.monotonic_ns:
             return f"no vLLM scheduler has read {path} in {traffic}: {start}"
