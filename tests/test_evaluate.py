@@ -96,7 +96,7 @@ STUB = f"{sys.executable} {Path(__file__).parent / 'tools/stub_vllm.py'}"
 
 
 @pytest.mark.parametrize("plugins", ["fuel_ray", "none"])
-def test_a_live_evaluation_says_what_limit_was_in_force(plugins, monkeypatch, tmp_path, capsys):
+def test_a_live_evaluation_says_what_limit_was_in_force(plugins, monkeypatch, tmp_path, capsys, caplog):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(energy_mj=None)))
     monkeypatch.setattr("fuel_ray.live.vllm.in_force.PATIENCE_S", 2.0)
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
@@ -123,4 +123,5 @@ def test_a_live_evaluation_says_what_limit_was_in_force(plugins, monkeypatch, tm
         return
     assert code == 2 and not last and {line["applied"]["batch_limit"] for line in lines} == {32}
     assert json.loads((folder / "run.json").read_text())["partial"]
+    assert "VLLM_PLUGINS=none leaves fuel_ray out" in caplog.text
     assert "fuel-ray: batch limit 4 is not in force: no vLLM scheduler has" in capsys.readouterr().err

@@ -158,6 +158,9 @@ def _server(config: ServingConfig, kv_block_size: int, limit_file: Path) -> Vllm
     for flag in flags:
         if flag.split("=")[0] in _OUR_FLAGS:
             raise ConfigError(f"--live.flags: {flag} is set from --max-num-seqs and --kv-tokens")
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "fuel_ray" not in plugins.split(","):
+        logger.warning("VLLM_PLUGINS=%s leaves fuel_ray out: no batch limit will be in force", plugins)
     own = ["--max-num-seqs", str(_capacity(config))]
     if config.kv_tokens is not None:
         own += ["--num-gpu-blocks-override", str(config.kv_tokens // kv_block_size)]

@@ -97,8 +97,8 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
 
     def clear(self) -> None:
         """Give the server its own limit back."""
-        self._acknowledgement.ask(None, self._read()[1])
         self._write(None)
+        self._acknowledgement.ask(None, self._read()[1])
 
     def status(self) -> LimiterStatus:
         """What the scheduler published at its last step; raises NodeError where none has attached."""
