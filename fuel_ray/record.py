@@ -217,6 +217,7 @@ def step_line(record: StepRecord, *, time_s: float, labels: Mapping[str, Any]) -
             "time_s": round(time_s, 3),
             "chosen": asdict(record.chosen),
             "applied": asdict(record.applied),
+            "limit_acknowledged": window.limit_acknowledged,
             "reward": None if record.reward is None else round(record.reward, 5),
             "arrivals": window.arrivals,
             "completed": window.completed,

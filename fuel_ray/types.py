@@ -30,7 +30,9 @@ class NodeSpec:
     model: str
     kv_block_size: int  # tokens
     num_kv_blocks: int | None  # None before the server is up
-    batch_limits: tuple[int, ...]  # lowest and highest admissible limit: (1, max_num_seqs)
+    batch_limits: tuple[
+        int, ...
+    ]  # lowest and highest admissible limit: (1, max_num_seqs), equal if not ours to set
     gpu_clocks_mhz: tuple[int, ...]  # supported SM clocks, ascending; one entry if observe-only
 
     @property
@@ -187,9 +189,12 @@ class WindowMetrics:
     ttfts_s: tuple[float, ...]
     tpots_s: tuple[float, ...]
     e2es_s: tuple[float, ...]
-    knobs: Knobs  # in force during the window
+    knobs: Knobs  # in force at its end, whatever was asked for
     gpu_clock_mhz: float | None = None  # mean SM clock while busy; below the knob when the power cap binds
     histograms: Mapping[LatencyName, Histogram] | None = None  # None: the samples are exact
+    # whether a step of the scheduler has put the limit in force that was asked for; False: steps were made,
+    # and none did; None: none was made, or the limit is not ours
+    limit_acknowledged: bool | None = None
 
     @property
     def latencies_s(self) -> dict[LatencyName, tuple[float, ...]]:
@@ -236,7 +241,9 @@ class Node(Protocol):
         """Start afresh; a simulated node draws its workload from ``seed``, a live one drops old samples."""
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Set the knobs and return what is in force.
+        """Ask for the knobs and return what is in force at this moment.
+
+        What needs the server's next step is in force later: ``WindowMetrics.knobs`` has it.
 
         Raises:
             NodeError: the node refused or is gone.

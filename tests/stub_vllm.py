@@ -9,7 +9,20 @@ from pathlib import Path
 
 from aiohttp import web
 
+from fuel_ray.vllm_plugin import SchedulerLimit
+
 PAGE = (Path(__file__).parent / "data" / "vllm_metrics_0.32.txt").read_text()
+
+
+class StubScheduler:
+    """As much of vLLM's scheduler as the plug-in uses; the stub says how many requests run."""
+
+    def __init__(self, capacity):
+        self.max_num_running_reqs = self.max_num_active_reqs = capacity
+        self.running, self.waiting = [], []
+
+    def get_request_counts(self):
+        return len(self.running), len(self.waiting)
 
 
 @dataclass
@@ -35,9 +48,24 @@ class Stub:
     models_list: list[dict] | None = None
     url: str = ""
     stop: object = None
+    limit_file: Path | None = None  # where there is the plug-in, which makes a step before each page
+    capacity: int = 32
+    admits: int = 0  # requests that the step lets in, whatever the limit
+    plugin: SchedulerLimit | None = None
+    scheduler: StubScheduler | None = None
+
+    def step(self):
+        if self.plugin is None:
+            self.scheduler = StubScheduler(self.capacity)
+            self.plugin = SchedulerLimit(str(self.limit_file), self.scheduler)
+        self.plugin.apply(self.scheduler)
+        self.scheduler.running += [None] * self.admits
+        self.plugin.publish(self.scheduler)
 
     async def metrics(self, request):
         self.metrics_paths.append(request.raw_path)
+        if self.limit_file is not None:
+            self.step()
         await asyncio.sleep(self.metrics_delay_s)
         names = request.query.getall("name[]", [])
         if names and not self.filters:

@@ -57,18 +57,33 @@ def deploy(stub, policy, tmp_path, *flags):
 
 
 def test_a_policy_controls_a_running_server_and_gives_everything_back(stub, gpu, policy, tmp_path):
-    limit_file = tmp_path / "limit"
+    limit_file = stub.limit_file = tmp_path / "limit"
     code, lines, run = deploy(stub, policy, tmp_path, "--limit-file", str(limit_file))
     assert code == 0 and [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(
         line["chosen"] == {"batch_limit": 4, "gpu_clock_mhz": 990} == line["applied"] for line in lines
     )
+    assert all(line["limit_acknowledged"] for line in lines)
     assert sum(line["completed"] for line in lines) == pytest.approx(20 * 0.4, abs=3)
     assert gpu.locked_mhz is None and "reset" in gpu.calls and not limit_file.exists()
     summary = run["summary"]
     assert (summary["windows"], summary["lost_windows"], summary["lost_lines"]) == (4, 0, 0)
     assert 0.04 < summary["ttft"]["p50_s"] < 0.06 and 0.01 < summary["tpot"]["p50_s"] < 0.025
     assert run["spec"]["kv_block_size"] == 16 and run["policy"]["model"] == "tiny"
+
+
+def test_a_deployment_whose_limit_is_never_acknowledged_gives_clocks_back_and_says_what_to_do(
+    stub, gpu, policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("fuel_ray.live.vllm.in_force.PATIENCE_S", 0.5)
+    limit_file = tmp_path / "limit"
+    code, lines, _ = deploy(stub, policy, tmp_path, "--limit-file", str(limit_file), "--max-steps", "99")
+    assert code == 2 and gpu.locked_mhz is None and "reset" in gpu.calls and not limit_file.exists()
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fuel-ray: ")]
+    assert len(err) == 1 and f"no vLLM scheduler has read {limit_file} in " in err[0]
+    assert 3 <= len(lines) <= 6
+    assert all(line["applied"] == {"batch_limit": 32, "gpu_clock_mhz": 990} for line in lines)
+    assert {line["limit_acknowledged"] for line in lines} == {False}
 
 
 def test_shadow_mode_sets_nothing(stub, gpu, policy, tmp_path):
@@ -220,14 +235,15 @@ def under_control(controller):
     until(lambda: controller.locked() and controller.limit() == 4, within_s=20.0)
 
 
-def start_with_limit(controller, tmp_path):
-    one = controller("--limit-file", str(tmp_path / "c0" / "limit"), "--max-num-seqs", "32")
+def start_with_limit(controller, stub, tmp_path):
+    stub.limit_file = tmp_path / "c0" / "limit"
+    one = controller("--limit-file", str(stub.limit_file), "--max-num-seqs", "32")
     under_control(one)
     return one
 
 
-def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controller, tmp_path):
-    killed = start_with_limit(controller, tmp_path)
+def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controller, stub, tmp_path):
+    killed = start_with_limit(controller, stub, tmp_path)
     killed.process.kill()
     until(lambda: not killed.locked() and killed.limit() is None, within_s=2.0)
     until(lambda: not list(killed.state.glob("*.json")), within_s=2.0)
@@ -237,9 +253,9 @@ def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controll
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
-    controller, tmp_path, number, code
+    controller, stub, tmp_path, number, code
 ):
-    ended = start_with_limit(controller, tmp_path)
+    ended = start_with_limit(controller, stub, tmp_path)
     lines = "out/deploy-*/steps.jsonl"
     until(lambda: any(path.stat().st_size for path in (tmp_path / "c0").glob(lines)), within_s=5.0)
     ended.process.send_signal(number)
@@ -251,7 +267,7 @@ def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
 
 
 def test_a_second_deployment_on_the_gpu_is_refused_by_the_firsts_pid(controller, tmp_path):
-    first = start_with_limit(controller, tmp_path)
+    first = start_with_limit(controller, stub, tmp_path)
     second = controller(state=first.state)
     _, err = second.process.communicate(timeout=20)
     assert second.process.returncode == 2 and len(err.splitlines()) == 1

@@ -2,26 +2,34 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+from fuel_ray import __version__
 from fuel_ray.cli import main
 from tests.fake_nvml import FakeGpu, FakeNvml
 
+ROOT = Path(__file__).parent.parent
+METADATA = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n"
+
 
 @pytest.fixture
-def vllm(tmp_path):
-    """A `vllm` command whose environment has a vLLM of this version and plug-ins of these names."""
+def vllm(tmp_path, monkeypatch):
+    """A `vllm` command whose environment has a vLLM of this version and a fuel_ray: there, stale, or None."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
-    def make(version="0.32.0", plugins=("fuel_ray",)):
-        python = tmp_path / "python"
-        info = tmp_path / f"site/vllm-{version}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-        entries = "".join(f"{name} = {name}:register\n" for name in plugins)
-        (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entries}")
-        python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} -S "$@"\n')
+    def make(version="0.32.0", plugin="there", plugin_version=None):
+        python, site = tmp_path / "python", tmp_path / "site"
+        _installed(site, "vllm", version)
+        if plugin is not None:
+            info = _installed(site, "fuel_ray", plugin_version or __version__)
+            entry = "[vllm.general_plugins]\nfuel_ray = fuel_ray.vllm_plugin:register\n"
+            (info / "entry_points.txt").write_text(entry)
+        if plugin == "there":
+            (site / "fuel_ray").symlink_to(ROOT / "fuel_ray")
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} -S "$@"\n')
         python.chmod(0o755)
         command = tmp_path / "vllm"
         command.write_text(f"#!{python}\n")
@@ -29,6 +37,13 @@ def vllm(tmp_path):
         return str(command)
 
     return make
+
+
+def _installed(site, name, version):
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(METADATA.format(name, version))
+    return info
 
 
 def lines(capsys):
@@ -55,11 +70,43 @@ def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
 
 def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
-    assert main(["doctor", "--vllm", vllm("0.32.0+cpu", plugins=())]) == 1
+    assert main(["doctor", "--vllm", vllm("0.32.0+cpu", plugin=None)]) == 1
     found = lines(capsys)
     assert found["GPU"][0] == "FAIL" and "--gpus all" in found["GPU"][1]
-    assert found["plug-in"][0] == "FAIL" and "pip install" in found["plug-in"][1]
+    mark, text = found["plug-in"]
+    assert mark == "FAIL" and text.startswith("fuel_ray is not among vLLM's plug-ins: batch limits need it: ")
+    assert text.endswith(f"/python --no-deps --force-reinstall {ROOT}")
     assert found["block sizes"] == ("note", "multiples of 32: 32, 64: 8, 16 will end as unsupported")
+
+
+STALE = "fuel_ray is among vLLM's plug-ins, but its import ends in ModuleNotFoundError: No module named "
+
+
+@pytest.mark.parametrize(
+    ("made", "variable", "words"),
+    [
+        ({"plugin": "stale"}, None, STALE),
+        ({}, "", "VLLM_PLUGINS= leaves fuel_ray out"),
+        ({}, "lora_resolver,other", "VLLM_PLUGINS=lora_resolver,other leaves fuel_ray out"),
+        ({"plugin_version": "0.0.9"}, None, "fuel_ray 0.0.9 is among vLLM's plug-ins, this is "),
+    ],
+)
+def test_a_plug_in_that_would_not_be_loaded_fails(vllm, capsys, monkeypatch, made, variable, words):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    command = vllm(**made)
+    if variable is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", variable)
+    assert main(["doctor", "--vllm", command]) == 1
+    mark, text = lines(capsys)["plug-in"]
+    assert mark == "FAIL" and text.startswith(words)
+
+
+def test_plug_ins_that_are_named_may_have_it_among_them(vllm, capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    command = vllm()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,fuel_ray")
+    assert main(["doctor", "--vllm", command]) == 0
+    assert lines(capsys)["plug-in"] == ("ok", "fuel_ray is among vLLM's plug-ins")
 
 
 def test_block_sizes_that_no_node_can_serve_fail(vllm, capsys, monkeypatch):

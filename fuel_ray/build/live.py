@@ -100,7 +100,9 @@ def live_node(
         raise ConfigError("a live node attaches to a server: build it with the config of a LiveServer")
     with contextlib.ExitStack() as opened:
         gpus = opened.enter_context(Gpus(live.gpu_ids))
-        limiter = None if live.limit_file is None else BatchLimiter(Path(live.limit_file))
+        limiter = None
+        if live.limit_file is not None:
+            limiter = BatchLimiter(Path(live.limit_file), capacity=_capacity(config))
         if limiter is not None:
             opened.callback(limiter.close)
         server = server_endpoint(live)
@@ -138,7 +140,7 @@ def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_block
         model=config.live.model,
         kv_block_size=kv_block_size,
         num_kv_blocks=num_kv_blocks,
-        batch_limits=(1, _capacity(config)),
+        batch_limits=(1 if _sets_limits(config) else _capacity(config), _capacity(config)),
         gpu_clocks_mhz=_clocks_mhz(config, gpus),
     )
 
@@ -158,11 +160,19 @@ def _capacity(config: ServingConfig) -> int:
     return config.max_num_seqs or load_pack(config.pack).max_num_seqs
 
 
+def _sets_limits(config: ServingConfig) -> bool:
+    """Whether the batch limit is ours to set: that of a server started elsewhere needs its limit file."""
+    return config.live.server is None or config.live.limit_file is not None
+
+
 def _server(config: ServingConfig, kv_block_size: int, limit_file: Path) -> VllmServer:
     flags = shlex.split(config.live.flags)
     for flag in flags:
         if flag_name(flag) in _OUR_FLAGS:
             raise ConfigError(f"--live.flags: {flag} is set from --max-num-seqs and --kv-tokens")
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "fuel_ray" not in plugins.split(","):
+        logger.warning("VLLM_PLUGINS=%s leaves fuel_ray out: no batch limit will be in force", plugins)
     own = ["--max-num-seqs", str(_capacity(config))]
     if config.kv_tokens is not None:
         own += ["--num-gpu-blocks-override", str(config.kv_tokens // kv_block_size)]

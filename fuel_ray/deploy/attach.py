@@ -89,7 +89,8 @@ def attach(
         check_judged(client.url, folder.slo, page)
         limiter = None
         if target.limit_file is not None and not target.shadow:
-            limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
+            limiter = BatchLimiter(target.limit_file, leased=True, capacity=target.max_num_seqs)
+            opened.callback(limiter.close)
         model = served_model(server, name=target.served_model, like=_model(folder))
         spec = _spec(target, folder, gpus, cache, limiter, name=server.url, model=model.name)
         if isinstance(folder, PolicyFolder):

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,9 +17,10 @@ from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.load.completion import Attempt
 from fuel_ray.live.load.loadgen import LoadGenerator, LoadProgress, request_records
 from fuel_ray.live.sampling import Sample, Sampler, figures, held_mean, window_energy_j
+from fuel_ray.live.vllm.in_force import InForce
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
-from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
+from fuel_ray.live.vllm.metrics import MetricsDelta, MetricsSnapshot, difference
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
 
 GPU_INTERVAL_S = 0.05
@@ -93,14 +94,19 @@ class GpuNode:
             self._load.start()
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Pin the nearest supported clock and set the limit; what is not controlled stays at its highest."""
+        """Pin the nearest supported clock, ask for the limit, and return what is in force at this moment.
+
+        A new limit is once the scheduler has acknowledged it; windows say it. What is not controlled stays at
+        its highest.
+        """
         clock_mhz = self._spec.gpu_clocks_mhz[-1]
         if self._lease is not None:
             self._lease.renew()
             clock_mhz = self._gpus.pin(knobs.gpu_clock_mhz)
         lowest, limit = self._spec.batch_limits
         if self._limiter is not None:
-            limit = self._limiter.set(min(max(knobs.batch_limit, lowest), limit))
+            self._limiter.set(min(max(knobs.batch_limit, lowest), limit))
+            limit = self._limiter.in_force or limit
         self._knobs = Knobs(limit, clock_mhz)
         return self._knobs
 
@@ -155,7 +161,10 @@ class GpuNode:
     def _window(self, begin: _Mark, end: _Mark) -> WindowMetrics:
         delta = difference(begin.server, end.server, end.at_s - begin.at_s)
         if delta.restarted:
+            if self._limiter is not None:
+                self._limiter.forget()
             raise TelemetryError(f"{self._spec.name}: the server restarted within the window")
+        in_force = self._in_force(delta)
         readings = self._readings.since(begin.at_s)
         if self._load is not None:
             served = self._served(self._load)
@@ -189,7 +198,17 @@ class GpuNode:
             knobs=self._knobs,
             gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
             histograms=served.histograms,
+            limit_acknowledged=None if in_force is None else in_force.acknowledged,
         )
+
+    def _in_force(self, delta: MetricsDelta) -> InForce | None:
+        """The batch limit of the window, as far as it is ours to ask for."""
+        if self._limiter is None:
+            return None
+        worked = delta.prompt_tokens + delta.generation_tokens > 0
+        found = self._limiter.window(worked=worked, duration_s=delta.seconds)
+        self._knobs = replace(self._knobs, batch_limit=found.batch_limit or self._spec.batch_limits[-1])
+        return found
 
     def _served(self, load: LoadGenerator) -> Served:
         """Of the own load, request by request."""

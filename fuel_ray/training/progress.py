@@ -13,18 +13,18 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
 from fuel_ray.config import LearnConfig
-from fuel_ray.env import NODE_FAILURE
+from fuel_ray.env import unlearnable
 from fuel_ray.errors import NodeError
 
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
 
 class Episodes(RLlibCallback):
-    """What is logged of training episodes, and that no one learns from a step that was not measured."""
+    """What is logged of training episodes, and that no one learns from what says nothing of its action."""
 
     def on_sample_end(self, *, samples: list[Any], **_: Any) -> None:
-        """Drop the last step of what a node's failure ended."""
-        measured = [e[:-1] if len(e) and NODE_FAILURE in e.get_infos(-1) else e for e in samples]
+        """Drop the last step of what a node's failure ended, or a limit that was not in force."""
+        measured = [e[:-1] if len(e) and unlearnable(e.get_infos(-1)) else e for e in samples]
         samples[:] = [episode for episode in measured if len(episode)]
 
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:

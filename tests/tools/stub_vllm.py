@@ -1,4 +1,7 @@
-"""``vllm serve MODEL --port N --block-size B`` in a second: the stub; a line per start in $STUB_STARTS."""
+"""``vllm serve MODEL --port N --block-size B`` in a second: the stub; a line per start in $STUB_STARTS.
+
+It has the plug-in unless $VLLM_PLUGINS leaves it out.
+"""
 
 import argparse
 import os
@@ -23,8 +26,9 @@ parser.add_argument("--port", type=int)
 parser.add_argument("--block-size", type=int)
 parser.add_argument("--ssl-certfile")
 parser.add_argument("--ssl-keyfile")
+parser.add_argument("--max-num-seqs", type=int, default=32)
 asked, _ = parser.parse_known_args()
-with open(os.environ["STUB_STARTS"], "a") as log:
+with open(os.environ.get("STUB_STARTS", os.devnull), "a") as log:
     log.write(f"{asked.block_size} {os.getpid()}\n")
 if asked.block_size % 16:
     sys.exit(f"RuntimeError: No common block size for {asked.block_size} (CPU_ATTN: [MultipleOf(16)]).")
@@ -35,7 +39,7 @@ class Healthy(CountingStub):
         return web.json_response({"version": self.version})
 
 
-stub = Healthy()
+stub = Healthy(capacity=asked.max_num_seqs)
 if key := os.environ.get("VLLM_API_KEY"):
     stub.middlewares = [demands(f"Bearer {key}", prefixes=("/v1",))]  # as vLLM does
 if asked.ssl_certfile:
@@ -44,6 +48,8 @@ if "STUB_ARGUMENTS" in os.environ:
     Path(os.environ["STUB_ARGUMENTS"]).write_bytes(
         Path("/proc/self/cmdline").read_bytes() + (b"asks for a key" if key else b"")
     )
+if "fuel_ray" in os.environ.get("VLLM_PLUGINS", "fuel_ray").split(","):
+    stub.limit_file = os.environ.get("FUEL_RAY_LIMIT_FILE")
 stub.page = re.sub(r'block_size="\d+"', f'block_size="{asked.block_size}"', stub.page)
 ended = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: ended.set())
