@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fuel_ray.errors import GpuError, TelemetryError
+from fuel_ray.errors import ConfigError, GpuError, TelemetryError
 from fuel_ray.live.cpu import CpuMeter, CpuReading
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.sampling import Sample, Sampler
@@ -29,7 +29,12 @@ class Measured:
 
 @contextlib.contextmanager
 def monitors(
-    base_url: str, *, gpu_ids: Sequence[int], gpu_interval_s: float, cpu: bool, kv_interval_s: float | None
+    base_url: str,
+    *,
+    gpu_ids: Sequence[str] | None,
+    gpu_interval_s: float,
+    cpu: bool,
+    kv_interval_s: float | None,
 ) -> Iterator[Measured]:
     """Everything that samples, while the block runs; the samples are there after it."""
     found = Measured(began_s=time.monotonic(), kv_interval_s=kv_interval_s)
@@ -56,12 +61,17 @@ def monitors(
             found.kv = kv.trace() if kv is not None else ()
 
 
-def _opened(gpu_ids: Sequence[int], stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
-    """The GPUs that there are, by index; the others are noted as missing."""
-    gpus = {}
-    for index in gpu_ids:
+def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
+    """The GPUs that there are, by NVML's index; the others are noted as missing."""
+    gpus: dict[int, Gpus] = {}
+    for which in ([],) if gpu_ids is None else ([name] for name in gpu_ids):
         try:
-            gpus[index] = stack.enter_context(Gpus([index]))
+            opened = stack.enter_context(Gpus(which, default=1))
         except GpuError as error:
-            found.missing.append(f"GPU {index} is not recorded: {error}")
+            found.missing.append(f"GPU {''.join(which) or 'by default'} is not recorded: {error}")
+            continue
+        (device,) = opened.devices
+        if device.index in gpus:
+            raise ConfigError(f"--gpu-ids name GPU {device.index} twice ({device.uuid})")
+        gpus[device.index] = opened
     return gpus

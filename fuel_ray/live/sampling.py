@@ -166,8 +166,9 @@ class Sampler(Generic[T]):
 
 
 def figures(samples: Iterable[Sample[Any]], name: str) -> list[Sample[float]]:
-    """The same samples of one figure of their readings."""
-    return [Sample(sample.due_s, sample.at_s, getattr(sample.value, name)) for sample in samples]
+    """The same samples of one figure of their readings, where it is known."""
+    values = ((sample, getattr(sample.value, name)) for sample in samples)
+    return [Sample(sample.due_s, sample.at_s, value) for sample, value in values if value is not None]
 
 
 def next_deadline(due_s: float, *, now_s: float, interval_s: float) -> tuple[float, int]:

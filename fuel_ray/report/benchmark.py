@@ -1,15 +1,17 @@
 """What a benchmark leaves: the JSON of one run, figure by figure, and its check."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fuel_ray.live.gpu.nvml import GpuReading
 from fuel_ray.live.load.loadgen import LoadResult
 from fuel_ray.live.monitors import Measured
-from fuel_ray.live.sampling import figures, held_mean, window_energy_j
+from fuel_ray.live.sampling import Sample, figures, held_mean, window_energy_j
 
 _PERCENTILES = (50, 90, 95, 99)
 
@@ -126,13 +128,18 @@ def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
     mean_w = held_mean(power_w, **span)
     return {
         "avg_power": None if mean_w is None else mean_w * 1000,  # mW
-        "avg_gpu_util": float(np.mean([sample.value.gpu_util for sample in samples])) * 100,  # %
-        "avg_mem_util": float(np.mean([sample.value.mem_util for sample in samples])) * 100,  # %
+        "avg_gpu_util": _mean_share(samples, "gpu_util"),  # %
+        "avg_mem_util": _mean_share(samples, "mem_util"),  # %
         "energy_j": window_energy_j(power_w, **span, counter_j=counter_j),
         "energy_source": "integrated power" if None in counter_j else "energy counter",
         "power_trace": [sample.value * 1000 for sample in power_w],  # mW
-        "time_trace": [sample.at_s - measured.began_s for sample in samples],  # s
+        "time_trace": [sample.at_s - measured.began_s for sample in power_w],  # s
     }
+
+
+def _mean_share(samples: Sequence[Sample[GpuReading]], name: str) -> float | None:
+    known = [sample.value for sample in figures(samples, name)]
+    return float(np.mean(known)) * 100 if known else None
 
 
 def _cpu_stats(measured: Measured) -> dict[str, Any] | None:
