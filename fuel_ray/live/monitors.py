@@ -22,6 +22,7 @@ class Measured:
     energy_j: Mapping[int, tuple[float | None, float | None]] = field(default_factory=dict)  # first, last
     cpu: tuple[Sample[CpuReading], ...] = ()
     cpu_modelled: bool = False
+    cpu_reason: str | None = None  # why it is
     kv: tuple[TimedSnapshot, ...] = ()
     kv_interval_s: float | None = None
     missing: list[str] = field(default_factory=list)  # GPUs that are not recorded, and why
@@ -45,13 +46,13 @@ def monitors(
         }
         first_j = {index: opened.energy_j() for index, opened in gpus.items()}
         meter = CpuMeter()
-        found.cpu_modelled = meter.modelled
         cpu_sampler = stack.enter_context(Sampler(meter.read, gpu_interval_s, name="CPU")) if cpu else None
         kv = stack.enter_context(KVCacheMonitor(base_url, kv_interval_s)) if kv_interval_s else None
         try:
             yield found
         finally:
             found.ended_s = time.monotonic()
+            found.cpu_modelled, found.cpu_reason = meter.modelled, meter.reason
             found.energy_j = {index: (first_j[index], opened.energy_j()) for index, opened in gpus.items()}
             for index, sampler in samplers.items():
                 with contextlib.suppress(TelemetryError):  # no sample at all shows as none in the result

@@ -152,6 +152,7 @@ def _cpu_stats(measured: Measured) -> dict[str, Any] | None:
         "avg_power_w": (last.value.energy_j - first.value.energy_j) / (last.at_s - first.at_s),
         "avg_util": float(np.mean(utils)) * 100 if utils else None,  # %
         "source": "modelled from utilisation" if measured.cpu_modelled else "RAPL",
+        "source_reason": measured.cpu_reason,
     }
 
 
