@@ -36,8 +36,8 @@ class CpuMeter:
     """Energy and utilisation of the machine's CPUs; each reader needs a meter of its own.
 
     ``modelled`` says that the energy is, or is in part, the utilisation model's, and ``reason`` why: there is
-    no RAPL, a package's counter has not moved yet, or one stood still, jumped or was refused and is not believed
-    again. Read RAPL at least once per wrap of its counter, about 20 minutes at 200 W.
+    no RAPL, a package's counter has not moved yet, or one stood still, jumped or was refused, and is believed
+    no more. Read RAPL at least once per wrap of its counter, about 20 minutes at 200 W.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ def text(value: str | bytes) -> str:
 
 
 def _name(nvml: Any, handle: Any) -> str:
-    with suppress(nvml.NVMLError_NotSupported, nvml.NVMLError_Unknown, nvml.NVMLError_FunctionNotFound):
+    with suppress(nvml.NVMLError):
         return text(nvml.nvmlDeviceGetName(handle))
     return "unknown GPU"
 

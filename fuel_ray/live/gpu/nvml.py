@@ -162,11 +162,10 @@ class Gpus(AbstractContextManager["Gpus"]):
             logger.warning("the clocks of %s may not be set here: they are left alone", self.name)
         if self.supported_clocks_mhz:
             return self.supported_clocks_mhz[-1:]
-        highest_mhz = self._each("highest SM clock", _highest_clock_mhz)
-        clocks = [mhz for mhz in (self.read().sm_clock_mhz, *highest_mhz) if mhz]
-        if not clocks:
+        clock_mhz = self.read().sm_clock_mhz or _all(self._each("highest SM clock", _highest_clock_mhz))
+        if not clock_mhz:
             raise GpuError(f"{self.name} says neither its supported clocks nor its SM clock nor the highest")
-        return (round(clocks[0]),)
+        return (round(clock_mhz if isinstance(clock_mhz, float) else min(clock_mhz)),)
 
     @property
     def shared(self) -> tuple[str, ...]:
