@@ -137,6 +137,7 @@ def test_a_server_is_found_by_its_port(cards):
         ("http://nowhere.invalid:8000", "nowhere.invalid is another host"),
         ("http://127.0.0.1:9", "no process that may be seen from here listens on port 9"),
         ("https://127.0.0.1/v1", "listens on port 443"),
+        ("http://127.0.0.1:99999", "is no URL"),
     ],
 )
 def test_a_server_elsewhere_cannot_be_checked(cards, url, words):

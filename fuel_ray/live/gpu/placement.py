@@ -42,11 +42,15 @@ def placement(gpus: Gpus, pids: Set[int]) -> Placement:
 
 def placement_of(gpus: Gpus, url: str) -> Placement:
     """Of the server at this URL, if its processes can be seen from here."""
-    parts = urlsplit(url)
     named = ", ".join(gpus.uuids)
-    if not is_local(parts.hostname or ""):
-        return _unknown(named, f"{parts.hostname} is another host")
-    pids, why_not = server_pids(parts.port or (443 if parts.scheme == "https" else 80))
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        return _unknown(named, f"{url} is no URL ({error})")
+    if not is_local(host):
+        return _unknown(named, f"{host} is another host")
+    pids, why_not = server_pids(port)
     return placement(gpus, pids) if pids else _unknown(named, why_not)
 
 
