@@ -73,6 +73,7 @@ def test_a_name_that_means_no_card_or_two_is_refused(nvml, which, message):
         ("1,-1,2", ["GPU-ab2"]),
         ("1,7,2", ["GPU-ab2"]),
         ("1,,2", ["GPU-ab2"]),
+        ("1,GPU-C3", ["GPU-ab2"]),  # as torch on an H200 has it
     ],
 )
 def test_cuda_visible_devices_is_read_as_cuda_reads_it(nvml, visible, shown):

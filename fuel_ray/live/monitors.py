@@ -69,7 +69,7 @@ def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: M
         try:
             opened = stack.enter_context(Gpus(which, default=1))
         except GpuError as error:
-            found.missing.append(f"GPU {''.join(which) or 'by default'} is not recorded: {error}")
+            found.missing.append(f"GPU {', '.join(map(str, which)) or 'by default'} is not recorded: {error}")
             continue
         (device,) = opened.devices
         if device.index in gpus:

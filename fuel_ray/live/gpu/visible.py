@@ -119,9 +119,7 @@ def _visible(
         if len(matches) != 1:  # the first that is invalid hides those behind it: -1, NoDevFiles, none
             break
         found += matches
-    return (
-        tuple(found) if len(set(found)) == len(found) else ()
-    )  # nor does CUDA show any if one is there twice
+    return tuple(found) if len(set(found)) == len(found) else ()  # CUDA shows none if one is there twice
 
 
 def _check_order(
@@ -143,18 +141,17 @@ def _check_order(
 def _named(name: str, devices: Sequence[Device]) -> list[Device]:
     if name.isdecimal():
         return [card for card in _cards(devices) if card.index == int(name)]
-    folded = name.casefold()
-    exact = [device for device in devices if device.uuid.casefold() == folded]
-    if exact or not folded.startswith(("gpu-", "mig-")):
+    exact = [device for device in devices if device.uuid == name]
+    if exact or not name.startswith(("GPU-", "MIG-")):
         return exact
-    return [device for device in devices if device.uuid.casefold().startswith(folded)]
+    return [device for device in devices if device.uuid.startswith(name)]
 
 
 def _allowed(
     name: str, devices: Sequence[Device], seen: Sequence[Device] | None, environ: Mapping[str, str]
 ) -> Device:
     """The one device of this name that may be used; of a card of which MIG instances are shown, the one."""
-    matches = _named(name, devices)
+    matches = _named(name, devices) or _named(name[:4].upper() + name[4:].lower(), devices)
     if len(matches) > 1:
         raise ConfigError(f"GPU {name} fits several: {listed(matches)}; give more of the UUID")
     if not matches:
