@@ -1,6 +1,7 @@
 """The benchmark verb against a real HTTP server and a fake NVML: every key of the result, and the check."""
 
 import json
+import os
 
 import pynvml
 import pytest
@@ -106,6 +107,15 @@ def test_the_visible_gpu_is_recorded_and_what_it_lacks_is_unknown(stub, tmp_path
     assert "CUDA_VISIBLE_DEVICES=GPU-1 leaves GPU 0 out" in capsys.readouterr().err
     assert main([*flags, "--gpu-ids", "1", "GPU-1"]) == 2
     assert "--gpu-ids name GPU 1 twice" in capsys.readouterr().err
+
+
+def test_a_server_on_a_card_that_is_not_recorded_is_said(stub, tmp_path, monkeypatch, capsys):
+    cards = FakeGpu("GPU-0", pids=(1,)), FakeGpu("GPU-1", pids=(os.getpid(),))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(*cards))
+    assert benchmark(stub, tmp_path)[0] == 0
+    assert (
+        "runs on GPU GPU-1, and GPU GPU-0 would be measured: give --gpu-ids GPU-1" in capsys.readouterr().out
+    )
 
 
 def test_failed_requests_are_counted(stub, tmp_path, monkeypatch):

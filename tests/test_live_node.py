@@ -1,14 +1,17 @@
 """GpuNode on a fake NVML and a real HTTP server that counts as vLLM does."""
 
+import contextlib
 import os
 import re
 import time
 from dataclasses import dataclass
 
 import numpy as np
+import pynvml
 import pytest
 
 from fuel_ray.errors import GpuError, NodeError, TelemetryError
+from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
@@ -17,6 +20,7 @@ from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.types import Knobs, NodeSpec, Requests
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import Stub, serving
+from tests.test_cpu import _domain
 
 CLOCKS = (990, 1500, 1980)
 
@@ -199,3 +203,25 @@ def test_what_ended_before_records_were_taken_is_in_the_next_window_still(stub, 
     node.close()
     assert window.arrivals >= window.completed >= taken > 0
     assert len(window.e2es_s) == window.completed
+
+
+def test_a_window_is_measured_without_the_cpu_where_rapl_has_gone(stub, gpu, tmp_path):
+    _domain(tmp_path, "intel-rapl:0", name="package-0", energy_uj=7)
+    spec = NodeSpec("live", "H100", ("GPU-0",), "tiny", 16, 300, (1, 32), (1980,))
+    node = GpuNode(spec, Gpus(["GPU-0"]), MetricsClient(stub.url), cpu=CpuMeter(root=tmp_path))
+    with contextlib.closing(node):
+        node.reset(seed=0)
+        (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+        window = node.measure(0.1)
+    assert window.cpu_energy_j is None and window.cpu_util is None and window.gpu_util == 0.9
+
+
+def test_windows_have_what_the_card_gives(stub, gpu):
+    names = ("PowerUsage", "UtilizationRates", "ClockInfo")
+    gpu.faults = {f"nvmlDeviceGet{name}": pynvml.NVML_ERROR_NOT_SUPPORTED for name in names}
+    with contextlib.closing(live_node(stub)) as node:
+        node.reset(seed=0)
+        gpu.energy_mj += 7_000
+        window = node.measure(0.1)
+    assert window.energy_j == pytest.approx(7.0)
+    assert window.gpu_util is None and window.gpu_mem_util is None and window.gpu_clock_mhz is None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fuel_ray.errors import ConfigError, GpuError, TelemetryError
 from fuel_ray.live.cpu import CpuMeter, CpuReading
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
+from fuel_ray.live.gpu.placement import placement_of
 from fuel_ray.live.sampling import Sample, Sampler
 from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, TimedSnapshot
 
@@ -25,7 +26,9 @@ class Measured:
     cpu_reason: str | None = None  # why it is
     kv: tuple[TimedSnapshot, ...] = ()
     kv_interval_s: float | None = None
-    missing: list[str] = field(default_factory=list)  # GPUs that are not recorded, and why
+    missing: list[str] = field(
+        default_factory=list
+    )  # GPUs that are not recorded, and why; a server elsewhere
 
 
 @contextlib.contextmanager
@@ -41,6 +44,7 @@ def monitors(
     found = Measured(began_s=time.monotonic(), kv_interval_s=kv_interval_s)
     with contextlib.ExitStack() as stack:
         gpus = _opened(gpu_ids, stack, found)
+        found.missing += _elsewhere(gpus, base_url)
         samplers = {
             index: stack.enter_context(Sampler(opened.read, gpu_interval_s)) for index, opened in gpus.items()
         }
@@ -60,6 +64,15 @@ def monitors(
             with contextlib.suppress(TelemetryError):
                 found.cpu = cpu_sampler.since(found.began_s) if cpu_sampler is not None else ()
             found.kv = kv.trace() if kv is not None else ()
+
+
+def _elsewhere(gpus: dict[int, Gpus], base_url: str) -> Iterator[str]:
+    """A line if the server is seen to be on other cards than these."""
+    if gpus:
+        with Gpus([opened.devices[0].uuid for opened in gpus.values()]) as together:
+            found = placement_of(together, base_url)
+        if found.found == "wrong":
+            yield found.text
 
 
 def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
