@@ -11,7 +11,7 @@ import psutil
 import pynvml
 import pytest
 
-from fuel_ray.build.cluster import gpus_per_node
+from fuel_ray.build.cluster import _serve, gpus_per_node
 from fuel_ray.build.live import LiveServer, num_gpus
 from fuel_ray.config import PRESETS, LiveConfig
 from fuel_ray.errors import ConfigError, GpuError
@@ -52,6 +52,14 @@ def test_a_server_that_is_started_gets_the_gpu_that_is_measured(cards, tmp_path)
         assert told(tmp_path) == ["GPU-c PCI_BUS_ID"] and spec.gpu_uuids == server.config.live.gpu_ids
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(("visible", "given"), [("1", ("1",)), ("GPU-b", ("GPU-b",))])
+def test_an_actor_serves_on_the_gpu_that_ray_gave_to_it(cards, tmp_path, monkeypatch, visible, given):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)  # as Ray does for its actor
+    server = _serve(config(tmp_path, "0"), 16, given)
+    server.close()
+    assert told(tmp_path) == ["GPU-b PCI_BUS_ID"] and server.config.live.gpu_ids == ("GPU-b",)
 
 
 def test_without_ids_it_gets_the_first_visible_ones_that_its_flags_need(cards, tmp_path, monkeypatch):
