@@ -26,6 +26,7 @@ import numpy as np
 from fuel_ray.errors import NodeError
 from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.gpu.visible import server_environment
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.sampling import Sampler, window_energy_j
@@ -238,6 +239,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
                 log_path=flags.log,
                 executable=shlex.split(flags.vllm),
                 flags=shlex.split(flags.flags),
+                env=None if gpus is None else server_environment(gpus.devices, by_index=True),
                 limit_file=limiter.path,
             )
         )

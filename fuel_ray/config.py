@@ -138,8 +138,9 @@ class LiveConfig(Access):
     """Command that runs vLLM; several words as in a shell."""
     flags: str = ""
     """More flags of vllm serve, as in a shell: --live.flags="--dtype half"."""
-    gpu_ids: tuple[str, ...] = ("0",)
-    """NVML indices or UUIDs of the GPUs that the server runs on."""
+    gpu_ids: tuple[str, ...] = ()
+    """GPUs that the server runs on, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning);
+    none given: the first that CUDA_VISIBLE_DEVICES shows, as many as --live.flags make the server use."""
     clock_control: Literal["on", "off"] = "on"
     """off: observe-only; clocks are left alone and policies have one clock to choose."""
     vocab_size: int = 1000

@@ -104,6 +104,30 @@ def test_without_nvml_the_rest_is_recorded_and_that_is_said(stub, tmp_path, monk
     assert "not recorded" in capsys.readouterr().out
 
 
+def test_the_visible_gpu_is_recorded_and_what_it_lacks_is_unknown(stub, tmp_path, monkeypatch, capsys):
+    card = FakeGpu("GPU-1", faults={"nvmlDeviceGetUtilizationRates": pynvml.NVML_ERROR_NOT_SUPPORTED})
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), card))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    code, result = benchmark(stub, tmp_path)
+    assert code == 0 and set(result["gpu_power_stats"]) == {"1"}
+    gpu = result["gpu_power_stats"]["1"]
+    assert gpu["avg_gpu_util"] is None and gpu["avg_power"] == pytest.approx(400_000)
+    flags = ["benchmark", "--model", "tiny", "--port", stub.url.rsplit(":", 1)[1]]
+    assert main([*flags, "--gpu-ids", "0"]) == 2
+    assert "CUDA_VISIBLE_DEVICES=GPU-1 leaves GPU 0 out" in capsys.readouterr().err
+    assert main([*flags, "--gpu-ids", "1", "GPU-1"]) == 2
+    assert "--gpu-ids name GPU 1 twice" in capsys.readouterr().err
+
+
+def test_a_server_on_a_card_that_is_not_recorded_is_said(stub, tmp_path, monkeypatch, capsys):
+    cards = FakeGpu("GPU-0", pids=(1,)), FakeGpu("GPU-1", pids=(os.getpid(),))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(*cards))
+    assert benchmark(stub, tmp_path)[0] == 0
+    assert (
+        "runs on GPU GPU-1, and GPU GPU-0 would be measured: give --gpu-ids GPU-1" in capsys.readouterr().out
+    )
+
+
 def test_failed_requests_are_counted(stub, tmp_path, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     stub.completion = "short"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from fuel_ray.cli import main
@@ -462,3 +463,50 @@ def test_a_hybrid_models_block_size_is_its_attentions(
     assert main(arguments) == code and words in capsys.readouterr().err
     assert main([*arguments, "--allow-mismatch"]) == (2 if tokens == "1200" else 0)
     assert tokens == "1200" or "KV blocks of 256" in capsys.readouterr().out
+
+
+def test_a_server_on_another_card_is_warned_of_and_refused_with_strict(
+    stub, policy, tmp_path, monkeypatch, caplog, capsys
+):
+    cards = FakeGpu("GPU-a", pids=(1,)), FakeGpu("GPU-b", pids=(os.getpid(),))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(*cards))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: True)
+    flags = ["--server", stub.url, "--out", str(tmp_path / "strict"), "--max-steps", "1", "--strict"]
+    assert main(["deploy", "--policy", str(policy), *flags, "--gpu-ids", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "the server runs on GPU GPU-b, and GPU GPU-a would be measured: give --gpu-ids GPU-b" in error
+    assert len(error.splitlines()) == 1 and cards[0].calls.count("reset") == 0
+    assert deploy(stub, policy, tmp_path, "--gpu-ids", "0")[0] == 0
+    assert "would be measured" in caplog.text
+    caplog.clear()
+    assert main(["deploy", "--policy", str(policy), *flags, "--gpu-ids", "GPU-b"]) == 0
+    assert "would be measured" not in caplog.text and cards[1].calls.count("reset") == 1
+
+
+def test_the_gpu_that_is_visible_is_the_one_that_is_controlled(stub, policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu("GPU-a"), FakeGpu("GPU-b"), FakeGpu("GPU-c"))
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
+    assert deploy(stub, policy, tmp_path)[2]["spec"]["gpu_uuids"] == ["GPU-c"]
+    arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main(["deploy", *arguments, "--gpu-ids", "0"]) == 2
+    assert "CUDA_VISIBLE_DEVICES=2,1 leaves GPU 0 out (GPU-a)" in capsys.readouterr().err
+
+
+def test_a_card_whose_energy_cannot_be_had_is_refused_before_anything_is_set(
+    stub, gpu, policy, tmp_path, capsys
+):
+    gpu.energy_mj, gpu.faults = None, {"nvmlDeviceGetPowerUsage": pynvml.NVML_ERROR_NOT_SUPPORTED}
+    arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main(["deploy", *arguments]) == 2
+    assert "cannot be measured: no energy counter on GPU GPU-0" in capsys.readouterr().err
+    assert gpu.locked_mhz is None
+
+
+@pytest.mark.parametrize("error", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_UNKNOWN])
+def test_readings_that_are_not_needed_may_be_missing(stub, gpu, policy, tmp_path, error):
+    names = ("PowerUsage", "UtilizationRates", "ClockInfo", "MaxMigDeviceCount", "ComputeRunningProcesses")
+    gpu.faults = {f"nvmlDeviceGet{name}": error for name in names}
+    code, lines, run = deploy(stub, policy, tmp_path)
+    assert code == 0 and run["summary"]["lost_windows"] == 0 and len(lines) == 4

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import pynvml
 import pytest
 import yaml
 
 from fuel_ray import __version__
 from fuel_ray.cli import main
+from fuel_ray.live.cpu import CpuMeter
 from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.test_cpu import _domain
 
 ROOT = Path(__file__).parent.parent
 METADATA = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n"
@@ -63,6 +67,7 @@ def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
     assert main(["doctor", *flags]) == 0
     found = lines(capsys)
     assert found["GPU"] == ("ok", "1 x NVIDIA H100 80GB HBM3, driver 580.95.05")
+    assert found["readings"] == ("ok", "energy counter, power, utilisation, SM clock")
     assert found["clocks"][0] == found["plug-in"][0] == found["disk"][0] == found["port"][0] == "ok"
     assert found["vLLM"] == ("ok", f"0.32.0 ({command})")
     assert found["block sizes"] == ("ok", "multiples of 16: 16, 32")
@@ -121,6 +126,51 @@ def test_clocks_that_may_not_be_set_are_a_note(vllm, capsys, monkeypatch):
     assert main(["doctor", "--vllm", vllm()]) == 0
     mark, text = lines(capsys)["clocks"]
     assert mark == "note" and "SYS_ADMIN" in text
+
+
+@pytest.mark.parametrize(
+    ("lacks", "mark", "text"),
+    [
+        (
+            {"nvmlDeviceGetUtilizationRates"},
+            "note",
+            "energy counter, power, SM clock; no utilisation on GPU GPU-1",
+        ),
+        ({"nvmlDeviceGetTotalEnergyConsumption"}, "note", "energy is integrated from power"),
+        (
+            {"nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"},
+            "FAIL",
+            "no power on GPU GPU-1: energy cannot be measured",
+        ),
+    ],
+)
+def test_the_readings_that_a_card_gives_are_listed(vllm, capsys, monkeypatch, lacks, mark, text):
+    card = FakeGpu("GPU-1", faults=dict.fromkeys(lacks, pynvml.NVML_ERROR_UNKNOWN))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), card))
+    assert main(["doctor", "--vllm", vllm(), "--gpu-ids", "0", "1"]) == (mark == "FAIL")
+    found = lines(capsys)["readings"]
+    assert found[0] == mark and text in found[1]
+
+
+def test_the_visible_gpu_is_looked_at_and_others_are_said_to_be_hidden(vllm, capsys, monkeypatch):
+    cards = FakeGpu(name="NVIDIA L4"), FakeGpu("GPU-1", instances=(FakeGpu("MIG-1"), FakeGpu("MIG-2")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(*cards))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    command = vllm()
+    assert main(["doctor", "--vllm", command]) == 0
+    found = lines(capsys)
+    assert "1 x NVIDIA H100" in found["GPU"][1] and "one of its 2 MIG instances" in found["MIG"][1]
+    assert main(["doctor", "--vllm", command, "--gpu-ids", "0"]) == 1
+    assert "CUDA_VISIBLE_DEVICES=GPU-1 leaves GPU 0 out" in lines(capsys)["GPU"][1]
+
+
+def test_rapl_that_stands_still_is_modelled(vllm, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.checks.CpuMeter", partial(CpuMeter, root=tmp_path / "powercap"))
+    _domain(tmp_path / "powercap", "intel-rapl:0", name="package-0", energy_uj=7)
+    assert main(["doctor", "--vllm", vllm()]) == 0
+    mark, text = lines(capsys)["RAPL"]
+    assert mark == "note" and "energy_uj has not moved for" in text and "modelled from utilisation" in text
 
 
 def test_a_simulated_node_needs_neither_gpu_nor_vllm(capsys):

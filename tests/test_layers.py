@@ -49,7 +49,7 @@ HOMES = {
     "yaml": ("cluster.ssh",),
     "pynvml": ("live.gpu.nvml",),
     "aiohttp": ("live.load",),
-    "psutil": ("live.cpu",),
+    "psutil": ("live.cpu", "live.processes"),
     "prometheus_client": ("deploy.exporter", "live.vllm"),
     "rich": ("commands.watch",),
     "vllm": ("vllm_plugin",),

@@ -1,15 +1,18 @@
 """GpuNode on a fake NVML and a real HTTP server that counts as vLLM does."""
 
+import contextlib
 import os
 import re
 import time
 from dataclasses import dataclass
 
 import numpy as np
+import pynvml
 import pytest
 
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import ConfigError, GpuError, NodeError, TelemetryError
+from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
@@ -21,6 +24,7 @@ from fuel_ray.objective import Energy
 from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import Stub, serving
+from tests.test_cpu import _domain
 
 CLOCKS = (990, 1500, 1980)
 
@@ -269,3 +273,25 @@ def test_an_idle_server_need_not_acknowledge(stub, gpu, tmp_path):
     window = node.measure(0.2)
     assert (window.knobs.batch_limit, window.limit_acknowledged) == (32, None)
     node.close()
+
+
+def test_a_window_is_measured_without_the_cpu_where_rapl_has_gone(stub, gpu, tmp_path):
+    _domain(tmp_path, "intel-rapl:0", name="package-0", energy_uj=7)
+    spec = NodeSpec("live", "H100", ("GPU-0",), "tiny", 16, 300, (1, 32), (1980,))
+    node = GpuNode(spec, Gpus(["GPU-0"]), MetricsClient(stub.url), cpu=CpuMeter(root=tmp_path))
+    with contextlib.closing(node):
+        node.reset(seed=0)
+        (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+        window = node.measure(0.1)
+    assert window.cpu_energy_j is None and window.cpu_util is None and window.gpu_util == 0.9
+
+
+def test_windows_have_what_the_card_gives(stub, gpu):
+    names = ("PowerUsage", "UtilizationRates", "ClockInfo")
+    gpu.faults = {f"nvmlDeviceGet{name}": pynvml.NVML_ERROR_NOT_SUPPORTED for name in names}
+    with contextlib.closing(live_node(stub)) as node:
+        node.reset(seed=0)
+        gpu.energy_mj += 7_000
+        window = node.measure(0.1)
+    assert window.energy_j == pytest.approx(7.0)
+    assert window.gpu_util is None and window.gpu_mem_util is None and window.gpu_clock_mhz is None

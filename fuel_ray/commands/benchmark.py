@@ -38,8 +38,9 @@ class BenchmarkConfig(DrawnLoad, Access):
     """Host of the server."""
     port: int = 8000
     """Port of the server."""
-    gpu_ids: tuple[int, ...] = (0,)
-    """NVML indices of the server's GPUs; none where there is no NVML."""
+    gpu_ids: tuple[str, ...] | None = None
+    """The server's GPUs, by nvidia-smi's index or by UUID; None: the first that CUDA_VISIBLE_DEVICES shows;
+    empty: none."""
     gpu_monitor_interval: float = 0.05
     """Seconds between GPU and CPU samples."""
     kv_monitor_interval: float = 0.5

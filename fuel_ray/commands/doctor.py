@@ -27,8 +27,8 @@ class DoctorConfig:
     """Look whether the hosts of this cluster.yaml answer by ssh, before `ray up` waits for them."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes that are to be served, in tokens."""
-    gpu_ids: tuple[str, ...] = ("0",)
-    """NVML indices or UUIDs of a node's GPUs."""
+    gpu_ids: tuple[str, ...] = ()
+    """A node's GPUs, by nvidia-smi's index or by UUID; none given: the first of CUDA_VISIBLE_DEVICES."""
     vllm: str = "vllm"
     """Command that runs vLLM; several words as in a shell."""
     out: Path = Path("results")

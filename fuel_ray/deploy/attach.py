@@ -19,11 +19,12 @@ from fuel_ray.deploy.estimate import SavingEstimate
 from fuel_ray.deploy.limits import check_judged, how_judged
 from fuel_ray.deploy.rule import Rule
 from fuel_ray.drift import DriftDetector
-from fuel_ray.errors import ConfigError, NodeError, PolicyError
+from fuel_ray.errors import ConfigError, GpuError, NodeError, PolicyError
 from fuel_ray.guard import Guard
 from fuel_ray.live.gpu.lease import unlock
 from fuel_ray.live.gpu.lease_state import state_folder, state_path
 from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.gpu.placement import Placement, placement_of
 from fuel_ray.live.node import GpuNode
 from fuel_ray.live.vllm.cache import CacheConfig
 from fuel_ray.live.vllm.endpoint import Endpoint
@@ -52,8 +53,11 @@ class Target(Access):
     """URL of the running server; it is attached to and never stopped."""
     served_model: str | None = None
     """Name under which the server serves the model, where it serves several; None: the policy's."""
-    gpu_ids: tuple[str, ...] = ("0",)
-    """NVML indices or UUIDs of the GPUs that the server runs on."""
+    gpu_ids: tuple[str, ...] = ()
+    """GPUs that the server runs on, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning);
+    none given: the first that CUDA_VISIBLE_DEVICES shows to this process."""
+    strict: bool = False
+    """Refuse to begin where no process of the server is on these GPUs, instead of a warning."""
     limit_file: Path | None = None
     """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
     max_num_seqs: int | None = None
@@ -78,7 +82,9 @@ def attach(
         NodeError: the server does not answer, there is no such GPU, or another controller has it.
     """
     with contextlib.ExitStack() as opened:
-        gpus = opened.enter_context(Gpus(target.gpu_ids))
+        gpus = opened.enter_context(Gpus(target.gpu_ids, default=1))
+        gpus.require_energy()
+        found = _placement(target, gpus)
         if target.clock_control == "on" and not target.shadow:
             _give_back_left(gpus.uuids)
         server = Endpoint.of(target.server, target)
@@ -104,6 +110,7 @@ def attach(
             policy = trial.over(policy, spec.max_performance)
         node = GpuNode(spec, gpus, client, limiter=limiter, shadow=target.shadow)
         opened.pop_all()  # the node closes them
+    logger.log(logging.INFO if found.found == "right" else logging.WARNING, "%s", found.text)
     return Attached(
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=policy,
@@ -111,6 +118,14 @@ def attach(
         saved_j=_saving(folder, spec),
         judged=tuple(how_judged(folder.slo, page)),
     )
+
+
+def _placement(target: Target, gpus: Gpus) -> Placement:
+    """Whether the server is on these GPUs; GpuError where it is not and --strict was given."""
+    found = placement_of(gpus, target.server)
+    if found.found == "wrong" and target.strict:
+        raise GpuError(f"{target.server}: {found.text} (without --strict this is a warning)")
+    return found
 
 
 def _spec(

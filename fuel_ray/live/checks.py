@@ -1,21 +1,24 @@
 """What a host has of what a node needs: GPUs, clocks, RAPL, vLLM with the plug-in, a port, disk space."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fuel_ray import __version__
-from fuel_ray.errors import GpuError
-from fuel_ray.live.cpu import CpuMeter
-from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.errors import ConfigError, GpuError, TelemetryError
+from fuel_ray.live.cpu import STUCK_S, CpuMeter
+from fuel_ray.live.gpu.nvml import READINGS, Gpus
 from fuel_ray.live.vllm.server import free_port
 
 LEAST_FREE_GB = 5.0
 ASK_S = 20.0
+RAPL_S = 0.1  # between two readings, until the counter is seen to move
 
 # Runs in vLLM's environment, with which fuel_ray shares nothing. Importing vLLM itself takes half a minute,
 # its plug-in no time
@@ -76,11 +79,31 @@ def host_checks(
 
 def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
     try:
-        with Gpus(gpu_ids) as gpus:
+        with Gpus(gpu_ids, default=1) as gpus:
             yield Check("GPU", f"{len(gpus.uuids)} x {gpus.name}, driver {gpus.driver_version}")
+            for line in gpus.shared:
+                yield Check("MIG", line, "leave its clock alone, --clock-control off", needed=False)
+            yield _readings(gpus)
             yield _clocks(gpus)
     except GpuError as error:
-        yield Check("GPU", str(error), "install NVIDIA's driver, or give the container its GPUs (--gpus all)")
+        remedy = "install NVIDIA's driver, or give the container its GPUs (--gpus all)"
+        yield Check("GPU", str(error), remedy if error.__cause__ else "`nvidia-smi -L` lists what is here")
+    except ConfigError as error:
+        yield Check("GPU", str(error), "name others by --gpu-ids, or change that variable")
+
+
+def _readings(gpus: Gpus) -> Check:
+    """What each card gives; only without a way to its energy a node cannot be."""
+    lacking = gpus.lacking()
+    found = ", ".join(name for name in READINGS if name not in lacking) or "none"
+    if not lacking:
+        return Check("readings", found)
+    missing = "; ".join(f"no {name} on GPU {', '.join(uuids)}" for name, uuids in lacking.items())
+    if {"energy counter", "power"} <= set(lacking):
+        remedy = "energy cannot be measured: update the driver, or leave that GPU out"
+        return Check("readings", f"{found}; {missing}", remedy)
+    remedy = "energy is integrated from power" if "energy counter" in lacking else "unknown in every record"
+    return Check("readings", f"{found}; {missing}", remedy, needed=False)
 
 
 def _clocks(gpus: Gpus) -> Check:
@@ -96,6 +119,14 @@ def _clocks(gpus: Gpus) -> Check:
 
 def _rapl() -> Check:
     meter = CpuMeter()
+    deadline_s = time.monotonic() + STUCK_S + RAPL_S
+    with contextlib.suppress(TelemetryError):
+        if not meter.modelled:
+            time.sleep(RAPL_S)
+            meter.read()
+        while meter.waits and time.monotonic() < deadline_s:
+            time.sleep(RAPL_S)
+            meter.read()
     if not meter.modelled:
         return Check("RAPL", "CPU energy is measured")
     remedy = "CPU energy is modelled from utilisation; GPU energy is not affected"

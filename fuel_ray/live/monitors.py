@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from fuel_ray.errors import GpuError, NodeError
+from fuel_ray.errors import ConfigError, GpuError, NodeError
 from fuel_ray.live.cpu import CpuMeter, CpuReading
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
+from fuel_ray.live.gpu.placement import placement_of
 from fuel_ray.live.sampling import Missing, Sample, Sampler
 from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor
@@ -41,11 +42,12 @@ class Measured:
     """What the monitors saw; times are monotonic."""
 
     began_s: float
-    gpu_ids: tuple[int, ...]  # asked for
     ended_s: float = 0.0
+    gpu_ids: list[str] = field(default_factory=list)  # asked for: index, or name if it is not there
     gpus: dict[int, GpuTrack] = field(default_factory=dict)  # of those that there are
     cpu: Track[CpuReading] | None = None  # None: not asked for, as below
     cpu_modelled: bool = False
+    cpu_reason: str | None = None  # why it is
     kv: Track[MetricsSnapshot] | None = None
     kv_interval_s: float | None = None
     missing: list[str] = field(default_factory=list)  # what is not recorded at all, and why
@@ -55,15 +57,16 @@ class Measured:
 def monitors(
     base_url: str | Endpoint,
     *,
-    gpu_ids: Sequence[int],
+    gpu_ids: Sequence[str] | None,
     gpu_interval_s: float,
     cpu: bool,
     kv_interval_s: float | None,
 ) -> Iterator[Measured]:
     """Everything that samples, while the block runs; the samples are there after it, whatever failed."""
-    found = Measured(time.monotonic(), tuple(dict.fromkeys(gpu_ids)), kv_interval_s=kv_interval_s)
+    found = Measured(time.monotonic(), kv_interval_s=kv_interval_s)
     with contextlib.ExitStack() as stack:
-        gpus = _opened(stack, found)
+        gpus = _opened(gpu_ids, stack, found)
+        found.missing += _elsewhere(gpus, base_url)
         samplers = {
             index: stack.enter_context(
                 Sampler(opened.read, gpu_interval_s, name=f"GPU {index}", capacity=CAPACITY)
@@ -74,7 +77,6 @@ def monitors(
             found.gpus[index] = track = GpuTrack()
             track.first_j = _counter_j(opened, track, "beginning")
         meter = CpuMeter()
-        found.cpu_modelled = meter.modelled
         cpu_sampler = Sampler(meter.read, gpu_interval_s, name="CPU", capacity=CAPACITY)
         if cpu:
             stack.enter_context(cpu_sampler)
@@ -83,6 +85,7 @@ def monitors(
             yield found
         finally:
             found.ended_s = time.monotonic()
+            found.cpu_modelled, found.cpu_reason = meter.modelled, meter.reason
             for index, track in found.gpus.items():
                 track.samples, track.failures = samplers[index].kept()
                 track.last_j = _counter_j(gpus[index], track, "end")
@@ -93,15 +96,35 @@ def monitors(
                 found.kv = Track(snapshots, kv.failures())
 
 
-def _opened(stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
-    """The GPUs that there are, by index; the others are noted as missing."""
-    gpus = {}
-    for index in found.gpu_ids:
+def _elsewhere(gpus: dict[int, Gpus], server: str | Endpoint) -> Iterator[str]:
+    """A line if the server is seen to be on other cards than these."""
+    if gpus:
+        url = server.url if isinstance(server, Endpoint) else server
+        with contextlib.ExitStack() as stack:
+            together = Gpus([opened.devices[0].uuid for opened in gpus.values()])
+            stack.callback(_close, together)
+            found = placement_of(together, url)
+        if found.found == "wrong":
+            yield found.text
+
+
+def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
+    """The GPUs that there are, by NVML's index; the others are noted as missing."""
+    gpus: dict[int, Gpus] = {}
+    for which in ([],) if gpu_ids is None else ([name] for name in gpu_ids):
         try:
-            gpus[index] = Gpus([index])
-            stack.callback(_close, gpus[index])
+            opened = Gpus(which, default=1)
+            stack.callback(_close, opened)
         except GpuError as error:
-            found.missing.append(f"GPU {index} is not recorded: {error}")
+            name = ", ".join(map(str, which)) or "by default"
+            found.missing.append(f"GPU {name} is not recorded: {error}")
+            found.gpu_ids.append(name)
+            continue
+        (device,) = opened.devices
+        if device.index in gpus:
+            raise ConfigError(f"--gpu-ids name GPU {device.index} twice ({device.uuid})")
+        gpus[device.index] = opened
+        found.gpu_ids.append(str(device.index))
     return gpus
 
 

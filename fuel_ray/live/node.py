@@ -35,7 +35,7 @@ class _Mark:
     at_s: float
     server: MetricsSnapshot
     energy_j: float | None
-    cpu: CpuReading
+    cpu: CpuReading | None  # None if it could not be read
 
 
 class GpuNode:
@@ -149,7 +149,15 @@ class GpuNode:
 
     def _read_mark(self) -> _Mark:
         server = self._client.scrape()
-        return _Mark(self._clock(), server, self._gpus.energy_j(), self._cpu.read())
+        return _Mark(self._clock(), server, self._gpus.energy_j(), self._read_cpu())
+
+    def _read_cpu(self) -> CpuReading | None:
+        """None where RAPL has gone: a window is measured without the CPU's energy."""
+        try:
+            return self._cpu.read()
+        except TelemetryError as error:
+            logger.debug("no CPU reading: %s", error)
+            return None
 
     def _progress(self, load: LoadGenerator) -> LoadProgress:
         """Look at the load; what has ended is for the records and for the next window."""
@@ -178,10 +186,10 @@ class GpuNode:
                 end_s=end.at_s,
                 counter_j=(begin.energy_j, end.energy_j),
             ),
-            cpu_energy_j=end.cpu.energy_j - begin.cpu.energy_j,
+            cpu_energy_j=end.cpu.energy_j - begin.cpu.energy_j if begin.cpu and end.cpu else None,
             gpu_util=_mean(readings, "gpu_util", begin, end),
             gpu_mem_util=_mean(readings, "mem_util", begin, end),
-            cpu_util=end.cpu.util,
+            cpu_util=end.cpu.util if end.cpu else None,
             arrivals=served.arrivals,
             completed=served.completed,
             prompt_tokens=delta.prompt_tokens - (delta.prompt_tokens_cached or 0),

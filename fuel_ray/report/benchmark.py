@@ -134,7 +134,7 @@ def _energy_figures(
 ) -> dict[str, float | None]:
     """Energy of all GPUs that were asked for, over completed requests and output tokens; None without it."""
     stats = result["gpu_power_stats"]
-    unknown = [i for i in measured.gpu_ids if stats.get(str(i), {}).get("energy_j") is None]
+    unknown = [i for i in measured.gpu_ids if stats.get(i, {}).get("energy_j") is None]
     energy_j = None if unknown or not stats else sum(own["energy_j"] for own in stats.values())
     if unknown and len(measured.gpu_ids) > len(unknown):
         names = ", ".join(f"GPU {index}" for index in unknown)

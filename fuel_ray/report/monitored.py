@@ -99,6 +99,7 @@ def cpu_stats(measured: Measured, say: Say) -> dict[str, Any] | None:
         "power_known_s": known_s,
         "avg_util": _percent(_known(track, "util")),
         "source": "modelled from utilisation" if measured.cpu_modelled else "RAPL",
+        "source_reason": measured.cpu_reason,
     }
 
 

@@ -1,6 +1,7 @@
 """``vllm serve MODEL --port N --block-size B`` in a second: the stub; a line per start in $STUB_STARTS.
 
 It has the plug-in unless $VLLM_PLUGINS leaves it out.
+With $STUB_OLD it is a vLLM that takes no UUIDs; what it was told of GPUs is in $STUB_GPUS.
 """
 
 import argparse
@@ -30,6 +31,12 @@ parser.add_argument("--max-num-seqs", type=int, default=32)
 asked, _ = parser.parse_known_args()
 with open(os.environ.get("STUB_STARTS", os.devnull), "a") as log:
     log.write(f"{asked.block_size} {os.getpid()}\n")
+if "STUB_GPUS" in os.environ:
+    with open(os.environ["STUB_GPUS"], "a") as log:
+        log.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('CUDA_DEVICE_ORDER')}\n")
+if "STUB_OLD" in os.environ and not os.environ["CUDA_VISIBLE_DEVICES"][0].isdecimal():
+    name = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[0]
+    sys.exit(f"ValueError: invalid literal for int() with base 10: {name!r}\npydantic ValidationError")
 if asked.block_size % 16:
     sys.exit(f"RuntimeError: No common block size for {asked.block_size} (CPU_ATTN: [MultipleOf(16)]).")
 

@@ -140,6 +140,10 @@ class VllmServer:
         own = self._process.pid
         return tuple(sorted(self._family.pids(), key=lambda pid: pid != own))
 
+    def printed(self, words: re.Pattern[str]) -> bool:
+        """Whether there are such words in what its last run has printed."""
+        return self.log_path.exists() and words.search(self._log()) is not None
+
     def stop(self) -> None:
         """End the server and all its children: SIGTERM, after a deadline SIGKILL; safe to call twice."""
         process, self._process = self._process, None
