@@ -16,8 +16,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
-import fsspec
-
 from fuel_ray.control import StepRecord
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import EpisodeSummary
@@ -66,6 +64,8 @@ def fetch(run_dir: Path, storage: str) -> None:
 @contextmanager
 def _stored(storage: str, run_dir: Path) -> Iterator[tuple[Any, str]]:
     """The file system of ``storage`` and the run's folder there; what fails is a ConfigError."""
+    import fsspec  # noqa: PLC0415  (a deployment, which has no such storage, goes without)
+
     try:
         files, root = fsspec.core.url_to_fs(storage)
         yield files, f"{root.rstrip('/')}/{run_dir.name}"
