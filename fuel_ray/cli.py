@@ -14,7 +14,7 @@ from typing import get_type_hints
 from fuel_ray import __version__
 from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.live.processes import orderly_signals
-from fuel_ray.packages import blamed
+from fuel_ray.packages import blamed, numba_cache
 
 VERBS = {  # each is the module of that name in commands
     "sweep": "train and compare one policy per KV block size",
@@ -87,6 +87,8 @@ def _run(verb: str, argv: list[str]) -> int:
         raise ConfigError(_no_verb(verb, argv))
     if verb not in _ANYWHERE and not _has_folder():
         raise ConfigError("the working directory is gone: cd to one that is there")  # MKL aborts the process
+    if (cache := numba_cache()) is not None:
+        os.environ["NUMBA_CACHE_DIR"] = cache
     module = importlib.import_module(f"fuel_ray.commands.{verb.replace('-', '_')}")
     flags = importlib.import_module("fuel_ray.flags")  # not at the top: it may lack a package too
     parse = getattr(module, "parse", None) or partial(flags.parse_flags, get_type_hints(module.run)["config"])

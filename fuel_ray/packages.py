@@ -1,7 +1,10 @@
 """Packages of others that are not installed here, or not as they should be: what to install, in one line."""
 
 import importlib.util
+import os
+import tempfile
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 _INSTALLED_BY = {  # by module, where a package has another name or comes with one of ours
@@ -13,6 +16,9 @@ _INSTALLED_BY = {  # by module, where a package has another name or comes with o
 }
 
 
+_ALL = "`pip install .` in fuel_ray's checkout, without --no-deps"
+
+
 def blamed(error: ImportError | AttributeError) -> str | None:
     """What a verb lacks and how to install it, if an error is a package's fault; None if it is our own."""
     if isinstance(error, AttributeError):
@@ -22,7 +28,7 @@ def blamed(error: ImportError | AttributeError) -> str | None:
         return None
     install = f"pip install '{requirement(module)}'"
     if isinstance(error, ModuleNotFoundError) and not _is_here(module):
-        return f"needs the package {module}, which is not installed here: {install}"
+        return f"needs the package {module}, which is not installed here: {install} (all at once: {_ALL})"
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"cannot load the package {module}, which is installed here ({said}): {install} --force-reinstall"
 
@@ -35,6 +41,27 @@ def requirement(module: str) -> str:
     except metadata.PackageNotFoundError:  # a checkout that was never installed
         return package
     return next((text for text in wanted if text.startswith(package) and "extra" not in text), package)
+
+
+def numba_cache() -> str | None:
+    """A folder for what numba compiles; None if it finds one itself, beside the package or in the home."""
+    beside = Path(__file__).parent / "sim" / "__pycache__"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if "NUMBA_CACHE_DIR" in os.environ or any(_may_write(folder) for folder in (beside, home / "numba")):
+        return None
+    own = Path(tempfile.gettempdir(), f"fuel-ray-numba-{os.geteuid()}")
+    try:
+        own.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return None
+    found = own.lstat()  # what is compiled is run: the folder has to be nobody else's
+    is_ours = own.is_dir() and not own.is_symlink() and found.st_uid == os.geteuid()
+    return str(own) if is_ours and not found.st_mode & 0o022 else tempfile.mkdtemp(prefix="fuel-ray-numba-")
+
+
+def _may_write(folder: Path) -> bool:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _is_here(module: str) -> bool:
