@@ -38,7 +38,7 @@ def wrong_flag(argv: Sequence[str], parsed: Callable[..., object]) -> str | None
 
 def one_line(text: str) -> str:
     """Tyro's boxed complaint without the box, its title and the pointer to --help."""
-    plain = re.sub(r"\x1b\[[0-9;]*m|╭.*", "", text)
+    plain = re.sub(r"\x1b\[[0-9;]*m|╭.*|\A[^\n]*\n\s*-{8,}|-{8,}", "", text)  # without ╭ where all is ASCII
     words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
     said = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
     if number := re.fullmatch(_NO_NUMBER, said):

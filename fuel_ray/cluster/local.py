@@ -14,7 +14,7 @@ import ray
 from fuel_ray.errors import ConfigError
 
 _LONGEST = 43  # characters of Ray's folder: its sockets have 64 more, and at most 107 (unix(7))
-_LEAST_OPEN = 512  # files; with 64 Ray starts and a training hangs
+_LEAST_OPEN = 512  # files; with 64 Ray starts, and its raylet dies at the sixth worker
 _LEAST_FREE = 64 * 2**20  # bytes, for sockets and logs
 _OTHERS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -42,6 +42,10 @@ def start_local(resources: Mapping[str, float], **quiet: Any) -> None:
     except Exception as error:  # that of a start that takes too long is no other
         ray.shutdown()
         why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, PermissionError):
+            raise ConfigError(
+                f"Ray cannot start on this machine: {why}; set HOME or RAY_TMPDIR to another folder"
+            ) from error
         raise ConfigError(
             f"Ray cannot start on this machine: {why}. It needs memory, processes (ulimit -u) and open files "
             f"(ulimit -n); {folder}/session_latest/logs may say more"
@@ -99,6 +103,6 @@ def _check_open_files() -> None:
     _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= highest < _LEAST_OPEN:
         raise ConfigError(
-            f"Ray cannot start on this machine: at most {highest} open files are allowed (ulimit -Hn), it takes "
-            f"{_LEAST_OPEN}; raise it in limits.conf, or by --ulimit nofile=65536 of the container"
+            f"Ray cannot start on this machine: {highest} open files are allowed (ulimit -Hn), it takes "
+            f"{_LEAST_OPEN}; raise it in limits.conf, or give the container --ulimit nofile=65536"
         )
