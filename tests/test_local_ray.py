@@ -1,6 +1,7 @@
 """A local Ray starts where its sockets fit, or says in one line what this machine lacks."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_cluster_of_another_version_is_told_with_both(monkeypatch):
         )
 
     monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("socket.create_connection", lambda *_, **__: open(os.devnull))
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: socket.socket())
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     with pytest.raises(ConfigError, match=r"Ray: 2\.9\.0 This process: Ray: 2\.60\.0"):
         hosts.connect(cluster=False)

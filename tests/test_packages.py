@@ -44,7 +44,7 @@ sys.meta_path.insert(0, Blocker())
 for modules in without:
     gone = set(modules)
     kept = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in gone}
-    ours = [n for n in sys.modules if n.startswith("fuel_ray.") and n != "fuel_ray.errors"]  # cli catches those
+    ours = [n for n in sys.modules if n.startswith("fuel_ray.") and n != "fuel_ray.errors"]
     for name in [*kept, *ours]:
         del sys.modules[name]
     for line in lines:
