@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import io
 import os
-import re
 import shlex
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -38,6 +38,7 @@ from fuel_ray.config import (
     to_dict,
 )
 from fuel_ray.errors import ConfigError
+from fuel_ray.flag_words import check_words, one_line, wrong_flag
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
@@ -80,21 +81,23 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         SystemExit: with code 0, after --help.
     """
     check_no_key(argv)
+    check_words(argv)
+    parsed = partial(
+        tyro.cli,
+        config_class,
+        prog=prog,
+        default=default if default is not None else tyro.MISSING_NONPROP,
+        description=config_class.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            config: T = tyro.cli(
-                config_class,
-                args=argv,
-                prog=prog,
-                default=default if default is not None else tyro.MISSING_NONPROP,
-                description=config_class.__doc__,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
+            config: T = parsed(args=argv)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_one_line(complaint.getvalue())) from None
+        raise ConfigError(wrong_flag(argv, parsed) or one_line(complaint.getvalue())) from None
     check_ranges(config)
     return config
 
@@ -322,10 +325,3 @@ def value_of(argv: list[str], flag: str) -> str | None:
     """What the words give to a flag, before any of them is checked."""
     words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
     return next((value for word, value in pairwise(words) if word == flag), None)
-
-
-def _one_line(text: str) -> str:
-    """Tyro's boxed complaint as one line, without the box's title and the pointer to --help."""
-    plain = re.sub(r"\x1b\[[0-9;]*m|╭.*", "", text)
-    words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
-    return re.sub(r" (For full helptext|Argument helptext:).*", "", words)

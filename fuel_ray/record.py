@@ -17,9 +17,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from fuel_ray.address import concealed
 from fuel_ray.control import StepRecord
 from fuel_ray.disk import FAULTS, reason, whole, writing
@@ -64,7 +61,7 @@ def fetch(run_dir: Path, storage: str) -> None:
 
 def _put(files: Any, source: Path, target: str) -> None:
     """Copy a file into storage, where nobody ever sees half of it; object stores see to that themselves."""
-    if isinstance(files, LocalFileSystem):
+    if "file" in files.protocol:
         with whole(Path(target), "wb") as file:
             file.write(source.read_bytes())
     else:
@@ -74,6 +71,8 @@ def _put(files: Any, source: Path, target: str) -> None:
 @contextmanager
 def _stored(storage: str, run_dir: Path) -> Iterator[tuple[Any, str]]:
     """The file system of ``storage`` and the run's folder there; what fails is a DiskError or ConfigError."""
+    import fsspec  # noqa: PLC0415  (a deployment, which has no such storage, goes without)
+
     try:
         files, root = fsspec.core.url_to_fs(storage)
         yield files, f"{root.rstrip('/')}/{run_dir.name}"
