@@ -14,7 +14,6 @@ from typing import get_type_hints
 from fuel_ray import __version__
 from fuel_ray.disk import disk_faults
 from fuel_ray.errors import ConfigError, DiskError, FuelRayError
-from fuel_ray.live.processes import orderly_signals
 from fuel_ray.output import lasting_output
 from fuel_ray.packages import blamed, numba_cache
 
@@ -98,10 +97,11 @@ def _run(verb: str, argv: list[str]) -> int:
     if (cache := numba_cache()) is not None:
         os.environ["NUMBA_CACHE_DIR"] = cache
     module = importlib.import_module(f"fuel_ray.commands.{verb.replace('-', '_')}")
-    flags = importlib.import_module("fuel_ray.flags")  # not at the top: it may lack a package too
+    flags = importlib.import_module("fuel_ray.flags")  # not at the top: these may lack a package too
+    processes = importlib.import_module("fuel_ray.live.processes")
     parse = getattr(module, "parse", None) or partial(flags.parse_flags, get_type_hints(module.run)["config"])
     config = parse(argv, prog=f"fuel-ray {verb}")
-    with orderly_signals():
+    with processes.orderly_signals():
         code: int = module.run(config)
     return code
 

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from fuel_ray.errors import ConfigError
 
@@ -13,16 +13,16 @@ _NO_CHOICE = r"Error parsing (\S+): no type matching (\S+) could be instantiated
 _STRAY = r"Unrecognized options: (.*)"
 
 
-def check_words(argv: Sequence[str]) -> None:
-    """Check that no flag is given twice: nobody can say whether the last value was meant, or both.
+def check_words(argv: Sequence[str], *, several: Collection[str]) -> None:
+    """Check that a flag of several values is given once; of others the last one counts.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: one is given twice, and the values of the first would be lost.
     """
     given = list(_names(argv))
     for name in given:
-        if given.count(name) > 1:
-            raise ConfigError(f"{name} is given twice: give it once, several values after each other")
+        if name in several and given.count(name) > 1:
+            raise ConfigError(f"{name} is given twice: give it once, with all its values after each other")
 
 
 def wrong_flag(argv: Sequence[str], parsed: Callable[..., object]) -> str | None:

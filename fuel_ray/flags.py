@@ -81,7 +81,6 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         SystemExit: with code 0, after --help.
     """
     check_no_key(argv)
-    check_words(argv)
     parsed = partial(
         tyro.cli,
         config_class,
@@ -98,6 +97,7 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         if not stop.code:
             raise
         raise ConfigError(wrong_flag(argv, parsed) or one_line(complaint.getvalue())) from None
+    check_words(argv, several=set(map(_flag, _lists(to_dict(config)))))
     check_ranges(config)
     return config
 
@@ -213,6 +213,15 @@ def _values(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from ((prefix + name, item) for item in (value if isinstance(value, list) else [value]))
 
 
+def _lists(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of those settings that take several values."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _lists(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield prefix + name
+
+
 def _validate_training(config: LearnConfig) -> None:
     table = feature_table(config.extra_features)
     unknown = [name for name in config.features if name not in table]
@@ -322,6 +331,6 @@ def _flag(name: str) -> str:
 
 
 def value_of(argv: list[str], flag: str) -> str | None:
-    """What the words give to a flag, before any of them is checked."""
+    """What the words give to a flag at last, before any of them is checked."""
     words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
-    return next((value for word, value in pairwise(words) if word == flag), None)
+    return next((value for word, value in reversed(list(pairwise(words))) if word == flag), None)

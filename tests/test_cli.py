@@ -374,7 +374,7 @@ def test_sigterm_ends_a_verb_in_an_orderly_way(tmp_path):
         ("sweep --train.lr x", "--train.lr x: not a number"),
         ("sweep --slo-share x", "--slo-share x: none of {None}|FLOAT"),
         ("sweep --conditional true", "true belongs to no flag"),
-        ("sweep --steps=5 --steps 6", "--steps is given twice"),
+        ("sweep --preset seed --preset fast", "--preset fast is unknown"),
         ("sweep --block-sizes 8 --block_sizes 16", "--block-sizes is given twice"),
     ],
 )
@@ -388,3 +388,9 @@ def test_what_was_meant_is_said(argv, words, capsys):
 def test_the_version_is_said(word, capsys):
     assert main([word]) == 0
     assert capsys.readouterr().out == f"fuel-ray {__version__}\n"
+
+
+def test_of_a_flag_that_is_given_twice_the_last_one_counts():
+    words = ["--steps", "5", "--preset", "seed", "--steps=6", "--preset=plain"]
+    config = parse_serving(SweepConfig, words, prog="x")
+    assert config == dataclasses.replace(PRESETS["plain"], steps=6)
