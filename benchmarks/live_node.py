@@ -26,6 +26,7 @@ import numpy as np
 from fuel_ray.errors import NodeError
 from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.gpu.visible import server_environment
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.sampling import Sampler, window_energy_j
@@ -53,7 +54,7 @@ def burst(url: str, n: int, flags: argparse.Namespace, *, seed: int) -> LoadGene
         np.zeros(n, np.int64),
     )
     prompts = TokenPrompts(work, vocab_size=flags.vocab, rng=np.random.default_rng(seed))
-    return LoadGenerator(url, work, prompts=prompts, model=served_model(url))
+    return LoadGenerator(url, work, prompts=prompts, model=served_model(url).name)
 
 
 @contextmanager
@@ -238,6 +239,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
                 log_path=flags.log,
                 executable=shlex.split(flags.vllm),
                 flags=shlex.split(flags.flags),
+                env=None if gpus is None else server_environment(gpus.devices, by_index=True),
                 limit_file=limiter.path,
             )
         )

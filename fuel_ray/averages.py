@@ -50,7 +50,9 @@ class RecentRequests:
         self._sums = np.zeros(4)  # requests, their prompt tokens, those of them in the cache, output tokens
 
     def update(self, window: WindowMetrics) -> RequestMeans:
-        """The means after one more window."""
+        """The means after one more window; none if it does not say how many requests began in it."""
+        if not window.measured("ttft"):
+            return RequestMeans()
         begun, hit_rate = len(window.ttfts_s), min(window.prefix_hit_rate or 0.0, 0.99)
         prompt = window.prompt_tokens / (1.0 - hit_rate)
         self._seen += begun

@@ -1,13 +1,21 @@
 """fuel-ray VERB: the command line."""
 
+import difflib
 import importlib
+import io
+import os
+import shutil
 import sys
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import get_type_hints
 
-from fuel_ray.errors import ConfigError, FuelRayError
-from fuel_ray.flags import parse_flags
-from fuel_ray.live.processes import orderly_signals
+from fuel_ray import __version__
+from fuel_ray.disk import disk_faults
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError
+from fuel_ray.output import lasting_output
+from fuel_ray.packages import blamed, numba_cache
 
 VERBS = {  # each is the module of that name in commands
     "sweep": "train and compare one policy per KV block size",
@@ -27,31 +35,116 @@ VERBS = {  # each is the module of that name in commands
     "unlock": "give back GPU clocks that a killed run left locked",
     "report": "write a run's report again",
 }
+_ANYWHERE = ("unlock", "watch", "clock-helper")  # need no working directory
+_NARROWEST = 40  # columns; tyro's help never ends below 10
+_NOBODY_READS = 141  # what a shell says of a command that SIGPIPE has ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; 0 if it worked, 2 if the user asked for something wrong, 130 if interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a verb.
+
+    0 if it worked, 1 if a disk or standard output takes no more, 2 if the user asked for something wrong,
+    130 if interrupted, 141 if nobody reads the output any more.
+    """
+    _prepare_output()
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print("usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help)\n")
-            print("\n".join(f"  {verb:<12} {what}" for verb, what in VERBS.items()))
+        with disk_faults(), lasting_output() as lost:
+            try:
+                return _answer(sys.argv[1:] if argv is None else argv)
+            finally:
+                if lost():
+                    raise DiskError(f"what was printed is not complete: {lost()}")
+    except DiskError as error:
+        return _complain(str(error), code=1)
+    except BrokenPipeError:
+        if _nobody_reads():
+            return _NOBODY_READS
+        raise
+
+
+def _answer(argv: Sequence[str]) -> int:
+    verb = argv[0] if argv else "help"
+    try:
+        if verb in ("version", "--version", "-V"):
+            print(f"fuel-ray {__version__}")
             return 0
-        if argv[0] not in VERBS:
-            raise ConfigError(f"{argv[0]} is no verb; there are {', '.join(VERBS)}")
-        return _run(argv[0], argv[1:])
+        if verb in ("help", "--help", "-h"):
+            return _run(argv[1], ["--help"]) if len(argv) > 1 else _usage()
+        return _run(verb, list(argv[1:]))
+    except DiskError:
+        raise
     except FuelRayError as error:
-        print(f"fuel-ray: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _complain(str(error))
+    except (ImportError, AttributeError) as error:
+        if (lack := blamed(error)) is None:
+            raise
+        return _complain(f"{verb} {lack}")
     except KeyboardInterrupt:
-        print("fuel-ray: interrupted", file=sys.stderr)
-        return 130
+        return _complain("interrupted", code=130)
+
+
+def _usage() -> int:
+    print("usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help, fuel-ray --version)\n")
+    print("\n".join(f"  {verb:<12} {what}" for verb, what in VERBS.items()))
+    return 0
 
 
 def _run(verb: str, argv: list[str]) -> int:
+    if verb not in VERBS:
+        raise ConfigError(_no_verb(verb, argv))
+    if verb not in _ANYWHERE and not _has_folder():
+        raise ConfigError("the working directory is gone: cd to one that is there")  # MKL aborts the process
+    if (cache := numba_cache()) is not None:
+        os.environ["NUMBA_CACHE_DIR"] = cache
     module = importlib.import_module(f"fuel_ray.commands.{verb.replace('-', '_')}")
-    parse = getattr(module, "parse", None) or partial(parse_flags, get_type_hints(module.run)["config"])
+    flags = importlib.import_module("fuel_ray.flags")  # not at the top: these may lack a package too
+    processes = importlib.import_module("fuel_ray.live.processes")
+    parse = getattr(module, "parse", None) or partial(flags.parse_flags, get_type_hints(module.run)["config"])
     config = parse(argv, prog=f"fuel-ray {verb}")
-    with orderly_signals():
+    with processes.orderly_signals():
         code: int = module.run(config)
     return code
+
+
+def _no_verb(word: str, others: Sequence[str]) -> str:
+    """What to write instead of a word that is no verb."""
+    if word.startswith("-"):
+        verb = next((other for other in others if other in VERBS), "VERB")
+        return f"{word} stands before the verb: fuel-ray {verb} {word} ..."
+    near = difflib.get_close_matches(word.lower(), VERBS, n=1, cutoff=0.5)
+    if near:
+        return f"{word!r} is no verb: did you mean {near[0]}? `fuel-ray help` lists all"
+    return f"{word!r} is no verb; there are {', '.join(VERBS)}"
+
+
+def _complain(what: str, *, code: int = 2) -> int:
+    print(f"fuel-ray: {' '.join(what.split())}", file=sys.stderr)
+    return code
+
+
+def _prepare_output() -> None:
+    """Make what is printed fit where it goes: closed streams, other encodings, a terminal of no width."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe without a reader; it goes nowhere from then on."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there again at its end
+        return True
+    return False
+
+
+def _has_folder() -> bool:
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False

@@ -184,6 +184,11 @@ def parse_knobs(text: str, spec: NodeSpec) -> Knobs:
         knobs = Knobs(int(limit), int(clock) if clock else clocks[-1])
     except ValueError:
         raise ConfigError(f"{text!r}: max, LIMIT or LIMIT@MHZ, such as 48@1350") from None
+    if lowest == highest != knobs.batch_limit:
+        raise ConfigError(
+            f"{text}: the batch limit is {highest} and not ours to set; --live.limit-file names the server's "
+            "FUEL_RAY_LIMIT_FILE"
+        )
     if not lowest <= knobs.batch_limit <= highest:
         raise ConfigError(f"{text}: the limit must be from {lowest} to {highest}")
     if knobs.gpu_clock_mhz not in clocks:
@@ -198,14 +203,16 @@ def node_grid(
 ) -> ActionGrid:
     """A grid of what the node supports: clocks at least ``clock_step_mhz`` apart, down from the maximum.
 
-    Limits above the node's capacity become its capacity, which is always included.
+    Limits above the node's capacity become its capacity, which is always included; it is the only one where
+    the limit is not ours to set.
     """
     highest = spec.gpu_clocks_mhz[-1]
     clocks = [highest]
     for clock_mhz in reversed(spec.gpu_clocks_mhz):
         if clock_mhz >= lowest_clock_share * highest and clocks[-1] - clock_mhz >= clock_step_mhz:
             clocks.append(clock_mhz)
-    limits = {limit for limit in batch_limits if limit < spec.batch_limits[-1]} | {spec.batch_limits[-1]}
+    lowest, capacity = spec.batch_limits
+    limits = {limit for limit in batch_limits if lowest <= limit < capacity} | {capacity}
     return ActionGrid(tuple(sorted(limits)), tuple(reversed(clocks)))
 
 

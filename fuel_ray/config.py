@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
 
+from fuel_ray.address import Access
 from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
 from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Rules
@@ -122,21 +123,24 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
-class LiveConfig:
+class LiveConfig(Access):
     """The server and the GPUs of a live node."""
 
     model: str = ""
     """Model folder or name, as vllm serve takes it."""
     server: str | None = None
     """URL of a running server to attach to, which is not stopped; None: start one per block size."""
+    served_model: str | None = None
+    """Name under which the server serves the model, where it serves several; None: the one that fits."""
     limit_file: Path | None = None
     """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
     vllm: str = "vllm"
     """Command that runs vLLM; several words as in a shell."""
     flags: str = ""
     """More flags of vllm serve, as in a shell: --live.flags="--dtype half"."""
-    gpu_ids: tuple[str, ...] = ("0",)
-    """NVML indices or UUIDs of the GPUs that the server runs on."""
+    gpu_ids: tuple[str, ...] = ()
+    """GPUs that the server runs on, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning);
+    none given: the first that CUDA_VISIBLE_DEVICES shows, as many as --live.flags make the server use."""
     clock_control: Literal["on", "off"] = "on"
     """off: observe-only; clocks are left alone and policies have one clock to choose."""
     vocab_size: int = 1000
@@ -335,7 +339,7 @@ def load_config(path: Path, *, base: Serving) -> Serving:
         ConfigError: the file is not there, is not JSON or has an unknown key.
     """
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
     return from_dict(raw.get("config", raw) if isinstance(raw, dict) else raw, base=base, source=str(path))

@@ -13,9 +13,9 @@ class StepRecord:
 
     step: int
     chosen: Knobs
-    applied: Knobs
+    applied: Knobs  # in force in the window, as the GPU and the scheduler acknowledge it
     metrics: WindowMetrics
-    reward: float
+    reward: float | None  # None: the window cannot be judged, and nobody is to learn from it
     verdict: Verdict  # of the guard: what it let be applied, and why that is not what was chosen
 
 
@@ -58,7 +58,10 @@ class ControlLoop:
         self._last = None  # until there is another one
         applied = self.node.apply(verdict.knobs)
         metrics = self.node.measure(self._interval_s)
-        record = StepRecord(self._step, chosen, applied, metrics, self._objective.reward(metrics), verdict)
+        if metrics.limit_acknowledged is not None:
+            applied = metrics.knobs  # by now the scheduler has said, or should have
+        reward = self._objective.reward(metrics)
+        record = StepRecord(self._step, chosen, applied, metrics, reward, verdict)
         self._last, self._step = metrics, self._step + 1
         return record
 

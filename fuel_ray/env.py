@@ -1,7 +1,7 @@
 """A control loop as a Gymnasium environment."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,12 +11,13 @@ import numpy as np
 
 from fuel_ray.codec import Codec, Encoder
 from fuel_ray.control import ControlLoop
-from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.errors import NodeError, TelemetryError, UnsupportedError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.policies.anchor import GridAnchor
 from fuel_ray.types import Knobs, WindowMetrics
 
 NODE_FAILURE = "node_failure"  # in the info of a step whose window could not be measured
+UNACKNOWLEDGED = "limit_unacknowledged"  # of one whose limit was not in force: nothing is to be learned of it
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
     episode is truncated after ``steps`` windows. Given several loops (servers of several block sizes), each
     episode takes one.
 
-    A window that cannot be measured ends the episode: that step has reward 0, the observation before it and
-    the reason in ``info``, and is for no one to learn from. After ``failures`` of them in a row, failed
+    A window that cannot be measured, or in which the scheduler did not acknowledge the batch limit, ends the
+    episode: that step has reward 0, the observation before it and the reason in ``info``, and is for no one
+    to learn from (``unlearnable``). After ``failures`` windows in a row that could not be measured, failed
     resets included, NodeError is raised.
     """
 
@@ -103,14 +105,20 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         """Apply an action for one window; ``info`` has what a trainer wants to log."""
         try:
             record = self._loop.step(self._decode(int(action)))
+            if record.reward is None:
+                raise TelemetryError("a window cannot be judged: a latency that the SLO limits is unknown")
         except NodeError as error:
             self._count(error)
             return self._seen, 0.0, False, True, {NODE_FAILURE: str(error)}
         self._failed = 0
+        if record.metrics.limit_acknowledged is False:
+            asked, applied = record.verdict.knobs.batch_limit, record.applied.batch_limit
+            why = f"batch limit {asked} was asked for, {applied} in force"
+            return self._seen, 0.0, False, True, {UNACKNOWLEDGED: why}
         self._step += 1
         window, reward = record.metrics, record.reward
         if self._shadow is not None:
-            reward -= self._shadow.step(self._table).reward
+            reward -= self._shadow.step(self._table).reward or 0.0
         info = {
             "energy_j": window.energy_j,
             "arrivals": window.arrivals,
@@ -141,6 +149,11 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
             loop.node.close()
             if shadow is not None:
                 shadow.node.close()
+
+
+def unlearnable(info: Mapping[str, Any]) -> bool:
+    """Whether the step with this ``info`` says nothing about the action that it was given."""
+    return NODE_FAILURE in info or UNACKNOWLEDGED in info
 
 
 class ParallelServingEnv(gymnasium.vector.SyncVectorEnv):

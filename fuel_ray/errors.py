@@ -9,6 +9,10 @@ class ConfigError(FuelRayError):
     """A flag, a file or a value from the user is wrong; the message names it and what is allowed."""
 
 
+class DiskError(FuelRayError, OSError):
+    """A file or folder could not be written, for reasons of the machine; the message names it and why."""
+
+
 class NodeError(FuelRayError):
     """A node could not be set or measured."""
 

@@ -3,20 +3,32 @@
 import contextlib
 import dataclasses
 import io
-import re
+import os
+import shlex
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import tyro
 
+from fuel_ray.address import (
+    VLLM_KEY,
+    check_no_key,
+    check_variable,
+    flag_value,
+    key_of_flags,
+    page_url,
+    server_url,
+)
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     ALGORITHMS,
     DQN_ONLY,
     PRESETS,
     LearnConfig,
+    LiveConfig,
     Reward,
     Serving,
     ServingConfig,
@@ -26,6 +38,7 @@ from fuel_ray.config import (
     to_dict,
 )
 from fuel_ray.errors import ConfigError
+from fuel_ray.flag_words import check_words, one_line, wrong_flag
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
@@ -67,21 +80,24 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         ConfigError: a flag or a value is wrong, in one line.
         SystemExit: with code 0, after --help.
     """
+    check_no_key(argv)
+    parsed = partial(
+        tyro.cli,
+        config_class,
+        prog=prog,
+        default=default if default is not None else tyro.MISSING_NONPROP,
+        description=config_class.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            config: T = tyro.cli(
-                config_class,
-                args=argv,
-                prog=prog,
-                default=default if default is not None else tyro.MISSING_NONPROP,
-                description=config_class.__doc__,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
+            config: T = parsed(args=argv)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_one_line(complaint.getvalue())) from None
+        raise ConfigError(wrong_flag(argv, parsed) or one_line(complaint.getvalue())) from None
+    check_words(argv, several=set(map(_flag, _lists(to_dict(config)))))
     check_ranges(config)
     return config
 
@@ -105,7 +121,7 @@ def parse_serving(
     config = parse_flags(config_class, argv, prog=prog, default=base)
     check_named(config, argv)
     validate(config)
-    return config
+    return dataclasses.replace(config, live=_without_secrets(config))
 
 
 def check_named(settings: Any, words: Sequence[str]) -> None:
@@ -197,6 +213,15 @@ def _values(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from ((prefix + name, item) for item in (value if isinstance(value, list) else [value]))
 
 
+def _lists(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of those settings that take several values."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _lists(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield prefix + name
+
+
 def _validate_training(config: LearnConfig) -> None:
     table = feature_table(config.extra_features)
     unknown = [name for name in config.features if name not in table]
@@ -262,6 +287,31 @@ def _validate_live(config: ServingConfig) -> None:
         raise ConfigError("--live.server is one server with one block size: give that as --block-sizes")
 
 
+def _without_secrets(config: ServingConfig) -> LiveConfig:
+    """How the server is spoken to, with its login and its key in this process's environment."""
+    live = config.live
+    server = live.server and server_url(live.server, flag="--live.server")
+    metrics = live.metrics_url and page_url(live.metrics_url, flag="--live.metrics-url")
+    on_others = config.node == "ray" or bool(os.environ.get("RAY_ADDRESS"))
+    check_variable(live.api_key_env, flag="--live.api-key-env", is_here=not on_others)
+    if on_others and "@" in f"{live.server}{live.metrics_url}":
+        raise ConfigError("--live.server: a login reaches no other host; --live.api-key-env is for that")
+    try:
+        kept, key = key_of_flags(shlex.split(live.flags))
+    except ValueError as error:
+        raise ConfigError(f"--live.flags: {error}") from None
+    if (token := flag_value(kept, "--hf-token")) and not token.startswith("-"):
+        raise ConfigError("--live.flags: --hf-token would be written down; set HF_TOKEN in the environment")
+    if key is not None:
+        if on_others:
+            raise ConfigError(
+                f"--live.flags: --api-key does not reach other hosts; set {VLLM_KEY} for `ray start`"
+            )
+        os.environ[VLLM_KEY] = key
+        live = dataclasses.replace(live, flags=shlex.join(kept))
+    return dataclasses.replace(live, server=server, metrics_url=metrics)
+
+
 def _validate_slo(config: ServingConfig) -> None:
     limits = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s")
     for name in limits:
@@ -281,13 +331,6 @@ def _flag(name: str) -> str:
 
 
 def value_of(argv: list[str], flag: str) -> str | None:
-    """What the words give to a flag, before any of them is checked."""
+    """What the words give to a flag at last, before any of them is checked."""
     words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
-    return next((value for word, value in pairwise(words) if word == flag), None)
-
-
-def _one_line(text: str) -> str:
-    """Tyro's boxed complaint as one line, without the box's title and the pointer to --help."""
-    plain = re.sub(r"\x1b\[[0-9;]*m|╭.*", "", text)
-    words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
-    return re.sub(r" (For full helptext|Argument helptext:).*", "", words)
+    return next((value for word, value in reversed(list(pairwise(words))) if word == flag), None)

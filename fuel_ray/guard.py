@@ -61,7 +61,10 @@ class Guard:
             self._drift.reset()
 
     def check(self, chosen: Knobs, *, last: WindowMetrics | None, spec: NodeSpec) -> Verdict:
-        """What may be applied, after the window ``last``; None if it was lost."""
+        """What may be applied, after the window ``last``; None if it was lost.
+
+        A window that does not say by how much the SLO was met is as good as lost.
+        """
         verdict = self._wanted(chosen, last, spec)
         if self._shield is None:
             verdict = self._shaped(verdict, spec)
@@ -77,6 +80,8 @@ class Guard:
         drifted = self._drift is not None and self._drift.update(last)
         if self._shield is not None:
             return Verdict(spec.max_performance, (self._shield,))
+        if self._rules.slo is not None and not last.judged_by(self._rules.slo):
+            return Verdict(fallback, ("stale",))
         return Verdict(fallback, ("drift",)) if drifted else Verdict(chosen)
 
     def _observe(self, window: WindowMetrics) -> None:
@@ -104,12 +109,12 @@ class Guard:
         return found
 
     def _misses(self, window: WindowMetrics, slo: Slo) -> float:
-        """Missed limits as a multiple of what the SLO allows, the worst; a mean at its limit counts as 2."""
+        """Misses that are certain as a multiple of what the SLO allows; a mean at its limit counts as 2."""
         worst, left = 0.0, math.exp(-window.duration_s / LATENCY_S)
         allowed = 0.5 if slo.share is None else max(1.0 - slo.share, 1e-3)
         for name, values_s, limit_s in slo.limited(window.latencies_s):
-            missed = sum(value_s > limit_s for value_s in values_s)
-            now = (sum(values_s) / limit_s if slo.share is None else missed, len(values_s))
+            missed, _ = window.misses(name, limit_s)
+            now = (window.least_sum_s(name) / limit_s if slo.share is None else missed, len(values_s))
             self._missed[name] = left * self._missed.get(name, np.zeros(2)) + now
             misses, samples = self._missed[name].tolist()
             worst = max(worst, misses / allowed / max(samples, 20.0))

@@ -95,14 +95,36 @@ def latency(values_s: np.ndarray) -> Latency:
     return Latency(float(known.mean()), p50_s, p99_s)
 
 
-def window_attainment(window: WindowMetrics, slo: Slo) -> float:
+def window_attainment(window: WindowMetrics, slo: Slo) -> float | None:
     """Smallest share of a window's TTFT, TPOT and e2e samples within its limit; 1.0 without samples.
 
     A stalled window, in which nothing finished and somebody waits beyond the TTFT or e2e limit, has
-    attainment 0.
+    attainment 0. None where a limit cannot be judged. An estimate where samples are: see
+    ``attainment_bounds``.
     """
-    if slo.wait_limit_s is not None and not window.completed and window.oldest_wait_s > slo.wait_limit_s:
+    if not window.judged_by(slo):
+        return None
+    if _stalled(window, slo):
         return 0.0
     pairs = slo.limited(window.latencies_s)
     shares = (sum(value <= limit for value in values) / len(values) for _, values, limit in pairs if values)
     return min(shares, default=1.0)
+
+
+def attainment_bounds(window: WindowMetrics, slo: Slo) -> tuple[float, float] | None:
+    """Lowest and highest attainment that is possible: equal where limits are judged exactly."""
+    attainment = window_attainment(window, slo)
+    if attainment is None or window.histograms is None or _stalled(window, slo):
+        return None if attainment is None else (attainment, attainment)
+    lowest = highest = 1.0
+    for name, values_s, limit_s in slo.limited(window.latencies_s):
+        if values_s:
+            fewest, most = window.misses(name, limit_s)
+            lowest = min(lowest, 1.0 - most / len(values_s))
+            highest = min(highest, 1.0 - fewest / len(values_s))
+    return lowest, highest
+
+
+def _stalled(window: WindowMetrics, slo: Slo) -> bool:
+    limit_s = slo.wait_limit_s
+    return limit_s is not None and not window.completed and window.oldest_wait_s > limit_s

@@ -10,9 +10,9 @@ GREENDLS_K = 150.0  # GreenDLS, llm/src/scheduler.py: weight of energy efficienc
 
 
 class Objective(Protocol):
-    """Scores a window; higher is better."""
+    """Scores a window; higher is better. None: it cannot be judged, and nobody is to learn from it."""
 
-    def reward(self, window: WindowMetrics) -> float: ...
+    def reward(self, window: WindowMetrics) -> float | None: ...
 
 
 def from_outside(name: str, slo: Slo, *, miss_price_j: float) -> Objective:
@@ -61,7 +61,9 @@ class GreenDls:
     kv: bool  # with the KV usage term
     normalized: bool  # divided by 50 and clipped to [-2, 2]
 
-    def reward(self, window: WindowMetrics) -> float:
+    def reward(self, window: WindowMetrics) -> float | None:
+        if not window.measured("e2e"):
+            return None
         slo_ms = self.slo_e2e_s * 1000
         if window.completed:
             delay_ms = sum(window.e2es_s) / window.completed * 1000
@@ -95,13 +97,18 @@ class Energy:
     scale_w: float  # typical power, so that rewards are of order 1
     lowest: float = -4.0  # a window cannot score worse: one deep queue should not drown everything else
 
-    def reward(self, window: WindowMetrics) -> float:
+    def reward(self, window: WindowMetrics) -> float | None:
+        if not window.judged_by(self.slo):
+            return None
         saved_j = self.token_price_j * window.output_tokens - window.energy_j
         score = (saved_j - self.miss_price_j * self.misses(window)) / (self.scale_w * window.duration_s)
         return max(score, self.lowest)
 
     def misses(self, window: WindowMetrics) -> float:
-        """Limits missed in this window; in a stalled one, waiting requests count by the oldest wait."""
+        """Limits missed in this window, an estimate where its samples are.
+
+        In a stalled one, waiting requests count by the oldest wait.
+        """
         missed, wait_limit_s = 0.0, self.slo.wait_limit_s
         for _, values_s, limit_s in self.slo.limited(window.latencies_s):
             missed += sum(value_s > limit_s for value_s in values_s)

@@ -34,6 +34,9 @@ def load(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
+        lacking = isinstance(error, ImportError) and not (error.name or "fuel_ray").startswith("fuel_ray")
+        if lacking and module.startswith("fuel_ray."):
+            raise  # a package that this installation lacks
         raise ConfigError(f"{name}: {error}") from error
     except Exception as error:
         raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error

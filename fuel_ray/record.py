@@ -1,6 +1,7 @@
 """What a run leaves on disk: run.json, summary.csv, learning.csv, steps.jsonl. Files appear whole or not."""
 
 import csv
+import io
 import json
 import logging
 import os
@@ -14,12 +15,12 @@ from datetime import datetime
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import fsspec
-
+from fuel_ray.address import concealed
 from fuel_ray.control import StepRecord
-from fuel_ray.errors import ConfigError
+from fuel_ray.disk import FAULTS, reason, whole, writing
+from fuel_ray.errors import ConfigError, DiskError
 from fuel_ray.metrics import EpisodeSummary
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,9 @@ _TUNE = "tune"  # how Tune's folders in that of a run begin
 _PACKAGES = ("fuel_ray", "ray", "torch", "numpy", "numba", "pandas", "gymnasium")
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of ``path`` when the block ends: nobody ever sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
-        yield file
-    os.replace(partial, path)
-
-
 def write_json(path: Path, data: Any) -> None:
     """Write JSON at once."""
-    with _whole(path) as file:
+    with whole(path) as file:
         file.write(json.dumps(data, indent=2))
 
 
@@ -50,26 +42,46 @@ def publish(run_dir: Path, storage: str) -> None:
             name = path.relative_to(run_dir)
             if path.is_file() and not name.parts[0].startswith(_TUNE):
                 files.makedirs(f"{there}/{name.parent.as_posix()}", exist_ok=True)
-                files.put_file(str(path), f"{there}/{name.as_posix()}")
+                _put(files, path, f"{there}/{name.as_posix()}")
 
 
 def fetch(run_dir: Path, storage: str) -> None:
     """The inverse of ``publish``, for a machine that has not the run's folder."""
     with _stored(storage, run_dir) as (files, there):
         names = [name for name in files.find(there) if f"/{run_dir.name}/{_TUNE}" not in name]
-        for name in names:
-            path = run_dir / name.rpartition(f"/{run_dir.name}/")[2]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(name, str(path))
+        partial = run_dir.with_name(f"{run_dir.name}.partial")
+        with writing(run_dir):
+            for name in names:
+                path = partial / name.rpartition(f"/{run_dir.name}/")[2]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(name, str(path))
+            if names:
+                os.replace(partial, run_dir)
+
+
+def _put(files: Any, source: Path, target: str) -> None:
+    """Copy a file into storage, where nobody ever sees half of it; object stores see to that themselves."""
+    if "file" in files.protocol:
+        with whole(Path(target), "wb") as file:
+            file.write(source.read_bytes())
+    else:
+        files.put_file(str(source), target)
 
 
 @contextmanager
 def _stored(storage: str, run_dir: Path) -> Iterator[tuple[Any, str]]:
-    """The file system of ``storage`` and the run's folder there; what fails is a ConfigError."""
+    """The file system of ``storage`` and the run's folder there; what fails is a DiskError or ConfigError."""
+    import fsspec  # noqa: PLC0415  (a deployment, which has no such storage, goes without)
+
     try:
         files, root = fsspec.core.url_to_fs(storage)
         yield files, f"{root.rstrip('/')}/{run_dir.name}"
-    except (OSError, ValueError, ImportError) as error:
+    except DiskError:
+        raise
+    except OSError as error:
+        kind = DiskError if error.errno in FAULTS else ConfigError
+        raise kind(f"--storage {storage}: {reason(error)}") from error
+    except (ValueError, ImportError) as error:
         raise ConfigError(f"--storage {storage}: {error}") from error
 
 
@@ -80,7 +92,7 @@ def read_json(path: Path) -> Any:
         ConfigError: the file is not there or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -89,14 +101,16 @@ def make_folder(path: Path) -> None:
     """Make a folder that can be written to.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: there is a file in its place.
+        DiskError: it cannot be made or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot make folder {path}: {error.strerror}") from error
+        kind = DiskError if error.errno in FAULTS else ConfigError
+        raise kind(f"cannot make folder {path}: {reason(error)}") from error
     if not os.access(path, os.W_OK):
-        raise ConfigError(f"folder {path} is not writable")
+        raise DiskError(f"folder {path} is not writable: give another, or make it writable")
 
 
 def new_folder(out: Path, verb: str) -> Path:
@@ -108,10 +122,11 @@ def new_folder(out: Path, verb: str) -> Path:
 
 def _is_new(folder: Path) -> bool:
     """Make the folder; whether nobody else has."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
+    with writing(folder):
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return False
     return True
 
 
@@ -119,7 +134,7 @@ def origin(verb: str) -> dict[str, Any]:
     """Where a run's numbers come from: command, time, versions, commit."""
     given = sys.argv[2:] if sys.argv[1:2] == [verb] else sys.argv[1:]  # experiments/ leave the verb out
     return {
-        "command": " ".join([f"fuel-ray {verb}", *given]),
+        "command": " ".join([f"fuel-ray {verb}", *concealed(given)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -128,10 +143,18 @@ def origin(verb: str) -> dict[str, Any]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys; None becomes an empty field."""
-    with _whole(path) as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = csv_text(rows)
+    with whole(path) as file:
+        file.write(text)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What ``write_csv`` writes."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -193,7 +216,8 @@ def step_line(record: StepRecord, *, time_s: float, labels: Mapping[str, Any]) -
             "time_s": round(time_s, 3),
             "chosen": asdict(record.chosen),
             "applied": asdict(record.applied),
-            "reward": round(record.reward, 5),
+            "limit_acknowledged": window.limit_acknowledged,
+            "reward": None if record.reward is None else round(record.reward, 5),
             "arrivals": window.arrivals,
             "completed": window.completed,
             "running": window.running,
@@ -209,17 +233,15 @@ class StepLog:
     """Lines added to a file one by one; a full disk costs lines, which are counted, and nothing else.
 
     Raises:
-        ConfigError: the file cannot be made.
+        DiskError: the file cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lost_lines = 0
         self._torn = False
-        try:
+        with writing(path):
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
     def write(self, line: str) -> None:
         """Add a line, or count it as lost."""
@@ -247,7 +269,7 @@ class StepLog:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines at once."""
-    with _whole(path) as file:
+    with whole(path) as file:
         file.writelines(f"{line}\n" for line in lines)
 
 

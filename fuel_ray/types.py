@@ -6,6 +6,8 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
+from fuel_ray.histogram import Histogram
+
 LatencyName = Literal["ttft", "tpot", "e2e"]
 Samples = TypeVar("Samples")
 
@@ -28,7 +30,9 @@ class NodeSpec:
     model: str
     kv_block_size: int  # tokens
     num_kv_blocks: int | None  # None before the server is up
-    batch_limits: tuple[int, ...]  # lowest and highest admissible limit: (1, max_num_seqs)
+    batch_limits: tuple[
+        int, ...
+    ]  # lowest and highest admissible limit: (1, max_num_seqs), equal if not ours to set
     gpu_clocks_mhz: tuple[int, ...]  # supported SM clocks, ascending; one entry if observe-only
 
     @property
@@ -51,15 +55,23 @@ class Slo:
         """The longest that a request may wait for its first token; None: any time."""
         return self.e2e_s if self.ttft_s is None else self.ttft_s
 
+    @property
+    def limits_s(self) -> dict[LatencyName, float]:
+        """The limits that there are."""
+        return {name: limit_s for name, limit_s in self._limits_s.items() if limit_s is not None}
+
     def limited(
         self, latencies: Mapping[LatencyName, Samples]
     ) -> Iterator[tuple[LatencyName, Samples, float]]:
         """Name, samples and limit in s of each latency that has a limit."""
-        limits: dict[LatencyName, float | None]
-        limits = {"ttft": self.ttft_s, "tpot": self.tpot_s, "e2e": self.e2e_s}
+        limits_s = self._limits_s
         for name, samples in latencies.items():
-            if (limit_s := limits[name]) is not None:
+            if (limit_s := limits_s[name]) is not None:
                 yield name, samples, limit_s
+
+    @property
+    def _limits_s(self) -> dict[LatencyName, float | None]:
+        return {"ttft": self.ttft_s, "tpot": self.tpot_s, "e2e": self.e2e_s}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +166,8 @@ class WindowMetrics:
 
     ``ttfts_s`` belong to the requests whose first token came in this window; ``tpots_s`` and ``e2es_s`` to
     those that finished in it (one-token outputs have no TPOT). Counts and gauges without a comment are per
-    window and at its end.
+    window and at its end. Where a server's ``histograms`` are all that is known of latencies, the samples are
+    estimates, and one without a histogram is unknown.
     """
 
     duration_s: float
@@ -176,13 +189,46 @@ class WindowMetrics:
     ttfts_s: tuple[float, ...]
     tpots_s: tuple[float, ...]
     e2es_s: tuple[float, ...]
-    knobs: Knobs  # in force during the window
+    knobs: Knobs  # in force at its end, whatever was asked for
     gpu_clock_mhz: float | None = None  # mean SM clock while busy; below the knob when the power cap binds
+    histograms: Mapping[LatencyName, Histogram] | None = None  # None: the samples are exact
+    # whether a step of the scheduler has put the limit in force that was asked for; False: steps were made,
+    # and none did; None: none was made, or the limit is not ours
+    limit_acknowledged: bool | None = None
 
     @property
     def latencies_s(self) -> dict[LatencyName, tuple[float, ...]]:
         """All samples by name."""
         return {"ttft": self.ttfts_s, "tpot": self.tpots_s, "e2e": self.e2es_s}
+
+    def measured(self, name: LatencyName) -> bool:
+        """Whether this latency is known, be it of no request."""
+        return self.histograms is None or name in self.histograms
+
+    def judged_by(self, slo: Slo) -> bool:
+        """Whether every latency that the SLO limits is known."""
+        return self.histograms is None or all(map(self.measured, slo.limits_s))
+
+    def misses(self, name: LatencyName, limit_s: float) -> tuple[int, int]:
+        """Fewest and most requests that can have been above a limit: equal where latencies are exact."""
+        if self.histograms is not None:
+            return self.histograms[name].misses(limit_s) if name in self.histograms else (0, 0)
+        missed = sum(value_s > limit_s for value_s in self.latencies_s[name])
+        return missed, missed
+
+    def least_sum_s(self, name: LatencyName) -> float:
+        """What a latency comes to over all requests at least: exactly where it is known so."""
+        if self.histograms is None or name not in self.histograms:
+            return sum(self.latencies_s[name])
+        histogram = self.histograms[name]
+        return histogram.mean_bounds_s()[0] * histogram.count
+
+    def mean_s(self, name: LatencyName) -> float | None:
+        """Mean of a latency; None without requests, or where it is not known exactly."""
+        if self.histograms is not None:
+            return self.histograms[name].mean_s if name in self.histograms else None
+        values_s = self.latencies_s[name]
+        return sum(values_s) / len(values_s) if values_s else None
 
 
 class Node(Protocol):
@@ -195,7 +241,9 @@ class Node(Protocol):
         """Start afresh; a simulated node draws its workload from ``seed``, a live one drops old samples."""
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Set the knobs and return what is in force.
+        """Ask for the knobs and return what is in force at this moment.
+
+        What needs the server's next step is in force later: ``WindowMetrics.knobs`` has it.
 
         Raises:
             NodeError: the node refused or is gone.

@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 class Report(NamedTuple):
     """What the scheduler published at its last step; the order is that of the bytes."""
 
-    step: int  # schedule() calls so far
+    step: int  # schedule() calls so far; 0 says what the engine began with, and nothing of what was asked
     running: int  # after that step's admissions
     waiting: int
-    batch_limit: int  # in force
+    batch_limit: int  # in force: the capacity where schedule() has admitted above what was set
     capacity: int  # --max-num-seqs: the highest limit
     monotonic_ns: int  # when; 0 if nothing was published yet
 
@@ -135,6 +135,8 @@ class SchedulerLimit:
         self._capacity = scheduler.max_num_running_reqs
         self._own = getattr(scheduler, "max_num_active_reqs", self._capacity)
         self._batch_limit, self._step = self._own, 0
+        self._before = 0  # requests running before the step
+        self._ignored = False  # by a schedule() of a class of its own, which admits as it likes
         self._said: set[int | str] = set()
 
     def apply(self, scheduler: Scheduler) -> None:
@@ -145,20 +147,31 @@ class SchedulerLimit:
             self._say_once(
                 wanted, f"batch limit {wanted} is not in 1..{self._capacity}; {self._batch_limit} is used"
             )
+        self._before = len(scheduler.running)
         if hasattr(scheduler, "max_num_active_reqs"):
             scheduler.max_num_active_reqs = self._batch_limit
         else:  # schedule() asserts len(running) <= max_num_running_reqs; less would kill the engine
-            scheduler.max_num_running_reqs = max(self._batch_limit, len(scheduler.running))
+            scheduler.max_num_running_reqs = max(self._batch_limit, self._before)
 
     def publish(self, scheduler: Scheduler) -> None:
         """Write the report of the step just made."""
         running, waiting = scheduler.get_request_counts()
-        report = Report(self._step, running, waiting, self._batch_limit, self._capacity, time.monotonic_ns())
+        in_force = self._in_force(len(scheduler.running), waiting)
+        report = Report(self._step, running, waiting, in_force, self._capacity, time.monotonic_ns())
         self._step += 1
         try:
             self._write(report)
         except OSError as error:
             self._say_once(str(error), f"no report of the batch limit: {error}")
+
+    def _in_force(self, running: int, waiting: int) -> int:
+        """What was set, or the capacity once a step has admitted above it, until one shows that it binds."""
+        if running > max(self._before, self._batch_limit):
+            self._ignored = True
+            self._say_once("ignored", "no batch limit: this scheduler's schedule() admits more than is set")
+        elif waiting and running == self._batch_limit:
+            self._ignored = False
+        return self._capacity if self._ignored else self._batch_limit
 
     def _wanted(self) -> int | None:
         try:
@@ -200,7 +213,6 @@ def register() -> None:
     if not hasattr(VllmScheduler, "fuel_ray_limit"):
         VllmScheduler.fuel_ray_limit = None
         VllmScheduler.__init__ = _limited_init(VllmScheduler.__init__, path)
-        VllmScheduler.schedule = _limited_schedule(VllmScheduler.schedule)
 
 
 def _limited_init(init: Callable[..., None], path: str) -> Callable[..., None]:
@@ -213,18 +225,19 @@ def _limited_init(init: Callable[..., None], path: str) -> Callable[..., None]:
         else:
             self.fuel_ray_limit = SchedulerLimit(path, self)
             self.fuel_ray_limit.publish(self)
+            self.schedule = _limited_schedule(self)  # of its own class, which --scheduler-cls may have named
 
     return limited
 
 
-def _limited_schedule(schedule: Callable[..., Any]) -> Callable[..., Any]:
+def _limited_schedule(scheduler: Any) -> Callable[..., Any]:
+    limit, schedule = scheduler.fuel_ray_limit, scheduler.schedule
+
     @wraps(schedule)
-    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fuel_ray_limit is None:
-            return schedule(self, *args, **kwargs)
-        self.fuel_ray_limit.apply(self)
-        output = schedule(self, *args, **kwargs)
-        self.fuel_ray_limit.publish(self)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        limit.apply(scheduler)
+        output = schedule(*args, **kwargs)
+        limit.publish(scheduler)
         return output
 
     return limited

@@ -18,8 +18,13 @@ class FakeGpu:
     gpu_percent: int = 90
     memory_percent: int = 40
     sm_clock_mhz: int = 1980
+    highest_clock_mhz: int | None = None
     clocks_mhz: tuple[int, ...] = tuple(range(1980, 330, -15))
     lost: bool = False
+    faults: dict[str, int] = field(default_factory=dict)  # NVML error by the function that raises it
+    pids: tuple[int, ...] = ()
+    instances: tuple["FakeGpu", ...] = ()  # of MIG
+    as_bytes: bool = False
     lockable: bool = True
     locked_mhz: tuple[int, int] | None = None
     calls: list[str] = field(default_factory=list)
@@ -39,6 +44,18 @@ class FakeNvml:
         if name.startswith("nvml") and callable(real):
             raise AttributeError(f"FakeNvml has no {name}")
         return real
+
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        if not name.startswith("nvmlDevice"):
+            return found
+
+        def call(*args, **kwargs):
+            if args and isinstance(args[0], FakeGpu) and name in args[0].faults:
+                raise pynvml.NVMLError(args[0].faults[name])
+            return found(*args, **kwargs)
+
+        return call
 
     def nvmlInit(self):  # noqa: N802
         if not self.driver:
@@ -71,10 +88,21 @@ class FakeNvml:
         return self._alive(found[0])
 
     def nvmlDeviceGetUUID(self, gpu):  # noqa: N802
-        return self._alive(gpu).uuid
+        return self._text(self._alive(gpu), gpu.uuid)
 
     def nvmlDeviceGetName(self, gpu):  # noqa: N802
-        return self._alive(gpu).name
+        return self._text(self._alive(gpu), gpu.name)
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, gpu):  # noqa: N802
+        return 7 if self._alive(gpu).instances else 0
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, gpu, index):  # noqa: N802
+        if index >= len(self._alive(gpu).instances):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return gpu.instances[index]
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu):  # noqa: N802
+        return [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in self._alive(gpu).pids]
 
     def nvmlDeviceGetSupportedMemoryClocks(self, gpu):  # noqa: N802
         return [2619, 1593] if self._having(gpu, gpu.clocks_mhz or None) else []
@@ -102,9 +130,16 @@ class FakeNvml:
         self._alive(gpu)
         return SimpleNamespace(gpu=gpu.gpu_percent, memory=gpu.memory_percent)
 
+    def nvmlDeviceGetMaxClockInfo(self, gpu, type):  # noqa: N802
+        return self._having(gpu, gpu.highest_clock_mhz)
+
     def nvmlDeviceGetClockInfo(self, gpu, type):  # noqa: N802
         assert type == pynvml.NVML_CLOCK_SM
         return self._alive(gpu).sm_clock_mhz
+
+    @staticmethod
+    def _text(gpu, text):
+        return text.encode() if gpu.as_bytes else text
 
     def _alive(self, gpu=None):
         if not self.inits:

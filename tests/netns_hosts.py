@@ -2,10 +2,14 @@
 
 Each has an address, process ids (`ray stop` sees no others), /tmp/ray, /dev/shm and a home of its own; the
 rest of the file system is this machine's. Needs root, iproute2, openssh-server and rsync.
+A lock that the kernel drops with its holder says whose they are: what a killed run left, the next one clears.
 """
 
+import contextlib
+import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -63,7 +67,14 @@ class NetnsHosts:
         self.key = folder / "key"
 
     def __enter__(self):
+        self._lock = open(f"/run/{self._prefix}.lock", "w")
         try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RuntimeError(f"another run has the hosts {self._prefix}*: wait for its end") from None
+        try:
+            self._clear()
             self._start()
         except BaseException:
             self.__exit__()
@@ -139,8 +150,20 @@ class NetnsHosts:
         for process in self._processes:
             process.send_signal(signal.SIGKILL)  # --kill-child: everything on that host ends with it
             process.wait(20)
-        for name in self._names:
+        self._clear()
+        self._lock.close()
+
+    def _clear(self) -> None:
+        """Remove what has this prefix's names: the hosts' processes, namespaces, cables and the bridge."""
+        listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
+        there = [line.split()[0] for line in listed.splitlines() if line.strip()]
+        for name in [name for name in there if re.fullmatch(rf"{self._prefix}\d+", name)]:
+            pids = subprocess.run(["ip", "netns", "pids", name], check=False, capture_output=True, text=True)
+            for pid in map(int, pids.stdout.split()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+            subprocess.run(["ip", "link", "del", f"v{name}"], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", self._prefix + "br"], check=False, capture_output=True)
 
 

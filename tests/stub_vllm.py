@@ -9,7 +9,20 @@ from pathlib import Path
 
 from aiohttp import web
 
+from fuel_ray.vllm_plugin import SchedulerLimit
+
 PAGE = (Path(__file__).parent / "data" / "vllm_metrics_0.32.txt").read_text()
+
+
+class StubScheduler:
+    """As much of vLLM's scheduler as the plug-in uses; the stub says how many requests run."""
+
+    def __init__(self, capacity):
+        self.max_num_running_reqs = self.max_num_active_reqs = capacity
+        self.running, self.waiting = [], []
+
+    def get_request_counts(self):
+        return len(self.running), len(self.waiting)
 
 
 @dataclass
@@ -28,11 +41,31 @@ class Stub:
     most_in_flight: int = 0
     model: str = "tiny"
     version: str = "0.32.0"
+    host: str = "127.0.0.1"
+    prefix: str = ""  # of all paths
+    tls: object = None  # an SSL context
+    middlewares: list = field(default_factory=list)
+    models_list: list[dict] | None = None
     url: str = ""
     stop: object = None
+    limit_file: Path | None = None  # where there is the plug-in, which makes a step before each page
+    capacity: int = 32
+    admits: int = 0  # requests that the step lets in, whatever the limit
+    plugin: SchedulerLimit | None = None
+    scheduler: StubScheduler | None = None
+
+    def step(self):
+        if self.plugin is None:
+            self.scheduler = StubScheduler(self.capacity)
+            self.plugin = SchedulerLimit(str(self.limit_file), self.scheduler)
+        self.plugin.apply(self.scheduler)
+        self.scheduler.running += [None] * self.admits
+        self.plugin.publish(self.scheduler)
 
     async def metrics(self, request):
         self.metrics_paths.append(request.raw_path)
+        if self.limit_file is not None:
+            self.step()
         await asyncio.sleep(self.metrics_delay_s)
         names = request.query.getall("name[]", [])
         if names and not self.filters:
@@ -47,7 +80,7 @@ class Stub:
         return web.Response(status=self.status, text=text)
 
     async def models(self, request):
-        return web.json_response({"data": [{"id": self.model}]})
+        return web.json_response({"data": self.models_list or [{"id": self.model}]})
 
     async def version_page(self, request):
         return web.json_response({"version": self.version})
@@ -111,18 +144,19 @@ def serving(stub, *, port=0):
     finish = asyncio.Event()
 
     async def main():
-        app = web.Application()
-        app.router.add_get("/metrics", stub.metrics)
-        app.router.add_get("/metrics/", stub.metrics)
-        app.router.add_get("/v1/models", stub.models)
-        app.router.add_get("/version", stub.version_page)
-        app.router.add_get("/health", stub.version_page)
-        app.router.add_post("/v1/completions", stub.completions)
+        app = web.Application(middlewares=stub.middlewares)
+        app.router.add_get(f"{stub.prefix}/metrics", stub.metrics)
+        app.router.add_get(f"{stub.prefix}/metrics/", stub.metrics)
+        app.router.add_get(f"{stub.prefix}/v1/models", stub.models)
+        app.router.add_get(f"{stub.prefix}/version", stub.version_page)
+        app.router.add_get(f"{stub.prefix}/health", stub.version_page)
+        app.router.add_post(f"{stub.prefix}/v1/completions", stub.completions)
         runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port)
+        site = web.TCPSite(runner, stub.host, port, ssl_context=stub.tls)
         await site.start()
-        stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        host = f"[{stub.host}]" if ":" in stub.host else stub.host
+        stub.url = f"{'https' if stub.tls else 'http'}://{host}:{runner.addresses[0][1]}{stub.prefix}"
         ready.set()
         await finish.wait()
         await runner.cleanup()

@@ -9,6 +9,7 @@ from fuel_ray.build import cluster as build_cluster
 from fuel_ray.build import live as build_live
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_node, build_spec, twin_of, twinned
+from fuel_ray.cli import main
 from fuel_ray.config import PRESETS, LiveConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.anchor import Anchor
@@ -34,6 +35,30 @@ def test_a_live_node_and_its_twin_have_the_same_clocks_and_the_same_actions(gpu)
     live, twin = build_spec(config, 16), build_spec(twin_of(config), 16)
     assert live.gpu_clocks_mhz == twin.gpu_clocks_mhz == tuple(range(990, 1981, 15))
     assert build_codec(config, live).grid == build_codec(twin_of(config), twin).grid
+
+
+def test_a_server_without_its_limit_file_has_one_batch_limit_to_choose(gpu, capsys, tmp_path):
+    attached = replace(LIVE, live=LiveConfig(model="m", server="http://127.0.0.1:1"), max_num_seqs=64)
+    spec = build_spec(attached, 16)
+    assert spec.batch_limits == (64, 64) and build_codec(attached, spec).grid.batch_limits == (64,)
+    with pytest.raises(ConfigError, match=r"--grid seed has batch limits, .*--live.limit-file"):
+        build_codec(replace(attached, grid="seed"), spec)
+    named = replace(attached, live=replace(attached.live, limit_file=tmp_path / "limit"))
+    assert build_spec(named, 16).batch_limits == (1, 64)
+    flags = [
+        "--node",
+        "live",
+        "--live.model",
+        "m",
+        "--live.server",
+        "http://127.0.0.1:1",
+        "--block-sizes",
+        "16",
+    ]
+    assert main(["evaluate", *flags, "--static", "max", "8"]) == 2
+    assert (
+        "--static 8: the batch limit is 128 and not ours to set; --live.limit-file" in capsys.readouterr().err
+    )
 
 
 def test_block_sizes_keep_their_order_whichever_server_is_up_first(monkeypatch):

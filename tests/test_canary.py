@@ -9,6 +9,7 @@ from fuel_ray.deploy.canary import Canary
 from fuel_ray.policies.static import Static
 from fuel_ray.types import Knobs, Slo
 from tests.test_codec import WINDOW
+from tests.test_histogram import window as counted_window
 
 LOW, HIGH = Knobs(8, 990), Knobs(32, 1980)
 SLO = Slo(ttft_s=1.0)
@@ -91,3 +92,30 @@ def test_a_policy_sees_every_window():
     for _ in range(100):
         canary.decide(WINDOW)
     assert Counting.seen == 100
+
+
+def judged(*, summed, without=False, values_s=(0.016,) * 8):
+    """A canary whose limit lies within a bucket that all requests are in."""
+    rng = np.random.default_rng(0)
+    canary = Canary(share=0.5, block_s=10.0, slo=Slo(tpot_s=0.02), rng=rng).over(Static(LOW), HIGH)
+    canary.reset()
+    seen = counted_window("tpot", values_s, summed=summed)
+    if without:
+        seen = replace(seen, histograms={}, ttfts_s=(), tpots_s=(), e2es_s=())
+    for _ in range(400):
+        canary.decide(seen)
+    return canary.difference()
+
+
+def test_of_limits_within_a_bucket_the_interval_is_what_is_certain():
+    found = judged(summed=True).attainment
+    assert (found.mean, found.low, found.high) == pytest.approx((0.0, -0.5, 0.5))
+    found = judged(summed=False).attainment
+    assert (found.low, found.high) == pytest.approx((-1.0, 1.0))
+    found = judged(summed=True, values_s=(0.0249,) * 8).attainment
+    assert found.high < 0.2 and found.low > -0.2
+
+
+def test_windows_whose_attainment_is_unknown_are_left_out():
+    found = judged(summed=True, without=True)
+    assert found.attainment is None and found.energy is not None and min(found.blocks) > 1

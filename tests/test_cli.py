@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fuel_ray import __version__
 from fuel_ray.cli import VERBS, main
 from fuel_ray.commands import sweep
 from fuel_ray.config import PRESETS, LiveConfig, SweepConfig, from_dict, load_config, to_dict
@@ -355,3 +356,41 @@ def test_sigterm_ends_a_verb_in_an_orderly_way(tmp_path):
     )
     assert done.returncode == 143
     assert done.stdout == "given back\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("swep", "did you mean sweep?"),
+        ("Sweep", "did you mean sweep?"),
+        ("clock_helper", "did you mean clock-helper?"),
+        ("help swep", "did you mean sweep?"),
+        ("--out x sweep", "--out stands before the verb: fuel-ray sweep --out"),
+        ("sweep --stpes 5", "--stpes is no flag here: did you mean --steps?"),
+        ("sweep --lr 5", "did you mean --train.lr?"),
+        ("deploy --poli x", "--poli is no flag here: did you mean --policy?"),
+        ("sweep --xyzzy", "--xyzzy is no flag here; --help lists them"),
+        ("sweep --steps=5x", "--steps 5x: not a whole number"),
+        ("sweep --train.lr x", "--train.lr x: not a number"),
+        ("sweep --slo-share x", "--slo-share x: none of {None}|FLOAT"),
+        ("sweep --conditional true", "true belongs to no flag"),
+        ("sweep --preset seed --preset fast", "--preset fast is unknown"),
+        ("sweep --block-sizes 8 --block_sizes 16", "--block-sizes is given twice"),
+    ],
+)
+def test_what_was_meant_is_said(argv, words, capsys):
+    assert main(argv.split()) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", ["version", "--version", "-V"])
+def test_the_version_is_said(word, capsys):
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"fuel-ray {__version__}\n"
+
+
+def test_of_a_flag_that_is_given_twice_the_last_one_counts():
+    words = ["--steps", "5", "--preset", "seed", "--steps=6", "--preset=plain"]
+    config = parse_serving(SweepConfig, words, prog="x")
+    assert config == dataclasses.replace(PRESETS["plain"], steps=6)

@@ -58,8 +58,10 @@ def test_a_server_behind_an_actor_is_measured_and_dies_with_it(config, two_hosts
     node.reset(seed=1)
     windows = []
     for limit in (32, 4, 4, 4):
-        assert node.apply(Knobs(limit, 1980)).batch_limit == limit
+        node.apply(Knobs(limit, 1980))
         windows.append(node.measure(1.0))
+        assert windows[-1].limit_acknowledged is not False
+    assert windows[-1].knobs == Knobs(4, 1980)
     assert sum(window.arrivals for window in windows) > 0
     assert sum(window.output_tokens for window in windows) > 0
     (pid,) = [pid for host in two_hosts.hosts for pid in actors_of(host)]

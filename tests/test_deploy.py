@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from fuel_ray.cli import main
@@ -57,18 +58,33 @@ def deploy(stub, policy, tmp_path, *flags):
 
 
 def test_a_policy_controls_a_running_server_and_gives_everything_back(stub, gpu, policy, tmp_path):
-    limit_file = tmp_path / "limit"
+    limit_file = stub.limit_file = tmp_path / "limit"
     code, lines, run = deploy(stub, policy, tmp_path, "--limit-file", str(limit_file))
     assert code == 0 and [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(
         line["chosen"] == {"batch_limit": 4, "gpu_clock_mhz": 990} == line["applied"] for line in lines
     )
+    assert all(line["limit_acknowledged"] for line in lines)
     assert sum(line["completed"] for line in lines) == pytest.approx(20 * 0.4, abs=3)
     assert gpu.locked_mhz is None and "reset" in gpu.calls and not limit_file.exists()
     summary = run["summary"]
     assert (summary["windows"], summary["lost_windows"], summary["lost_lines"]) == (4, 0, 0)
     assert 0.04 < summary["ttft"]["p50_s"] < 0.06 and 0.01 < summary["tpot"]["p50_s"] < 0.025
     assert run["spec"]["kv_block_size"] == 16 and run["policy"]["model"] == "tiny"
+
+
+def test_a_deployment_whose_limit_is_never_acknowledged_gives_clocks_back_and_says_what_to_do(
+    stub, gpu, policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("fuel_ray.live.vllm.in_force.PATIENCE_S", 0.5)
+    limit_file = tmp_path / "limit"
+    code, lines, _ = deploy(stub, policy, tmp_path, "--limit-file", str(limit_file), "--max-steps", "99")
+    assert code == 2 and gpu.locked_mhz is None and "reset" in gpu.calls and not limit_file.exists()
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fuel-ray: ")]
+    assert len(err) == 1 and f"no vLLM scheduler has read {limit_file} in " in err[0]
+    assert 3 <= len(lines) <= 6
+    assert all(line["applied"] == {"batch_limit": 32, "gpu_clock_mhz": 990} for line in lines)
+    assert {line["limit_acknowledged"] for line in lines} == {False}
 
 
 def test_shadow_mode_sets_nothing(stub, gpu, policy, tmp_path):
@@ -220,14 +236,15 @@ def under_control(controller):
     until(lambda: controller.locked() and controller.limit() == 4, within_s=20.0)
 
 
-def start_with_limit(controller, tmp_path):
-    one = controller("--limit-file", str(tmp_path / "c0" / "limit"), "--max-num-seqs", "32")
+def start_with_limit(controller, stub, tmp_path):
+    stub.limit_file = tmp_path / "c0" / "limit"
+    one = controller("--limit-file", str(stub.limit_file), "--max-num-seqs", "32")
     under_control(one)
     return one
 
 
-def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controller, tmp_path):
-    killed = start_with_limit(controller, tmp_path)
+def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controller, stub, tmp_path):
+    killed = start_with_limit(controller, stub, tmp_path)
     killed.process.kill()
     until(lambda: not killed.locked() and killed.limit() is None, within_s=2.0)
     until(lambda: not list(killed.state.glob("*.json")), within_s=2.0)
@@ -237,9 +254,9 @@ def test_a_killed_deployments_clock_and_limit_are_given_back_within_2_s(controll
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
-    controller, tmp_path, number, code
+    controller, stub, tmp_path, number, code
 ):
-    ended = start_with_limit(controller, tmp_path)
+    ended = start_with_limit(controller, stub, tmp_path)
     lines = "out/deploy-*/steps.jsonl"
     until(lambda: any(path.stat().st_size for path in (tmp_path / "c0").glob(lines)), within_s=5.0)
     ended.process.send_signal(number)
@@ -251,7 +268,7 @@ def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
 
 
 def test_a_second_deployment_on_the_gpu_is_refused_by_the_firsts_pid(controller, tmp_path):
-    first = start_with_limit(controller, tmp_path)
+    first = start_with_limit(controller, stub, tmp_path)
     second = controller(state=first.state)
     _, err = second.process.communicate(timeout=20)
     assert second.process.returncode == 2 and len(err.splitlines()) == 1
@@ -324,3 +341,172 @@ def test_a_policy_for_something_else_is_refused_unless_that_is_harmless_and_allo
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert main([*arguments, "--allow-mismatch"]) == (2 if "block size" in message else 0)
+
+
+HISTOGRAMS = {
+    "TTFT": "vllm:time_to_first_token_seconds",
+    "TPOT": "vllm:request_time_per_output_token_seconds",
+}
+
+
+@pytest.mark.parametrize("limited", HISTOGRAMS)
+def test_a_server_by_which_the_slo_cannot_be_judged_is_refused_and_told_why(
+    stub, gpu, policy, tmp_path, capsys, limited
+):
+    stub.lacks = (HISTOGRAMS[limited],)
+    words = ["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main([*words, "--max-steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"has no {HISTOGRAMS[limited]}, by which the SLO's {limited} is judged: " in error
+    assert len(error.splitlines()) == 1 and gpu.locked_mhz is None
+
+
+def test_a_server_without_a_histogram_that_no_limit_needs_is_taken(stub, gpu, policy, tmp_path):
+    stub.lacks = ("vllm:e2e_request_latency_seconds",)
+    code, lines, run = deploy(stub, policy, tmp_path)
+    assert code == 0 and all(line["slo_attainment"] == 1.0 for line in lines)
+    assert run["summary"]["e2e"] == {"mean_s": None, "p50_s": None, "p99_s": None}
+
+
+def test_a_fresh_server_whose_histograms_are_empty_is_taken(stub, gpu, policy, tmp_path, capsys):
+    stub.lacks = tuple(
+        f"{name}_{what}{{" for name in HISTOGRAMS.values() for what in ("bucket", "sum", "count")
+    )
+    code, lines, _ = deploy(stub, policy, tmp_path)
+    assert code == 0 and lines[-1]["slo_attainment"] == 1.0
+    assert "TPOT <= 50 ms is judged once the server has served a request" in capsys.readouterr().out
+
+
+def test_a_histogram_that_goes_away_makes_attainment_unknown_and_the_fallback_rule(
+    stub, gpu, policy, tmp_path
+):
+    stub.at(3, lacks=(HISTOGRAMS["TPOT"],))
+    _, lines, _ = deploy(stub, policy, tmp_path, "--guard.fallback", "16@1500")
+    assert lines[-1]["slo_attainment"] is None and lines[-1]["slo_attainment_bounds"] is None
+    assert lines[-1]["reward"] is None and lines[-1]["overruled"] == ["stale"]
+    assert lines[-1]["applied"]["gpu_clock_mhz"] == 1500
+
+
+TIGHT = ("--shadow", "--max-num-seqs", "32", "--slo-ttft-s", "1", "--slo-tpot-s", "0.02")
+
+
+@pytest.mark.parametrize(
+    ("tpot_s", "overruled", "bounds"), [(0.016, False, [0.375, 1.0]), (0.0249, True, [0.0, 0.0])]
+)
+def test_a_tight_limit_is_judged_by_what_is_certain(
+    stub, gpu, tmp_path, capsys, monkeypatch, tpot_s, overruled, bounds
+):
+    monkeypatch.chdir(ROOT)
+    stub.tpot_s, stub.rate_rps = tpot_s, 100.0
+    code, lines, run = deploy(stub, "clipper", tmp_path, *TIGHT, "--max-steps", "12")
+    out = capsys.readouterr().out
+    assert code == 0 and any("latency" in line["overruled"] for line in lines) == overruled
+    lowest, highest = lines[-1]["slo_attainment_bounds"]
+    assert lowest == pytest.approx(bounds[0], abs=0.15) and highest == bounds[1]
+    assert "TTFT <= 1 s is judged exactly" in out
+    assert "TPOT <= 20 ms is judged within bounds: requests between 10 ms and 25 ms" in out
+    assert "a limit of 25 ms would be exact" in out
+    assert f"TPOT mean {tpot_s * 1000:.3g} ms, p50 10 to 25 ms, p99 10 to 25 ms" in out
+    assert run["summary"]["tpot"]["mean_s"] == pytest.approx(tpot_s)
+    assert run["summary"]["tpot"]["p50_bounds_s"] == [0.01, 0.025]
+
+
+def test_a_percentile_in_the_first_bucket_is_said_to_be_at_most_its_bound(
+    stub, gpu, policy, tmp_path, capsys
+):
+    stub.tpot_s = 0.0085
+    deploy(stub, policy, tmp_path)
+    assert "TPOT mean 8.5 ms, p50 <= 10 ms, p99 <= 10 ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("blocks", ["None", "", "0"])
+def test_blocks_that_are_not_known_are_not_blamed_on_the_block_size(
+    stub, gpu, policy, tmp_path, capsys, blocks
+):
+    stub.blocks, stub.lacks = blocks, ()
+    stub.page_override = stub.now().replace('num_gpu_blocks_override="300"', 'num_gpu_blocks_override="None"')
+    assert (
+        main(["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]) == 2
+    )
+    error = capsys.readouterr().err
+    assert (
+        f'does not say how many KV blocks there are: vllm:cache_config_info has num_gpu_blocks="{blocks}"'
+        in error
+    )
+    assert "block size" not in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("effective", "tokens", "code", "words"),
+    [
+        ("256", "70000", 0, ""),
+        (
+            "None",
+            "70000",
+            2,
+            "the server's page says 4, which need not be that of a hybrid model's attention",
+        ),
+        ("None", "1200", 2, "trained for KV block size 256, the server has 4"),
+    ],
+)
+def test_a_hybrid_models_block_size_is_its_attentions(
+    stub, gpu, tmp_path, capsys, effective, tokens, code, words
+):
+    stub.block_size = 4
+    page = stub.now().replace(
+        'effective_attention_block_size="32"', f'effective_attention_block_size="{effective}"'
+    )
+    stub.page_override = page.replace('kv_cache_size_tokens="9600"', f'kv_cache_size_tokens="{tokens}"')
+    folder = write_policy(tmp_path / "hybrid", best=Knobs(4, 990), sizes=(256,))
+    flags = ["--max-num-seqs", "32", "--server", stub.url, "--max-steps", "2", "--interval", "0.1"]
+    arguments = ["deploy", "--policy", str(folder), *flags, "--out", str(tmp_path / "out")]
+    assert main(arguments) == code and words in capsys.readouterr().err
+    assert main([*arguments, "--allow-mismatch"]) == (2 if tokens == "1200" else 0)
+    assert tokens == "1200" or "KV blocks of 256" in capsys.readouterr().out
+
+
+def test_a_server_on_another_card_is_warned_of_and_refused_with_strict(
+    stub, policy, tmp_path, monkeypatch, caplog, capsys
+):
+    cards = FakeGpu("GPU-a", pids=(1,)), FakeGpu("GPU-b", pids=(os.getpid(),))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(*cards))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.holds_sys_admin", lambda proc: True)
+    flags = ["--server", stub.url, "--out", str(tmp_path / "strict"), "--max-steps", "1", "--strict"]
+    assert main(["deploy", "--policy", str(policy), *flags, "--gpu-ids", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "the server runs on GPU GPU-b, and GPU GPU-a would be measured: give --gpu-ids GPU-b" in error
+    assert len(error.splitlines()) == 1 and cards[0].calls.count("reset") == 0
+    assert deploy(stub, policy, tmp_path, "--gpu-ids", "0")[0] == 0
+    assert "would be measured" in caplog.text
+    caplog.clear()
+    assert main(["deploy", "--policy", str(policy), *flags, "--gpu-ids", "GPU-b"]) == 0
+    assert "would be measured" not in caplog.text and cards[1].calls.count("reset") == 1
+
+
+def test_the_gpu_that_is_visible_is_the_one_that_is_controlled(stub, policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu("GPU-a"), FakeGpu("GPU-b"), FakeGpu("GPU-c"))
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
+    assert deploy(stub, policy, tmp_path)[2]["spec"]["gpu_uuids"] == ["GPU-c"]
+    arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main(["deploy", *arguments, "--gpu-ids", "0"]) == 2
+    assert "CUDA_VISIBLE_DEVICES=2,1 leaves GPU 0 out (GPU-a)" in capsys.readouterr().err
+
+
+def test_a_card_whose_energy_cannot_be_had_is_refused_before_anything_is_set(
+    stub, gpu, policy, tmp_path, capsys
+):
+    gpu.energy_mj, gpu.faults = None, {"nvmlDeviceGetPowerUsage": pynvml.NVML_ERROR_NOT_SUPPORTED}
+    arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main(["deploy", *arguments]) == 2
+    assert "cannot be measured: no energy counter on GPU GPU-0" in capsys.readouterr().err
+    assert gpu.locked_mhz is None
+
+
+@pytest.mark.parametrize("error", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_UNKNOWN])
+def test_readings_that_are_not_needed_may_be_missing(stub, gpu, policy, tmp_path, error):
+    names = ("PowerUsage", "UtilizationRates", "ClockInfo", "MaxMigDeviceCount", "ComputeRunningProcesses")
+    gpu.faults = {f"nvmlDeviceGet{name}": error for name in names}
+    code, lines, run = deploy(stub, policy, tmp_path)
+    assert code == 0 and run["summary"]["lost_windows"] == 0 and len(lines) == 4

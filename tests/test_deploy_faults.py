@@ -111,7 +111,7 @@ class Run:
 
     def __init__(self, stub, nvml, tmp_path):
         (self.gpu,) = nvml.gpus
-        self.limit_file = tmp_path / "limit"
+        self.limit_file = stub.limit_file = tmp_path / "limit"
         folder = read_policy(write_policy(tmp_path / "policy", best=LOW))
         self.target = Target(
             server=stub.url,
@@ -224,7 +224,7 @@ def test_a_server_that_is_gone_is_waited_for(run, stub, nvml, tmp_path):
 
     def later():
         time.sleep(1.5)
-        with serving(TrafficStub(), port=port):
+        with serving(TrafficStub(limit_file=run.limit_file), port=port):
             finished.wait(20.0)
 
     finished = threading.Event()

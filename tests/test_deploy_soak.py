@@ -110,7 +110,7 @@ def test_a_soak_ends_with_everything_given_back_and_every_window_accounted_for(t
     nvml = FakeNvml(gpu)
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", nvml)
     policy = write_policy(tmp_path / "policy", best=Knobs(4, 990))
-    with serving(TrafficStub()) as stub:
+    with serving(TrafficStub(limit_file=tmp_path / "limit")) as stub:
         faults = Faults(stub, nvml, tmp_path, state)
         _fill_disks(monkeypatch, faults)
         can_set = lambda: nvml.privileged and not gpu.lost and not faults.full_disk  # noqa: E731

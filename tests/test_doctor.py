@@ -2,26 +2,38 @@
 
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
+import pynvml
 import pytest
 import yaml
 
+from fuel_ray import __version__
 from fuel_ray.cli import main
+from fuel_ray.live.cpu import CpuMeter
 from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.test_cpu import _domain
+
+ROOT = Path(__file__).parent.parent
+METADATA = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n"
 
 
 @pytest.fixture
-def vllm(tmp_path):
-    """A `vllm` command whose environment has a vLLM of this version and plug-ins of these names."""
+def vllm(tmp_path, monkeypatch):
+    """A `vllm` command whose environment has a vLLM of this version and a fuel_ray: there, stale, or None."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
-    def make(version="0.32.0", plugins=("fuel_ray",)):
-        python = tmp_path / "python"
-        info = tmp_path / f"site/vllm-{version}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-        entries = "".join(f"{name} = {name}:register\n" for name in plugins)
-        (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entries}")
-        python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} -S "$@"\n')
+    def make(version="0.32.0", plugin="there", plugin_version=None):
+        python, site = tmp_path / "python", tmp_path / "site"
+        _installed(site, "vllm", version)
+        if plugin is not None:
+            info = _installed(site, "fuel_ray", plugin_version or __version__)
+            entry = "[vllm.general_plugins]\nfuel_ray = fuel_ray.vllm_plugin:register\n"
+            (info / "entry_points.txt").write_text(entry)
+        if plugin == "there":
+            (site / "fuel_ray").symlink_to(ROOT / "fuel_ray")
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} -S "$@"\n')
         python.chmod(0o755)
         command = tmp_path / "vllm"
         command.write_text(f"#!{python}\n")
@@ -29,6 +41,13 @@ def vllm(tmp_path):
         return str(command)
 
     return make
+
+
+def _installed(site, name, version):
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(METADATA.format(name, version))
+    return info
 
 
 def lines(capsys):
@@ -48,6 +67,7 @@ def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
     assert main(["doctor", *flags]) == 0
     found = lines(capsys)
     assert found["GPU"] == ("ok", "1 x NVIDIA H100 80GB HBM3, driver 580.95.05")
+    assert found["readings"] == ("ok", "energy counter, power, utilisation, SM clock")
     assert found["clocks"][0] == found["plug-in"][0] == found["disk"][0] == found["port"][0] == "ok"
     assert found["vLLM"] == ("ok", f"0.32.0 ({command})")
     assert found["block sizes"] == ("ok", "multiples of 16: 16, 32")
@@ -55,11 +75,43 @@ def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
 
 def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
-    assert main(["doctor", "--vllm", vllm("0.32.0+cpu", plugins=())]) == 1
+    assert main(["doctor", "--vllm", vllm("0.32.0+cpu", plugin=None)]) == 1
     found = lines(capsys)
     assert found["GPU"][0] == "FAIL" and "--gpus all" in found["GPU"][1]
-    assert found["plug-in"][0] == "FAIL" and "pip install" in found["plug-in"][1]
+    mark, text = found["plug-in"]
+    assert mark == "FAIL" and text.startswith("fuel_ray is not among vLLM's plug-ins: batch limits need it: ")
+    assert text.endswith(f"/python --no-deps --force-reinstall {ROOT}")
     assert found["block sizes"] == ("note", "multiples of 32: 32, 64: 8, 16 will end as unsupported")
+
+
+STALE = "fuel_ray is among vLLM's plug-ins, but its import ends in ModuleNotFoundError: No module named "
+
+
+@pytest.mark.parametrize(
+    ("made", "variable", "words"),
+    [
+        ({"plugin": "stale"}, None, STALE),
+        ({}, "", "VLLM_PLUGINS= leaves fuel_ray out"),
+        ({}, "lora_resolver,other", "VLLM_PLUGINS=lora_resolver,other leaves fuel_ray out"),
+        ({"plugin_version": "0.0.9"}, None, "fuel_ray 0.0.9 is among vLLM's plug-ins, this is "),
+    ],
+)
+def test_a_plug_in_that_would_not_be_loaded_fails(vllm, capsys, monkeypatch, made, variable, words):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    command = vllm(**made)
+    if variable is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", variable)
+    assert main(["doctor", "--vllm", command]) == 1
+    mark, text = lines(capsys)["plug-in"]
+    assert mark == "FAIL" and text.startswith(words)
+
+
+def test_plug_ins_that_are_named_may_have_it_among_them(vllm, capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    command = vllm()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,fuel_ray")
+    assert main(["doctor", "--vllm", command]) == 0
+    assert lines(capsys)["plug-in"] == ("ok", "fuel_ray is among vLLM's plug-ins")
 
 
 def test_block_sizes_that_no_node_can_serve_fail(vllm, capsys, monkeypatch):
@@ -74,6 +126,51 @@ def test_clocks_that_may_not_be_set_are_a_note(vllm, capsys, monkeypatch):
     assert main(["doctor", "--vllm", vllm()]) == 0
     mark, text = lines(capsys)["clocks"]
     assert mark == "note" and "SYS_ADMIN" in text
+
+
+@pytest.mark.parametrize(
+    ("lacks", "mark", "text"),
+    [
+        (
+            {"nvmlDeviceGetUtilizationRates"},
+            "note",
+            "energy counter, power, SM clock; no utilisation on GPU GPU-1",
+        ),
+        ({"nvmlDeviceGetTotalEnergyConsumption"}, "note", "energy is integrated from power"),
+        (
+            {"nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"},
+            "FAIL",
+            "no power on GPU GPU-1: energy cannot be measured",
+        ),
+    ],
+)
+def test_the_readings_that_a_card_gives_are_listed(vllm, capsys, monkeypatch, lacks, mark, text):
+    card = FakeGpu("GPU-1", faults=dict.fromkeys(lacks, pynvml.NVML_ERROR_UNKNOWN))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), card))
+    assert main(["doctor", "--vllm", vllm(), "--gpu-ids", "0", "1"]) == (mark == "FAIL")
+    found = lines(capsys)["readings"]
+    assert found[0] == mark and text in found[1]
+
+
+def test_the_visible_gpu_is_looked_at_and_others_are_said_to_be_hidden(vllm, capsys, monkeypatch):
+    cards = FakeGpu(name="NVIDIA L4"), FakeGpu("GPU-1", instances=(FakeGpu("MIG-1"), FakeGpu("MIG-2")))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(*cards))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    command = vllm()
+    assert main(["doctor", "--vllm", command]) == 0
+    found = lines(capsys)
+    assert "1 x NVIDIA H100" in found["GPU"][1] and "one of its 2 MIG instances" in found["MIG"][1]
+    assert main(["doctor", "--vllm", command, "--gpu-ids", "0"]) == 1
+    assert "CUDA_VISIBLE_DEVICES=GPU-1 leaves GPU 0 out" in lines(capsys)["GPU"][1]
+
+
+def test_rapl_that_stands_still_is_modelled(vllm, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr("fuel_ray.live.checks.CpuMeter", partial(CpuMeter, root=tmp_path / "powercap"))
+    _domain(tmp_path / "powercap", "intel-rapl:0", name="package-0", energy_uj=7)
+    assert main(["doctor", "--vllm", vllm()]) == 0
+    mark, text = lines(capsys)["RAPL"]
+    assert mark == "note" and "energy_uj has not moved for" in text and "modelled from utilisation" in text
 
 
 def test_a_simulated_node_needs_neither_gpu_nor_vllm(capsys):

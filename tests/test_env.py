@@ -1,6 +1,7 @@
 """A training environment whose node fails, and environments whose windows pass at the same time."""
 
 import threading
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -10,9 +11,10 @@ from fuel_ray.build.codec import build_codec
 from fuel_ray.build.objective import build_objective
 from fuel_ray.config import SweepConfig
 from fuel_ray.control import ControlLoop
-from fuel_ray.env import NODE_FAILURE, ParallelServingEnv, ServingEnv
+from fuel_ray.env import NODE_FAILURE, UNACKNOWLEDGED, ParallelServingEnv, ServingEnv, unlearnable
 from fuel_ray.errors import NodeError, UnsupportedError
 from fuel_ray.training.envs import build_env
+from fuel_ray.training.rollout import Exploration, Sampler
 from tests.simulated import simulated
 
 CONFIG = SweepConfig()
@@ -42,6 +44,21 @@ class Failing:
         return self._node.measure(duration_s)
 
 
+class Unheeded(Failing):
+    """A node that at times has another limit in force than was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.heeds = True
+
+    def measure(self, duration_s):
+        window = super().measure(duration_s)
+        if self.heeds:
+            return window
+        own = replace(window.knobs, batch_limit=self.spec.batch_limits[-1])
+        return replace(window, knobs=own, limit_acknowledged=False)
+
+
 def env_on(node, *, failures=3):
     loop = ControlLoop(node, build_objective(CONFIG))
     return ServingEnv([loop], build_codec(CONFIG, node.spec), steps=20, failures=failures)
@@ -58,6 +75,50 @@ def test_a_window_that_cannot_be_measured_ends_the_episode_and_the_next_one_begi
     np.testing.assert_array_equal(observation, seen)
     env.reset()
     assert not env.step(np.int64(3))[3] and node.errors == []
+
+
+def test_a_window_whose_slo_cannot_be_judged_is_for_no_one_to_learn_from():
+    node = Failing()
+    env = env_on(node)
+    env.reset(seed=1)
+    measure = node.measure
+    node.measure = lambda duration_s: replace(measure(duration_s), histograms={}, tpots_s=(), ttfts_s=())
+    _, reward, _, truncated, info = env.step(np.int64(3))
+    assert (reward, truncated) == (0.0, True) and "cannot be judged" in info[NODE_FAILURE]
+
+
+def test_a_window_whose_limit_was_not_in_force_is_not_learned_from_and_ends_the_episode():
+    node = Unheeded()
+    env = env_on(node, failures=1)
+    env.reset(seed=1)
+    seen, *_ = env.step(np.int64(3))
+    node.heeds = False
+    limit, capacity = env.codec.grid.decode(3).batch_limit, node.spec.batch_limits[-1]
+    for _ in range(5):  # it is no failure of the node
+        observation, reward, terminated, truncated, info = env.step(np.int64(3))
+        assert (reward, terminated, truncated) == (0.0, False, True)
+        assert info == {UNACKNOWLEDGED: f"batch limit {limit} was asked for, {capacity} in force"}
+        assert unlearnable(info)
+        np.testing.assert_array_equal(observation, seen)
+        seen, _ = env.reset()
+    node.heeds = True
+    assert not unlearnable(env.step(np.int64(3))[4])
+
+
+def test_the_sampler_keeps_no_step_that_is_not_to_be_learned_from():
+    node = Unheeded()
+    env = env_on(node)
+    exploration = Exploration(1, len(env.codec.grid), hold_steps=3, rng=np.random.default_rng(1))
+    sampler = Sampler([env], exploration, seed=1)
+
+    def sample(steps):
+        found = sampler.sample(lambda seen, _: np.zeros(len(seen), np.int64), steps=steps, epsilon=0.5)
+        assert all(len(f.observations) == len(f.actions) + 1 == len(f.infos) + 1 for f in found)
+        return sum(len(fragment.actions) for fragment in found)
+
+    assert sample(5) == 5
+    node.heeds = False
+    assert sample(5) == 0
 
 
 def test_failures_in_a_row_are_given_up_with_the_reason():

@@ -1,5 +1,7 @@
 """Evaluation on nodes that may be lost."""
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +10,15 @@ import pytest
 from fuel_ray.arena import evaluation as evaluate
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.build.objective import build_objective
+from fuel_ray.cli import main
 from fuel_ray.config import LiveConfig, SweepConfig
 from fuel_ray.control import ControlLoop
-from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.errors import GpuError, NodeError, UnsupportedError
 from fuel_ray.policies.learned import distinct_names
 from fuel_ray.policies.static import Static
+from fuel_ray.record import read_csv, read_json
 from fuel_ray.types import Knobs
+from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.test_env import Failing
 
 CONFIG = SweepConfig(node="ray", node_failures=2)
@@ -86,3 +91,59 @@ def test_seeds_of_a_recorded_trace_are_different_episodes():
     again = evaluate.Evaluation([], [])
     evaluate.evaluate_policies(config, 16, "azure-conv", lambda _: static, seeds=3, seconds=60.0, into=again)
     assert again.rows == found.rows
+
+
+def test_episodes_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch, tmp_path, capsys):
+    episode, done = evaluate.run_episode, []
+
+    def failing(*arguments, **named):
+        if len(done) == 3:
+            raise GpuError("cannot read the power of GPU GPU-0: the GPU is lost")
+        done.append(named["seed"])
+        return episode(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "run_episode", failing)
+    short = ["--seconds", "20", "--seeds", "3", "--workload", "steady:rate_rps=2", "--static", "max", "16"]
+    assert main(["evaluate", *short, "--out", str(tmp_path)]) == 2
+    (run_dir,) = tmp_path.iterdir()
+    facts = read_json(run_dir / "run.json")
+    assert facts["partial"] and "the GPU is lost" in facts["ended"]
+    assert len(read_csv(run_dir / "summary.csv")) == 3
+    found = capsys.readouterr()
+    assert "ended early, 3 episodes are kept: cannot read the power" in found.out and "partial" in found.out
+    assert found.err.endswith("the GPU is lost\n")
+
+
+STUB = f"{sys.executable} {Path(__file__).parent / 'tools/stub_vllm.py'}"
+
+
+@pytest.mark.parametrize("plugins", ["fuel_ray", "none"])
+def test_a_live_evaluation_says_what_limit_was_in_force(plugins, monkeypatch, tmp_path, capsys, caplog):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(energy_mj=None)))
+    monkeypatch.setattr("fuel_ray.live.vllm.in_force.PATIENCE_S", 2.0)
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    load = "steady:rate_rps=20,lengths=fixed,prompt_mean=32,output_mean=16"
+    flags = [
+        "--live.model",
+        "tiny",
+        "--live.vllm",
+        STUB,
+        "--live.clock-control",
+        "off",
+        "--block-sizes",
+        "16",
+    ]
+    flags += ["--workload", load, "--max-num-seqs", "32", "--seconds", "4", "--seeds", "1"]
+    code = main(["evaluate", "--node", "live", *flags, "--static", "max", "4", "--out", str(tmp_path)])
+    (folder,) = tmp_path.glob("evaluate-*")
+    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["policy"] == "static 4"]
+    if plugins == "fuel_ray":
+        assert code == 0 and {line["applied"]["batch_limit"] for line in last} == {4}
+        assert any(line["limit_acknowledged"] for line in last)
+        assert not any(line["limit_acknowledged"] is False for line in lines)
+        return
+    assert code == 2 and not last and {line["applied"]["batch_limit"] for line in lines} == {32}
+    assert json.loads((folder / "run.json").read_text())["partial"]
+    assert "VLLM_PLUGINS=none leaves fuel_ray out" in caplog.text
+    assert "fuel-ray: batch limit 4 is not in force: no vLLM scheduler has" in capsys.readouterr().err

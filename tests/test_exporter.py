@@ -1,6 +1,7 @@
 """The controller's own /metrics, the dashboard over it, and `fuel-ray watch`."""
 
 import json
+import math
 import re
 import urllib.request
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fuel_ray.live.vllm.server import free_port
 from fuel_ray.types import Knobs, Slo
 from tests.stub_vllm import Stub, serving
 from tests.test_codec import WINDOW
+from tests.test_histogram import window
 
 ROOT = Path(__file__).parent.parent
 LOW, HIGH = Knobs(8, 990), Knobs(32, 1980)
@@ -51,6 +53,37 @@ def test_what_was_chosen_applied_and_measured_is_on_the_page(exporter):
     assert page.labelled("overruled_total") == {"wait": 2.0} and page.get("window_age_seconds") == 3.0
     assert page.get("slo_attainment") == 0.75 and page.get("latency_seconds", "ttft") == pytest.approx(0.65)
     assert page.labelled("windows_total") == {"measured": 2.0}
+
+
+def test_what_is_unknown_is_no_number(exporter, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    exporter.attached(None)
+    assert read_page(exporter.url).get("slo_attainment") is None
+    assert main(["watch", "--once", "--urls", exporter.url]) == 0
+    assert "no window yet" in capsys.readouterr().out
+    exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
+    assert read_page(exporter.url).get("slo_attainment_bounds", "lowest") == 0.75
+    unknown = replace(record(histograms={}, ttfts_s=(), tpots_s=(), e2es_s=()), reward=None)
+    exporter.measured(unknown, decision_s=0.0001, saved_j=50.0)
+    page = read_page(exporter.url)
+    for name, label in [("slo_attainment", ""), ("slo_attainment_bounds", "highest"), ("reward", "")]:
+        assert page.get(name, label) is None
+    assert page.get("latency_seconds", "ttft") is None and page.get("power_watts") == 450.0
+    assert main(["watch", "--once", "--urls", exporter.url]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_means_are_exact_and_attainment_has_its_bounds(exporter, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    seen = window("ttft", [0.9] * 8, (0.5, 1.25, math.inf))
+    exporter.attached(None)
+    exporter.measured(replace(record(), metrics=seen), decision_s=0.0001, saved_j=50.0)
+    page = read_page(exporter.url)
+    assert page.get("latency_seconds", "ttft") == pytest.approx(0.9)
+    bounds = page.labelled("slo_attainment_bounds")
+    assert bounds == {"lowest": 0.25, "highest": 1.0} and page.get("slo_attainment") == 1.0
+    assert main(["watch", "--once", "--urls", exporter.url]) == 0
+    assert "0.250 to 1.000" in capsys.readouterr().out
 
 
 def test_lost_windows_and_errors_are_counted_by_class(exporter):

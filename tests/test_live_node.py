@@ -1,22 +1,30 @@
 """GpuNode on a fake NVML and a real HTTP server that counts as vLLM does."""
 
+import contextlib
 import os
 import re
 import time
 from dataclasses import dataclass
 
 import numpy as np
+import pynvml
 import pytest
 
-from fuel_ray.errors import GpuError, NodeError, TelemetryError
+from fuel_ray.control import ControlLoop
+from fuel_ray.errors import ConfigError, GpuError, NodeError, TelemetryError
+from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.in_force import InForce
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
-from fuel_ray.types import Knobs, NodeSpec, Requests
+from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.objective import Energy
+from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import Stub, serving
+from tests.test_cpu import _domain
 
 CLOCKS = (990, 1500, 1980)
 
@@ -50,8 +58,20 @@ class CountingStub(Stub):
 
 
 class ListLimiter:
+    """Acknowledged at once."""
+
     def __init__(self):
         self.asked, self.closed = [], False
+
+    @property
+    def in_force(self):
+        return self.asked[-1] if self.asked else None
+
+    def window(self, *, worked, duration_s):
+        return InForce(self.in_force, True if self.asked else None)
+
+    def forget(self):
+        pass
 
     def set(self, limit):
         self.asked.append(limit)
@@ -199,3 +219,79 @@ def test_what_ended_before_records_were_taken_is_in_the_next_window_still(stub, 
     node.close()
     assert window.arrivals >= window.completed >= taken > 0
     assert len(window.e2es_s) == window.completed
+
+
+@pytest.fixture
+def limited(stub, gpu, tmp_path):
+    """Makes a node with a limit file under steady traffic, whose server has the plug-in or not."""
+    made = []
+
+    def make(*, plugin, **how):
+        limiter = BatchLimiter(tmp_path / "limit")
+        stub.__dict__.update(how, limit_file=limiter.path if plugin else None)
+        made.append(live_node(stub, limiter=limiter, n=1000))
+        made[0].reset(seed=0)
+        return made[0]
+
+    yield make
+    for node in made:
+        node.close()
+
+
+def test_a_limit_is_in_force_once_the_scheduler_has_acknowledged_it(limited):
+    node = limited(plugin=True)
+    assert node.apply(Knobs(4, 990)) == Knobs(32, 990)
+    window = node.measure(0.2)
+    assert (window.knobs, window.limit_acknowledged) == (Knobs(4, 990), True)
+    assert node.apply(Knobs(4, 990)) == Knobs(4, 990)
+
+
+def test_without_the_plug_in_the_servers_capacity_is_in_force_and_it_is_said_what_to_do(limited, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.vllm.in_force.PATIENCE_S", 1.0)
+    loop = ControlLoop(limited(plugin=False), Energy(Slo(1.0), 0.2, 200.0, 400.0), interval_s=0.2)
+    loop.reset(seed=0)
+    record = loop.step(Knobs(4, 990))
+    assert record.chosen == Knobs(4, 990)
+    assert record.applied == record.metrics.knobs == Knobs(32, 990)
+    assert record.metrics.limit_acknowledged is False
+    with pytest.raises(ConfigError, match=r"batch limit 4 is not in force: no vLLM scheduler has read"):
+        for _ in range(20):
+            loop.step(Knobs(4, 990))
+
+
+def test_a_scheduler_that_admits_above_the_limit_is_not_said_to_heed_it(limited):
+    node = limited(plugin=True, admits=9)
+    node.apply(Knobs(4, 990))
+    window = node.measure(0.2)
+    assert (window.knobs.batch_limit, window.limit_acknowledged) == (32, False)
+
+
+def test_an_idle_server_need_not_acknowledge(stub, gpu, tmp_path):
+    node = live_node(stub, limiter=BatchLimiter(tmp_path / "limit"), n=0)
+    node.reset(seed=0)
+    node.apply(Knobs(4, 990))
+    window = node.measure(0.2)
+    assert (window.knobs.batch_limit, window.limit_acknowledged) == (32, None)
+    node.close()
+
+
+def test_a_window_is_measured_without_the_cpu_where_rapl_has_gone(stub, gpu, tmp_path):
+    _domain(tmp_path, "intel-rapl:0", name="package-0", energy_uj=7)
+    spec = NodeSpec("live", "H100", ("GPU-0",), "tiny", 16, 300, (1, 32), (1980,))
+    node = GpuNode(spec, Gpus(["GPU-0"]), MetricsClient(stub.url), cpu=CpuMeter(root=tmp_path))
+    with contextlib.closing(node):
+        node.reset(seed=0)
+        (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+        window = node.measure(0.1)
+    assert window.cpu_energy_j is None and window.cpu_util is None and window.gpu_util == 0.9
+
+
+def test_windows_have_what_the_card_gives(stub, gpu):
+    names = ("PowerUsage", "UtilizationRates", "ClockInfo")
+    gpu.faults = {f"nvmlDeviceGet{name}": pynvml.NVML_ERROR_NOT_SUPPORTED for name in names}
+    with contextlib.closing(live_node(stub)) as node:
+        node.reset(seed=0)
+        gpu.energy_mj += 7_000
+        window = node.measure(0.1)
+    assert window.energy_j == pytest.approx(7.0)
+    assert window.gpu_util is None and window.gpu_mem_util is None and window.gpu_clock_mhz is None

@@ -2,6 +2,7 @@
 
 import pickle
 
+import pynvml
 import pytest
 
 from fuel_ray.errors import ConfigError, GpuError, PrivilegeError
@@ -209,3 +210,97 @@ def test_reading_after_close_says_that_nvml_is_closed(nvml):
     gpus.close()
     with pytest.raises(GpuError, match="NVML is closed"):
         gpus.read()
+
+
+POWER, ENERGY = "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"
+RATES, CLOCK = "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo"
+REFUSALS = [
+    pynvml.NVML_ERROR_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
+    pynvml.NVML_ERROR_UNKNOWN,
+    pynvml.NVML_ERROR_NO_PERMISSION,
+    pynvml.NVML_ERROR_TIMEOUT,
+    pynvml.NVML_ERROR_NO_DATA,
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+@pytest.mark.parametrize(
+    ("function", "unknown"),
+    [
+        (POWER, {"power_w"}),
+        (RATES, {"gpu_util", "mem_util"}),
+        (CLOCK, {"sm_clock_mhz"}),
+        ("nvmlDeviceGetName", set()),
+        ("nvmlDeviceGetSupportedGraphicsClocks", set()),
+        ("nvmlDeviceGetSupportedMemoryClocks", set()),
+        (ENERGY, set()),
+    ],
+)
+def test_a_reading_that_is_not_given_is_none_and_takes_no_other_with_it(
+    nvml, caplog, function, unknown, error
+):
+    nvml(FakeGpu("GPU-a", faults={function: error}))
+    with Gpus() as gpus:
+        for _ in range(2):
+            reading, energy_j = gpus.read(), gpus.energy_j()
+        gpus.require_energy()
+        assert gpus.settable_clocks_mhz(wanted=False) == (1980,)
+    assert {name for name in reading.__slots__ if getattr(reading, name) is None} == unknown
+    assert (energy_j is None) == (function == ENERGY)
+    assert len([line for line in caplog.messages if "GPU GPU-a does not give its" in line]) <= 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED, pynvml.NVML_ERROR_UNINITIALIZED],
+)
+@pytest.mark.parametrize("function", [POWER, RATES, CLOCK, ENERGY])
+def test_a_gpu_that_is_gone_is_no_missing_reading(nvml, function, error):
+    fake = nvml(FakeGpu("GPU-a"))
+    with Gpus() as gpus:
+        fake.gpus[0].faults[function] = error
+        with pytest.raises(GpuError, match="of GPU GPU-a"):
+            (gpus.energy_j if function == ENERGY else gpus.read)()
+
+
+def test_a_sum_never_leaves_one_card_out_and_it_is_said_which_lacks_it(nvml, caplog):
+    nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", faults={POWER: pynvml.NVML_ERROR_NOT_SUPPORTED}))
+    with Gpus() as gpus:
+        assert gpus.read().power_w is None and gpus.energy_j() == 10_000
+        assert gpus.lacking() == {"power": ("GPU-b",)}
+        gpus.require_energy()
+    assert "GPU GPU-b does not give its power" in caplog.text
+
+
+def test_without_a_way_to_the_energy_of_all_cards_it_is_said_at_once(nvml):
+    nvml(FakeGpu("GPU-a", energy_mj=None), FakeGpu("GPU-b", faults={POWER: pynvml.NVML_ERROR_UNKNOWN}))
+    with Gpus(["GPU-a"]) as gpus:
+        gpus.require_energy()
+    with Gpus() as gpus, pytest.raises(GpuError, match=r"no energy counter on GPU GPU-a, no power .* GPU-b"):
+        gpus.require_energy()
+
+
+@pytest.mark.parametrize("energy_mj", [0, 2**64 - 1])
+def test_a_counter_that_has_not_counted_is_none(nvml, energy_mj):
+    nvml(FakeGpu(energy_mj=energy_mj, power_mw=2**32 - 1))
+    with Gpus() as gpus:
+        assert gpus.energy_j() is None and gpus.read().power_w is None
+
+
+def test_an_old_pynvml_without_a_function_is_a_missing_reading(nvml, monkeypatch):
+    nvml(FakeGpu())
+    monkeypatch.delattr(FakeNvml, ENERGY)
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetMaxMigDeviceCount")
+    with Gpus() as gpus:
+        assert gpus.energy_j() is None and gpus.read().power_w == 400
+
+
+def test_a_card_that_says_no_clock_at_all_has_its_highest_from_elsewhere(nvml):
+    faults = {CLOCK: pynvml.NVML_ERROR_UNKNOWN}
+    nvml(FakeGpu(clocks_mhz=(), faults=faults, highest_clock_mhz=2520))
+    with Gpus() as gpus:
+        assert gpus.settable_clocks_mhz(wanted=True) == (2520,)
+    nvml(FakeGpu(clocks_mhz=(), faults=faults))
+    with Gpus() as gpus, pytest.raises(GpuError, match="neither its supported clocks"):
+        gpus.settable_clocks_mhz(wanted=True)

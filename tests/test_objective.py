@@ -189,3 +189,10 @@ def test_when_all_arrivals_are_served_the_energy_reward_ranks_clocks_by_energy()
         energy_j[clock] = sum(window.energy_j for window in windows)
         reward[clock] = sum(objective.reward(window) for window in windows)
     assert sorted(energy_j, key=energy_j.__getitem__) == sorted(reward, key=reward.__getitem__, reverse=True)
+
+
+def test_a_window_that_cannot_be_judged_has_no_reward():
+    unknown = replace(WINDOW, histograms={}, ttfts_s=(), tpots_s=(), e2es_s=())
+    energy = Energy(Slo(1.0), token_price_j=1.0, miss_price_j=1.0, scale_w=400.0)
+    assert energy.reward(unknown) is None and energy.reward(WINDOW) is not None
+    assert GreenDls(10.0, kv=False, normalized=False).reward(unknown) is None

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from fuel_ray.cli import main
+from fuel_ray.commands import profile as verb
+from fuel_ray.errors import GpuError
 from fuel_ray.sim.pack import load_pack
 
 DATA = Path(__file__).parent / "data"
@@ -66,3 +68,22 @@ def test_the_twin_tells_what_another_h100_was_measured_to_do():
         errors.append(step_s * power_w / (row["itl"] * row["power_w"]) - 1)
     assert len(errors) == 16
     assert max(map(abs, errors)) < 0.05 and sum(map(abs, errors)) / len(errors) < 0.02
+
+
+def test_points_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch, tmp_path, capsys):
+    build, built = verb.build_loop, []
+
+    def failing(*arguments, **named):
+        built.append(named["workload"])
+        if len(built) == 4:
+            raise GpuError("cannot read the power of GPU GPU-0: the GPU is lost")
+        return build(*arguments, **named)
+
+    monkeypatch.setattr(verb, "build_loop", failing)
+    assert main(["profile", "--clocks-mhz", "1980", "--out", str(tmp_path)]) == 2
+    (path,) = tmp_path.glob("profile-*/profile.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["idle", "decode", "decode"]
+    assert json.loads((path.parent / "run.json").read_text())["partial"]
+    found = capsys.readouterr()
+    assert f"ended early, 3 points are kept in {path}" in found.out and "the GPU is lost" in found.err

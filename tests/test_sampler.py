@@ -3,11 +3,12 @@
 import sys
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 
 from fuel_ray.errors import ConfigError, GpuError, TelemetryError
-from fuel_ray.live.sampling import Sample, Sampler, held_mean, held_s, next_deadline, window_energy_j
+from fuel_ray.live.sampling import Sample, Sampler, figures, held_mean, held_s, next_deadline, window_energy_j
 
 
 class FakeClock:
@@ -218,3 +219,16 @@ def test_a_busy_thread_holds_a_sample_up_for_a_millisecond_at_most():
             assert sys.getswitchinterval() == pytest.approx(0.001)
     finally:
         sys.setswitchinterval(before_s)
+
+
+def test_a_figure_has_the_samples_that_have_it():
+    readings = [Sample(0.1 * i, 0.1 * i, Reading(power_w)) for i, power_w in enumerate([100.0, None, 300.0])]
+    found = figures(readings, "power_w")
+    assert [(sample.at_s, sample.value) for sample in found] == [(0.0, 100.0), (0.2, 300.0)]
+    assert held_mean(found, begin_s=0.0, end_s=0.3) == pytest.approx((2 * 100 + 300) / 3)
+    assert held_mean(figures(readings[1:2], "power_w"), begin_s=0.0, end_s=0.3) is None
+
+
+@dataclass(frozen=True)
+class Reading:
+    power_w: float | None

@@ -225,7 +225,6 @@ def test_an_idle_connection_that_was_dropped_is_reopened():
         ({"page": "<html>no</html>"}, "no metric of vLLM"),
         ({"truncate": True}, "cut off"),
         ({"page": PAGE[:-3]}, "cut off"),
-        ({"page": PAGE + "# padding\n" * 900_000}, "larger than"),
     ],
 )
 def test_a_bad_answer_is_an_error_with_the_url(change, message):
@@ -244,3 +243,161 @@ def test_a_wrong_url_is_named():
 def test_an_interval_below_50_ms_is_refused(interval):
     with pytest.raises(ConfigError, match="interval"):
         KVCacheMonitor("http://localhost:8000", interval)
+
+
+def _page(*lines, without=()):
+    """The recorded page with these series in place of its own of the same names."""
+    names = tuple({line.split("{")[0].split()[0] for line in lines} | set(without))
+    kept = [line for line in PAGE.splitlines(True) if not line.startswith(names)]
+    return "".join(kept) + "".join(f"{line}\n" for line in lines)
+
+
+def _usage(*labels_values, name="vllm:kv_cache_usage_perc"):
+    return [f'{name}{{{labels},model_name="tiny"}} {value}' for labels, value in labels_values]
+
+
+def _info(block_size="16", num_gpu_blocks="1000", engine="0", value=1.0, **labels):
+    labels = {"block_size": block_size, "num_gpu_blocks": num_gpu_blocks, "engine": engine, **labels}
+    shown = ",".join(f'{name}="{text}"' for name, text in labels.items() if text is not None)
+    return f"vllm:cache_config_info{{{shown}}} {value}"
+
+
+USAGES = [
+    ([('engine="0",pid="277"', 0.0), ('engine="0",pid="273"', 0.65), ('engine="0",pid="274"', 0.0)], 0.65),
+    ([('engine="0"', 0.6), ('engine="1"', 0.2)], 0.4),
+    ([('engine_index="0"', 0.6), ('engine_index="1"', 0.0)], 0.3),
+    (
+        [(f'engine="{e}",pid="{p}"', v) for e, p, v in [(0, 1, 0.6), (0, 2, 0.0), (1, 1, 0.0), (1, 2, 0.2)]],
+        0.4,
+    ),
+    ([('engine="0",pid="1"', 0.0), ('engine="0",pid="2"', 0.0)], 0.0),
+]
+
+
+@pytest.mark.parametrize(("series", "usage"), USAGES)
+def test_usage_is_the_mean_of_engines_and_never_of_processes(series, usage):
+    assert parse_metrics(_page(*_usage(*series))).kv_usage == pytest.approx(usage)
+
+
+@pytest.mark.parametrize(("today", "older", "usage"), [(0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.3, 0.9, 0.3)])
+def test_of_two_names_of_the_usage_the_one_that_is_set_is_believed(today, older, usage):
+    series = _usage(('engine="0"', today)) + _usage(('engine="0"', older), name="vllm:gpu_cache_usage_perc")
+    assert parse_metrics(_page(*series)).kv_usage == pytest.approx(usage)
+
+
+def test_states_of_one_engine_that_several_processes_show_are_not_summed():
+    lines = [
+        f'vllm:num_requests_running{{engine="0",pid="{pid}"}} {n}' for pid, n in [(1, 7), (2, 0), (3, 6)]
+    ]
+    lines += ['vllm:num_requests_running{engine="1",pid="1"} 2']
+    assert parse_metrics(_page(*lines)).running == 9
+
+
+def test_counters_are_summed_over_engines_and_models_and_counted_once():
+    name = "vllm:generation_tokens_total"
+    of_engines = [
+        f'{name}{{engine="{e}",model_name="{m}"}} {n}' for e, m, n in [(0, "a", 5), (0, "b", 7), (1, "a", 11)]
+    ]
+    assert parse_metrics(_page(*of_engines)).generation_tokens == 23
+    twice = [*of_engines, f'{name}{{engine="1",model_name="a"}} 12']
+    assert parse_metrics(_page(*twice)).generation_tokens == 24
+    per_process = [*of_engines, *(f'{name}{{engine="1",model_name="a",pid="{pid}"}} 6' for pid in (1, 2))]
+    assert parse_metrics(_page(*per_process)).generation_tokens == 23
+    only_processes = [f'{name}{{engine="0",pid="{pid}"}} {n}' for pid, n in [(1, 6), (2, 9)]]
+    assert parse_metrics(_page(*only_processes)).generation_tokens == 15
+
+
+def test_a_counter_under_two_names_is_the_one_that_counts():
+    lines = [
+        'vllm:prefix_cache_queries_total{engine="0"} 0',
+        'vllm:gpu_prefix_cache_queries_total{engine="0"} 90',
+    ]
+    assert parse_metrics(_page(*lines)).prefix_queries == 90
+
+
+CACHES = [
+    ([_info()], (16, 1000)),
+    ([_info("4", effective_attention_block_size="256", kv_cache_size_tokens="70000")], (256, 1000)),
+    ([_info("16", effective_attention_block_size="528")], (528, 1000)),
+    ([_info("16", effective_attention_block_size="None")], (16, 1000)),
+    ([_info("None", effective_attention_block_size="32")], (32, 1000)),
+    # context parallelism over two ranks
+    ([_info("16", effective_attention_block_size="32", kv_cache_size_tokens="32000")], (16, 1000)),
+    # engines with their own, and under the labels of each the sum of two, as vLLM's front end has it
+    ([_info(num_gpu_blocks="1000"), _info(num_gpu_blocks="400", engine="1")], (16, 1400)),
+    ([_info(engine=e, kv_cache_size_tokens="16000") for e in "01"], (16, 2000)),
+    ([_info(engine=e, kv_cache_size_tokens="8000") for e in "01"], (16, 1000)),
+    ([_info(engine=e) for e in "01"], (16, 1000)),
+    # what is older, or not yet whole, stays beside it
+    ([_info(num_gpu_blocks="None"), _info()], (16, 1000)),
+    ([_info(), _info(num_gpu_blocks="None")], (16, 1000)),
+    ([_info("32", "777", value=0.0), _info()], (16, 1000)),
+    ([_info(), _info("32", "777", value=0.0)], (16, 1000)),
+    ([_info(num_gpu_blocks="900"), _info()], (16, 1000)),
+    ([_info(num_gpu_blocks="None", num_gpu_blocks_override="300")], (16, 300)),
+    ([_info(engine=None)], (16, 1000)),
+]
+
+
+@pytest.mark.parametrize(("series", "found"), CACHES)
+def test_the_cache_is_what_its_engines_say_together(series, found):
+    snapshot = parse_metrics(_page(*series))
+    cache = snapshot.cache_config
+    assert (cache.block_size, cache.num_gpu_blocks) == found and snapshot.cache_unknown is None
+
+
+UNKNOWN = [
+    ([_info(num_gpu_blocks="None")], r'how many KV blocks .* num_gpu_blocks="None"'),
+    ([_info(num_gpu_blocks="")], r'how many KV blocks .* num_gpu_blocks=""'),
+    ([_info(num_gpu_blocks="0")], r'how many KV blocks .* num_gpu_blocks="0"'),
+    ([_info(num_gpu_blocks=None)], r'how many KV blocks .* num_gpu_blocks=""'),
+    ([_info(), _info(num_gpu_blocks="None", engine="1")], r'num_gpu_blocks="1000" and num_gpu_blocks="None"'),
+    ([_info("None")], r'KV block size: .* block_size="None"'),
+    ([_info(), _info("32", engine="1")], r'one KV block size: .* block_size="16" and block_size="32"'),
+]
+
+
+@pytest.mark.parametrize(("series", "words"), UNKNOWN)
+def test_what_is_not_known_of_the_cache_is_named(series, words):
+    snapshot = parse_metrics(_page(*series))
+    assert snapshot.cache_config is None and re.search(words, snapshot.cache_unknown)
+    if "num_gpu_blocks" in words:
+        assert "block size" not in snapshot.cache_unknown
+
+
+def test_a_page_without_the_cache_says_so():
+    snapshot = parse_metrics(_page(without=["vllm:cache_config_info"]))
+    assert "there is no vllm:cache_config_info" in snapshot.cache_unknown
+
+
+def test_a_hybrid_models_page_without_the_attentions_block_size_contradicts_no_one():
+    """vLLM issue 51163: block_size 4 for --block-size 256; blocks times that are not the tokens."""
+    cache = parse_metrics(_page(_info("4", kv_cache_size_tokens="200000"))).cache_config
+    assert cache.uncertain and cache.may_have(256)
+    assert not parse_metrics(_page(_info("16"))).cache_config.may_have(32)
+    assert parse_metrics(_page(_info("4", effective_attention_block_size="256"))).cache_config.may_have(256)
+
+
+def test_sums_of_histograms_are_read_over_engines_and_may_be_missing():
+    assert parse_metrics(PAGE).tpot.mean_s == pytest.approx(3.2016265451334296 / 446)
+    assert parse_metrics(_second_engine(PAGE)).tpot.sum_s == pytest.approx(2 * 3.2016265451334296)
+    gone = "".join(line for line in PAGE.splitlines(True) if "_seconds_sum" not in line)
+    snapshot = parse_metrics(gone)
+    assert snapshot.tpot.count == 446 and snapshot.tpot.sum_s is None and snapshot.tpot.mean_s is None
+
+
+def test_a_histogram_that_is_declared_without_samples_has_no_requests_yet():
+    name = "vllm:request_time_per_output_token_seconds"
+    fresh = parse_metrics("".join(line for line in PAGE.splitlines(True) if not line.startswith(name)))
+    assert fresh.tpot.count == 0 and fresh.tpot.samples_s() == ()
+    delta = difference(fresh, parse_metrics(PAGE), 1.0)
+    assert delta.tpot.count == 446 and delta.tpot.mean_s is not None
+    gone = parse_metrics("".join(line for line in PAGE.splitlines(True) if name not in line))
+    assert gone.tpot is None
+
+
+def test_engines_whose_histograms_have_other_bounds_are_added_at_those_that_they_share():
+    name = "vllm:request_time_per_output_token_seconds_bucket"
+    other = [f'{name}{{engine="1",le="{le}"}} {n}' for le, n in [("0.025", 1), ("0.03", 2), ("+Inf", 4)]]
+    summed = parse_metrics(PAGE + "".join(f"{line}\n" for line in other)).tpot
+    assert summed.upper_bounds_s[0] == 0.025 and summed.cumulative_counts == (444, 450)

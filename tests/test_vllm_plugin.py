@@ -128,6 +128,43 @@ def test_a_subclass_and_arguments_of_schedule_are_kept(scheduler_class, path):
     assert len(AsyncScheduler(waiting=9).schedule(throttle_prefills=True)) == 2
 
 
+def test_a_class_with_a_schedule_of_its_own_is_limited_where_it_heeds_what_is_set(scheduler_class, path):
+    class OwnScheduler(scheduler_class):
+        def schedule(self):
+            gate = getattr(self, "max_num_active_reqs", self.max_num_running_reqs)
+            while self.waiting and len(self.running) < gate:
+                self.running.append(self.waiting.pop(0))
+
+    write_limit(path, 2)
+    scheduler = OwnScheduler(waiting=9)
+    scheduler.schedule()
+    assert len(scheduler.running) == 2 == _report(path).batch_limit
+
+
+def test_a_class_that_admits_as_it_likes_has_its_capacity_in_force_until_a_limit_binds(
+    scheduler_class, path, caplog
+):
+    class Greedy(scheduler_class):
+        most = 5
+
+        def schedule(self):
+            while self.waiting and len(self.running) < self.most:
+                self.running.append(self.waiting.pop(0))
+
+    scheduler = Greedy(waiting=100)
+    write_limit(path, 2)
+    for _ in range(2):  # the second step admits nothing
+        scheduler.schedule()
+        assert (_report(path).running, _report(path).batch_limit) == (5, CAPACITY)
+    assert [record.getMessage() for record in caplog.records] == [
+        "fuel_ray: no batch limit: this scheduler's schedule() admits more than is set"
+    ]
+    scheduler.most = 2
+    scheduler.finish(3)
+    scheduler.schedule()
+    assert (_report(path).running, _report(path).batch_limit) == (2, 2)
+
+
 def test_registering_twice_wraps_once(scheduler_class):
     wrapped = scheduler_class.schedule, scheduler_class.__init__
     vllm_plugin.register()

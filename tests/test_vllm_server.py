@@ -129,7 +129,7 @@ def test_wrong_arguments_are_named(server):
     with pytest.raises(ConfigError, match="block size is 0"):
         server(kv_block_size=0)
     for flag in ("--port", "--port=8000", "--block-size=16"):
-        with pytest.raises(ConfigError, match=flag):
+        with pytest.raises(ConfigError, match=flag.split("=")[0]):
             server(flags=(flag,))
 
 

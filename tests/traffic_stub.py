@@ -27,6 +27,7 @@ class TrafficStub(Stub):
     kv_usage: float = 0.25
     began_s: float = field(default_factory=time.monotonic)
     page_override: str = ""
+    lacks: tuple[str, ...] = ()  # lines that have one of these in them are left out
     pages: int = 0
     script: dict = field(default_factory=dict)  # what to do before the n-th page
 
@@ -45,7 +46,8 @@ class TrafficStub(Stub):
         return await super().metrics(request)
 
     def now(self) -> str:
-        return "".join(self._line(line) for line in PAGE.splitlines(keepends=True))
+        lines = [line for line in PAGE.splitlines(keepends=True) if not any(x in line for x in self.lacks)]
+        return "".join(map(self._line, lines))
 
     def _line(self, line: str) -> str:
         found = _LINE.match(line)

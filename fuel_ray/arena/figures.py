@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fuel_ray.disk import whole
 from fuel_ray.policies.catalogue import MAX_PERFORMANCE, TUNED_STATIC, color, label
 
 
@@ -14,7 +15,8 @@ def draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
     for slo in dict.fromkeys(row["slo"] for row in summaries):
         rows = [row for row in summaries if row["slo"] == slo]
         figure = _forest(rows, f"{slo} SLO: energy per request against tuned static (95 % intervals)")
-        figure.savefig(folder / f"savings_{slo}.png", dpi=110)
+        with whole(folder / f"savings_{slo}.png", "wb") as file:
+            figure.savefig(file, format="png", dpi=110)
 
 
 def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

@@ -13,6 +13,7 @@ from fuel_ray.arena.pool import in_processes
 from fuel_ray.arena.scenarios import SloName, scenarios_of
 from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.config import to_dict
+from fuel_ray.errors import DiskError
 from fuel_ray.record import origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
@@ -61,6 +62,8 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     except KeyboardInterrupt:
         print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
         raise
+    except DiskError as error:
+        raise DiskError(f"{error}; to go on afterwards: fuel-ray arena --resume {run_dir}") from error
     return [read_json(cell_file(folder, c.scenario.name, slo)) for c in jobs for slo in config.slos]
 
 

@@ -7,8 +7,8 @@ from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
-from fuel_ray.build.live import LiveServer
-from fuel_ray.build.nodes import ACTOR, is_kept, numbered
+from fuel_ray.build.live import ACTOR, LiveServer, num_gpus
+from fuel_ray.build.nodes import is_kept, numbered
 from fuel_ray.cluster.hosts import driver_resource, require_nodes
 from fuel_ray.cluster.node import NoServer, RemoteNode, Server, end_actors, facts_of, node_actor
 from fuel_ray.config import ServingConfig
@@ -36,7 +36,7 @@ def remote_node(
 
 def gpus_per_node(config: ServingConfig) -> int:
     """GPUs that a node of the cluster has to itself."""
-    return len(config.live.gpu_ids) if config.live_server and config.node == "ray" else 0
+    return num_gpus(config) if config.live_server and config.node == "ray" else 0
 
 
 @contextlib.contextmanager

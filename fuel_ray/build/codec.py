@@ -11,6 +11,7 @@ from fuel_ray.build.nodes import build_loop, twin_of
 from fuel_ray.codec import GREENDLS_GRID, SEED_GRID, ActionGrid, Codec, Encoder, RunningScale, node_grid
 from fuel_ray.config import LearnConfig
 from fuel_ray.drift import observed_ranges
+from fuel_ray.errors import ConfigError
 from fuel_ray.policies.learned import Manifest
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import NodeSpec, WindowMetrics
@@ -25,7 +26,16 @@ _MIXED_RANGE_EPISODES = 200  # each is one draw of rates and lengths
 
 
 def build_grid(config: LearnConfig, spec: NodeSpec) -> ActionGrid:
-    """The action grid that the settings name, for this node."""
+    """The action grid that the settings name, for this node.
+
+    Raises:
+        ConfigError: it has batch limits, and the node's is not ours to set.
+    """
+    if config.grid != "node" and spec.batch_limits[0] == spec.batch_limits[1]:
+        raise ConfigError(
+            f"--grid {config.grid} has batch limits, and the server's is not ours to set: name its "
+            "FUEL_RAY_LIMIT_FILE by --live.limit-file, or take --grid node"
+        )
     if config.grid == "seed":
         return SEED_GRID
     if config.grid == "greendls":

@@ -3,25 +3,31 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shlex
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
+from fuel_ray.address import VLLM_KEY, check_variable, flag_name, flag_value
 from fuel_ray.config import LiveConfig, ServingConfig
-from fuel_ray.errors import ConfigError, NodeError
+from fuel_ray.errors import ConfigError, GpuError, NodeError
 from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.gpu.placement import placement
+from fuel_ray.live.gpu.visible import Device, server_environment
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.parallel import gpus_used
 from fuel_ray.live.vllm.server import VllmServer, served_model, server_version
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import NodeSpec
@@ -29,6 +35,8 @@ from fuel_ray.workload.spec import Workload, drawn
 
 _OUR_FLAGS = ("--max-num-seqs", "--num-gpu-blocks-override")
 _OFFLINE = {"VLLM_NO_USAGE_STATS": "1"}
+ACTOR = "actor:"  # before the name of a run whose actors own the servers, in place of a server's URL
+_NO_UUIDS = re.compile(r"invalid literal for int\(\) with base 10: '(GPU|MIG)-")  # vLLM issue 41848
 
 logger = logging.getLogger(__name__)
 
@@ -50,22 +58,27 @@ class LiveServer:
         self._opened = contextlib.ExitStack()
         if config.live.server is not None:
             return
-        live_spec(config, kv_block_size)  # no GPU is said before a server takes its minutes to start
-        with contextlib.ExitStack() as opened:
+        # what is wrong with the GPUs, or a key, is said before a server takes its minutes to start
+        check_variable(config.live.api_key_env, flag="--live.api-key-env")
+        with _gpus(config) as gpus, contextlib.ExitStack() as opened:
+            _spec(config, kv_block_size, gpus, num_kv_blocks=None)
             name = f"fuel-ray-limit-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             limiter = opened.enter_context(BatchLimiter(Path(tempfile.gettempdir()) / name))
-            self._server = opened.enter_context(_server(config, kv_block_size, limiter.path))
-            live = replace(config.live, server=self._server.url, limit_file=limiter.path)
+            self._server = opened.enter_context(_started(config, kv_block_size, limiter.path, gpus.devices))
+            _check_placement(gpus, self._server)
+            ids = tuple(device.uuid for device in gpus.devices)
+            own = _own_access(config.live)
+            live = replace(own, server=self._server.url, limit_file=limiter.path, gpu_ids=ids)
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
 
     def facts(self) -> tuple[NodeSpec, str]:
         """What its nodes are, and the engine's name and version."""
-        url = str(self.config.live.server)
-        with Gpus(self.config.live.gpu_ids) as gpus, contextlib.closing(MetricsClient(url)) as client:
+        server = server_endpoint(self.config.live)
+        with _gpus(self.config) as gpus, contextlib.closing(MetricsClient(server)) as client:
             blocks = _num_kv_blocks(client, self._kv_block_size)
             spec = _spec(self.config, self._kv_block_size, gpus, num_kv_blocks=blocks)
-        return spec, f"vllm {server_version(url)}"
+        return spec, f"vllm {server_version(server) or 'of an unknown version'}"
 
     def revive(self) -> None:
         """Start the server again if it was started here and has died.
@@ -95,14 +108,17 @@ def live_node(
     if live.server is None:
         raise ConfigError("a live node attaches to a server: build it with the config of a LiveServer")
     with contextlib.ExitStack() as opened:
-        gpus = opened.enter_context(Gpus(live.gpu_ids))
-        limiter = None if live.limit_file is None else BatchLimiter(Path(live.limit_file))
+        gpus = opened.enter_context(_gpus(config))
+        limiter = None
+        if live.limit_file is not None:
+            limiter = BatchLimiter(Path(live.limit_file), capacity=_capacity(config))
         if limiter is not None:
             opened.callback(limiter.close)
-        client = MetricsClient(live.server)
+        server = server_endpoint(live)
+        client = MetricsClient(server)
         opened.callback(client.close)
         spec = _spec(config, kv_block_size, gpus, num_kv_blocks=_num_kv_blocks(client, kv_block_size))
-        start_load = _loads(live, live.server, workload, horizon_s, random_start=random_start)
+        start_load = _loads(live, server, workload, horizon_s, random_start=random_start)
         node = GpuNode(spec, gpus, client, limiter=limiter, start_load=start_load)
         opened.pop_all()  # the node closes them
     return node
@@ -114,8 +130,47 @@ def live_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     Raises:
         NodeError: there is no such GPU.
     """
-    with Gpus(config.live.gpu_ids) as gpus:
+    with _gpus(config) as gpus:
         return _spec(config, kv_block_size, gpus, num_kv_blocks=None)
+
+
+def server_endpoint(live: LiveConfig) -> Endpoint:
+    """How the server that the settings name is spoken to, one that was started with their flags too."""
+    server = Endpoint.of(str(live.server), live, flag="--live.server")
+    certificate = flag_value(shlex.split(live.flags), "--ssl-certfile")
+    return server if certificate is None else server.showing(Path(certificate))
+
+
+def num_gpus(config: ServingConfig) -> int:
+    """How many GPUs a node has: those that are named, else as many as the server that is started uses.
+
+    Raises:
+        ConfigError: the server uses more or fewer than are named.
+    """
+    named = len([name for entry in config.live.gpu_ids for name in entry.split(",")])
+    if not (config.live.server or ACTOR).startswith(ACTOR):
+        return named or 1
+    used = gpus_used(shlex.split(config.live.flags))
+    if used is None:
+        return named or 1
+    if named and named != used:
+        idle = "the others would be measured and idle" if named > used else "it would not start"
+        raise ConfigError(
+            f"--live.gpu-ids names {named} GPU(s) and --live.flags make the server use {used}: {idle}. Name "
+            f"{used}, or set --tensor-parallel-size"
+        )
+    return used
+
+
+def _gpus(config: ServingConfig) -> Gpus:
+    """Opened, once it is clear that their energy can be had."""
+    gpus = Gpus(config.live.gpu_ids, default=num_gpus(config))
+    try:
+        gpus.require_energy()
+    except BaseException:
+        gpus.close()
+        raise
+    return gpus
 
 
 def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_blocks: int | None) -> NodeSpec:
@@ -126,7 +181,7 @@ def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_block
         model=config.live.model,
         kv_block_size=kv_block_size,
         num_kv_blocks=num_kv_blocks,
-        batch_limits=(1, _capacity(config)),
+        batch_limits=(1 if _sets_limits(config) else _capacity(config), _capacity(config)),
         gpu_clocks_mhz=_clocks_mhz(config, gpus),
     )
 
@@ -146,11 +201,45 @@ def _capacity(config: ServingConfig) -> int:
     return config.max_num_seqs or load_pack(config.pack).max_num_seqs
 
 
-def _server(config: ServingConfig, kv_block_size: int, limit_file: Path) -> VllmServer:
+def _sets_limits(config: ServingConfig) -> bool:
+    """Whether the batch limit is ours to set: that of a server started elsewhere needs its limit file."""
+    return config.live.server is None or config.live.limit_file is not None
+
+
+@contextlib.contextmanager
+def _started(
+    config: ServingConfig, kv_block_size: int, limit_file: Path, devices: Sequence[Device]
+) -> Iterator[VllmServer]:
+    """On these devices by UUID, or where this vLLM takes none (before mid-2026) by number in PCI order."""
+    server = _server(config, kv_block_size, limit_file, server_environment(devices))
+    try:
+        server.start()
+    except NodeError:
+        if not server.printed(_NO_UUIDS):
+            raise
+        logger.warning("this vLLM takes no UUIDs in CUDA_VISIBLE_DEVICES: it is started again with numbers")
+        server = _server(config, kv_block_size, limit_file, server_environment(devices, by_index=True))
+        server.start()
+    with server:
+        yield server
+
+
+def _check_placement(gpus: Gpus, server: VllmServer) -> None:
+    """Raises GpuError where the server is on other cards than those that it was given."""
+    found = placement(gpus, frozenset(server.pids()))
+    if found.found == "wrong":
+        raise GpuError(f"{found.text} (the server was given CUDA_VISIBLE_DEVICES of these cards)")
+    logger.log(logging.WARNING if found.found == "unknown" else logging.INFO, "%s", found.text)
+
+
+def _server(config: ServingConfig, kv_block_size: int, limit_file: Path, on: dict[str, str]) -> VllmServer:
     flags = shlex.split(config.live.flags)
     for flag in flags:
-        if flag.split("=")[0] in _OUR_FLAGS:
+        if flag_name(flag) in _OUR_FLAGS:
             raise ConfigError(f"--live.flags: {flag} is set from --max-num-seqs and --kv-tokens")
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "fuel_ray" not in plugins.split(","):
+        logger.warning("VLLM_PLUGINS=%s leaves fuel_ray out: no batch limit will be in force", plugins)
     own = ["--max-num-seqs", str(_capacity(config))]
     if config.kv_tokens is not None:
         own += ["--num-gpu-blocks-override", str(config.kv_tokens // kv_block_size)]
@@ -162,25 +251,38 @@ def _server(config: ServingConfig, kv_block_size: int, limit_file: Path) -> Vllm
         kv_block_size=kv_block_size,
         executable=shlex.split(config.live.vllm),
         flags=(*own, *flags),
-        env=_OFFLINE,
+        env=_OFFLINE | on | _key(config.live),
         limit_file=limit_file,
         start_timeout_s=config.live.start_timeout_s,
     )
+
+
+def _key(live: LiveConfig) -> dict[str, str]:
+    """The key that a server of our own demands: that of the named variable, else of vLLM's."""
+    return {VLLM_KEY: os.environ.get(VLLM_KEY if live.api_key_env is None else live.api_key_env, "").strip()}
+
+
+def _own_access(live: LiveConfig) -> LiveConfig:
+    """How a server of our own is spoken to; a key that it does not know is not sent to it."""
+    variable = live.api_key_env
+    if variable is None:
+        variable = VLLM_KEY if os.environ.get(VLLM_KEY, "").strip() else ""
+    return replace(live, api_key_env=variable, metrics_url=None)
 
 
 def _num_kv_blocks(client: MetricsClient, kv_block_size: int) -> int | None:
     cache = client.scrape().cache_config
     if cache is None:
         return None
-    if cache.block_size != kv_block_size:
+    if not cache.may_have(kv_block_size):
         raise ConfigError(f"{client.url} has KV block size {cache.block_size}, not {kv_block_size}")
     return cache.num_gpu_blocks
 
 
 def _loads(
-    live: LiveConfig, url: str, workload: Workload, horizon_s: float, *, random_start: bool
+    live: LiveConfig, server: Endpoint, workload: Workload, horizon_s: float, *, random_start: bool
 ) -> Callable[[int], LoadGenerator]:
-    model = served_model(url)
+    model = served_model(server, name=live.served_model, like=live.model).name
     episodes = count(secrets.randbits(32))
 
     def start_load(seed: int) -> LoadGenerator:
@@ -189,6 +291,6 @@ def _loads(
         # predecessor's prompts in the prefix cache.
         tokens = np.random.default_rng((seed, next(episodes)))
         prompts = TokenPrompts(requests, vocab_size=live.vocab_size, rng=tokens)
-        return LoadGenerator(url, requests, prompts=prompts, model=model, timeout_s=live.request_timeout_s)
+        return LoadGenerator(server, requests, prompts=prompts, model=model, timeout_s=live.request_timeout_s)
 
     return start_load

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
-from fuel_ray.build.live import LiveServer, live_node, live_spec
+from fuel_ray.build.live import ACTOR, LiveServer, live_node, live_spec
 from fuel_ray.build.objective import build_objective
 from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
@@ -20,7 +20,6 @@ from fuel_ray.workload.spec import parse_workload
 # Of a recorded trace, of which there is only one: what is learned from and tuned on, what is reported on
 Part = Literal["whole", "first half", "second half"]
 Settings = TypeVar("Settings", bound=ServingConfig)
-ACTOR = "actor:"  # before the name of a run whose actors own the servers, in place of a server's URL
 
 
 def build_node(

@@ -7,14 +7,16 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fuel_ray.errors import ConfigError, FuelRayError, NodeError
+from fuel_ray.cluster.local import start_local, temp_folder
+from fuel_ray.disk import FAULTS
+from fuel_ray.disk import reason as disk_reason
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError, NodeError
 
 NODE_RESOURCE = "fuel_node"  # one per machine, or per group of GPUs, that may serve as a node
 CLOCK_S = 30.0
@@ -30,40 +32,62 @@ def connect(*, cluster: bool) -> None:
     Without ``cluster`` only RAY_ADDRESS is looked at.
 
     Raises:
-        ConfigError: RAY_ADDRESS names no cluster that answers.
+        ConfigError: RAY_ADDRESS names no cluster that answers, or Ray cannot start here.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the first of several servers' errors is told
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
-    if address == "auto" or (cluster and not address):
-        address = _running_here()
-    if not address:
-        resources = {NODE_RESOURCE: float(os.cpu_count() or 1)} if cluster else {}
-        ray.init(
-            "local", include_dashboard=False, object_store_memory=200 * 2**20, resources=resources, **quiet
-        )
-        return
-    try:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        socket.create_connection((host, int(port)), timeout=5).close()  # ray.init would try for a minute
-        ray.init(address, **quiet)
-    except (OSError, ValueError, RuntimeError, RayError) as error:
+    if address := _address(cluster=cluster):
+        _join(address, **quiet)
+    else:
+        start_local({NODE_RESOURCE: float(os.cpu_count() or 1)} if cluster else {}, **quiet)
+
+
+def _address(*, cluster: bool) -> str | None:
+    """Where the cluster is that is to be joined; None for a local Ray."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address == "local":
+        return None
+    if address == "auto" and _running_here() is None:
         raise ConfigError(
-            f"no Ray cluster lets this process in at {address}: {first_line(error)}. Is it up (ray up "
-            "cluster.yaml), is RAY_ADDRESS right, and RAY_AUTH_MODE=token set if it asks for a token?"
-        ) from error
+            "RAY_ADDRESS=auto, and no Ray runs on this machine: `ray start --head` starts one; without "
+            "RAY_ADDRESS a local one is started"
+        )
+    if address == "auto" or (cluster and not address):
+        return _running_here()
+    return address or None
 
 
 def _running_here() -> str | None:
     """Address of the cluster that `ray start` started on this machine."""
     try:
-        path = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-        return path.read_text().strip() or None
+        return (temp_folder() / "ray" / "ray_current_cluster").read_text().strip() or None
     except OSError:
         return None
+
+
+def _join(address: str, **quiet: Any) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"RAY_ADDRESS={address} is no HOST:PORT; without it a local Ray is started")
+    try:
+        socket.create_connection(
+            (host.strip("[]"), int(port)), timeout=5
+        ).close()  # ray.init tries for a minute
+        ray.init(address, **quiet)
+    except (OSError, ValueError, OverflowError, RuntimeError, RayError) as error:
+        raise ConfigError(
+            f"no Ray cluster lets this process in at {address}: {_reason(error)}. Is it up (ray up "
+            "cluster.yaml), is RAY_ADDRESS right, and RAY_AUTH_MODE=token set if it asks for a token?"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What keeps a process out; another version of Ray is told in several lines."""
+    said = " ".join(str(error).split())
+    return said if said.startswith("Version mismatch") else first_line(error)
 
 
 def driver_resource() -> dict[str, float]:
@@ -160,13 +184,15 @@ def answer_of(reference: Any, what: str, timeout_s: float) -> Any:
 
     Raises:
         NodeError: it was lost or late.
-        FuelRayError: it raised that.
+        FuelRayError: it raised that, or a disk took no more there.
     """
     try:
         return ray.get(reference, timeout=timeout_s)
     except RayTaskError as error:
         if isinstance(error.cause, FuelRayError):
             raise error.cause from None
+        if isinstance(error.cause, OSError) and error.cause.errno in FAULTS:
+            raise DiskError(f"{what} failed: {disk_reason(error.cause)}") from error
         raise NodeError(f"{what} failed: {error.cause!r}") from error
     except GetTimeoutError as error:
         raise NodeError(f"{what} gave no answer within {timeout_s:g} s") from error

@@ -1,33 +1,46 @@
 """Send a load to a running vLLM server and record GPU, CPU, KV cache and latencies beside each other."""
 
 import contextlib
+import json
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from fuel_ray.address import Access, server_url
+from fuel_ray.disk import write_or_keep
+from fuel_ray.errors import TelemetryError
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import DrawnLoad
 from fuel_ray.live.monitors import monitors
+from fuel_ray.live.vllm.endpoint import Endpoint, PageError
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
-from fuel_ray.record import make_folder, write_json
-from fuel_ray.report.benchmark import benchmark_result, check
+from fuel_ray.live.vllm.server import served_models
+from fuel_ray.record import make_folder
+from fuel_ray.report.benchmark import benchmark_result, check, errors_by_kind
+
+_INTERRUPTED = "interrupted"
+_NAME_LETTERS = 60  # of the model, in the name of a file
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(DrawnLoad):
+class BenchmarkConfig(DrawnLoad, Access):
     """Benchmark a running vLLM server: latencies, GPU and CPU power, KV cache."""
 
     model: str
     """Model name that the server serves, or the path it was started with."""
     backend: Literal["vllm"] = "vllm"
     """Kind of server."""
+    base_url: str | None = None
+    """URL of the server, such as https://gateway/prefix, in place of --host and --port."""
     host: str = "127.0.0.1"
     """Host of the server."""
     port: int = 8000
     """Port of the server."""
-    gpu_ids: tuple[int, ...] = (0,)
-    """NVML indices of the server's GPUs; none where there is no NVML."""
+    gpu_ids: tuple[str, ...] | None = None
+    """The server's GPUs, by nvidia-smi's index or by UUID; None: the first that CUDA_VISIBLE_DEVICES shows;
+    empty: none."""
     gpu_monitor_interval: float = 0.05
     """Seconds between GPU and CPU samples."""
     kv_monitor_interval: float = 0.5
@@ -45,16 +58,23 @@ class BenchmarkConfig(DrawnLoad):
 
 
 def run(config: BenchmarkConfig) -> int:
-    """Run the benchmark, print its figures and check; Ctrl-C keeps what there is and marks it partial."""
+    """Run the benchmark, print its figures and check, and write them, whatever ends it.
+
+    1 if no request was answered or the result is not where it should be, 130 if it was interrupted.
+
+    Raises:
+        DiskError: the result is not in its folder; the message says where it is.
+    """
     requests, prompts = config.draw()
     if config.save_result:
         make_folder(config.result_dir)
-    base_url = f"http://{config.host}:{config.port}"
-    with contextlib.closing(MetricsClient(base_url)) as client:
+    server = _endpoint(config)
+    with contextlib.closing(MetricsClient(server)) as client:
         client.scrape()  # a wrong address is said before anything is sent
-    load = LoadGenerator(base_url, requests, prompts=prompts, model=config.model, timeout_s=config.timeout_s)
+    model = _served_as(server, config.model)
+    load = LoadGenerator(server, requests, prompts=prompts, model=model, timeout_s=config.timeout_s)
     monitored = monitors(
-        base_url,
+        server,
         gpu_ids=config.gpu_ids,
         gpu_interval_s=config.gpu_monitor_interval,
         cpu=config.monitor_cpu,
@@ -63,32 +83,69 @@ def run(config: BenchmarkConfig) -> int:
     with monitored as measured:
         for missing in measured.missing:
             print(missing)
-        partial = _send(load, config.num_prompts)
+        ended = _send(load, config.num_prompts)
     result = benchmark_result(
-        load.result(),
+        load.so_far(),
         measured,
         model=config.model,
         request_rate=config.request_rate,
         num_prompts=config.num_prompts,
-        partial=partial,
+        ended=ended,
     )
+    print("\n".join(check(result)), flush=True)
     if config.save_result:
-        name = f"{Path(config.model).name}-benchmark-{datetime.now():%Y%m%d-%H%M%S}.json"
-        write_json(config.result_dir / name, result)
-        print(f"wrote {config.result_dir / name}")
-    print("\n".join(check(result)))
-    return 130 if partial else 0
+        _save(config, result)
+    return _code(result)
 
 
-def _send(load: LoadGenerator, n: int) -> bool:
-    """Run the load to its end, with a line of progress now and then; whether it was interrupted."""
-    load.start()
+def _endpoint(config: BenchmarkConfig) -> Endpoint:
+    if config.base_url is not None:
+        return Endpoint.of(config.base_url, config, flag="--base-url")
+    url = server_url(config.host, flag="--host", port=config.port)
+    return Endpoint.of(url, config, flag="--base-url")
+
+
+def _served_as(server: Endpoint, model: str) -> str:
+    """The name to ask for, where the model is what the server was started from; else as it was given."""
     try:
+        found = served_models(server)
+    except PageError:  # a gateway need not list what it serves
+        return model
+    is_name = any(model == served.name for served in found)
+    return model if is_name else next((served.name for served in found if served.root == model), model)
+
+
+def _send(load: LoadGenerator, n: int) -> str | None:
+    """Run the load to its end, with a line of progress now and then; why it ended early, if it did."""
+    try:
+        load.start()
         while not load.wait(2.0):
             now = load.take()
             flying = len(now.in_flight)
             print(f"{now.sent - flying}/{n} ended, {flying} in flight, {now.now_s:.0f} s", flush=True)
-    except KeyboardInterrupt:
-        load.stop()
-        return True
-    return False
+        load.take()  # raises what the load itself failed with
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(KeyboardInterrupt):  # a second one: wait for nothing
+            load.stop()
+        return _INTERRUPTED
+    except TelemetryError as error:
+        return str(error)
+    return None
+
+
+def _save(config: BenchmarkConfig, result: dict[str, Any]) -> None:
+    model = Path(config.model).name[:_NAME_LETTERS]
+    name = f"{model}-benchmark-{datetime.now():%Y%m%d-%H%M%S}.json"
+    write_or_keep(config.result_dir, {name: json.dumps(result, indent=2)})
+    print(f"wrote {config.result_dir / name}")
+
+
+def _code(result: dict[str, Any]) -> int:
+    """What the shell is told."""
+    if result["partial"]:
+        return 130 if result["missing"][0].startswith(_INTERRUPTED) else 1
+    if result["completed"] or not result["failed"]:
+        return 0
+    why = errors_by_kind(result["errors"])
+    print(f"fuel-ray: no request of {result['failed']} was answered: {'; '.join(why)}", file=sys.stderr)
+    return 1

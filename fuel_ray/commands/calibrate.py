@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuel_ray.disk import whole
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.calibrate import (
     AXIS_CLOCKS,
@@ -61,13 +62,11 @@ def run(config: CalibrateConfig) -> int:
     for point in dropped:
         print(f"dropped, more than 30 % off any fit: {point}")
     raw = _pack(config, profile, fit(profile, base=start), base=base, shape=shape)
-    errors = table(leave_one_out(profile, base=start))
-    try:
-        Path(config.out).write_text(json.dumps(raw, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--out {config.out}: {error.strerror}") from error
+    print(table(leave_one_out(profile, base=start)))
+    with whole(Path(config.out)) as file:
+        file.write(json.dumps(raw, indent=2) + "\n")
     load_pack(config.out)
-    print(f"{errors}\nwrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
+    print(f"wrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
     return 0
 
 

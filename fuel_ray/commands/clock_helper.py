@@ -39,9 +39,9 @@ def run(config: ClockHelperConfig) -> int:
     uids = frozenset(_number(user, lambda name: pwd.getpwnam(name).pw_uid) for user in config.users)
     gid = None if config.group is None else _number(config.group, lambda name: grp.getgrnam(name).gr_gid)
     with contextlib.ExitStack() as opened:
-        with Gpus(config.gpu_ids) as named:
+        with Gpus(config.gpu_ids, hidden=True) as named:
             uuids = named.uuids
-        gpus = {uuid: opened.enter_context(Gpus([uuid], direct=True)) for uuid in uuids}
+        gpus = {uuid: opened.enter_context(Gpus([uuid], hidden=True, direct=True)) for uuid in uuids}
         listener = opened.enter_context(listening_socket(config.socket, gid=gid))
         print(f"clock helper for {', '.join(uuids)}; {SOCKET_VARIABLE}={config.socket}", flush=True)
         ClockHelper(gpus, listener, uids=uids).serve(threading.Event())

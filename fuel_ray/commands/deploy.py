@@ -1,7 +1,7 @@
 """fuel-ray deploy: a policy in front of a running vLLM server; clocks and limit are given back at its end."""
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import arg
 
+from fuel_ray.address import check_variable, page_url, server_url
 from fuel_ray.config import to_dict
 from fuel_ray.deploy.attach import Target, attach
 from fuel_ray.deploy.canary import Canary
@@ -78,7 +79,10 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
             raise ConfigError(f"--policy {config.policy}: only a folder may rule; this only with --shadow")
     elif given := [name for name in _OF_A_RULE if getattr(config, name) is not None]:
         raise ConfigError(f"--{given[0].replace('_', '-')}: a policy folder has its own")
-    return config
+    server = server_url(config.server, flag="--server")  # its login is not written down with the settings
+    check_variable(config.api_key_env, flag="--api-key-env")
+    metrics = config.metrics_url and page_url(config.metrics_url, flag="--metrics-url")
+    return replace(config, server=server, metrics_url=metrics)
 
 
 def run(config: DeployConfig) -> int:

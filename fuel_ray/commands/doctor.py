@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, on_hosts
-from fuel_ray.cluster.ssh import file_checks
 from fuel_ray.config import Backend
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.checks import Check, host_checks
@@ -27,8 +25,8 @@ class DoctorConfig:
     """Look whether the hosts of this cluster.yaml answer by ssh, before `ray up` waits for them."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes that are to be served, in tokens."""
-    gpu_ids: tuple[str, ...] = ("0",)
-    """NVML indices or UUIDs of a node's GPUs."""
+    gpu_ids: tuple[str, ...] = ()
+    """A node's GPUs, by nvidia-smi's index or by UUID; none given: the first of CUDA_VISIBLE_DEVICES."""
     vllm: str = "vllm"
     """Command that runs vLLM; several words as in a shell."""
     out: Path = Path("results")
@@ -38,6 +36,8 @@ class DoctorConfig:
 def run(config: DoctorConfig) -> int:
     """Print a line per check; 0 if nothing that is needed is missing, else 1."""
     if config.cluster_file is not None:
+        from fuel_ray.cluster.ssh import file_checks  # noqa: PLC0415  (one host needs no YAML)
+
         return _print("", file_checks(config.cluster_file))
     if not config.cluster:
         return _print("", _own_checks(config))
@@ -58,6 +58,8 @@ def _own_checks(config: DoctorConfig) -> list[Check]:
 
 def _cluster(config: DoctorConfig) -> int:
     """Every host of the cluster, those without nodes for disk and clock only."""
+    from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, on_hosts  # noqa: PLC0415  (one host needs no Ray)
+
     connect(cluster=True)
     status = 0
     nodes = 0.0

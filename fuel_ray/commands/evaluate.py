@@ -1,7 +1,9 @@
 """Evaluate policies on held-out seeds: the verb, and what a sweep calls."""
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fuel_ray.arena.config import EvaluateConfig
@@ -9,11 +11,12 @@ from fuel_ray.arena.evaluation import Evaluation, comparison, evaluate_policies,
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.codec import parse_knobs
 from fuel_ray.config import to_dict
+from fuel_ray.disk import write_or_keep
 from fuel_ray.errors import ConfigError, UnsupportedError
 from fuel_ray.flags import parse_serving, validate_tune_share
 from fuel_ray.policies.catalogue import CATALOGUE
 from fuel_ray.policies.static import Static
-from fuel_ray.record import new_folder, origin, write_csv, write_json, write_lines
+from fuel_ray.record import csv_text, new_folder, origin
 from fuel_ray.tuning.contenders import check, check_sizes, of_size
 from fuel_ray.tuning.tuned import tuned_policies
 from fuel_ray.types import NodeSpec, Policy
@@ -52,13 +55,26 @@ def run(config: EvaluateConfig) -> int:
         for size in config.block_sizes:
             _one_block_size(config, size, evaluation, facts["unsupported"])
         facts["partial"] = False
+    except BaseException as error:
+        facts["ended"] = " ".join(str(error).split()) or "interrupted"
+        raise
     finally:
-        write_json(run_dir / "run.json", facts)
-        if evaluation.rows:
-            write_csv(run_dir / "summary.csv", evaluation.rows)
-            write_lines(run_dir / "steps.jsonl", evaluation.lines)
-            print(f"\n{comparison(evaluation.rows, config, partial=facts['partial'])}\n\nwrote {run_dir}")
+        _keep(config, run_dir, facts, evaluation)
     return 0
+
+
+def _keep(config: EvaluateConfig, run_dir: Path, facts: dict[str, Any], evaluation: Evaluation) -> None:
+    """Print and write the episodes that there are."""
+    files = {"run.json": json.dumps(facts, indent=2)}
+    if evaluation.rows:
+        files["summary.csv"] = csv_text(evaluation.rows)
+        files["steps.jsonl"] = "".join(f"{line}\n" for line in evaluation.lines)
+        print(f"\n{comparison(evaluation.rows, config, partial=facts['partial'])}\n", flush=True)
+    if "ended" in facts:
+        print(f"ended early, {len(evaluation.rows)} episodes are kept: {facts['ended']}")
+    write_or_keep(run_dir, files)
+    if evaluation.rows:
+        print(f"wrote {run_dir}")
 
 
 def _one_block_size(

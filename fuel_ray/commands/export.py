@@ -8,7 +8,7 @@ from typing import Any
 from fuel_ray.build.codec import build_codec, build_manifest
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.config import LearnConfig, from_dict
-from fuel_ray.errors import ConfigError, PolicyError
+from fuel_ray.errors import PolicyError
 from fuel_ray.flags import check_named
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.record import read_json
@@ -39,7 +39,8 @@ def run(config: ExportConfig) -> int:
 
     Raises:
         PolicyError: this is no checkpoint of a run, or holds more than weights.
-        ConfigError: the run's settings cannot be read, or the folder cannot be written.
+        ConfigError: the run's settings cannot be read.
+        DiskError: the folder cannot be written.
     """
     if not is_checkpoint(config.checkpoint):
         raise PolicyError(f"{config.checkpoint} is no checkpoint of RLlib's: it has no module_state.pkl")
@@ -59,10 +60,7 @@ def run(config: ExportConfig) -> int:
     engine = facts.get("engine") or "unknown"
     manifest = build_manifest(settings, spec, block_sizes=sizes, engine=engine)
     folder = config.to or checkpoint / "policy"
-    try:
-        save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
-    except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
+    save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
     read_policy(folder, extra_features=config.extra_features)  # the settings may say another shape
     print(f"wrote {folder}")
     return 0

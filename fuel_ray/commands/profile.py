@@ -2,18 +2,20 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from fuel_ray.build.nodes import build_loop, build_spec, served
 from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.control import ControlLoop
+from fuel_ray.disk import write_or_keep
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
-from fuel_ray.record import new_folder, origin, write_json
+from fuel_ray.record import StepLog, new_folder, origin, write_json
 from fuel_ray.sim.profile import LONGEST_S, points, spread
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 
@@ -60,19 +62,45 @@ def run(config: ProfileConfig) -> int:
     size = config.block_sizes[0]
     run_dir = new_folder(config.out, "profile")
     source = "measured" if config.live_server else f"modelled, pack {config.pack}"
-    facts = {**origin("profile"), "config": to_dict(config), "origin": source}
+    facts = {**origin("profile"), "config": to_dict(config), "origin": source, "partial": True}
     path = run_dir / "profile.jsonl"
-    with served(replace(config, out=run_dir), size) as there, path.open("w") as file:
+    with _kept_lines(path) as keep, served(replace(config, out=run_dir), size) as there:
         spec = build_spec(there, size)
-        write_json(run_dir / "run.json", {**facts, "gpu_name": spec.gpu_name, "model": spec.model})
+        facts |= {"gpu_name": spec.gpu_name, "model": spec.model}
+        write_json(run_dir / "run.json", facts)
         for row in _rows(there, spec):
             print(" ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            keep(json.dumps(row))
+    write_json(run_dir / "run.json", {**facts, "partial": False})
     print(
         f"\nwrote {path}; next: fuel-ray calibrate --profile {path} --name NAME --gpu {spec.gpu_name!r} ..."
     )
     return 0
+
+
+@contextlib.contextmanager
+def _kept_lines(path: Path) -> Iterator[Callable[[str], None]]:
+    """Takes lines, which are in the file at once, and whole; where there is no room, elsewhere in the end.
+
+    Raises:
+        DiskError: they are elsewhere.
+    """
+    log, lines, whole = StepLog(path), list[str](), False
+
+    def keep(line: str) -> None:
+        lines.append(line)
+        log.write(line)
+
+    try:
+        yield keep
+        whole = True
+    finally:
+        log.close()
+        if lines and not whole:
+            print(f"ended early, {len(lines)} points are kept in {path}", flush=True)
+        if log.lost_lines:
+            path.unlink()  # a line of it may be torn
+            write_or_keep(path.parent, {path.name: "".join(f"{line}\n" for line in lines)})
 
 
 def _rows(config: ProfileConfig, spec: NodeSpec) -> Iterator[dict[str, Any]]:

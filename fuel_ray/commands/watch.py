@@ -2,14 +2,19 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fuel_ray.address import Access, server_url
 from fuel_ray.deploy.exporter import Page, read_page
 from fuel_ray.errors import ConfigError, TelemetryError
+from fuel_ray.live.vllm.endpoint import Endpoint
+
+PORT = 9464  # of a controller's /metrics, where an address has none
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,10 @@ class WatchConfig:
 
     urls: tuple[str, ...] = ("http://127.0.0.1:9464",)
     """Controllers: where `fuel-ray deploy --metrics-port` serves."""
+    api_key_env: str = ""
+    """Environment variable with the key of a gateway before them; by default none is sent."""
+    ca_file: Path | None = None
+    """Certificate of their CA; None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
     interval_s: float = 1.0
     """Seconds between two looks."""
     once: bool = False
@@ -29,26 +38,41 @@ def run(config: WatchConfig) -> int:
     if not config.urls:
         raise ConfigError("--urls must name at least one controller")
     console = Console()
+    access = Access(api_key_env=config.api_key_env, ca_file=config.ca_file)
+    urls = [server_url(url, flag="--urls", port=PORT) for url in config.urls]
+    controllers = [Endpoint.of(url, access, flag="--urls") for url in urls]
     if config.once:
-        pages = [_look(url) for url in config.urls]
-        console.print(table(list(zip(config.urls, pages, strict=True))))
-        return 2 if any(isinstance(page, str) for page in pages) else 0
+        found = [(controller.url, _look(controller)) for controller in controllers]
+        console.print(table(found))
+        return 2 if any(isinstance(page, str) for _, page in found) else 0
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(table([(url, _look(url)) for url in config.urls]), refresh=True)
+            live.update(
+                table([(controller.url, _look(controller)) for controller in controllers]), refresh=True
+            )
             time.sleep(config.interval_s)
 
 
-def _look(url: str) -> Page | str:
+def _look(controller: Endpoint) -> Page | str:
     try:
-        return read_page(url)
+        return read_page(controller)
     except TelemetryError as error:
         return str(error)
 
 
 def table(found: list[tuple[str, Page | str]]) -> Group:
     """One row per controller, and below them what is wrong with those that do not answer."""
-    columns = ("controller", "clock MHz", "limit", "W", "run/wait", "TTFT ms", "TPOT ms", "SLO", "overruled")
+    columns = (
+        "controller",
+        "clock MHz",
+        "limit",
+        "W",
+        "run/wait",
+        "mean TTFT ms",
+        "mean TPOT ms",
+        "SLO",
+        "overruled",
+    )
     shown = Table(*columns, title="fuel-ray", title_style="bold")
     errors = []
     for url, page in found:
@@ -62,7 +86,7 @@ def table(found: list[tuple[str, Page | str]]) -> Group:
 def _row(url: str, page: Page) -> tuple[Text | str, ...]:
     age_s, attached = page.get("window_age_seconds"), page.get("attached")
     fresh = attached == 1 and age_s is not None and age_s < 5.0
-    state = "" if fresh else " (not under control)" if attached != 1 else f" ({age_s:.0f} s old)"
+    state = "" if fresh else " (not under control)" if attached != 1 else _age(age_s)
     mode = "shadow " if page.info.get("mode") == "shadow" else ""
     return (
         Text(f"{url}\n{mode}{page.info.get('policy', '')}{state}", style="" if fresh else "yellow"),
@@ -72,10 +96,27 @@ def _row(url: str, page: Page) -> tuple[Text | str, ...]:
         f"{_number(page.get('requests', 'running'), 0)}/{_number(page.get('requests', 'waiting'), 0)}",
         _number(page.get("latency_seconds", "ttft"), 1, scale=1e3),
         _number(page.get("latency_seconds", "tpot"), 1, scale=1e3),
-        _number(page.get("slo_attainment"), 3),
+        _attainment(page),
         ", ".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
         or "-",
     )
+
+
+def _age(seconds: float | None) -> str:
+    return " (no window yet)" if seconds is None else f" ({seconds:.0f} s old)"
+
+
+def _attainment(page: Page) -> str:
+    """What is certain of it, where that is not one number."""
+    lowest, highest = (
+        _number(page.get("slo_attainment_bounds", which), 3) for which in ("lowest", "highest")
+    )
+    return lowest if lowest == highest and lowest != "-" else _estimate(page, lowest, highest)
+
+
+def _estimate(page: Page, lowest: str, highest: str) -> str:
+    attainment = _number(page.get("slo_attainment"), 3)
+    return attainment if "-" in (lowest, highest) else f"{lowest} to {highest}"
 
 
 def _knob(page: Page, name: str) -> str:

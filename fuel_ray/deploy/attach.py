@@ -10,23 +10,28 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from fuel_ray.address import Access
 from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
 from fuel_ray.deploy.estimate import SavingEstimate
+from fuel_ray.deploy.limits import check_judged, how_judged
 from fuel_ray.deploy.rule import Rule
 from fuel_ray.drift import DriftDetector
-from fuel_ray.errors import ConfigError, NodeError, PolicyError
+from fuel_ray.errors import ConfigError, GpuError, NodeError, PolicyError
 from fuel_ray.guard import Guard
 from fuel_ray.live.gpu.lease import unlock
 from fuel_ray.live.gpu.lease_state import state_folder, state_path
 from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray.live.gpu.placement import Placement, placement_of
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.cache import CacheConfig
+from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
-from fuel_ray.live.vllm.metrics import CacheConfig
-from fuel_ray.live.vllm.server import served_model, server_version
+from fuel_ray.live.vllm.metrics import MetricsSnapshot
+from fuel_ray.live.vllm.server import ServedModel, plain_name, served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.sim.pack import Pack, load_pack
@@ -41,13 +46,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(Access):
     """The running server and its GPUs, what of them may be set, and under which rules."""
 
     server: str = "http://127.0.0.1:8000"
     """URL of the running server; it is attached to and never stopped."""
-    gpu_ids: tuple[str, ...] = ("0",)
-    """NVML indices or UUIDs of the GPUs that the server runs on."""
+    served_model: str | None = None
+    """Name under which the server serves the model, where it serves several; None: the policy's."""
+    gpu_ids: tuple[str, ...] = ()
+    """GPUs that the server runs on, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning);
+    none given: the first that CUDA_VISIBLE_DEVICES shows to this process."""
+    strict: bool = False
+    """Refuse to begin where no process of the server is on these GPUs, instead of a warning."""
     limit_file: Path | None = None
     """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
     max_num_seqs: int | None = None
@@ -72,18 +82,26 @@ def attach(
         NodeError: the server does not answer, there is no such GPU, or another controller has it.
     """
     with contextlib.ExitStack() as opened:
-        gpus = opened.enter_context(Gpus(target.gpu_ids))
+        gpus = opened.enter_context(Gpus(target.gpu_ids, default=1))
+        gpus.require_energy()
+        found = _placement(target, gpus)
         if target.clock_control == "on" and not target.shadow:
             _give_back_left(gpus.uuids)
-        client = MetricsClient(target.server, timeout_s=SCRAPE_S)
+        server = Endpoint.of(target.server, target)
+        client = MetricsClient(server, timeout_s=SCRAPE_S)
         opened.callback(client.close)
-        cache = _cache(client)
+        page = client.scrape()
+        cache = _cache(client, page)
+        check_judged(client.url, folder.slo, page)
         limiter = None
         if target.limit_file is not None and not target.shadow:
-            limiter = opened.enter_context(BatchLimiter(target.limit_file, leased=True))
-        spec = _spec(target, folder, gpus, cache, limiter)
+            limiter = BatchLimiter(target.limit_file, leased=True, capacity=target.max_num_seqs)
+            opened.callback(limiter.close)
+        model = served_model(server, name=target.served_model, like=_model(folder))
+        spec = _spec(target, folder, gpus, cache, limiter, name=server.url, model=model.name)
         if isinstance(folder, PolicyFolder):
-            _check_fit(folder, spec, server_version(target.server), allow_mismatch=target.allow_mismatch)
+            engine, unsure = server_version(server), cache.block_size if cache.uncertain else None
+            _check_fit(folder, spec, model, engine, unsure=unsure, allow_mismatch=target.allow_mismatch)
         if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
             logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
@@ -92,29 +110,52 @@ def attach(
             policy = trial.over(policy, spec.max_performance)
         node = GpuNode(spec, gpus, client, limiter=limiter, shadow=target.shadow)
         opened.pop_all()  # the node closes them
+    logger.log(logging.INFO if found.found == "right" else logging.WARNING, "%s", found.text)
     return Attached(
         loop=ControlLoop(node, _objective(folder), interval_s=interval_s, guard=guard),
         policy=policy,
-        check=partial(_check_same, client, spec, target.server),
+        check=partial(_check_same, client, spec, server),
         saved_j=_saving(folder, spec),
+        judged=tuple(how_judged(folder.slo, page)),
     )
 
 
+def _placement(target: Target, gpus: Gpus) -> Placement:
+    """Whether the server is on these GPUs; GpuError where it is not and --strict was given."""
+    found = placement_of(gpus, target.server)
+    if found.found == "wrong" and target.strict:
+        raise GpuError(f"{target.server}: {found.text} (without --strict this is a warning)")
+    return found
+
+
 def _spec(
-    target: Target, folder: PolicyFolder | Rule, gpus: Gpus, cache: CacheConfig, limiter: BatchLimiter | None
+    target: Target,
+    folder: PolicyFolder | Rule,
+    gpus: Gpus,
+    cache: CacheConfig,
+    limiter: BatchLimiter | None,
+    *,
+    name: str,
+    model: str,
 ) -> NodeSpec:
     wanted = target.clock_control == "on"
     shown = gpus.supported_clocks_mhz if wanted and target.shadow else ()
     return NodeSpec(
-        name=f"{target.server} on {', '.join(gpus.uuids)}",
+        name=f"{name} on {', '.join(gpus.uuids)}",
         gpu_name=gpus.name,
         gpu_uuids=gpus.uuids,
-        model=served_model(target.server),
-        kv_block_size=cache.block_size,
+        model=model,
+        kv_block_size=_block_size(folder, cache),
         num_kv_blocks=cache.num_gpu_blocks,
         batch_limits=(1, _capacity(target, folder, limiter)),
         gpu_clocks_mhz=shown or gpus.settable_clocks_mhz(wanted=wanted),
     )
+
+
+def _block_size(folder: PolicyFolder | Rule, cache: CacheConfig) -> int:
+    """The page's; the policy's where the page does not say that of a hybrid model's attention."""
+    sizes = folder.manifest.kv_block_sizes if isinstance(folder, PolicyFolder) else ()
+    return sizes[0] if cache.uncertain and len(sizes) == 1 else cache.block_size
 
 
 def _guard(config: GuardConfig, folder: PolicyFolder | Rule, spec: NodeSpec) -> Guard:
@@ -159,7 +200,19 @@ def _objective(folder: PolicyFolder | Rule) -> Energy:
     return Energy(folder.slo, token_price_j=0.0, miss_price_j=price_j, scale_w=1.0, lowest=-math.inf)
 
 
-def _check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_mismatch: bool) -> None:
+def _model(folder: PolicyFolder | Rule) -> str | None:
+    return folder.manifest.model if isinstance(folder, PolicyFolder) else None
+
+
+def _check_fit(
+    folder: PolicyFolder,
+    spec: NodeSpec,
+    model: ServedModel,
+    engine: str | None,
+    *,
+    unsure: int | None,
+    allow_mismatch: bool,
+) -> None:
     """Raises PolicyError where a policy was made for another node."""
     manifest = folder.manifest
     if spec.kv_block_size not in manifest.kv_block_sizes:
@@ -167,20 +220,27 @@ def _check_fit(folder: PolicyFolder, spec: NodeSpec, engine: str, *, allow_misma
         raise PolicyError(
             f"{folder.path} was trained for KV block size {sizes}, the server has {spec.kv_block_size}"
         )
-    found = list(_mismatches(folder, spec, engine))
+    found = list(_mismatches(folder, spec, model, engine))
+    if unsure not in (None, spec.kv_block_size):
+        shown = f"it was trained for KV block size {spec.kv_block_size}, the server's page says {unsure}"
+        found.append(f"{shown}, which need not be that of a hybrid model's attention")
     if found and not allow_mismatch:
         raise PolicyError(f"{folder.path} does not fit: {'; '.join(found)} (--allow-mismatch takes it)")
     for mismatch in found:
         logger.warning("%s: %s", folder.path, mismatch)
 
 
-def _mismatches(folder: PolicyFolder, spec: NodeSpec, engine: str) -> Iterator[str]:
+def _mismatches(
+    folder: PolicyFolder, spec: NodeSpec, model: ServedModel, engine: str | None
+) -> Iterator[str]:
     manifest, grid = folder.manifest, folder.codec.grid
-    if _plain(spec.model) != _plain(manifest.model):
+    if not model.fits(manifest.model):
         yield f"it was trained for model {manifest.model}, the server has {spec.model}"
     if spec.gpu_name != manifest.gpu_name:
         yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
-    if _plain(manifest.engine) != _plain(f"vLLM {engine}"):
+    if engine is None:
+        yield f"it was trained for {manifest.engine}, the server's version is not known (it has no /version)"
+    elif plain_name(manifest.engine) != plain_name(f"vLLM {engine}"):
         yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
     anchored = () if manifest.anchor is None else manifest.anchor.table.knobs
     highest = max(grid.batch_limits[-1], *(knobs.batch_limit for knobs in anchored), 0)
@@ -192,22 +252,17 @@ def _mismatches(folder: PolicyFolder, spec: NodeSpec, engine: str) -> Iterator[s
         yield f"the GPU does not support its clocks {', '.join(map(str, missing))} MHz"
 
 
-def _plain(name: str) -> str:
-    """A model's name without the folder or owner that it is served from."""
-    return name.rstrip("/").rpartition("/")[2].casefold()
+def _cache(client: MetricsClient, page: MetricsSnapshot) -> CacheConfig:
+    if page.cache_config is None:
+        raise NodeError(f"{client.url} does not say {page.cache_unknown}")
+    return page.cache_config
 
 
-def _cache(client: MetricsClient) -> CacheConfig:
-    cache = client.scrape().cache_config
-    if cache is None:
-        raise NodeError(f"{client.url} does not say the KV block size (vllm:cache_config_info)")
-    return cache
-
-
-def _check_same(client: MetricsClient, spec: NodeSpec, server: str) -> None:
+def _check_same(client: MetricsClient, spec: NodeSpec, server: Endpoint) -> None:
     """Raises PolicyError where there is another server at the same address."""
-    cache = _cache(client)
-    found = cache.block_size, cache.num_gpu_blocks, served_model(server)
+    cache = _cache(client, client.scrape())
+    size = spec.kv_block_size if cache.may_have(spec.kv_block_size) else cache.block_size
+    found = size, cache.num_gpu_blocks, served_model(server, like=spec.model).name
     expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
     if found != expected:
         raise PolicyError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuel_ray.metrics import window_attainment
+from fuel_ray.metrics import attainment_bounds, window_attainment
 from fuel_ray.stats import Interval
 from fuel_ray.types import Knobs, Policy, Slo, WindowMetrics
 
@@ -19,8 +19,19 @@ class _Block:
     on_trial: bool
     energy_j: float = 0.0
     output_tokens: int = 0
-    attainment_s: float = 0.0
+    attainment_s: float = 0.0  # an estimate, between the two below
+    lowest_s: float = 0.0
+    highest_s: float = 0.0
+    judged_s: float = 0.0  # of windows whose attainment is known
     seconds: float = 0.0
+
+    @property
+    def energies(self) -> tuple[float, ...]:
+        return (*[self.energy_j] * 3, self.output_tokens)
+
+    @property
+    def attainments(self) -> tuple[float, ...]:
+        return self.attainment_s, self.lowest_s, self.highest_s, self.judged_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +40,7 @@ class Difference:
 
     blocks: tuple[int, int]  # with the policy, without it
     energy: Interval | None  # change of joules per output token, as a share; None before both sides have some
-    attainment: Interval | None  # change of the share of limits met
+    attainment: Interval | None  # change of the share of limits met; its interval is of what is certain
 
 
 class Canary:
@@ -71,10 +82,8 @@ class Canary:
         """The policy's blocks against the others, with 95 % bootstrap intervals over blocks."""
         sides = [[b for b in self._done if b.on_trial == side and b.seconds] for side in (True, False)]
         counts = len(sides[0]), len(sides[1])
-        energy = [
-            np.array([(b.energy_j, b.output_tokens) for b in side if b.output_tokens]) for side in sides
-        ]
-        met = [np.array([(b.attainment_s, b.seconds) for b in side]) for side in sides]
+        energy = [np.array([b.energies for b in side if b.output_tokens]) for side in sides]
+        met = [np.array([b.attainments for b in side if b.judged_s]) for side in sides]
         return Difference(
             counts,
             energy=_compared(energy[0], energy[1], np.divide, self._rng, resamples),
@@ -87,11 +96,20 @@ class Canary:
             block = self._block
             block.energy_j += window.energy_j
             block.output_tokens += window.output_tokens
-            block.attainment_s += window_attainment(window, self._slo) * window.duration_s
             block.seconds += window.duration_s
+            self._judge(window)
         if self._elapsed_s >= self._block_s:
             self._done.append(self._block)
             self._block, self._elapsed_s = self._next_block(), 0.0
+
+    def _judge(self, window: WindowMetrics) -> None:
+        """Add what is known of the window's attainment; an unknown one is left out."""
+        attainment, bounds = window_attainment(window, self._slo), attainment_bounds(window, self._slo)
+        if attainment is not None and bounds is not None:
+            self._block.attainment_s += attainment * window.duration_s
+            self._block.lowest_s += bounds[0] * window.duration_s
+            self._block.highest_s += bounds[1] * window.duration_s
+            self._block.judged_s += window.duration_s
 
     def _next_block(self) -> _Block:
         if not self._drawn:
@@ -103,20 +121,25 @@ class Canary:
 def _compared(
     trial: np.ndarray, others: np.ndarray, compare: np.ufunc, rng: np.random.Generator, resamples: int
 ) -> Interval | None:
-    """Ratio of sums of one side against the other's; a division is given as a change, less 1."""
+    """Ratio of sums of one side against the other's; a division is given as a change, less 1.
+
+    Columns are an estimate, its lowest and highest value, and what they are divided by. The interval is of
+    what is certain: of one side at its lowest and the other at its highest, and the other way round.
+    """
     if len(trial) < 1 or len(others) < 1 or (compare is np.divide and not others[:, 0].any()):
         return None
     offset = 1.0 if compare is np.divide else 0.0
-    mean = float(compare(_ratio(trial.sum(axis=0)), _ratio(others.sum(axis=0)))) - offset
+    mean = float(compare(_ratio(trial.sum(axis=0)), _ratio(others.sum(axis=0)))[0]) - offset
     if len(trial) < 2 or len(others) < 2:
         return Interval(mean, None, None)
     drawn = [
         _ratio(side[rng.integers(len(side), size=(resamples, len(side)))].sum(axis=1))
         for side in (trial, others)
     ]
-    low, high = np.percentile(compare(drawn[0], drawn[1]) - offset, (2.5, 97.5))
+    low = np.percentile(compare(drawn[0][:, 1], drawn[1][:, 2]) - offset, 2.5)
+    high = np.percentile(compare(drawn[0][:, 2], drawn[1][:, 1]) - offset, 97.5)
     return Interval(mean, float(low), float(high))
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
-    return np.asarray(sums[..., 0] / sums[..., 1])
+    return np.asarray(sums[..., :-1] / sums[..., -1:])

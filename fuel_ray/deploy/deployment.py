@@ -22,6 +22,7 @@ class Attached:
     policy: Policy
     check: Callable[[], None]  # raises PolicyError if the server is no longer the one that the policy fits
     saved_j: Callable[[StepRecord], float | None]  # modelled, over maximum performance; None without a model
+    judged: tuple[str, ...] = ()  # how each limit of the SLO will be, for people
 
 
 class Observer(Protocol):

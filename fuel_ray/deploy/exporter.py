@@ -1,9 +1,8 @@
 """The controller's own /metrics, for Prometheus and for ``fuel-ray watch``."""
 
+import math
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fuel_ray.control import StepRecord
 from fuel_ray.deploy.deployment import Attached
-from fuel_ray.errors import ConfigError, FuelRayError, TelemetryError
-from fuel_ray.metrics import window_attainment
+from fuel_ray.errors import ConfigError, FuelRayError, NodeError, TelemetryError
+from fuel_ray.live.vllm.endpoint import Endpoint, ask
+from fuel_ray.metrics import attainment_bounds, window_attainment
 from fuel_ray.types import Knobs, Slo
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
-
-
-_GAUGES: dict[str, tuple[str, Callable[[StepRecord], float]]] = {
+_GAUGES: dict[str, tuple[str, Callable[[StepRecord], float | None]]] = {
     "power_watts": ("Mean GPU power of the last window", lambda r: r.metrics.energy_j / r.metrics.duration_s),
     "reward": ("Reward of the last window: negative watts with the price of misses", lambda r: r.reward),
     "oldest_wait_seconds": ("Age of the oldest request without a token", lambda r: r.metrics.oldest_wait_s),
@@ -60,9 +57,16 @@ class Exporter:
         self._counters = {counter(name, what): value for name, (what, value) in _COUNTERS.items()}
         kinds = "chosen, permitted by the guard, applied"
         self._knobs = {name: gauge(name, f"{what}: {kinds}", ["kind"]) for name, what in _KNOBS.items()}
-        self._attainment = gauge("slo_attainment", "Smallest share of a limit met in the last window")
+        self._attainment = gauge(
+            "slo_attainment",
+            "Smallest share of a limit met in the last window, an estimate within its bounds; NaN: unknown",
+        )
+        self._bounds = gauge("slo_attainment_bounds", "What is certain of it", ["which"])
+        self._judge(None, None)
         self._load = gauge("requests", "Requests at the end of the last window", ["state"])
-        self._latency_s = gauge("latency_seconds", "Mean of the last window that had any", ["which"])
+        self._latency_s = gauge(
+            "latency_seconds", "Exact mean of the last window with requests; NaN: unknown", ["which"]
+        )
         self._decision_s = gauge("decision_seconds", "From a window's metrics to knobs")
         self._is_attached = gauge("attached", "1 while the server is under control")
         self._saved_j = gauge(
@@ -88,15 +92,15 @@ class Exporter:
             for kind, knobs in kinds.items():
                 gauge.labels(kind).set(getattr(knobs, name))
         for gauge, value in self._gauges.items():
-            gauge.set(value(record))
+            gauge.set(_or_nan(value(record)))
         for counter, value in self._counters.items():
             counter.inc(value(record))
-        self._attainment.set(window_attainment(window, self._slo))
+        self._judge(window_attainment(window, self._slo), attainment_bounds(window, self._slo))
         self._load.labels("running").set(window.running)
         self._load.labels("waiting").set(window.waiting)
         for which, values_s in window.latencies_s.items():
-            if values_s:
-                self._latency_s.labels(which).set(sum(values_s) / len(values_s))
+            if values_s or not window.measured(which):
+                self._latency_s.labels(which).set(_or_nan(window.mean_s(which)))
         self._decision_s.set(decision_s)
         self._saved_j.inc(saved_j or 0.0)
         self._windows.labels("measured").inc()
@@ -119,13 +123,23 @@ class Exporter:
         self._server.server_close()
         self._thread.join(2.0)
 
+    def _judge(self, attainment: float | None, bounds: tuple[float, float] | None) -> None:
+        self._attainment.set(_or_nan(attainment))
+        for which, value in zip(("lowest", "highest"), bounds or (None, None), strict=True):
+            self._bounds.labels(which).set(_or_nan(value))
+
     def _age_s(self) -> float:
         return float("nan") if self._window_s is None else self._clock() - self._window_s
 
 
+def _or_nan(value: float | None) -> float:
+    """What Prometheus has for unknown."""
+    return math.nan if value is None else value
+
+
 def _serve(port: int, host: str, registry: CollectorRegistry) -> tuple[WSGIServer, threading.Thread]:
     try:
-        return start_http_server(port, host, registry)
+        return start_http_server(port, host.strip("[]"), registry)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--metrics-port {port} on {host}: {error}") from error
 
@@ -138,21 +152,23 @@ class Page:
     info: Mapping[str, str]
 
     def get(self, name: str, label: str = "") -> float | None:
-        """The number; None if the page does not have it."""
-        return self.values.get((name, label))
+        """The number; None if the page does not have it, or says that it is unknown."""
+        value = self.values.get((name, label))
+        return None if value is None or math.isnan(value) else value
 
     def labelled(self, name: str) -> dict[str, float]:
         """All numbers of a name by label."""
         return {label: value for (found, label), value in self.values.items() if found == name}
 
 
-def read_page(url: str, *, timeout_s: float = 2.0) -> Page:
+def read_page(server: str | Endpoint, *, timeout_s: float = 2.0) -> Page:
     """What a controller says of itself; TelemetryError without an answer of one."""
+    controller = Endpoint.of(server)
+    url = controller.url
     try:
-        with _DIRECT.open(f"{url.rstrip('/')}/metrics", timeout=timeout_s) as answer:
-            text = answer.read(2**20).decode()
+        text = ask(controller, "/metrics", timeout_s=timeout_s).decode()
         families = list(text_string_to_metric_families(text))
-    except (OSError, ValueError) as error:
+    except (NodeError, ValueError) as error:
         raise TelemetryError(f"{url}/metrics does not answer as a controller does: {error}") from error
     samples = [s for family in families for s in family.samples if s.name.startswith("fuel_ray_")]
     info = [s.labels for s in samples if s.name == "fuel_ray_info"]

@@ -1,6 +1,5 @@
 """What a deployment leaves on disk and says: steps.jsonl, run.json, complaints and a summary."""
 
-import contextlib
 import json
 import logging
 import math
@@ -15,13 +14,16 @@ import numpy as np
 from fuel_ray.control import StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
-from fuel_ray.errors import FuelRayError
-from fuel_ray.metrics import EpisodeTotals, latency, window_attainment
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError
+from fuel_ray.histogram import Histogram
+from fuel_ray.metrics import EpisodeTotals, attainment_bounds, latency, window_attainment
 from fuel_ray.record import StepLog, step_line, write_json
-from fuel_ray.types import Knobs, Slo
+from fuel_ray.types import Knobs, LatencyName, Slo, WindowMetrics
 
 SAY_S = 60.0
 LATENCY_SAMPLES = 10_000  # of each latency, the last ones, for the percentiles of the summary
+
+_LATENCIES: tuple[LatencyName, ...] = ("ttft", "tpot", "e2e")
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,10 @@ class Recorder:
         self._completed = self._windows = self._lost = 0
         self._saved_j: float | None = None
         self._overruled: Counter[str] = Counter()
+        self._histograms: dict[LatencyName, Histogram] = {}
         self._said_s: dict[str, float] = {}  # when the last complaint was made
         self._samples: dict[str, deque[float]] = {
-            name: deque(maxlen=LATENCY_SAMPLES) for name in ("ttft", "tpot", "e2e", "decision")
+            name: deque(maxlen=LATENCY_SAMPLES) for name in (*_LATENCIES, "decision")
         }
 
     def attached(self, attached: Attached) -> None:
@@ -50,7 +53,8 @@ class Recorder:
         clocks, limits = spec.gpu_clocks_mhz, spec.batch_limits
         what = f"{spec.name}: {spec.model} on {spec.gpu_name}, KV blocks of {spec.kv_block_size}"
         may = f"clock {clocks[0]}..{clocks[-1]} MHz, batch limit {limits[0]}..{limits[-1]}"
-        print(f"deploy  {what}; {may}", flush=True)
+        for line in (f"{what}; {may}", *attached.judged):
+            print(f"deploy  {line}", flush=True)
 
     def measured(self, record: StepRecord, *, decision_s: float, saved_j: float | None) -> None:
         """Record a window."""
@@ -60,10 +64,10 @@ class Recorder:
         self._completed += window.completed
         if saved_j is not None:
             self._saved_j = (self._saved_j or 0.0) + saved_j
-        for name, values in window.latencies_s.items():
-            self._samples[name].extend(values)
+        self._count(window)
         self._samples["decision"].append(decision_s)
         self._overruled.update(record.verdict.reasons)
+        bounds = attainment_bounds(window, self._slo)
         labels = {
             "permitted": asdict(record.verdict.knobs),
             "overruled": record.verdict.reasons,
@@ -72,9 +76,19 @@ class Recorder:
             "duration_s": round(window.duration_s, 4),
             "output_tokens": window.output_tokens,
             "preemptions": window.preemptions,
-            "slo_attainment": round(window_attainment(window, self._slo), 4),
+            "slo_attainment": _rounded(window_attainment(window, self._slo)),
+            "slo_attainment_bounds": bounds and tuple(map(_rounded, bounds)),
         }
         self._log.write(step_line(record, time_s=self._now_s(), labels=labels))
+
+    def _count(self, window: WindowMetrics) -> None:
+        """Latencies as they are known: one by one, or as the server counted them."""
+        for name, values_s in window.latencies_s.items():
+            if window.histograms is None:
+                self._samples[name].extend(values_s)
+            elif (histogram := window.histograms.get(name)) is not None:
+                there = self._histograms.get(name)
+                self._histograms[name] = histogram if there is None else there + histogram
 
     def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
         """Record that there is no window."""
@@ -100,8 +114,10 @@ class Recorder:
     def close(self) -> None:
         """Close steps.jsonl, write run.json and print the summary."""
         self._log.close()
-        with contextlib.suppress(OSError):  # a full disk must not hide why it ended
+        try:
             write_json(self._run_dir / "run.json", {**self._facts, "summary": self.summary()})
+        except (DiskError, ConfigError) as error:  # it must not hide why the deployment ended
+            logger.warning("the summary is only here: %s", error)
         print(f"{self.summary_text()}\nwrote {self._run_dir}", flush=True)
 
     def summary(self) -> dict[str, Any]:
@@ -120,7 +136,8 @@ class Recorder:
             "output_tokens": totals.output_tokens,
             "energy_j_per_request": totals.energy_j / self._completed if self._completed else None,
             "clock_switches": totals.clock_switches,
-            **{name: asdict(latency(np.array(values))) for name, values in self._samples.items()},
+            **{name: self._latency(name) for name in _LATENCIES},
+            "decision": asdict(latency(np.array(self._samples["decision"]))),
         }
 
     def summary_text(self) -> str:
@@ -130,13 +147,24 @@ class Recorder:
         return (
             f"{s['windows']} windows, {s['lost_windows']} lost; {s['completed']} requests, "
             f"{s['energy_j']:.0f} J, {'-' if per_request is None else f'{per_request:.2f}'} J/request; "
-            f"TTFT p50 {_ms(s['ttft']['p50_s'])}, p99 {_ms(s['ttft']['p99_s'])}; "
-            f"TPOT p50 {_ms(s['tpot']['p50_s'])}, p99 {_ms(s['tpot']['p99_s'])}; "
+            f"TTFT {_latency_text(s['ttft'])}; TPOT {_latency_text(s['tpot'])}; "
             f"decision p99 {_ms(s['decision']['p99_s'])}"
             + ("" if s["saved_j_modelled"] is None else f"\n{self._saving(s)}")
             + ("" if s["canary"] is None else f"\n{_trial_text(s['canary'])}")
             + "".join(f"\noverruled {n} times: {reason}" for reason, n in s["overruled"].items())
         )
+
+    def _latency(self, name: LatencyName) -> dict[str, Any]:
+        """Mean and percentiles; those of a histogram are interpolated and have their bucket beside them."""
+        histogram = self._histograms.get(name)
+        if histogram is None:
+            return asdict(latency(np.array(self._samples[name])))
+        found: dict[str, Any] = {"mean_s": histogram.mean_s}
+        for key, share in (("p50", 0.5), ("p99", 0.99)):
+            value_s, low_s, high_s = histogram.quantile_s(share) or (None, None, None)
+            known = None if low_s is None else (low_s, high_s if high_s != math.inf else None)
+            found |= {f"{key}_s": value_s, f"{key}_bounds_s": known}
+        return found
 
     def _saving(self, s: dict[str, Any]) -> str:
         saved_j, shadow = s["saved_j_modelled"], self._facts["config"]["shadow"]
@@ -162,6 +190,25 @@ def _trial_text(found: dict[str, Any]) -> str:
         else:
             parts.append(f"{what} {change['mean']:+.1%} (95 %: {change['low']:+.1%}..{change['high']:+.1%})")
     return "; ".join(parts)
+
+
+def _latency_text(of: dict[str, Any]) -> str:
+    """Mean, and percentiles by the bucket that they are in where that is what is known."""
+    shown = (f"{key} {_percentile(of[f'{key}_s'], of.get(f'{key}_bounds_s'))}" for key in ("p50", "p99"))
+    return ", ".join((f"mean {_ms(of['mean_s'])}", *shown))
+
+
+def _percentile(value_s: float | None, bounds_s: tuple[float, float | None] | None) -> str:
+    if bounds_s is None:
+        return _ms(value_s)
+    low_s, high_s = bounds_s
+    if high_s is None:
+        return f"> {_ms(low_s)}"
+    return f"{low_s * 1000:.3g} to {_ms(high_s)}" if low_s else f"<= {_ms(high_s)}"
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 4)
 
 
 def _ms(seconds: float | None) -> str:

@@ -19,6 +19,8 @@ class Rule:
 
     def check(self) -> None:
         """Raises ConfigError where it is nothing that can be watched."""
+        if "/" in self.entry and ":" not in self.entry:
+            raise ConfigError(f"--policy {self.entry}: there is no such folder")
         from fuel_ray.tuning.contenders import is_folder  # noqa: PLC0415  (a folder does not wait for numba)
 
         if is_folder(self.entry) or self.entry in _OF_A_LOAD:

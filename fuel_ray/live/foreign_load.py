@@ -3,7 +3,9 @@
 from collections import deque
 from dataclasses import dataclass
 
-from fuel_ray.live.vllm.metrics import Histogram, MetricsDelta, MetricsSnapshot
+from fuel_ray.histogram import Histogram
+from fuel_ray.live.vllm.metrics import MetricsDelta, MetricsSnapshot
+from fuel_ray.types import LatencyName
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +18,7 @@ class Served:
     ttfts_s: tuple[float, ...]
     tpots_s: tuple[float, ...]
     e2es_s: tuple[float, ...]
+    histograms: dict[LatencyName, Histogram] | None = None  # None: request by request
 
 
 class ForeignLoad:
@@ -40,6 +43,8 @@ class ForeignLoad:
         self._drop(0 if delta.ttft is None else delta.ttft.count)
         most = after.waiting if delta.ttft is None else after.running + after.waiting
         self._drop(sum(batch.left for batch in self._waiting) - most)  # aborted before their first token
+        latencies: dict[LatencyName, Histogram | None]
+        latencies = {"ttft": delta.ttft, "tpot": delta.tpot, "e2e": delta.e2e}
         return Served(
             arrivals=arrivals,
             completed=delta.requests_succeeded,
@@ -47,6 +52,7 @@ class ForeignLoad:
             ttfts_s=_samples_s(delta.ttft),
             tpots_s=_samples_s(delta.tpot),
             e2es_s=_samples_s(delta.e2e),
+            histograms={name: found for name, found in latencies.items() if found is not None},
         )
 
     def _drop(self, requests: int) -> None:

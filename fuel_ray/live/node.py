@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,9 +17,10 @@ from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.load.completion import Attempt
 from fuel_ray.live.load.loadgen import LoadGenerator, LoadProgress, request_records
 from fuel_ray.live.sampling import Sample, Sampler, figures, held_mean, window_energy_j
+from fuel_ray.live.vllm.in_force import InForce
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
-from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
+from fuel_ray.live.vllm.metrics import MetricsDelta, MetricsSnapshot, difference
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, WindowMetrics
 
 GPU_INTERVAL_S = 0.05
@@ -34,7 +35,7 @@ class _Mark:
     at_s: float
     server: MetricsSnapshot
     energy_j: float | None
-    cpu: CpuReading
+    cpu: CpuReading | None  # None if it could not be read
 
 
 class GpuNode:
@@ -93,14 +94,19 @@ class GpuNode:
             self._load.start()
 
     def apply(self, knobs: Knobs) -> Knobs:
-        """Pin the nearest supported clock and set the limit; what is not controlled stays at its highest."""
+        """Pin the nearest supported clock, ask for the limit, and return what is in force at this moment.
+
+        A new limit is once the scheduler has acknowledged it; windows say it. What is not controlled stays at
+        its highest.
+        """
         clock_mhz = self._spec.gpu_clocks_mhz[-1]
         if self._lease is not None:
             self._lease.renew()
             clock_mhz = self._gpus.pin(knobs.gpu_clock_mhz)
         lowest, limit = self._spec.batch_limits
         if self._limiter is not None:
-            limit = self._limiter.set(min(max(knobs.batch_limit, lowest), limit))
+            self._limiter.set(min(max(knobs.batch_limit, lowest), limit))
+            limit = self._limiter.in_force or limit
         self._knobs = Knobs(limit, clock_mhz)
         return self._knobs
 
@@ -143,7 +149,15 @@ class GpuNode:
 
     def _read_mark(self) -> _Mark:
         server = self._client.scrape()
-        return _Mark(self._clock(), server, self._gpus.energy_j(), self._cpu.read())
+        return _Mark(self._clock(), server, self._gpus.energy_j(), self._read_cpu())
+
+    def _read_cpu(self) -> CpuReading | None:
+        """None where RAPL has gone: a window is measured without the CPU's energy."""
+        try:
+            return self._cpu.read()
+        except TelemetryError as error:
+            logger.debug("no CPU reading: %s", error)
+            return None
 
     def _progress(self, load: LoadGenerator) -> LoadProgress:
         """Look at the load; what has ended is for the records and for the next window."""
@@ -155,7 +169,10 @@ class GpuNode:
     def _window(self, begin: _Mark, end: _Mark) -> WindowMetrics:
         delta = difference(begin.server, end.server, end.at_s - begin.at_s)
         if delta.restarted:
+            if self._limiter is not None:
+                self._limiter.forget()
             raise TelemetryError(f"{self._spec.name}: the server restarted within the window")
+        in_force = self._in_force(delta)
         readings = self._readings.since(begin.at_s)
         if self._load is not None:
             served = self._served(self._load)
@@ -169,10 +186,10 @@ class GpuNode:
                 end_s=end.at_s,
                 counter_j=(begin.energy_j, end.energy_j),
             ),
-            cpu_energy_j=end.cpu.energy_j - begin.cpu.energy_j,
+            cpu_energy_j=end.cpu.energy_j - begin.cpu.energy_j if begin.cpu and end.cpu else None,
             gpu_util=_mean(readings, "gpu_util", begin, end),
             gpu_mem_util=_mean(readings, "mem_util", begin, end),
-            cpu_util=end.cpu.util,
+            cpu_util=end.cpu.util if end.cpu else None,
             arrivals=served.arrivals,
             completed=served.completed,
             prompt_tokens=delta.prompt_tokens - (delta.prompt_tokens_cached or 0),
@@ -188,7 +205,18 @@ class GpuNode:
             e2es_s=served.e2es_s,
             knobs=self._knobs,
             gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
+            histograms=served.histograms,
+            limit_acknowledged=None if in_force is None else in_force.acknowledged,
         )
+
+    def _in_force(self, delta: MetricsDelta) -> InForce | None:
+        """The batch limit of the window, as far as it is ours to ask for."""
+        if self._limiter is None:
+            return None
+        worked = delta.prompt_tokens + delta.generation_tokens > 0
+        found = self._limiter.window(worked=worked, duration_s=delta.seconds)
+        self._knobs = replace(self._knobs, batch_limit=found.batch_limit or self._spec.batch_limits[-1])
+        return found
 
     def _served(self, load: LoadGenerator) -> Served:
         """Of the own load, request by request."""

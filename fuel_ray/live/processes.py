@@ -1,19 +1,29 @@
-"""Processes: a family found by a variable that they inherit, one known by pid and start time, and signals."""
+"""Processes: a family by a variable that they inherit or by its port, one by pid and start time; signals."""
 
 import contextlib
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 POLL_S = 0.05
 KILL_S = 5.0  # a killed process frees GBs of memory first
 
 _PROC = Path("/proc")
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # linux/proc_ns.h, PROC_PID_INIT_INO
+_PROXIES = (  # what listens for a server that runs elsewhere
+    *("docker-proxy", "rootlessport", "slirp4netns", "conmon", "containerd-shim", "kubectl", "kube-proxy"),
+    *("ssh", "sshd", "socat", "nginx", "haproxy", "envoy", "traefik", "caddy"),
+)
+_VLLM = re.compile(r"vllm(\.entrypoints|::|\S*\s+serve\b)", re.IGNORECASE)
 _CAP_SYS_ADMIN = 21  # linux/capability.h; the kernel driver asks for it in the first user namespace
 
 logger = logging.getLogger(__name__)
@@ -93,6 +103,54 @@ def lives(pid: int, start: str) -> bool:
     except OSError:
         return False
     return started == start and (state not in "ZX" or threads > 1)
+
+
+def are_ours_to_see(pids: Iterable[int]) -> bool:
+    """Whether the driver counts processes as this one does, and not as they are outside a container."""
+    with contextlib.suppress(OSError):
+        if (_PROC / "self/ns/pid").stat().st_ino == _FIRST_PID_NAMESPACE:
+            return True
+    return all(map(psutil.pid_exists, pids))
+
+
+def is_local(host: str) -> bool:
+    """Whether a host name is this machine's."""
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    own = {a.address.partition("%")[0] for found in psutil.net_if_addrs().values() for a in found}
+    return any(address in own or address.startswith("127.") for address in addresses)
+
+
+def server_pids(port: int) -> tuple[frozenset[int], str]:
+    """The processes of the server that listens on a TCP port here; of none, why."""
+    try:
+        found = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    except (psutil.Error, OSError) as error:
+        return frozenset(), f"what listens on port {port} cannot be seen ({error})"
+    listeners = {c.pid for c in found if c.laddr.port == port} - {None}
+    if not listeners:
+        return frozenset(), f"no process that may be seen from here listens on port {port}"
+    family: set[int] = set()
+    for pid in listeners:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.name() in _PROXIES:
+                return (
+                    frozenset(),
+                    f"{process.name()} listens on port {port}, before a container or another host",
+                )
+            root = _root(process)
+            family |= {root.pid, *(child.pid for child in root.children(recursive=True))}
+    return frozenset(family), f"the server on port {port} has just ended"
+
+
+def _root(process: psutil.Process) -> psutil.Process:
+    """With several API servers the one that listens is a child of `vllm serve`, as the engines are."""
+    while (parent := process.parent()) is not None and _VLLM.search(" ".join(parent.cmdline())):
+        process = parent
+    return process
 
 
 def holds_sys_admin(proc: Path) -> bool:

@@ -36,8 +36,10 @@ class Sample(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Missing:
-    at_s: float
+class Missing:
+    """A read that failed."""
+
+    at_s: float  # when it began
     error: Exception
 
 
@@ -66,7 +68,7 @@ class Sampler(Generic[T]):
         self.skipped = 0  # deadlines
         self.failed = 0  # reads
         self._read, self._clock = read, clock
-        self._ring: deque[Sample[T] | _Missing] = deque(maxlen=capacity)
+        self._ring: deque[Sample[T] | Missing] = deque(maxlen=capacity)
         self._news = threading.Condition()
         self._began_s = math.inf
         self._stop = threading.Event()
@@ -102,11 +104,11 @@ class Sampler(Generic[T]):
     def sample(self, due_s: float | None = None) -> None:
         """Read once into the ring, in the caller's thread."""
         at_s = self._clock()
-        entry: Sample[T] | _Missing
+        entry: Sample[T] | Missing
         try:
             entry = Sample(at_s if due_s is None else due_s, at_s, self._read())
         except NodeError as error:
-            entry = _Missing(at_s, error)
+            entry = Missing(at_s, error)
             self.failed += 1
         with self._news:
             self._ring.append(entry)
@@ -128,6 +130,13 @@ class Sampler(Generic[T]):
         """All good samples that are kept, oldest first."""
         return tuple(entry for entry in self._entries() if isinstance(entry, Sample))
 
+    def kept(self) -> tuple[tuple[Sample[T], ...], tuple[Missing, ...]]:
+        """All good samples and all failed reads that are kept, oldest first, whatever ended the thread."""
+        with self._news:
+            entries = list(self._ring)
+        good = tuple(entry for entry in entries if isinstance(entry, Sample))
+        return good, tuple(entry for entry in entries if isinstance(entry, Missing))
+
     def latest(self, *, timeout_s: float) -> Sample[T]:
         """The newest sample; the first one after ``start`` is waited for; TelemetryError if it failed."""
         if self._thread is None:
@@ -139,14 +148,14 @@ class Sampler(Generic[T]):
             return newest[0]
         raise self._nothing(newest)
 
-    def _entries(self) -> list[Sample[T] | _Missing]:
+    def _entries(self) -> list[Sample[T] | Missing]:
         if self._bug is not None:
             raise TelemetryError(f"{self.name} ended: {self._bug!r}") from self._bug
         with self._news:
             return list(self._ring)
 
-    def _nothing(self, entries: Sequence[Sample[T] | _Missing]) -> TelemetryError:
-        errors = [entry.error for entry in entries if isinstance(entry, _Missing)]
+    def _nothing(self, entries: Sequence[Sample[T] | Missing]) -> TelemetryError:
+        errors = [entry.error for entry in entries if isinstance(entry, Missing)]
         if not errors:
             return TelemetryError(f"{self.name} has no reading: it ran too short a time, or its read hangs")
         problem = TelemetryError(f"{self.name} has no reading, {len(errors)} failed: {errors[-1]}")
@@ -163,11 +172,14 @@ class Sampler(Generic[T]):
         except Exception as error:  # a bug in read: kept for since()
             logger.exception("%s ended", self.name)
             self._bug = error
+            with self._news:
+                self._ring.append(Missing(self._clock(), error))
 
 
 def figures(samples: Iterable[Sample[Any]], name: str) -> list[Sample[float]]:
-    """The same samples of one figure of their readings."""
-    return [Sample(sample.due_s, sample.at_s, getattr(sample.value, name)) for sample in samples]
+    """The samples of one figure of their readings, but for readings that lack it."""
+    known = ((sample, getattr(sample.value, name)) for sample in samples)
+    return [Sample(sample.due_s, sample.at_s, value) for sample, value in known if value is not None]
 
 
 def next_deadline(due_s: float, *, now_s: float, interval_s: float) -> tuple[float, int]:

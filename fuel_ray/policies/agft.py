@@ -55,8 +55,8 @@ class AgftLinUcb:
         self._kept = copy.deepcopy({name: vars(self)[name] for name in _MEMORY})
 
     def decide(self, window: WindowMetrics) -> Knobs:
-        if self._last is not None:
-            self._learn(*self._last, self._reward(window))
+        if self._last is not None and (reward := self._reward(window)) is not None:
+            self._learn(*self._last, reward)
         x = self._features(window)
         spread = np.sqrt(np.einsum("i,aij,j->a", x, self._inverse, x))
         mean = np.einsum("aij,aj,i->a", self._inverse, self._moment, x)
@@ -83,14 +83,16 @@ class AgftLinUcb:
         alive[-1] = True
         return alive
 
-    def _reward(self, window: WindowMetrics) -> float:
+    def _reward(self, window: WindowMetrics) -> float | None:
+        if (attainment := window_attainment(window, self.slo)) is None:
+            return None
         self._energy_j += window.energy_j
         self._tokens += window.output_tokens
         if not self._tokens:
             return 0.0
         reference_j = self._energy_j / self._tokens
         cost = window.energy_j / max(window.output_tokens, 1) / reference_j
-        return -min(cost, 3.0) - self.miss_price * (1.0 - window_attainment(window, self.slo))
+        return -min(cost, 3.0) - self.miss_price * (1.0 - attainment)
 
     def _features(self, window: WindowMetrics) -> np.ndarray:
         seconds, capacity = window.duration_s, self.spec.batch_limits[-1]

@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from fuel_ray.codec import ActionGrid, Codec, Encoder
+from fuel_ray.disk import whole, writing
 from fuel_ray.drift import Range
 from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.outside import reference
@@ -146,11 +147,24 @@ def _actions(grid: ActionGrid, spec: NodeSpec) -> list[int]:
 
 
 def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, manifest: Manifest) -> None:
-    """Write a policy folder: ``weights.safetensors``, ``codec.json``, ``manifest.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / "weights.safetensors")
-    (folder / "codec.json").write_text(json.dumps(codec.to_dict(), indent=2))
-    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict(), indent=2))
+    """Write a policy folder: ``weights.safetensors``, ``codec.json``, ``manifest.json``.
+
+    Raises:
+        DiskError: it cannot be written; a policy that was there stays whole.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    weights = save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
+    with (
+        whole(folder / "weights.safetensors", "wb") as weights_file,
+        whole(folder / "codec.json") as codec_file,
+        whole(folder / "manifest.json") as manifest_file,
+    ):  # all are written before the first takes its place
+        weights_file.write(weights)
+        codec_file.write(json.dumps(codec.to_dict(), indent=2))
+        manifest_file.write(json.dumps(manifest.to_dict(), indent=2))
+        for file in (weights_file, codec_file, manifest_file):
+            file.flush()
 
 
 def read_manifest(folder: Path) -> Manifest:

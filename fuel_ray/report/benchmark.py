@@ -1,17 +1,18 @@
-"""What a benchmark leaves: the JSON of one run, figure by figure, and its check."""
+"""What a benchmark leaves: the JSON of one run, figure by figure, what is missing in it, and its check."""
 
-import json
+from collections import Counter
 from datetime import datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fuel_ray.live.load.loadgen import LoadResult
 from fuel_ray.live.monitors import Measured
-from fuel_ray.live.sampling import figures, held_mean, window_energy_j
+from fuel_ray.report.monitored import cpu_stats, gpu_stats, kv_stats
 
 _PERCENTILES = (50, 90, 95, 99)
+_SHOWN_ERRORS, _SHOWN_LETTERS = 3, 300
 
 
 def benchmark_result(
@@ -21,30 +22,36 @@ def benchmark_result(
     model: str,
     request_rate: float,
     num_prompts: int,
-    partial: bool,
+    ended: str | None,
 ) -> dict[str, Any]:
-    """Latencies, energy, power and KV cache of a benchmark, as it is written."""
+    """Latencies, energy, power and KV cache of a benchmark, as it is written.
+
+    ``ended`` says why it is not all of the load. ``missing`` has a sentence for each thing that is not
+    there, or not of the whole run.
+    """
+    missing = [] if ended is None else [f"{ended} after {len(load.records)} of {num_prompts} requests"]
+    missing += measured.missing
+    gpus = {str(index): gpu_stats(measured, index, missing.append) for index in measured.gpus}
     result = {
         **_serving_figures(load, model=model, request_rate=request_rate),
-        "partial": partial,
+        "partial": ended is not None,
         "num_prompts": num_prompts,
-        "gpu_power_stats": {str(index): _gpu_stats(measured, index) for index in measured.gpus},
-        "cpu_power_stats": _cpu_stats(measured),
-        "kv_cache_monitoring_stats": _kv_stats(measured, model=model),
+        "gpu_power_stats": gpus,
+        "cpu_power_stats": cpu_stats(measured, missing.append),
+        "kv_cache_monitoring_stats": kv_stats(measured, missing.append, model=model),
     }
-    return result | _energy_figures(result)
+    result |= _energy_figures(result, measured, missing)
+    return {**result, "missing": missing}
 
 
 def check(result: dict[str, Any]) -> list[str]:
-    """Lines that say whether the samples are what they should be."""
-
-    def shown(name: str, form: str, unit: str = "") -> str:
-        return "unknown" if result[name] is None else f"{result[name]:{form}}{unit}"
-
+    """Lines that say what was measured and whether the samples are what they should be."""
+    shown = partial(_shown, result)
     latencies = (
         f"TTFT p50 {shown('p50_ttft_ms', '.1f', ' ms')}, TPOT p50 {shown('p50_tpot_ms', '.1f', ' ms')}"
     )
     lines = [f"requests   {result['completed']} completed, {result['failed']} failed, {latencies}"]
+    lines += [f"failed     {line}" for line in errors_by_kind(result["errors"])]
     gpu_samples = [len(stats["power_trace"]) for stats in result["gpu_power_stats"].values()]
     kv = result["kv_cache_monitoring_stats"]
     kv_samples = kv["samples_collected"] if kv else 0
@@ -57,20 +64,36 @@ def check(result: dict[str, Any]) -> list[str]:
         lines.append("GPU        no samples: no NVML here")
     if kv_samples:
         usage = kv["avg_stats"]["avg_cache_usage_perc"]
-        lines.append(f"KV cache   {kv_samples} samples, average usage {usage:.1f} %")
+        average = "unknown" if usage is None else f"{usage:.1f} %"
+        lines.append(f"KV cache   {kv_samples} samples, average usage {average}")
     else:
         lines.append("KV cache   no samples: give --enable-kv-trace, or look at the server's /metrics")
     if gpu_samples and kv_samples:
         lines.append(f"ratio      {gpu_samples[0] / kv_samples:.1f} : 1 (expected about 10 : 1 by default)")
-    return lines
+    return lines + [f"missing    {line}" for line in result["missing"]]
+
+
+def errors_by_kind(errors: list[str]) -> list[str]:
+    """How many requests failed with which words of the server, most first."""
+    counts = Counter(" ".join(error.split())[:_SHOWN_LETTERS] for error in errors)
+    lines = [f"{n} with {error}" for error, n in counts.most_common(_SHOWN_ERRORS)]
+    left = len(counts) - len(lines)
+    return lines + ([f"and {left} other errors, all in the result"] if left else [])
+
+
+def _shown(result: dict[str, Any], name: str, form: str, unit: str = "") -> str:
+    return "unknown" if result[name] is None else f"{result[name]:{form}}{unit}"
 
 
 def _serving_figures(result: LoadResult, *, model: str, request_rate: float) -> dict[str, Any]:
-    """Figures under the names of ``vllm bench serve --save-result``."""
+    """Figures under the names of ``vllm bench serve --save-result``; latencies are of what completed."""
     records = result.records
-    completed = int(np.isfinite(records.finished_s).sum())
-    tokens_in, tokens_out = int(records.prompt_tokens.sum()), sum(n or 0 for n in result.received_tokens)
-    itls_s = np.array([gap for gaps in result.itls_s for gap in gaps])
+    finished = np.isfinite(records.finished_s)
+    counted = [n is not None for n in result.received_tokens]  # by the server
+    tokens_in = int(records.prompt_tokens[counted].sum())
+    tokens_out = sum(n or 0 for n in result.received_tokens)
+    itls_s = [gap for gaps, whole in zip(result.itls_s, finished, strict=True) if whole for gap in gaps]
+    seconds = result.duration_s
     figures: dict[str, Any] = {
         "date": f"{datetime.now():%Y%m%d-%H%M%S}",
         "endpoint_type": "openai",
@@ -79,21 +102,21 @@ def _serving_figures(result: LoadResult, *, model: str, request_rate: float) -> 
         "model_id": model,
         "request_rate": request_rate,
         "burstiness": 1.0,
-        "duration": result.duration_s,
-        "completed": completed,
-        "failed": len(records) - completed,
+        "duration": seconds,
+        "completed": int(finished.sum()),
+        "failed": int((~finished).sum()),
         "late_sends": result.late_sends,
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
-        "request_throughput": completed / result.duration_s,
-        "output_throughput": tokens_out / result.duration_s,
-        "total_token_throughput": (tokens_in + tokens_out) / result.duration_s,
+        "request_throughput": int(finished.sum()) / seconds if seconds > 0 else None,
+        "output_throughput": tokens_out / seconds if seconds > 0 else None,
+        "total_token_throughput": (tokens_in + tokens_out) / seconds if seconds > 0 else None,
         "errors": [error for error in result.errors if error is not None],
     }
-    latencies_s = {"ttft": records.ttft_s, "tpot": records.tpot_s, "itl": itls_s, "e2el": records.e2e_s}
+    latencies_s = {"ttft": records.ttft_s, "tpot": records.tpot_s, "e2el": records.e2e_s}
     for name, values_s in latencies_s.items():
-        figures |= _latency_ms(name, values_s)
-    return figures
+        figures |= _latency_ms(name, values_s[finished])
+    return figures | _latency_ms("itl", np.array(itls_s))
 
 
 def _latency_ms(name: str, values_s: np.ndarray) -> dict[str, float | None]:
@@ -106,96 +129,23 @@ def _latency_ms(name: str, values_s: np.ndarray) -> dict[str, float | None]:
     return {key: float(figure) for key, figure in zip(keys, figures, strict=True)}
 
 
-def _energy_figures(result: dict[str, Any]) -> dict[str, float | None]:
-    """Energy of all GPUs over completed requests and over output tokens; None without either."""
-    gpus = result["gpu_power_stats"].values()
-    energy_j = sum(stats["energy_j"] for stats in gpus) if gpus else None
+def _energy_figures(
+    result: dict[str, Any], measured: Measured, missing: list[str]
+) -> dict[str, float | None]:
+    """Energy of all GPUs that were asked for, over completed requests and output tokens; None without it."""
+    stats = result["gpu_power_stats"]
+    unknown = [i for i in measured.gpu_ids if stats.get(i, {}).get("energy_j") is None]
+    energy_j = None if unknown or not stats else sum(own["energy_j"] for own in stats.values())
+    if unknown and len(measured.gpu_ids) > len(unknown):
+        names = ", ".join(f"GPU {index}" for index in unknown)
+        missing.append(f"J/request and J/output token: they would lack the energy of {names}")
+    if energy_j is not None and result["completed"] and result["failed"]:
+        missing.append(
+            f"J/request holds the energy of the {result['failed']} failed requests too, J/output token only "
+            "tokens that the server counted"
+        )
     counts = {"request": result["completed"], "output_token": result["total_output_tokens"]}
     return {"gpu_energy_j": energy_j} | {
         f"gpu_energy_per_{name}_j": None if energy_j is None or not count else energy_j / count
         for name, count in counts.items()
-    }
-
-
-def _gpu_stats(measured: Measured, index: int) -> dict[str, Any]:
-    """Mean power in mW, utilisations in per cent, energy in J, the samples and their times."""
-    samples = measured.gpus[index]
-    counter_j = measured.energy_j[index]
-    power_w = figures(samples, "power_w")
-    span = {"begin_s": measured.began_s, "end_s": measured.ended_s}
-    mean_w = held_mean(power_w, **span)
-    return {
-        "avg_power": None if mean_w is None else mean_w * 1000,  # mW
-        "avg_gpu_util": float(np.mean([sample.value.gpu_util for sample in samples])) * 100,  # %
-        "avg_mem_util": float(np.mean([sample.value.mem_util for sample in samples])) * 100,  # %
-        "energy_j": window_energy_j(power_w, **span, counter_j=counter_j),
-        "energy_source": "integrated power" if None in counter_j else "energy counter",
-        "power_trace": [sample.value * 1000 for sample in power_w],  # mW
-        "time_trace": [sample.at_s - measured.began_s for sample in samples],  # s
-    }
-
-
-def _cpu_stats(measured: Measured) -> dict[str, Any] | None:
-    """Mean power in W, and whether it was measured or modelled; None if it was not asked for."""
-    if len(measured.cpu) < 2:
-        return None
-    first, last = measured.cpu[0], measured.cpu[-1]
-    utils = [sample.value.util for sample in measured.cpu if sample.value.util is not None]
-    return {
-        "avg_power_w": (last.value.energy_j - first.value.energy_j) / (last.at_s - first.at_s),
-        "avg_util": float(np.mean(utils)) * 100 if utils else None,  # %
-        "source": "modelled from utilisation" if measured.cpu_modelled else "RAPL",
-    }
-
-
-def _kv_stats(measured: Measured, *, model: str) -> dict[str, Any] | None:
-    """The KV cache and the queues over time; None if they were not asked for."""
-    trace = measured.kv
-    if not trace:
-        return None
-    snapshots = [snapshot for _, snapshot in trace]
-    cache = next((s.cache_config for s in reversed(snapshots) if s.cache_config), None)
-    usage = np.array([s.kv_usage * 100 for s in snapshots])
-    used = [cache.used_blocks(s.kv_usage) for s in snapshots] if cache else []
-    columns = {
-        "cache_usage": usage.tolist(),
-        "used_blocks": used,
-        "free_blocks": [cache.usable_blocks - blocks for blocks in used] if cache else [],
-        "used_tokens": [blocks * cache.block_size for blocks in used] if cache else [],
-        "requests_running": [s.running for s in snapshots],
-        "requests_waiting": [s.waiting for s in snapshots],
-    }
-    at = {"min": 0, "p25": 25, "median": 50, "p75": 75, "p95": 95, "max": 100}
-    percentiles = dict(zip(at, np.percentile(usage, list(at.values())).tolist(), strict=True))
-    averages = {f"avg_{name}": float(np.mean(v)) if v else None for name, v in columns.items()}
-    averages["avg_cache_usage_perc"] = averages.pop("avg_cache_usage")
-    return {
-        "avg_stats": averages,
-        "detailed_stats": {
-            "cache_usage": percentiles | {"std": float(usage.std())},
-            "static_config": {
-                "total_gpu_blocks": cache.num_gpu_blocks if cache else None,
-                "block_size": cache.block_size if cache else None,
-                "tokens_per_block": cache.block_size if cache else None,
-                "total_kv_cache_tokens": cache.num_gpu_blocks * cache.block_size if cache else None,
-                **_model_shape(model),
-            },
-        },
-        "trace": columns | {"time": [at_s - measured.began_s for at_s, _ in trace]},
-        "monitoring_interval_seconds": measured.kv_interval_s,
-        "samples_collected": len(trace),
-    }
-
-
-def _model_shape(model: str) -> dict[str, int | None]:
-    """Layers, KV heads and head size from a local model's config.json; None elsewhere."""
-    try:
-        raw = json.loads((Path(model) / "config.json").read_text())
-    except (OSError, ValueError):
-        raw = {}
-    heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-    return {
-        "num_layers": raw.get("num_hidden_layers"),
-        "num_kv_heads": raw.get("num_key_value_heads", heads),
-        "head_size": raw.get("head_dim", hidden // heads if heads and hidden else None),
     }

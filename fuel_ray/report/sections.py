@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fuel_ray.disk import whole
 from fuel_ray.policies.catalogue import CATALOGUE, JUDGED_BY, color, label
 from fuel_ray.report import figures, tables, text
 from fuel_ray.report.data import Run, energy_against, load_run, mean_over_seeds, missed
@@ -47,10 +48,13 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         ConfigError: the folder is not that of a finished run.
+        DiskError: the page cannot be written; one that was there stays.
     """
     run = load_run(run_dir)
     target = run_dir / "report.html"
-    target.write_text(page(f"fuel_ray: {run.name}", _sections(run)), encoding="utf-8")
+    text_of_page = page(f"fuel_ray: {run.name}", _sections(run))
+    with whole(target) as file:
+        file.write(text_of_page)
     return target
 
 

@@ -186,4 +186,5 @@ class SimulatedNode:
             e2es_s=tuple(e2e_s[before[rules.FINISHED] : count[rules.FINISHED]].tolist()),
             knobs=self._knobs,
             gpu_clock_mhz=clock[rules.CLOCK_S] / busy_s if busy_s > 0 else None,
+            limit_acknowledged=True,
         )

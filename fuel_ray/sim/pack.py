@@ -240,7 +240,7 @@ def load_pack(name_or_path: str, clock_axis: str = NOMINAL) -> Pack:
     if not path.is_file():
         raise ConfigError(f"pack {name_or_path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         pack = _parse_pack(json.loads(text), digest=sha256(text.encode()).hexdigest())
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"pack {name_or_path}: malformed: {error}") from error

@@ -164,7 +164,9 @@ def _power_w(windows: Sequence[WindowMetrics]) -> float:
 def _rows(path: str) -> Iterator[Row]:
     if not Path(path).is_file():
         raise ConfigError(f"profile {path}: no such file")
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(
+        Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1
+    ):
         where = f"profile {path} line {number}"
         try:
             row = json.loads(line.strip() or "{}")

@@ -23,7 +23,7 @@ def read_trace(path: str) -> RecordedRun:
     if not Path(path).is_file():
         raise ConfigError(f"trace {path}: no such file")
     try:
-        raw = json.loads(Path(path).read_text())
+        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         info, schedule = Row(raw["info"], f"trace {path}: info"), raw["info"]["limit_schedule"]
         rows = [Row(row, f"trace {path}: request {k}") for k, row in enumerate(raw["requests"])]
         return _run(info, schedule, sorted(rows, key=lambda row: row.number("start", above=-math.inf)))

@@ -13,18 +13,18 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
 from fuel_ray.config import LearnConfig
-from fuel_ray.env import NODE_FAILURE
+from fuel_ray.env import unlearnable
 from fuel_ray.errors import NodeError
 
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
 
 class Episodes(RLlibCallback):
-    """What is logged of training episodes, and that no one learns from a step that was not measured."""
+    """What is logged of training episodes, and that no one learns from what says nothing of its action."""
 
     def on_sample_end(self, *, samples: list[Any], **_: Any) -> None:
-        """Drop the last step of what a node's failure ended."""
-        measured = [e[:-1] if len(e) and NODE_FAILURE in e.get_infos(-1) else e for e in samples]
+        """Drop the last step of what a node's failure ended, or a limit that was not in force."""
+        measured = [e[:-1] if len(e) and unlearnable(e.get_infos(-1)) else e for e in samples]
         samples[:] = [episode for episode in measured if len(episode)]
 
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
@@ -38,10 +38,11 @@ class Episodes(RLlibCallback):
 def figures(infos: Sequence[Mapping[str, Any]], *, reward: float) -> dict[str, float]:
     """What is logged of training windows, of which ``reward`` is the mean."""
     arrivals = sum(info["arrivals"] for info in infos)
+    known = [info["slo_attainment"] for info in infos if info["slo_attainment"] is not None]
     return {
         "reward": reward,
         "energy_j_per_request": sum(info["energy_j"] for info in infos) / max(arrivals, 1),
-        "slo_attainment": float(np.mean([info["slo_attainment"] for info in infos])),
+        "slo_attainment": float(np.mean(known)) if known else math.nan,
         "mean_gpu_clock_mhz": float(np.mean([info["gpu_clock_mhz"] for info in infos])),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.codec import ActionGrid
-from fuel_ray.env import ServingEnv
+from fuel_ray.env import ServingEnv, unlearnable
 
 NEAR_MHZ = 300.0  # how far from the table's clock random actions go
 
@@ -79,16 +79,17 @@ class Sampler:
             for i, env in enumerate(self._envs):
                 observation, reward, _, truncated, info = env.step(actions[i])
                 fragment = fragments[i]
-                fragment.observations.append(observation)
-                fragment.actions.append(actions[i])
-                fragment.rewards.append(reward)
-                fragment.infos.append(info)
+                if not (truncated and unlearnable(info)):
+                    fragment.observations.append(observation)
+                    fragment.actions.append(actions[i])
+                    fragment.rewards.append(reward)
+                    fragment.infos.append(info)
                 if truncated:
                     done.append(fragment)
                     observation, _ = env.reset()
                     fragments[i] = Fragment([observation])
                 self._seen[i] = observation
-        return done + [fragment for fragment in fragments if fragment.actions]
+        return [fragment for fragment in (*done, *fragments) if fragment.actions]
 
 
 def near(grid: ActionGrid) -> np.ndarray:

@@ -12,7 +12,8 @@ from fuel_ray.build.resolve import Learning, Resolved, resolve
 from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.codec import Codec
 from fuel_ray.config import LearnConfig, to_dict
-from fuel_ray.errors import ConfigError, PolicyError, UnsupportedError
+from fuel_ray.disk import disk_faults
+from fuel_ray.errors import ConfigError, DiskError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_json, write_json
@@ -58,11 +59,14 @@ def running(
         raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
     print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
     try:
-        yield run_dir
-        _publish(config, run_dir)
+        with disk_faults():
+            yield run_dir
+            _publish(config, run_dir)
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
         raise
+    except DiskError as error:
+        raise DiskError(f"{error}; to go on afterwards: fuel-ray {verb} --resume {run_dir}") from error
 
 
 def in_rounds(

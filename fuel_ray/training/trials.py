@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.envs import learning_settings, make_env
 from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, reason
+from fuel_ray.training.storage import disk_faults_told, forget_stop, whole_files
 
 _ENV_NAME = "fuel_ray_serving"
 _STEPS = "num_env_steps_sampled_lifetime"
@@ -70,6 +72,7 @@ def run_trials(
     Near ``anchors``, by block size, specialists explore.
 
     Raises:
+        DiskError: a disk took no more; what there is can be resumed.
         FuelRayError: a trial failed; the message has its error.
         KeyboardInterrupt: the user stopped it; what there is can be resumed.
     """
@@ -82,15 +85,23 @@ def run_trials(
     folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
     name = f"tune-{'-'.join(map(str, config.block_sizes))}" if config.live_server else "tune"
     path = f"{folder}/{name}"
-    if tune.Tuner.can_restore(path):
-        tuner = tune.Tuner.restore(
-            path, algorithm, param_space=space, resume_unfinished=True, resume_errored=True
-        )
-        tuner._local_tuner._run_config.callbacks = callbacks
-    else:
-        settings = _run_settings(config, callbacks, name=name, storage_path=folder)
-        tuner = tune.Tuner(algorithm, param_space=space, run_config=settings)
-    results = tuner.fit()
+    files = None if "://" in path else whole_files()
+    where = {"name": name, "storage_path": folder, "storage_filesystem": files}
+    with disk_faults_told(path):
+        if tune.Tuner.can_restore(path, storage_filesystem=files):
+            forget_stop(Path(path))
+            going_on: dict[str, Any] = {"resume_unfinished": True, "resume_errored": True}
+            tuner = tune.Tuner.restore(
+                path, algorithm, param_space=space, storage_filesystem=files, **going_on
+            )
+            tuner._local_tuner._run_config.callbacks = callbacks
+        else:
+            settings = _run_settings(config, callbacks, **where)
+            tuner = tune.Tuner(algorithm, param_space=space, run_config=settings)
+        return _finished(config, tuner.fit())
+
+
+def _finished(config: LearnConfig, results: tune.ResultGrid) -> list[Trained]:
     for error in results.errors:
         raise FuelRayError(f"training failed: {reason(error)}")
     trained = [_trained(result, last=config.train.average_results) for result in results]
@@ -99,7 +110,7 @@ def run_trials(
     return trained
 
 
-def _run_settings(config: LearnConfig, callbacks: list[tune.Callback], **where: str) -> tune.RunConfig:
+def _run_settings(config: LearnConfig, callbacks: list[tune.Callback], **where: Any) -> tune.RunConfig:
     """Of a new run; on a cluster a trial that lost its process or nodes goes on from its last checkpoint."""
     on_cluster = config.node == "ray"
     return tune.RunConfig(
@@ -202,7 +213,8 @@ def _with_nodes(algorithm: type[Algorithm], config: LearnConfig) -> type[Algorit
 def _trained(result: Any, *, last: int) -> Trained:
     found = []
     for checkpoint, metrics in result.best_checkpoints:
-        with checkpoint.as_directory() as folder:  # a copy, if the run's storage is not a local one
+        local = Path(checkpoint.path)
+        with nullcontext(local) if local.is_dir() else checkpoint.as_directory() as folder:  # else a copy
             row = curve_row(metrics)
             found.append(Checkpointed(row["env_steps"], row["reward"], q_network(Path(folder))))
     found.sort(key=lambda checkpointed: checkpointed.env_steps)

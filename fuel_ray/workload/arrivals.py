@@ -158,10 +158,13 @@ def repeated(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A span of a repeating schedule: times counted from ``start_s``, and their indices in ``times_s``."""
     start_s %= period_s
-    rounds = np.arange(int((start_s + duration_s) // period_s) + 1)
-    unrolled_s = (rounds[:, None] * period_s + times_s).ravel() - start_s
-    first, last = np.searchsorted(unrolled_s, (0.0, duration_s))
-    return unrolled_s[first:last], np.arange(first, last) % len(times_s)
+    rounds, slack_s = int((start_s + duration_s) // period_s), 1e-6 * period_s
+    first = np.searchsorted(times_s, start_s - slack_s)
+    last = np.searchsorted(times_s, start_s + duration_s - rounds * period_s + slack_s)
+    index = np.arange(first, rounds * len(times_s) + last)  # of a long trace, only what is needed
+    unrolled_s = index // len(times_s) * period_s + times_s[index % len(times_s)] - start_s
+    within = slice(*np.searchsorted(unrolled_s, (0.0, duration_s)))
+    return unrolled_s[within], index[within] % len(times_s)
 
 
 def _thinned(

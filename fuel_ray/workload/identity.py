@@ -1,14 +1,21 @@
 """What makes two workloads the same, and two requests share a prefix."""
 
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
+from itertools import chain
 
 import numpy as np
+
+_PIECE = 1 << 20  # numbers of a long trace that are hashed at once
 
 
 def digest(*definition: object) -> str:
     """12 hex characters that depend on the whole content of numbers, strings, arrays and dataclasses."""
-    return sha256(b"".join(map(_content, definition))).hexdigest()[:12]
+    found = sha256()
+    for part in chain.from_iterable(map(_content, definition)):
+        found.update(part)
+    return found.hexdigest()[:12]
 
 
 def renumbered(prefix_id: np.ndarray) -> np.ndarray:
@@ -19,10 +26,14 @@ def renumbered(prefix_id: np.ndarray) -> np.ndarray:
     return ids
 
 
-def _content(value: object) -> bytes:
+def _content(value: object) -> Iterator[bytes]:
     if isinstance(value, np.ndarray):
-        return value.astype(value.dtype.newbyteorder("<")).tobytes()
-    if not is_dataclass(value):
-        return repr(value).encode() + b";"
-    parts = [field.name.encode() + _content(getattr(value, field.name)) for field in fields(value)]
-    return type(value).__name__.encode() + b"".join(parts)
+        for begin in range(0, len(value), _PIECE):
+            yield value[begin : begin + _PIECE].astype(value.dtype.newbyteorder("<")).tobytes()
+    elif is_dataclass(value):
+        yield type(value).__name__.encode()
+        for field in fields(value):
+            yield field.name.encode()
+            yield from _content(getattr(value, field.name))
+    else:
+        yield repr(value).encode() + b";"

@@ -1,9 +1,17 @@
-"""The text form of a workload: ``NAME[:key=value,...]``."""
+"""The text form of a workload: ``NAME[:key=value,...]``.
+
+A path may have commas in it; in quotes also a comma before what looks like the next ``key=``.
+"""
 
 import math
+import re
 from collections.abc import Iterable
 
 from fuel_ray.errors import ConfigError
+
+_QUOTED = re.compile(r"""(["']).*\1""")
+_PART = re.compile(r"""((?:[^,"']|(?<==)"[^"]*"|(?<==)'[^']*'|["'])*)(?:,|$)""")
+_KEY = re.compile(r"\s*[A-Za-z_]\w*\s*=")
 
 
 class Options:
@@ -59,7 +67,8 @@ class Options:
         """Check that every key given was asked for."""
         for key in self._given:
             if key not in self._asked:
-                raise self.error(f"{key} is unknown here; one of {', '.join(self._asked)}")
+                quotes = '; a path with a comma goes in quotes: path="..."' if "path" in self._given else ""
+                raise self.error(f"{key} is unknown here; one of {', '.join(self._asked)}{quotes}")
 
     def error(self, problem: str) -> ConfigError:
         """The error to raise about this spec."""
@@ -67,12 +76,22 @@ class Options:
 
     def _pairs(self, text: str) -> dict[str, str]:
         pairs: dict[str, str] = {}
-        for pair in filter(None, text.split(",")):
+        for pair in self._split(text):
             key, _, value = (part.strip() for part in pair.partition("="))
             if not key or not value or key in pairs:
                 raise self.error(f"{pair!r} is not key=value, each key once")
-            pairs[key] = value
+            pairs[key] = value[1:-1] if _QUOTED.fullmatch(value) else value
         return pairs
+
+    def _split(self, text: str) -> list[str]:
+        """At the commas that are not in quotes, nor in a path: what follows one there is no key=value."""
+        parts: list[str] = []
+        for part in _PART.findall(text):
+            if parts and parts[-1].lstrip().startswith("path=") and not _KEY.match(part):
+                parts[-1] += f",{part}"
+            else:
+                parts.append(part)
+        return [part.rstrip(",") for part in parts if part.strip(",")]
 
 
 def as_number(text: str) -> float:

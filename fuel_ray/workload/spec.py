@@ -1,7 +1,8 @@
 """From the text form of a workload to the workload: every name, key and default is here."""
 
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.outside import made, reference
 from fuel_ray.types import Requests
 from fuel_ray.workload.arrivals import Arrivals, Burst, Diurnal, Evenly, Gamma, Mmpp, Piecewise
+from fuel_ray.workload.cells import UNITS, Unit
+from fuel_ray.workload.formats import FORMATS, read_recorded, read_shipped, read_speeds
 from fuel_ray.workload.lengths import (
     OUTPUT_TOKENS,
     PROMPT_TOKENS,
@@ -21,15 +24,8 @@ from fuel_ray.workload.lengths import (
 from fuel_ray.workload.mixed import Mixed
 from fuel_ray.workload.options import Options, as_number
 from fuel_ray.workload.synthetic import Synthetic
-from fuel_ray.workload.trace import (
-    Replay,
-    read_azure,
-    read_burstgpt,
-    read_mooncake,
-    read_shipped,
-    read_speeds,
-    replay,
-)
+from fuel_ray.workload.trace import Replay, replay
+from fuel_ray.workload.units import LARGEST_BLOCK
 
 
 class Workload(Protocol):
@@ -71,13 +67,13 @@ def parse_workload(text: str) -> Workload:
     Raises:
         ConfigError: a name, key or value is wrong, or a trace file cannot be read.
     """
-    name, names = text.strip().partition(":")[0], (*_ARRIVALS, "mixed", *_SHIPPED, *_READERS)
+    name, names = text.strip().partition(":")[0], (*_ARRIVALS, "mixed", *_SHIPPED, *FORMATS)
     if name not in names and (code := reference(text.strip())):
         found: Workload = made(code, needs=_NEEDS, **Options(text, name=code).values())
         return found
     options = Options(text, defaults=_PRESETS.get(name, ""))
     workload: Workload
-    if name in _READERS or name in _SHIPPED:
+    if name in FORMATS or name in _SHIPPED:
         workload = _replay(options)
     elif name == "mixed":
         workload = Mixed(options.text, options.number("high_rps", 13, low=0.001, high=10_000))
@@ -139,8 +135,7 @@ def _lengths(options: Options) -> Lengths:
     kind = options.choice("lengths", "lognormal", ("lognormal", "sharegpt", "fixed", *_SHIPPED))
     if kind in _SHIPPED:
         rows = read_shipped(_SHIPPED[kind])
-        pairs = np.array([(row.prompt_tokens, row.output_tokens) for row in rows])
-        return Resampled(pairs[:, 0], pairs[:, 1])
+        return Resampled(rows.prompt_tokens.astype(np.int64), rows.output_tokens.astype(np.int64))
     if kind == "fixed":
         prompt_tokens = options.count("prompt_mean", PROMPT_TOKENS, low=1, high=1_000_000)
         output_tokens = options.count("output_mean", OUTPUT_TOKENS, low=1, high=1_000_000)
@@ -175,15 +170,44 @@ def _prefixes(options: Options) -> SharedPrefixes | None:
 
 
 def _replay(options: Options) -> Replay:
-    if options.name in _SHIPPED:
-        source = _SHIPPED[options.name]
-        rows = read_shipped(source)
-    else:
-        source = _path(options)
-        rows = _READERS[options.name](source)
     rate_scale = options.number("rate_scale", 1, low=0.001, high=1000)
     longest = options.count("max_prompt_tokens", 1_000_000, low=1, high=1_000_000)
-    return replay(options.text, rows, source=source, rate_scale=rate_scale, max_prompt_tokens=longest)
+    if options.name in _SHIPPED:
+        rows = read_shipped(_SHIPPED[options.name])
+        return replay(options.text, rows, rate_scale=rate_scale, max_prompt_tokens=longest)
+    path, unit, block = _path(options), None, None
+    if options.text_of("unit") is not None:
+        unit = cast(Unit, options.choice("unit", "", UNITS))
+    if FORMATS[options.name].block_tokens and options.text_of("block") is not None:
+        block = options.count("block", 0, low=1, high=LARGEST_BLOCK)
+    options.refuse_the_rest()  # before a long file is read
+    read = partial(_read, options.name, path, options.text, changed=_changed(path))
+    return read(unit=unit, block=block, rate_scale=rate_scale, longest=longest)
+
+
+@lru_cache(maxsize=4)
+def _read(
+    name: str,
+    path: Path,
+    text: str,
+    *,
+    changed: object,
+    unit: Unit | None,
+    block: int | None,
+    rate_scale: float,
+    longest: int,
+) -> Replay:
+    """A trace, read once while its file does not change: a training makes dozens of nodes."""
+    rows = read_recorded(name, path, unit=unit, block=block)
+    return replay(text, rows, rate_scale=rate_scale, max_prompt_tokens=longest)
+
+
+def _changed(path: Path) -> object:
+    try:
+        there = path.stat()
+    except OSError:
+        return None
+    return there.st_mtime_ns, there.st_size
 
 
 def _path(options: Options) -> Path:
@@ -207,6 +231,5 @@ _ARRIVALS = {
 # The mean prompt is that of the default, 112 + 0.8 x 500 tokens, so that the two compare; 500 tokens do not
 # fill their last KV block at any block size above 4, as real system prompts do not.
 _PRESETS = {"chat-prefix": "prompt_mean=112,prefixes=8,prefix_tokens=500,prefix_share=0.8"}
-_READERS = {"azure": read_azure, "mooncake": read_mooncake, "burstgpt": read_burstgpt}
 _DATA = Path(__file__).parent / "data"
 _SHIPPED = {"azure-conv": _DATA / "azure_conv_2023.csv", "azure-code": _DATA / "azure_code_2023.csv"}

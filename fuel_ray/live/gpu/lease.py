@@ -208,7 +208,7 @@ def unlock_gpus(gpu_ids: Sequence[str] = (), *, force: bool = False) -> list[Out
     """Give the clocks of these GPUs of this host back; of none, those that dead controllers left."""
     folder = state_folder()
     if gpu_ids:
-        with Gpus(gpu_ids) as gpus:
+        with Gpus(gpu_ids, hidden=True) as gpus:
             return [_unlocked(uuid, folder, force=force) for uuid in gpus.uuids]
     found = owners(folder)
     if not found:
@@ -230,7 +230,7 @@ def _unlocked(uuid: str, folder: Path, *, force: bool) -> Outcome:
 
 
 def _reset(uuid: str) -> None:
-    with Gpus([uuid]) as gpus:
+    with Gpus([uuid], hidden=True) as gpus:
         gpus.reset()
 
 

@@ -4,18 +4,20 @@ Reads cost 2-10 us on an H100, the energy counter 3 ms (p99 16 ms), so it has a 
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 import pynvml
 
-from fuel_ray.errors import ConfigError, GpuError, PrivilegeError
+from fuel_ray.errors import GpuError, PrivilegeError
+from fuel_ray.live.gpu.cards import devices, processes, text
 from fuel_ray.live.gpu.clock_client import clock_client
+from fuel_ray.live.gpu.visible import Device, select
 from fuel_ray.live.processes import holds_sys_admin
 
 logger = logging.getLogger(__name__)
@@ -36,14 +38,27 @@ ADVICE = {
 }
 
 
+GONE = frozenset(  # whatever is read then, there is nothing to be had; all else is one reading's matter
+    {
+        pynvml.NVML_ERROR_UNINITIALIZED,
+        pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+        pynvml.NVML_ERROR_GPU_IS_LOST,
+        pynvml.NVML_ERROR_RESET_REQUIRED,
+        pynvml.NVML_ERROR_GPU_NOT_FOUND,
+    }
+)
+NOT_AVAILABLE = (2**32 - 1, 2**64 - 1)  # NVML_VALUE_NOT_AVAILABLE, as a value
+
+
 @dataclass(frozen=True, slots=True)
 class GpuReading:
-    """What is cheap to read, over all GPUs of the node."""
+    """What is cheap to read, over all GPUs of the node; None where one of them does not give it."""
 
-    power_w: float  # summed; NVML's own average (1 s since Ampere, but instantaneous on GA100)
-    gpu_util: float  # mean share of time in which a kernel ran, 0..1
-    mem_util: float  # mean busy share of the memory controllers, 0..1
-    sm_clock_mhz: float  # mean
+    power_w: float | None  # summed; NVML's own average (1 s since Ampere, but instantaneous on GA100)
+    gpu_util: float | None  # mean share of time in which a kernel ran, 0..1
+    mem_util: float | None  # mean busy share of the memory controllers, 0..1
+    sm_clock_mhz: float | None  # mean
 
 
 @contextmanager
@@ -57,31 +72,49 @@ def translated(doing: str) -> Iterator[None]:
 
 
 class Gpus(AbstractContextManager["Gpus"]):
-    """One node's GPUs, by UUID or by NVML index (PCI order, whatever CUDA_VISIBLE_DEVICES says); default all.
+    """One node's GPUs, by UUID or NVML index, of those that CUDA_VISIBLE_DEVICES shows (``visible.select``).
 
-    Power and energy are summed; utilisations and clocks are means. ``supported_clocks_mhz`` ascend,
-    are supported by every GPU, and are empty where NVML lists none. Clocks are set by the clock helper that
+    ``devices`` are what a server runs on, ``uuids`` the cards that they are or, being MIG instances, are
+    parts of: readings and clocks are the cards'. Power and energy are summed; utilisations and clocks are
+    means. What one card does not give is None for all, and said once. ``supported_clocks_mhz`` ascend, are
+    supported by every GPU, and are empty where NVML lists none. Clocks are set by the clock helper that
     FUEL_RAY_CLOCK_SOCKET names, unless ``direct``.
+
+    Args:
+        which: indices and UUIDs.
+        default: how many of the first, where none is named; None: all.
+        hidden: whether CUDA_VISIBLE_DEVICES does not matter, as for giving clocks back.
+        direct: past the clock helper.
 
     Raises:
         GpuError: no driver, or no such GPU; the message lists those that there are.
-        ConfigError: a GPU is named twice.
+        ConfigError: a GPU is named twice, or CUDA_VISIBLE_DEVICES leaves it out.
     """
 
-    def __init__(self, which: Sequence[str | int] = (), *, direct: bool = False):
+    def __init__(
+        self,
+        which: Sequence[str | int] = (),
+        *,
+        default: int | None = None,
+        hidden: bool = False,
+        direct: bool = False,
+    ):
         with translated("start NVML"):
             pynvml.nvmlInit()
         self._open = True
         self._helper = None if direct else clock_client()
         self._locked: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
         try:
-            self._handles = _select(which)
+            with translated("list the GPUs"):
+                self._there = devices(pynvml)
+            self.devices = select(which, self._there, {} if hidden else os.environ, default=default)
+            self._handles = _handles(self.devices)
             self.uuids = tuple(self._handles)
-            self.name = " + ".join(dict.fromkeys(self._each("read the name", pynvml.nvmlDeviceGetName)))
-            lists = self._each("list the supported clocks", _supported(_clocks_mhz))
+            self.name = " + ".join(dict.fromkeys(device.name for device in self.devices))
+            lists = self._each("supported clocks", _clocks_mhz)
             self.supported_clocks_mhz = tuple(sorted(set.intersection(*(set(mhz or ()) for mhz in lists))))
-            with translated("read the driver version"):
-                self.driver_version: str = pynvml.nvmlSystemGetDriverVersion()
+            self.driver_version = _driver_version()
         except BaseException:
             self.close()
             raise
@@ -122,10 +155,27 @@ class Gpus(AbstractContextManager["Gpus"]):
     def settable_clocks_mhz(self, *, wanted: bool) -> tuple[int, ...]:
         """Those that may be chosen; one, the highest, if clocks are not ours to set."""
         if wanted and self.can_set_clocks():
+            for line in self.shared:
+                logger.warning("%s", line)
             return self.supported_clocks_mhz
         if wanted:
             logger.warning("the clocks of %s may not be set here: they are left alone", self.name)
-        return self.supported_clocks_mhz[-1:] or (round(self.read().sm_clock_mhz),)
+        if self.supported_clocks_mhz:
+            return self.supported_clocks_mhz[-1:]
+        clock_mhz = self.read().sm_clock_mhz or _all(self._each("highest SM clock", _highest_clock_mhz))
+        if not clock_mhz:
+            raise GpuError(f"{self.name} says neither its supported clocks nor its SM clock nor the highest")
+        return (round(clock_mhz if isinstance(clock_mhz, float) else min(clock_mhz)),)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """A line per card of which the node has but a MIG instance: what it shares with the others."""
+        return tuple(
+            f"GPU {device.card}: power, energy and clock are the whole card's, and the node has one of its "
+            f"{len(device.instances)} MIG instances: a clock that is set slows the others too"
+            for device in self.devices
+            if len(device.instances) > 1
+        )
 
     def pin(self, clock_mhz: float) -> int:
         """Pin the SM clocks at the supported clock nearest to ``clock_mhz``, and return that clock.
@@ -145,28 +195,69 @@ class Gpus(AbstractContextManager["Gpus"]):
         self._reset(self.uuids)
 
     def read(self) -> GpuReading:
-        """Everything cheap at once."""
-        rates = self._each("read the utilisation", pynvml.nvmlDeviceGetUtilizationRates)
-        sm_clock = partial(pynvml.nvmlDeviceGetClockInfo, type=pynvml.NVML_CLOCK_SM)
+        """Everything cheap at once; GpuError where a GPU is lost."""
+        rates = _all(self._each("utilisation", _utilisation))
+        power_mw = _all(self._each("power", _power_mw))
+        clocks_mhz = _all(self._each("SM clock", _sm_clock_mhz))
         return GpuReading(
-            power_w=sum(self._each("read the power", pynvml.nvmlDeviceGetPowerUsage)) / 1000,
-            gpu_util=fmean(rate.gpu for rate in rates) / 100,
-            mem_util=fmean(rate.memory for rate in rates) / 100,
-            sm_clock_mhz=fmean(self._each("read the SM clock", sm_clock)),
+            power_w=None if power_mw is None else sum(power_mw) / 1000,
+            gpu_util=None if rates is None else fmean(rate.gpu for rate in rates) / 100,
+            mem_util=None if rates is None else fmean(rate.memory for rate in rates) / 100,
+            sm_clock_mhz=None if clocks_mhz is None else fmean(clocks_mhz),
         )
 
     def energy_j(self) -> float | None:
-        """Energy since the driver was loaded, None where there is no counter (before Volta). Costs 3 ms."""
-        counter = _supported(pynvml.nvmlDeviceGetTotalEnergyConsumption)
-        values_mj = self._each("read the energy counter", counter)
-        return None if None in values_mj else sum(filter(None, values_mj)) / 1000
+        """Energy since the driver was loaded, None where a card has no counter that counts. Costs 3 ms."""
+        values_mj = _all(self._each("energy counter", _energy_mj))
+        return None if values_mj is None else sum(values_mj) / 1000
 
-    def _each(self, doing: str, call: Callable[[Handle], T]) -> list[T]:
-        values = []
-        for uuid, handle in self._handles.items():
-            with translated(f"{doing} of GPU {uuid}"):
-                values.append(call(handle))
-        return values
+    def lacking(self) -> dict[str, tuple[str, ...]]:
+        """UUIDs of the cards that do not give a reading at this moment, by the reading."""
+        values = {name: self._each(name, read) for name, read in READINGS.items()}
+        lacks = {
+            name: tuple(uuid for uuid, value in zip(self.uuids, found, strict=True) if value is None)
+            for name, found in values.items()
+        }
+        return {name: uuids for name, uuids in lacks.items() if uuids}
+
+    def require_energy(self) -> None:
+        """Return if the node's energy can be had, from its cards' counters or from their power.
+
+        Raises:
+            GpuError: it cannot; the message names the cards.
+        """
+        lacking = self.lacking()
+        counters, power = lacking.get("energy counter", ()), lacking.get("power", ())
+        if counters and power:
+            raise GpuError(
+                f"the energy of {self.name} cannot be measured: no energy counter on GPU "
+                f"{', '.join(counters)}, no power reading on GPU {', '.join(power)}. A node's cards need one "
+                "of the two in common: update the driver, or leave that card out (see `fuel-ray doctor`)"
+            )
+
+    def processes(self) -> dict[str, frozenset[int]]:
+        """Pids on each card of this host, by UUID; without the cards of which NVML tells none."""
+        return processes(pynvml, self._there)
+
+    def _each(self, what: str, read: Callable[[Handle], T | None]) -> list[T | None]:
+        """What each card says, None where it does not; the first time of each is logged."""
+        return [self._one(what, read, uuid) for uuid in self._handles]
+
+    def _one(self, what: str, read: Callable[[Handle], T | None], uuid: str) -> T | None:
+        reason: object = "its value is no value"
+        try:
+            value = read(self._handles[uuid])
+        except (pynvml.NVMLError, AttributeError) as error:  # an old pynvml has no such function
+            if isinstance(error, pynvml.NVMLError) and error.value in GONE:
+                with translated(f"read the {what} of GPU {uuid}"):
+                    raise
+            value, reason = None, error
+        if value is not None and value not in NOT_AVAILABLE:
+            return value
+        if (uuid, what) not in self._said:
+            self._said.add((uuid, what))
+            logger.warning("GPU %s does not give its %s: %s", uuid, what, reason)
+        return None
 
     def _snapped(self, clock_mhz: float) -> int:
         if not self.supported_clocks_mhz:
@@ -206,47 +297,58 @@ class Gpus(AbstractContextManager["Gpus"]):
             raise failures[0]
 
 
-def _select(which: Sequence[str | int]) -> dict[str, Handle]:
-    with translated("list the GPUs"):
-        handles = [_handle(key) for key in which or range(pynvml.nvmlDeviceGetCount())]
-        selected = {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
-    if not selected:
-        raise GpuError("the NVIDIA driver shows no GPU")
-    if len(selected) < len(handles):
-        raise ConfigError(f"GPUs {list(which)} name one GPU twice; each may be named once")
-    return selected
+def _handles(devices: Sequence[Device]) -> dict[str, Handle]:
+    """Of the cards, by UUID; GpuError for one that is lost."""
+    handles = {}
+    for device in devices:
+        with translated(f"open GPU {device.index}"):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index)
+            handles[text(pynvml.nvmlDeviceGetUUID(handle))] = handle
+    return handles
 
 
-def _handle(key: str | int) -> Handle:
+def _all(values: Sequence[T | None]) -> list[T] | None:
+    """None if one is missing: a sum without it would be another number."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
+
+
+def _driver_version() -> str:
     try:
-        if str(key).isdecimal():
-            return pynvml.nvmlDeviceGetHandleByIndex(int(key))
-        return pynvml.nvmlDeviceGetHandleByUUID(str(key))
-    except (pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument) as error:
-        there = ", ".join(f"{i} = {_uuid(i)}" for i in range(pynvml.nvmlDeviceGetCount())) or "none"
-        raise GpuError(f"there is no GPU {key}; there are: {there}") from error
+        return text(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return "unknown"
 
 
-def _uuid(index: int) -> str:
-    try:
-        return pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))
-    except pynvml.NVMLError as error:
-        return f"({error})"
+def _power_mw(handle: Handle) -> int:
+    return pynvml.nvmlDeviceGetPowerUsage(handle)
 
 
-def _supported(call: Callable[[Handle], T]) -> Callable[[Handle], T | None]:
-    """``call``, with None where the GPU or an older driver does not have it."""
+def _energy_mj(handle: Handle) -> int | None:
+    return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) or None  # one that says 0 has not counted
 
-    def asked(handle: Handle) -> T | None:
-        try:
-            return call(handle)
-        except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
-            return None
 
-    return asked
+def _utilisation(handle: Handle) -> Any:
+    return pynvml.nvmlDeviceGetUtilizationRates(handle)
+
+
+def _sm_clock_mhz(handle: Handle) -> int:
+    return pynvml.nvmlDeviceGetClockInfo(handle, type=pynvml.NVML_CLOCK_SM)
+
+
+def _highest_clock_mhz(handle: Handle) -> int:
+    return pynvml.nvmlDeviceGetMaxClockInfo(handle, type=pynvml.NVML_CLOCK_SM)
 
 
 def _clocks_mhz(handle: Handle) -> list[int]:
     """SM clocks at the highest memory clock, the one that a loaded GPU runs at."""
     memory_clock_mhz = max(pynvml.nvmlDeviceGetSupportedMemoryClocks(handle), default=0)
     return pynvml.nvmlDeviceGetSupportedGraphicsClocks(handle, memory_clock_mhz) if memory_clock_mhz else []
+
+
+READINGS: dict[str, Callable[[Handle], Any]] = {
+    "energy counter": _energy_mj,
+    "power": _power_mw,
+    "utilisation": _utilisation,
+    "SM clock": _sm_clock_mhz,
+}

@@ -5,8 +5,11 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
+
+from fuel_ray.live.vllm.endpoint import Endpoint, with_other_slash
 
 _DONE = "[DONE]"
 
@@ -31,10 +34,17 @@ class Completions:
     """The completions endpoint of one server, over a shared session."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, base_url: str, *, model: str, timeout_s: float, start_s: float
+        self,
+        session: aiohttp.ClientSession,
+        server: Endpoint,
+        *,
+        model: str,
+        timeout_s: float,
+        start_s: float,
     ) -> None:
-        self._session = session
-        self._url = base_url.rstrip("/") + "/v1/completions"
+        self._session, self._server = session, server
+        self._url = f"{server.url}/v1/completions"
+        self._headers = {"Content-Type": "application/json"} | server.headers(self._url)
         self._model = model
         self._timeout_s = timeout_s
         self._start_s = start_s  # monotonic
@@ -68,22 +78,31 @@ class Completions:
         except TimeoutError:
             attempt.error = f"timed out after {self._timeout_s} s"
         except (aiohttp.ClientError, OSError, ValueError, TypeError) as error:
-            attempt.error = f"{type(error).__name__}: {error}"
+            attempt.error = f"{type(error).__name__}: {self._server.trouble(self._url, _cause(error))}"
 
     async def _post(self, body: bytes) -> aiohttp.ClientResponse:
-        headers = {"Content-Type": "application/json"}
+        url = self._url
+        response = await self._post_to(url, body)
+        other = with_other_slash(url, response.status, response.headers.get("Location"))
+        if other is None or url.endswith("/"):
+            return response
+        response.release()
+        self._url = other
+        return await self._post_to(other, body)
+
+    async def _post_to(self, url: str, body: bytes) -> aiohttp.ClientResponse:
+        post = partial(self._session.post, url, data=body, headers=self._headers, allow_redirects=False)
         try:
-            return await self._session.post(self._url, data=body, headers=headers)
+            return await post()
         except aiohttp.ClientConnectorError:
             raise
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             # the server drops idle connections after 5 s, perhaps while we send on one
-            return await self._session.post(self._url, data=body, headers=headers)
+            return await post()
 
     async def _follow(self, response: aiohttp.ClientResponse, attempt: Attempt) -> float | None:
         if response.status != 200 or response.content_type != "text/event-stream":
-            text = (await response.content.read(300)).decode(errors="replace")
-            raise ValueError(f"HTTP {response.status}, {response.content_type}: {text}")
+            raise ValueError(await self._refusal(response))
         last_token_s: float | None = None
         done = False
         async for line in response.content:
@@ -102,6 +121,18 @@ class Completions:
         if not done:
             raise ValueError("the stream ended before its end mark")
         return last_token_s
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> str:
+        words = (await response.content.read(2000)).decode(errors="replace")
+        if response.status == 200:
+            return f"HTTP 200, {response.content_type}: {self._server.without_secrets(words)[:300]}"
+        location = response.headers.get("Location")
+        return self._server.refusal(self._url, response.status, location=location, words=words)
+
+
+def _cause(error: Exception) -> BaseException:
+    """What is below an error of aiohttp's own."""
+    return getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
 
 
 def _note_event(attempt: Attempt, data: str) -> bool:

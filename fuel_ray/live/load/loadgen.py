@@ -15,6 +15,7 @@ import numpy as np
 from fuel_ray.errors import TelemetryError
 from fuel_ray.live.load.completion import Attempt, Completions
 from fuel_ray.live.load.prompts import TokenPrompts
+from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.types import RequestRecords, Requests
 
 Prompts = Sequence[str] | TokenPrompts
@@ -71,10 +72,17 @@ class LoadGenerator:
     """
 
     def __init__(
-        self, base_url: str, requests: Requests, *, prompts: Prompts, model: str, timeout_s: float = 600.0
+        self,
+        base_url: str | Endpoint,
+        requests: Requests,
+        *,
+        prompts: Prompts,
+        model: str,
+        timeout_s: float = 600.0,
     ) -> None:
         self._requests, self._prompts = requests, prompts
-        self._server = partial(Completions, base_url=base_url, model=model, timeout_s=timeout_s)
+        self._endpoint = Endpoint.of(base_url)
+        self._server = partial(Completions, server=self._endpoint, model=model, timeout_s=timeout_s)
         self._lock = threading.Lock()
         self._in_flight: dict[asyncio.Task[None], Attempt] = {}
         self._ended: list[Attempt] = []
@@ -121,6 +129,10 @@ class LoadGenerator:
     def result(self) -> LoadResult:
         """Of all that ended so far; complete after ``wait`` or ``stop``; raises as ``take`` does."""
         self._raise_fault()
+        return self.so_far()
+
+    def so_far(self) -> LoadResult:
+        """The same of a generator that may have failed."""
         now_s = time.monotonic() if self._over_s is None else self._over_s
         with self._lock:
             ended = tuple(self._ended)
@@ -146,7 +158,8 @@ class LoadGenerator:
         assert task is not None
         self._cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
         self._looping.set()
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+        believed = self._endpoint.context(self._endpoint.url) or True
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=believed)
         no_limit = aiohttp.ClientTimeout(total=None, sock_connect=None)  # each request has its own
         async with aiohttp.ClientSession(connector=connector, timeout=no_limit) as session:
             server = self._server(session, start_s=self._start_s)

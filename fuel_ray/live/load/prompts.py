@@ -1,6 +1,5 @@
-"""Prompts to send: token ids of exact length, or the conversations of ShareGPT."""
+"""Prompts to send: token ids of exact length, or the texts of a user's file."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,11 +7,8 @@ from typing import Literal
 import numpy as np
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.record import read_json
+from fuel_ray.live.load.texts import load_custom, load_sharegpt
 from fuel_ray.types import Requests
-
-_CHARACTERS_PER_TOKEN = 4  # of English text with today's tokenizers, roughly
-_FEWEST_TOKENS, _MOST_PROMPT_TOKENS, _MOST_TOKENS = 4, 1024, 2048  # as `vllm bench serve` samples ShareGPT
 
 
 class TokenPrompts:
@@ -50,12 +46,13 @@ class TokenPrompts:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnLoad:
-    """Requests with exponential gaps, of fixed lengths or of a ShareGPT file's."""
+    """Requests with exponential gaps, of fixed lengths or of those in a file."""
 
-    dataset_name: Literal["sharegpt", "random"] = "random"
-    """sharegpt: prompts and answer lengths of a ShareGPT file. random: token ids of fixed lengths."""
+    dataset_name: Literal["sharegpt", "custom", "random"] = "random"
+    """sharegpt: prompts and answer lengths of a ShareGPT file. custom: those of JSON lines with prompt and
+    output_tokens, as `vllm bench` reads. random: token ids of fixed lengths."""
     dataset_path: Path | None = None
-    """ShareGPT JSON file."""
+    """ShareGPT JSON file, or the JSON lines of the custom dataset."""
     num_prompts: int = 100
     """Requests to send."""
     request_rate: float = 10.0
@@ -63,14 +60,14 @@ class DrawnLoad:
     random_input_len: int = 512
     """Prompt tokens of the random dataset."""
     random_output_len: int = 128
-    """Output tokens of the random dataset."""
+    """Output tokens of the random dataset, and of custom prompts that name none."""
     vocab_size: int = 1000
     """Token ids of the random dataset are below this."""
     seed: int = 0
     """Seed of arrivals and prompts."""
 
     def draw(self) -> tuple[Requests, list[str] | TokenPrompts]:
-        """The requests and their prompts; ConfigError where ``load_sharegpt`` finds none."""
+        """The requests and their prompts; ConfigError where the file has none."""
         n, rng = self.num_prompts, np.random.default_rng(self.seed)
         arrival_s = np.cumsum(rng.exponential(1 / self.request_rate, n))
         lengths = np.full(n, self.random_input_len), np.full(n, self.random_output_len)
@@ -79,49 +76,10 @@ class DrawnLoad:
             requests = Requests(arrival_s, *lengths, *unshared)
             return requests, TokenPrompts(requests, vocab_size=self.vocab_size, rng=rng)
         if self.dataset_path is None:
-            raise ConfigError("--dataset-name sharegpt needs --dataset-path")
-        texts, answer_tokens = load_sharegpt(self.dataset_path, n, rng)
+            raise ConfigError(f"--dataset-name {self.dataset_name} needs --dataset-path")
+        if self.dataset_name == "custom":
+            texts, answer_tokens = load_custom(self.dataset_path, n, output_tokens=self.random_output_len)
+        else:
+            texts, answer_tokens = load_sharegpt(self.dataset_path, n, rng)
         as_counted_there = np.ones(n, np.int64)  # the server counts a text's tokens
         return Requests(arrival_s, as_counted_there, answer_tokens, *unshared), texts
-
-
-def load_sharegpt(path: Path, n: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
-    """First questions of ``n`` random conversations, and the lengths (n,) of the recorded answers in tokens.
-
-    Conversations are kept as `vllm bench serve` keeps them: at least 4 tokens each way, at most 1024 in the
-    prompt and 2048 in all. Those of a short file are repeated.
-
-    Raises:
-        ConfigError: not a ShareGPT file, or no conversation of fitting length.
-    """
-    pairs = [pair for pair in map(_first_turns, _conversations(path)) if pair is not None]
-    sized = [(question, _tokens(question), _tokens(answer)) for question, answer in pairs]
-    fitting = [(question, output) for question, prompt, output in sized if _fits(prompt, output)]
-    if not fitting:
-        raise ConfigError(f"{path}: no ShareGPT conversation of fitting length among {len(pairs)}")
-    chosen = rng.choice(len(fitting), size=n, replace=n > len(fitting))
-    return [fitting[i][0] for i in chosen], np.array([fitting[i][1] for i in chosen], np.int64)
-
-
-def _tokens(text: str) -> int:
-    return math.ceil(len(text) / _CHARACTERS_PER_TOKEN)
-
-
-def _fits(prompt: int, output: int) -> bool:
-    enough = min(prompt, output) >= _FEWEST_TOKENS
-    return enough and prompt <= _MOST_PROMPT_TOKENS and prompt + output <= _MOST_TOKENS
-
-
-def _conversations(path: Path) -> list[object]:
-    items = read_json(path)
-    if not isinstance(items, list):
-        raise ConfigError(f"{path}: not a list of ShareGPT conversations")
-    return items
-
-
-def _first_turns(item: object) -> tuple[str, str] | None:
-    turns = item.get("conversations") if isinstance(item, dict) else None
-    if not isinstance(turns, list) or len(turns) < 2:
-        return None
-    question, answer = (turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2])
-    return (question, answer) if isinstance(question, str) and isinstance(answer, str) else None

@@ -11,11 +11,12 @@ from typing import Self
 from urllib.parse import quote, urlsplit
 
 from fuel_ray.errors import ConfigError, TelemetryError
-from fuel_ray.live.sampling import Sampler
+from fuel_ray.live.sampling import Missing, Sampler
+from fuel_ray.live.vllm.endpoint import Endpoint, decoded, with_other_slash
 from fuel_ray.live.vllm.metrics import SCALARS, MetricsSnapshot, difference, parse_metrics
 
 _FILTER = "/?" + "&".join(f"name[]={quote(name)}" for name in SCALARS)  # without the slash vLLM ignores it
-_MAX_PAGE_BYTES = 8 * 2**20  # a page of 64 engines is 3 MB
+_MAX_PAGE_BYTES = 2**28  # a page of 64 engines is 3 MB; the deadline is the nearer bound
 _RATE_WINDOW_S = 1.0  # counters move once per engine step: rates need several
 _MIN_INTERVAL_S = 0.05
 _FULL_PAGE_FROM_S = 0.5  # a full page costs the server 6 ms, a filtered one 0.33 ms (vLLM 0.32)
@@ -27,14 +28,19 @@ class MetricsClient:
     """One kept-alive connection to a server's /metrics; for one thread at a time.
 
     Raises:
-        TelemetryError: ``base_url`` is not an http or https URL.
+        TelemetryError: ``base_url`` is not an address of a server.
     """
 
-    def __init__(self, base_url: str, *, timeout_s: float = 2.0) -> None:
-        self.url = base_url.rstrip("/") + "/metrics"
+    def __init__(self, base_url: str | Endpoint, *, timeout_s: float = 2.0) -> None:
+        try:
+            self._endpoint = Endpoint.of(base_url)
+        except ConfigError as error:
+            raise TelemetryError(str(error)) from error
+        self.url = self._endpoint.metrics_url
         self._timeout_s = timeout_s
         self._path = urlsplit(self.url).path
-        self._connection = _connection(base_url, timeout_s)
+        self._headers = self._endpoint.headers(self.url)
+        self._connection = self._endpoint.connection(self.url, timeout_s)
         self._filter_works = True
 
     def scrape(self, *, filtered: bool = False) -> MetricsSnapshot:
@@ -45,46 +51,57 @@ class MetricsClient:
         """
         if filtered and self._filter_works:
             try:
-                return self._page(_FILTER)
+                return self._page(self._path.rstrip("/") + _FILTER)
             except _PageError:
-                snapshot = self._page("")
+                snapshot = self._page(self._path)
                 self._filter_works = False
                 return snapshot
-        return self._page("")
+        return self._page(self._path)
 
     def close(self) -> None:
         """Drop the connection; a later scrape opens a new one."""
         self._connection.close()
 
-    def _page(self, query: str) -> MetricsSnapshot:
-        status, body = self._get(self._path + query)
+    def _page(self, path: str) -> MetricsSnapshot:
+        response, body = self._get(path)
+        location = response.getheader("Location")
+        if path == self._path and (other := with_other_slash(self.url, response.status, location)):
+            self._path = urlsplit(other).path
+            response, body = self._get(self._path)
         try:
-            if status != http.client.OK:
-                raise TelemetryError(f"HTTP {status}")
-            return parse_metrics(body.decode())
+            if response.status != http.client.OK:
+                words = body.decode(errors="replace")
+                raise TelemetryError(
+                    self._endpoint.refusal(self.url, response.status, location=location, words=words)
+                )
+            return parse_metrics(body.decode(), is_whole=_is_whole(response, body))
         except (TelemetryError, UnicodeDecodeError) as error:
             raise _PageError(f"{self.url}: {error}") from error
 
-    def _get(self, path: str) -> tuple[int, bytes]:
+    def _get(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:
         deadline_s = time.monotonic() + self._timeout_s
         try:
             response = self._response(path)
             body = self._body(response, deadline_s)
-        except (OSError, http.client.HTTPException, TelemetryError) as error:
+            encoding = response.getheader("Content-Encoding")
+            return response, decoded(body, encoding, most_bytes=_MAX_PAGE_BYTES)
+        except (OSError, http.client.HTTPException) as error:
             self.close()  # the rest of the page may still be in it
+            raise TelemetryError(f"{self.url}: {self._endpoint.trouble(self.url, error)}") from error
+        except TelemetryError as error:
+            self.close()
             raise TelemetryError(f"{self.url}: {error}") from error
-        return response.status, body
 
     def _response(self, path: str) -> http.client.HTTPResponse:
         kept_alive = self._connection.sock is not None
         try:
-            self._connection.request("GET", path)
+            self._connection.request("GET", path, headers=self._headers)
             return self._connection.getresponse()
         except (ConnectionError, http.client.BadStatusLine):
             self.close()
             if not kept_alive:  # a server drops idle connections, uvicorn after 5 s: that is no fault
                 raise
-        self._connection.request("GET", path)
+        self._connection.request("GET", path, headers=self._headers)
         return self._connection.getresponse()
 
     def _body(self, response: http.client.HTTPResponse, deadline_s: float) -> bytes:
@@ -105,15 +122,16 @@ class _PageError(TelemetryError):
     """The server answered, but not with a page of vLLM's."""
 
 
-def _connection(base_url: str, timeout_s: float) -> http.client.HTTPConnection:
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    try:
-        parts = urlsplit(base_url)
-        if not parts.hostname:
-            raise ValueError("it names no host")
-        return kinds[parts.scheme](parts.hostname, parts.port, timeout=timeout_s)
-    except (ValueError, KeyError) as error:
-        raise TelemetryError(f"{base_url!r} is not a URL like http://localhost:8000: {error}") from error
+def _is_whole(response: http.client.HTTPResponse, body: bytes) -> bool:
+    """Whether HTTP itself says where the page ends; else the connection's end may be the server's.
+
+    Raises:
+        TelemetryError: it is in a format with an end mark, which is not there.
+    """
+    if "openmetrics" in response.getheader("Content-Type", "") and not body.rstrip().endswith(b"\n# EOF"):
+        raise TelemetryError("the page is cut off: it has no # EOF")
+    compressed = response.getheader("Content-Encoding", "identity") != "identity"  # which has an end mark
+    return compressed or response.chunked or response.length == 0
 
 
 class KVCacheMonitor:
@@ -123,12 +141,12 @@ class KVCacheMonitor:
 
     Raises:
         ConfigError: ``interval`` is below 0.05 s.
-        TelemetryError: ``base_url`` is not an http or https URL.
+        TelemetryError: ``base_url`` is not an address of a server.
     """
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Endpoint,
         interval: float = 0.5,
         *,
         timeout_s: float = 2.0,
@@ -161,7 +179,11 @@ class KVCacheMonitor:
 
     def trace(self) -> tuple[TimedSnapshot, ...]:
         """All samples kept so far with their monotonic times; a failed scrape leaves a gap."""
-        return tuple((sample.at_s, sample.value) for sample in self._sampler.samples())
+        return tuple((sample.at_s, sample.value) for sample in self._sampler.kept()[0])
+
+    def failures(self) -> tuple[Missing, ...]:
+        """The scrapes that failed, of those that are still kept."""
+        return self._sampler.kept()[1]
 
     def get_current_state(self) -> dict[str, float]:
         """The state now; a key that is unknown is absent. ``kv_cache_usage`` and its like are 0..1.

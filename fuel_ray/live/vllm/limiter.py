@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fuel_ray import vllm_plugin
 from fuel_ray.errors import NodeError
+from fuel_ray.live.vllm.in_force import Acknowledgement, InForce
 from fuel_ray.vllm_plugin import Report, clamped
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,13 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
     Args:
         path: of the control file.
         leased: for this process alone; the limit ends when it does, even if it is killed.
+        capacity: the server's highest limit, where it is known.
 
     Raises:
         NodeError: the file cannot be made, another process has leased it, or, from its methods, it is gone.
     """
 
-    def __init__(self, path: Path, *, leased: bool = False):
+    def __init__(self, path: Path, *, leased: bool = False, capacity: int | None = None):
         self.path = Path(path)
         self._lease: int | None = None
         self._said: set[int] = set()  # limits that were clamped
@@ -54,12 +56,16 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
             ) from None
         except OSError as error:
             raise NodeError(f"control file {self.path} cannot be made: {error}") from error
+        self._acknowledgement = Acknowledgement(self.path, self._read()[1], capacity=capacity)
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def set(self, limit: int) -> int:
-        """Ask for a limit and return it clamped to 1..capacity, or to 1.. without a scheduler."""
+        """Ask for a limit and return it clamped to 1..capacity, or to 1.. without a scheduler.
+
+        It acts at the scheduler's next step; whether it is in force, ``in_force`` and ``window`` say.
+        """
         report = self._read()[1]
         used = clamped(limit, report.capacity) if report.monotonic_ns else max(1, limit)
         if used != limit and limit not in self._said:
@@ -67,12 +73,32 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
             logger.warning(
                 "batch limit %d is outside 1..%d; %d is used", limit, report.capacity or limit, used
             )
+        self._acknowledgement.ask(limit, report)
         self._write(limit)
         return used
+
+    @property
+    def in_force(self) -> int | None:
+        """The limit that the server admits by at this moment; None: its own, which no scheduler has said."""
+        return self._acknowledgement.now(self._read()[1])
+
+    def window(self, *, worked: bool, duration_s: float) -> InForce:
+        """What was in force in the window that just ended, in which the server ``worked`` or was idle.
+
+        Raises:
+            ConfigError: there was traffic for some time, and no step has acknowledged the limit; the message
+                says what to do.
+        """
+        return self._acknowledgement.window(self._read()[1], worked=worked, duration_s=duration_s)
+
+    def forget(self) -> None:
+        """The server was started anew: what the scheduler said before no longer counts."""
+        self._acknowledgement.forget()
 
     def clear(self) -> None:
         """Give the server its own limit back."""
         self._write(None)
+        self._acknowledgement.ask(None, self._read()[1])
 
     def status(self) -> LimiterStatus:
         """What the scheduler published at its last step; raises NodeError where none has attached."""

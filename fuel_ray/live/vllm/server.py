@@ -1,6 +1,5 @@
 """A ``vllm serve`` process: started with a block size, watched, and ended with all of its children."""
 
-import http.client
 import json
 import logging
 import os
@@ -9,14 +8,16 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from fuel_ray.address import VLLM_KEY, flag_name, flag_value, key_of_flags
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.live.processes import MarkedProcesses
+from fuel_ray.live.vllm.endpoint import Endpoint, PageError, ask
 from fuel_ray.vllm_plugin import LIMIT_FILE_VARIABLE
 
 BLOCK_SIZE_VARIABLE = "VLLM_CACHE_BLOCK_SIZE"
@@ -24,7 +25,7 @@ DRAIN_FLAGS = ("--shutdown-timeout", "10")  # vLLM's default, 0 s, leaves reques
 POLL_S = 0.1
 
 _OWNER_VARIABLE = "FUEL_RAY_SERVER"
-_OUR_FLAGS = ("--block-size", "--host", "--port")
+_OUR_FLAGS = ("--block-size", "--host", "--port", "--uds")
 _LOG_TAIL_BYTES = 2**18
 _PREFIX = re.compile(r"^(\([^)]* pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\]\s*)?")  # vLLM's own
 _ERROR = re.compile(r"^([\w.]*(Error|Exception|Exit|Interrupt)\b.*|.*\berror: .*)", re.IGNORECASE)
@@ -39,8 +40,6 @@ _REFUSED = (  # the words of vLLM 0.20 to 0.33 for a block size that no backend 
 _FALLBACK = re.compile(r"--block-size \d+ precluded higher-priority backend.*")
 _COMPILER = re.compile(r"CompilationError|InductorError|LoweringException|tl\.dot")  # vllm issue 41339
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
-
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +52,8 @@ class VllmServer:
         kv_block_size: tokens; by default what the variable VLLM_CACHE_BLOCK_SIZE says, else vLLM's choice.
         port: a free one by default.
         executable: the ``vllm`` command, or several words such as ("python", "-m", "vllm....main").
-        flags: more flags of ``vllm serve``; --disable-prefix-caching is passed under today's name.
+        flags: more flags of ``vllm serve``; --disable-prefix-caching is passed under today's name, the key of
+            --api-key as VLLM_API_KEY, so that it is not among the arguments that every user can see.
         env: variables on top of this process's own.
         limit_file: the control file of a BatchLimiter.
         start_timeout_s: how long it may take until it answers.
@@ -84,7 +84,10 @@ class VllmServer:
         words = (executable,) if isinstance(executable, str) else tuple(executable)
         self._serve = (*words, "serve", model)
         block = () if self.kv_block_size is None else ("--block-size", str(self.kv_block_size))
-        self._flags = ("--host", "127.0.0.1", "--port", str(self.port), *block, *_todays_flags(flags))
+        kept, key = key_of_flags(flags)
+        self._env |= {} if key is None else {VLLM_KEY: key}
+        self._flags = ("--host", "127.0.0.1", "--port", str(self.port), *block, *_todays_flags(kept))
+        self.endpoint = _endpoint(self.port, flag_value(flags, "--ssl-certfile"))
         mark = uuid.uuid4().hex
         self._env |= {_OWNER_VARIABLE: mark, "SPT_NOENV": "1"}
         self._family = MarkedProcesses(f"{_OWNER_VARIABLE}={mark}")
@@ -96,7 +99,7 @@ class VllmServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return self.endpoint.url
 
     def __enter__(self) -> Self:
         self.start()
@@ -137,6 +140,10 @@ class VllmServer:
         own = self._process.pid
         return tuple(sorted(self._family.pids(), key=lambda pid: pid != own))
 
+    def printed(self, words: re.Pattern[str]) -> bool:
+        """Whether there are such words in what its last run has printed."""
+        return self.log_path.exists() and words.search(self._log()) is not None
+
     def stop(self) -> None:
         """End the server and all its children: SIGTERM, after a deadline SIGKILL; safe to call twice."""
         process, self._process = self._process, None
@@ -158,7 +165,7 @@ class VllmServer:
         """Whether it did; False if this vLLM does not know the flags of DRAIN_FLAGS."""
         self._process = self._popen(command)
         deadline_s = time.monotonic() + self._start_timeout_s
-        while not _is_healthy(self.url):
+        while not _is_healthy(self.endpoint):
             code = self._process.poll()
             if code is not None:
                 if f"unrecognized arguments: {DRAIN_FLAGS[0]}" in self._log():
@@ -250,8 +257,10 @@ def _block_size(asked: int | None, variable: str | None) -> int | None:
 
 def _todays_flags(flags: Sequence[str]) -> tuple[str, ...]:
     for flag in flags:
-        if flag.split("=")[0] in _OUR_FLAGS:
-            raise ConfigError(f"{flag} is set by fuel_ray; give it as an argument of VllmServer")
+        if flag_name(flag) in _OUR_FLAGS:
+            raise ConfigError(
+                f"{flag_name(flag)}: fuel_ray itself says where its server listens and its blocks"
+            )
     renamed = {"--disable-prefix-caching": "--no-enable-prefix-caching"}
     return tuple(renamed.get(flag, flag) for flag in flags)
 
@@ -265,28 +274,91 @@ def _check_free(port: int) -> None:
             raise NodeError(f"port {port} cannot be used: {error}") from error
 
 
-def served_model(url: str) -> str:
-    """The name under which the server at ``url`` serves its model; NodeError without an answer."""
-    return str(_answer(url, "/v1/models", lambda answer: answer["data"][0]["id"]))
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """An entry of /v1/models."""
+
+    name: str  # by which requests ask for it
+    root: str  # what it was started from
+    is_adapter: bool
+
+    def fits(self, model: str) -> bool:
+        """Whether it is known as that, folders and owners aside."""
+        return plain_name(model) in (plain_name(self.name), plain_name(self.root))
 
 
-def server_version(url: str) -> str:
-    """The version of vLLM that runs at ``url``; NodeError without an answer."""
-    return str(_answer(url, "/version", lambda answer: answer["version"]))
+def served_models(server: str | Endpoint) -> list[ServedModel]:
+    """All that a server serves, adapters too; NodeError without an answer or a model."""
+    endpoint = Endpoint.of(server)
+
+    def read(answer: Any) -> list[ServedModel]:
+        return [
+            ServedModel(str(entry["id"]), str(entry.get("root") or entry["id"]), bool(entry.get("parent")))
+            for entry in answer["data"]
+        ]
+
+    found: list[ServedModel] = _answer(endpoint, "/v1/models", read)
+    if not found:
+        raise NodeError(f"{endpoint.url}/v1/models lists no model")
+    return found
 
 
-def _answer(url: str, path: str, part: Callable[[Any], Any]) -> Any:
+def served_model(server: str | Endpoint, *, name: str | None = None, like: str | None = None) -> ServedModel:
+    """The model of a server: the one of that ``name`` if it is given, else the one that fits ``like``.
+
+    ``like`` is a name or what a server was started from; without a match it is the server's only model, of
+    which adapters and its second names are no others.
+
+    Raises:
+        NodeError: no answer, ``name`` is not there, or there are several models and none fits.
+    """
+    endpoint = Endpoint.of(server)
+    found = served_models(endpoint)
+    names = ", ".join(model.name for model in found)
+    models = [model for model in found if not model.is_adapter] or found
+    if name is not None:
+        models = [model for model in found if model.name == name]
+        if not models:
+            raise NodeError(f"{endpoint.setting('served-model')} {name}: {endpoint.url} serves {names}")
+    elif like and (fitting := [model for model in models if model.fits(like)]):
+        models = [model for model in fitting if like in (model.name, model.root)] or fitting
+    elif len({model.root for model in models}) > 1:
+        raise NodeError(f"{endpoint.url} serves {names}: say which by {endpoint.setting('served-model')}")
+    return models[0]
+
+
+def plain_name(model: str) -> str:
+    """A model's name without the folder or owner that it is served from."""
+    return model.rstrip("/").rpartition("/")[2].casefold()
+
+
+def server_version(server: str | Endpoint) -> str | None:
+    """The version of vLLM there; None where a gateway has no such page, NodeError without an answer."""
+    try:
+        return str(_answer(Endpoint.of(server), "/version", lambda answer: answer["version"]))
+    except PageError as error:
+        logger.warning("the version of vLLM is not known: %s", error)
+        return None
+
+
+def _endpoint(port: int, certificate: str | None) -> Endpoint:
+    if certificate is None:
+        return Endpoint.of(f"http://127.0.0.1:{port}")
+    return Endpoint.of(f"https://127.0.0.1:{port}").showing(Path(certificate))
+
+
+def _answer(endpoint: Endpoint, path: str, part: Callable[[Any], Any]) -> Any:
     """A part of the JSON that the server answers."""
+    body = ask(endpoint, path, timeout_s=10.0)
     try:
-        with _DIRECT.open(url.rstrip("/") + path, timeout=10.0) as answer:
-            return part(json.load(answer))
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise NodeError(f"{url}{path} does not answer as a vLLM server does: {error!r}") from error
+        return part(json.loads(body))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise NodeError(f"{endpoint.url}{path} does not answer as a vLLM server does: {error!r}") from error
 
 
-def _is_healthy(url: str) -> bool:
+def _is_healthy(endpoint: Endpoint) -> bool:
     try:
-        with _DIRECT.open(f"{url}/health", timeout=2.0) as answer:
-            return bool(answer.status == 200)
-    except (OSError, http.client.HTTPException):  # refused, reset, timed out, 503; not HTTP
+        ask(endpoint, "/health", timeout_s=2.0)
+    except NodeError:  # refused, reset, timed out, 503; not HTTP
         return False
+    return True

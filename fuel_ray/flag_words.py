@@ -1,0 +1,66 @@
+"""What is wrong with the words of a command line, told in one line."""
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from fuel_ray.errors import ConfigError
+
+_NO_NUMBER = r"Error parsing (\S+): (invalid literal for int|could not convert string to float).*: '(.*)'"
+_NO_CHOICE = r"Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*"
+_STRAY = r"Unrecognized options: (.*)"
+
+
+def check_words(argv: Sequence[str], *, several: Collection[str]) -> None:
+    """Check that a flag of several values is given once; of others the last one counts.
+
+    Raises:
+        ConfigError: one is given twice, and the values of the first would be lost.
+    """
+    given = list(_names(argv))
+    for name in given:
+        if name in several and given.count(name) > 1:
+            raise ConfigError(f"{name} is given twice: give it once, with all its values after each other")
+
+
+def wrong_flag(argv: Sequence[str], parsed: Callable[..., object]) -> str | None:
+    """What is said of the first flag that ``parsed`` does not know; None if it knows all."""
+    known = sorted(_known(parsed))
+    name = next((name for name in _names(argv) if name not in known), None)
+    if name is None:
+        return None
+    tails = [flag for flag in known if flag.partition(".")[2] == name.removeprefix("--")]
+    near = tails or difflib.get_close_matches(name.lower(), known, n=1)
+    return f"{name} is no flag here" + (f": did you mean {near[0]}?" if near else "; --help lists them")
+
+
+def one_line(text: str) -> str:
+    """Tyro's boxed complaint without the box, its title and the pointer to --help."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|╭.*|\A[^\n]*\n\s*-{8,}|-{8,}", "", text)  # without ╭ where all is ASCII
+    words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
+    said = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
+    if number := re.fullmatch(_NO_NUMBER, said):
+        return f"{number[1]} {number[3]}: not a {'whole ' if 'int' in number[2] else ''}number"
+    if choice := re.fullmatch(_NO_CHOICE, said):
+        return f"{choice[1]} {choice[3]}: none of {choice[2]}"
+    if stray := re.fullmatch(_STRAY, said):
+        return f"{stray[1]} belongs to no flag; --help lists them"
+    return said
+
+
+def _names(argv: Sequence[str]) -> Iterator[str]:
+    """The flags among the words, as they are in --help."""
+    for word in argv:
+        name = word.partition("=")[0]
+        if re.fullmatch(r"--[a-z][\w.-]*", name, re.IGNORECASE):
+            yield name.replace("_", "-")
+
+
+def _known(parsed: Callable[..., object]) -> set[str]:
+    """Every flag that --help names."""
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        parsed(args=["--help"])
+    return set(re.findall(r"--[a-z][\w.-]*\w", page.getvalue()))
