@@ -53,7 +53,7 @@ def _axes(run: Run, reference: str) -> str:
     ratios = over_axes(run, run.learned, reference).values()
     if not ratios:
         return ""
-    low, high = (f"{100 * (end(ratios) - 1):+.1f}".replace("-", "−") for end in (min, max))
+    low, high = (f"{100 * (end(ratios) - 1):+.1f}" for end in (min, max))
     return f" [{low} to {high} % over the clock axes]"
 
 
