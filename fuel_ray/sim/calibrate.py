@@ -147,13 +147,15 @@ def relative_fit(
     matrix = np.column_stack(list(columns.values())) / scale[:, None]
     norms = np.linalg.norm(matrix, axis=0)
     norms[norms == 0] = 1.0
-    used = np.full(len(norms), True)
-    while True:
+    used, coefficients = np.full(len(norms), True), np.zeros(len(norms))
+    while used.any():
         coefficients = np.zeros(len(norms))
         coefficients[used] = np.linalg.lstsq(matrix[:, used] / norms[used], target / scale, rcond=None)[0]
         if signed or not (coefficients < 0).any():
-            return dict(zip(columns, (coefficients / norms).tolist(), strict=True))
+            break
         used[coefficients.argmin()] = False
+        coefficients = np.zeros(len(norms))
+    return dict(zip(columns, (coefficients / norms).tolist(), strict=True))
 
 
 def table(errors: Sequence[LeftOut]) -> str:
@@ -220,7 +222,7 @@ def _with_shares(model: PerfModel, *, of: PerfModel) -> PerfModel:
     return model.replace(
         stream_s=m.decode_s * shares.stream_s / shares.decode_s,
         clock_s=m.decode_s * shares.clock_s / shares.decode_s,
-        clock_seq_s=m.decode_seq_s * shares.clock_seq_s / shares.decode_seq_s,
+        clock_seq_s=m.decode_seq_s * shares.clock_seq_s / (shares.decode_seq_s or 1.0),
     )
 
 
