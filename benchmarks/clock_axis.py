@@ -1,18 +1,23 @@
 """The clock axis's form: fitted on one folder of published rows, its errors printed on another's.
 
-    python benchmarks/clock_axis.py FIT_FOLDER TEST_FOLDER [--weights-gb 141.1] [--bandwidth-tb-s 3.35]
+    python benchmarks/clock_axis.py FIT_FOLDER TEST_FOLDER [--fit-tp 4] [--test-tp 8] [--reference-mhz 1830]
 
-Each folder holds decode_grid.csv with the columns tp, batch, clock_mhz, latency_s and power_w_per_gpu; the
-first also h100_idle_power_by_clock.csv. Fitted are, per GPU, at batch b and x = clock / highest clock:
+Each folder holds decode_grid.csv with the columns tp, batch, clock_mhz, latency_s and power_w_per_gpu, and
+the first also h100_idle_power_by_clock.csv (clock_mhz, idle_power_w_per_gpu). The second may lack one of the
+measured columns. Other columns and files, prefill_grid.csv and mixed_grid.csv among them, are left aside.
+Fitted are, per GPU, at batch b and x = clock / highest clock:
 
     T = fixed + clocked / x + (fixed_seq + clocked_seq / x) b + streaming(clock) weights / (TP bandwidth)
     P = idle(clock) + (hbm / TP + ((weight + seq b) / TP + step) switched(clock)) / T
 
 The time of streaming the weights is the data sheet's at the highest clock; on one GPU, or on few numbers of
-GPUs, it could not be told from the rest. What is predicted goes through the simulator's own step_cost.
+GPUs, it could not be told from the rest. What is predicted goes through the simulator's own step_cost: linear
+between the clocks of the fit, flat beyond them.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.calibrate import relative_fit
+from fuel_ray.sim.calibrate import AXIS_CLOCKS, relative_fit
 from fuel_ray.sim.clock_axis import ClockAxis
 from fuel_ray.sim.pack import PerfModel, load_pack
 
@@ -68,56 +73,105 @@ class Fit:
         return rows.assign(latency_s=[c[0] for c in costs], power_w_per_gpu=[c[1] for c in costs])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("fit", type=Path)
     parser.add_argument("test", type=Path)
-    parser.add_argument("--weights-gb", type=float, default=141.1, help="of the model: Llama-3.3-70B in BF16")
-    parser.add_argument("--bandwidth-tb-s", type=float, default=3.35, help="of a GPU: H100 SXM's data sheet")
+    parser.add_argument(
+        "--weights-gb", type=positive, default=141.1, help="of the model: Llama-3.3-70B in BF16"
+    )
+    parser.add_argument(
+        "--bandwidth-tb-s", type=positive, default=3.35, help="of a GPU: H100 SXM's data sheet"
+    )
     parser.add_argument("--lowest-mhz", type=int, default=900, help="lower clocks are left out")
-    parser.add_argument("--fit-tp", type=int, nargs="*", help="numbers of GPUs to fit on; default all")
-    parser.add_argument("--test-tp", type=int, nargs="*", help="numbers of GPUs to test on; default all")
-    flags = parser.parse_args()
+    parser.add_argument("--reference-mhz", type=int, default=1830, help="ratios are to it, or to the highest")
+    parser.add_argument("--fit-tp", type=int, nargs="+", help="numbers of GPUs to fit on; default all")
+    parser.add_argument("--test-tp", type=int, nargs="+", help="numbers of GPUs to test on; default all")
+    flags = parser.parse_args(argv)
     weights_s = flags.weights_gb * 1e9 / (flags.bandwidth_tb_s * 1e12)
-    found = fitted(read(flags.fit, flags.lowest_mhz, flags.fit_tp), read_idle(flags.fit), weights_s=weights_s)
+    try:
+        rows, idle_w = read(flags.fit, flags.lowest_mhz, flags.fit_tp), read_idle(flags.fit)
+        test = read(flags.test, flags.lowest_mhz, flags.test_tp)
+        found = fitted(rows, idle_w, weights_s=weights_s)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print_fit(found)
-    print_errors(found, read(flags.test, flags.lowest_mhz, flags.test_tp))
+    print_errors(found, test, flags.reference_mhz)
+    return 0
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    if not (value := float(text)) > 0:
+        raise ValueError(text)
+    return value
 
 
 def read(folder: Path, lowest_mhz: int, tps: list[int] | None) -> pd.DataFrame:
-    """Means over contexts, which the rows do not tell apart."""
+    """Means over contexts, which the rows do not tell apart; of the measured columns those that there are."""
     path = folder / "decode_grid.csv"
-    try:
-        rows = pd.read_csv(path)
-        rows = rows[rows.clock_mhz >= lowest_mhz]
-        rows = rows[rows.tp.isin(tps)] if tps else rows
-        means = rows.groupby([*KEY, "clock_mhz"], as_index=False)[MEASURED].mean()
-    except (OSError, KeyError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if means.empty:
-        raise ConfigError(f"{path}: no row of these TP and clocks")
-    return means
+    rows = _numbers(path, [*KEY, "clock_mhz"], optional=MEASURED)
+    measured = [name for name in MEASURED if name in rows]
+    if not measured:
+        raise ConfigError(f"{path}: it has neither of the columns {', '.join(MEASURED)}")
+    there = sorted(rows.tp.unique())
+    rows = rows[(rows.clock_mhz >= lowest_mhz) & rows.tp.isin(tps or there)]
+    if rows.empty:
+        known = ", ".join(f"{tp:g}" for tp in there)
+        raise ConfigError(f"{path}: no row of these TP from {lowest_mhz} MHz on; it has TP {known or 'none'}")
+    return rows.groupby([*KEY, "clock_mhz"], as_index=False)[measured].mean()
 
 
 def read_idle(folder: Path) -> pd.Series:
     """Idle power by clock, W per GPU."""
-    rows = pd.read_csv(folder / "h100_idle_power_by_clock.csv")
+    rows = _numbers(folder / "h100_idle_power_by_clock.csv", ["clock_mhz", "idle_power_w_per_gpu"])
     return rows.groupby("clock_mhz").idle_power_w_per_gpu.mean()
 
 
+def _numbers(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.DataFrame:
+    """Rows that have a number in each of the columns, and in one of the optional ones where there are any.
+
+    Raises:
+        ConfigError: the file, a column or a row is not there, or a number is not one above 0.
+    """
+    try:
+        rows = pd.read_csv(path, skipinitialspace=True)
+        if missing := [name for name in columns if name not in rows]:
+            raise ConfigError(f"{path}: it has no column {', '.join(missing)}")
+        used = [*columns, *(name for name in optional if name in rows and rows[name].notna().any())]
+        rows = rows[used].apply(pd.to_numeric).astype(float).dropna(subset=columns)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    rows = rows.dropna(subset=used[len(columns) :], how="all") if len(used) > len(columns) else rows
+    if rows.empty or ((rows <= 0) | np.isinf(rows)).any(axis=None):
+        raise ConfigError(f"{path}: {'an entry is not a number above 0' if len(rows) else 'it has no row'}")
+    return rows
+
+
 def fitted(rows: pd.DataFrame, idle_w: pd.Series, *, weights_s: float) -> Fit:
-    """Least squares of relative errors: linear for the times, in turns for the powers."""
+    """Least squares of relative errors: linear for the times, in turns for the powers.
+
+    Raises:
+        ConfigError: the rows have too few clocks, or no times or powers.
+    """
+    rows = rows.dropna()
     clocks = np.array(sorted(rows.clock_mhz.unique()), float)
+    if len(clocks) < AXIS_CLOCKS or not set(MEASURED) <= set(rows):
+        found = f"{len(clocks)} ({', '.join(f'{mhz:g}' for mhz in clocks)})"
+        raise ConfigError(
+            f"to fit takes {', '.join(MEASURED)} at {AXIS_CLOCKS} clocks; clocks found: {found}"
+        )
     tents = np.column_stack([np.interp(rows.clock_mhz, clocks, unit) for unit in np.eye(len(clocks))])
     inverse = clocks[-1] / rows.clock_mhz
     weights = weights_s / rows.tp
-    slow = clocks < BANDWIDTH_IS_FULL_FROM_MHZ
+    slow = clocks < min(BANDWIDTH_IS_FULL_FROM_MHZ, clocks[-1])
     columns = {"fixed": np.ones(len(rows)), "clocked": inverse, "fixed_seq": rows.batch,
                "clocked_seq": rows.batch * inverse}  # fmt: skip
     columns |= {i: tents[:, i] * weights for i in np.flatnonzero(slow)}
     streaming = np.where(slow, 0.0, 1.0)
     times = relative_fit(columns, rows.latency_s - tents @ streaming * weights, of=rows.latency_s.to_numpy())
-    streaming[slow] = [times.pop(i) for i in np.flatnonzero(slow)]
+    streaming[slow] = [max(1.0, times.pop(i)) for i in np.flatnonzero(slow)]
     idle = np.interp(clocks, idle_w.index, idle_w)
     ones = np.ones_like(clocks)
     axis = ClockAxis(*(tuple(table.tolist()) for table in (clocks, streaming, ones, idle / idle[-1])))
@@ -141,7 +195,8 @@ def with_energies(start: Fit, rows: pd.DataFrame, tents: np.ndarray, idle: np.nd
         rest = target - energy["hbm"] * inverse_tp / step_s - tents[:, -1] * by_clock
         free = {i: tents[:, i] * by_clock for i in range(len(switched) - 1)}
         switched = np.array([*relative_fit(free, rest, of=power_w).values(), 1.0])
-    axis = ClockAxis(start.axis.clocks_mhz, start.axis.streaming, tuple(switched.tolist()), start.axis.idle)
+    above_0 = tuple(np.maximum(switched, 0.01).tolist())
+    axis = ClockAxis(start.axis.clocks_mhz, start.axis.streaming, above_0, start.axis.idle)
     return Fit(axis, start.time_s, energy, start.weights_s, start.idle_w)
 
 
@@ -157,32 +212,69 @@ def print_fit(found: Fit) -> None:
         print(f"{mhz:>6.0f} {streaming:>10.3f} {switched:>9.3f} {found.idle_w * idle:>7.1f}")
 
 
-def print_errors(found: Fit, rows: pd.DataFrame) -> None:
-    """Absolute errors, and those of the ratios to the highest clock of the same TP and batch."""
-    predicted = found.predicted(rows)
-    table = rows[[*KEY, "clock_mhz"]].copy()
-    for name, values in (("measured", rows), ("model", predicted)):
-        figures = values[MEASURED].assign(energy=values.latency_s * values.power_w_per_gpu)
-        for what, column in zip(("time", "power", "energy"), figures, strict=True):
-            table[f"{what} {name}"] = figures[column]
-            top = figures[column].groupby([rows[key] for key in KEY]).transform("last")  # clocks ascend
-            table[f"{what} ratio {name}"] = figures[column] / top
+def print_errors(found: Fit, rows: pd.DataFrame, reference_mhz: float) -> None:
+    """Absolute errors, and those of the ratios to a reference clock of the same TP and batch."""
+    to_mhz = _reference(rows, reference_mhz)
+    measured, model = (_figures(values, to_mhz) for values in (rows, found.predicted(rows)[list(rows)]))
+    errors = model / measured - 1
     print(f"\nerrors on {len(rows)} rows (TP, batch, clock): mean absolute, and the worst with its sign")
-    print(f"{'TP':>3} {'MHz':>5}" + "".join(f" {what:>17}" for what in COLUMNS))
-    groups = [((tp, mhz), part) for (tp, mhz), part in table.groupby(["tp", "clock_mhz"])]
-    groups += [(("all", mhz), part) for mhz, part in table.groupby("clock_mhz")]
-    for (tp, mhz), part in groups:
-        cells = [cell(part[f"{what} model"] / part[f"{what} measured"] - 1) for what in COLUMNS]
-        print(f"{tp:>3} {mhz:>5}" + "".join(f" {text:>17}" for text in cells))
+    print(_said(found.axis, rows, to_mhz, reference_mhz))
+    print(f"{'TP':>3} {'MHz':>5}" + "".join(f" {what:>17}" for what in errors))
+    by_tp = [
+        (f"{tp:.0f}", f"{mhz:.0f}", part) for (tp, mhz), part in errors.groupby([rows.tp, rows.clock_mhz])
+    ]
+    by_clock = [("all", f"{mhz:.0f}", part) for mhz, part in errors.groupby(rows.clock_mhz)]
+    for tp, mhz, part in (*by_tp, *by_clock, ("all", "all", errors)):
+        print(f"{tp:>3} {mhz:>5}" + "".join(f" {cell(part[what]):>17}" for what in errors))
 
 
-COLUMNS = ("time", "power", "energy", "time ratio", "power ratio", "energy ratio")
+def _reference(rows: pd.DataFrame, reference_mhz: float) -> pd.Series:
+    """For each row the reference clock of its TP and batch: the one asked for, or the highest there is."""
+    keys = [rows[key] for key in KEY]
+    there = (rows.clock_mhz == reference_mhz).groupby(keys).transform("any")
+    return rows.clock_mhz.groupby(keys).transform("max").where(~there, reference_mhz)
+
+
+def _figures(values: pd.DataFrame, to_mhz: pd.Series) -> pd.DataFrame:
+    """Time, power and energy, of which there are those that were measured, and their ratios."""
+    columns = {
+        what: values[name] for what, name in zip(("time", "power"), MEASURED, strict=True) if name in values
+    }
+    if len(columns) == len(MEASURED):
+        columns["energy"] = columns["time"] * columns["power"]
+    at_reference = values.clock_mhz == to_mhz
+    keys = [values[key] for key in KEY]
+    ratios = {
+        f"{what} ratio": (column / column.where(at_reference).groupby(keys).transform("max")).mask(
+            at_reference
+        )
+        for what, column in columns.items()
+    }
+    return pd.DataFrame(columns | ratios)
+
+
+def _said(axis: ClockAxis, rows: pd.DataFrame, to_mhz: pd.Series, reference_mhz: float) -> str:
+    """What the ratios are to, and which clocks the fit did not have."""
+    lines = [f"ratios are to {reference_mhz:g} MHz"]
+    if len(others := rows[to_mhz != reference_mhz]):
+        used = ", ".join(f"{mhz:g}" for mhz in sorted(to_mhz[others.index].unique()))
+        groups = len(others.drop_duplicates(KEY))
+        lines.append(f"where a (TP, batch) lacks it, to its highest clock: {used} MHz ({groups} of them)")
+    low, high = axis.clocks_mhz[0], axis.clocks_mhz[-1]
+    new = sorted(set(rows.clock_mhz) - set(axis.clocks_mhz))
+    for what, clocks in (
+        ("linear between its neighbours", [mhz for mhz in new if low < mhz < high]),
+        (f"beyond {low:g} to {high:g}: tables are flat", [mhz for mhz in new if not low < mhz < high]),
+    ):
+        if clocks:
+            lines.append(f"not fitted, {what}: {', '.join(f'{mhz:g}' for mhz in clocks)} MHz")
+    return "\n".join(lines)
 
 
 def cell(errors: pd.Series) -> str:
-    worst = errors.loc[errors.abs().idxmax()]
-    return f"{errors.abs().mean():.1%} ({worst:+.1%})"
+    known = errors.dropna()
+    return f"{known.abs().mean():.1%} ({known.loc[known.abs().idxmax()]:+.1%})" if len(known) else "-"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

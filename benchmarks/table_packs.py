@@ -111,7 +111,7 @@ def v100s() -> dict[str, Any]:
             "static batch of that size did; assumed: 32 output tokens per request, which sets the scale of "
             "every time; context is part of the cost per sequence; prefill = 2 x 7.7e9 FLOP per token at "
             "30 % of 130 TFLOP/s and 235 W; idle power 25 W; KV pool; launch times, front end and CPU of "
-            "h100-qwen3-8b. Coarse: a clock left out of the fit is off by 12 to 49 % in time",
+            "h100-qwen3-8b. Coarse: a clock left out of the fit is off by 4 to 29 % in time",
         "sources": ["github.com/HIT-HPC-Group/GreenDLS (DQN over clocks and batches), published "
                     "measurements; fitted by benchmarks/table_packs.py"],
     }  # fmt: skip
