@@ -244,9 +244,7 @@ def test_the_headline_gives_savings_attainment_interval_and_n(full_report):
     assert re.search(
         r"energy per request is 3\.\d % less than under the tuned static pair \(3\.\d to 3", headline
     )
-    assert (
-        "less than under maximum performance" in headline and "more than under the load table" in headline
-    )
+    assert "less than under maximum performance" in headline and "more than under the load table" in headline
     assert re.search(
         r"meets the SLO for 95\.8 % of requests \(95\.\d to 9\d\.\d %; target 95\.0 %\)", headline
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.policies.catalogue import REFERENCES, TUNED_STATIC
+from fuel_ray.policies.catalogue import JUDGED_BY, REFERENCES, TUNED_STATIC
 from fuel_ray.stats import Interval, relative_energy
 
 Rows = Sequence[Mapping[str, Any]]
@@ -19,10 +19,51 @@ def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     A change is energy over the reference's energy less 1, paired by seed, with its 95 % bootstrap interval.
     ``equal_pct`` compares with fixed clocks at the attainment that the policy reached: with the cheapest mix
     of two clocks on the frontier of what they did on the same arrivals; None where no clock got there.
+    ``..._axis_low`` and ``..._axis_high`` are the least and the most under any clock axis of the pack; None
+    where only one was evaluated.
     """
-    names = dict.fromkeys(row["policy"] for row in cell["rows"])
-    by_policy = {name: [row for row in cell["rows"] if row["policy"] == name] for name in names}
-    return [_summary(cell, name, rows, by_policy) for name, rows in by_policy.items()]
+    by_policy, axes = _by_policy(cell["rows"]), cell.get("axes") or {}
+    under = [by_policy, *map(_by_policy, axes.values())] if axes else []
+    floor = _at_lowest_clock(cell, by_policy)
+    return [
+        {
+            **_summary(cell, name, rows, by_policy),
+            **_bands(name, [of_axis for of_axis in under if name in of_axis]),
+            "floor_mhz": floor.get(name),
+        }
+        for name, rows in by_policy.items()
+    ]
+
+
+def _by_policy(rows: Rows) -> dict[str, Rows]:
+    names = dict.fromkeys(row["policy"] for row in rows)
+    return {name: [row for row in rows if row["policy"] == name] for name in names}
+
+
+def _at_lowest_clock(cell: Mapping[str, Any], by_policy: Mapping[str, Rows]) -> dict[str, int]:
+    """The node's lowest clock by policies that never left it, if tuned static is one of them."""
+    lowest_mhz = cell.get("lowest_clock_mhz")
+    if lowest_mhz is None or cell["static"]["gpu_clock_mhz"] != lowest_mhz or TUNED_STATIC not in by_policy:
+        return {}
+    means = {
+        name: float(np.mean([row["mean_gpu_clock_mhz"] for row in rows])) for name, rows in by_policy.items()
+    }  # of whole episodes, the first window at the highest clock included
+    return {name: lowest_mhz for name, mean in means.items() if abs(mean - means[TUNED_STATIC]) < 1.0}
+
+
+def _bands(name: str, under: Sequence[Mapping[str, Rows]]) -> dict[str, float | None]:
+    """Lowest and highest change against each reference, and attainment, over the clock axes."""
+    found: dict[str, list[float]] = {"slo_attainment": [attainment(of_axis[name]) for of_axis in under]}
+    for reference in JUDGED_BY:
+        pairs = [(of_axis[name], of_axis.get(reference, ())) for of_axis in under if reference != name]
+        ratios = [ratio.mean for own, others in pairs if (ratio := _ratio(own, others)) is not None]
+        found[f"vs_{reference}"] = [100 * (ratio - 1) for ratio in ratios]
+    ends = {"low": min, "high": max}
+    return {
+        f"{key}_axis_{end}": pick(values) if len(values) > 1 else None
+        for key, values in found.items()
+        for end, pick in ends.items()
+    }
 
 
 def _summary(cell: Mapping[str, Any], name: str, rows: Rows, by_policy: Mapping[str, Rows]) -> dict[str, Any]:
@@ -32,8 +73,7 @@ def _summary(cell: Mapping[str, Any], name: str, rows: Rows, by_policy: Mapping[
     changes: dict[str, float | None] = {}
     for reference in (*REFERENCES, ORACLE):
         others = () if reference == name else by_policy.get(reference, ())
-        own_j, others_j = ({row["seed"]: row["energy_j"] for row in by_seed} for by_seed in (rows, others))
-        changes |= _percent(f"vs_{reference}", relative_energy(own_j, others_j))
+        changes |= _percent(f"vs_{reference}", _ratio(rows, others))
     equal_j = None
     if cell["limits"]["share"] is not None:
         equal_j = _frontier_energy([*cell["frontier"], _as_fixed_pair(static)], attained)
@@ -62,6 +102,12 @@ def attainment(rows: Rows) -> float:
     if not sum(requests):
         raise ConfigError("no request was finished in these episodes: longer ones, or a load that has some")
     return float(np.average(shares, weights=requests))
+
+
+def _ratio(rows: Rows, others: Rows) -> Interval | None:
+    """Energy by the others', paired by seed."""
+    own_j, others_j = ({row["seed"]: row["energy_j"] for row in by_seed} for by_seed in (rows, others))
+    return relative_energy(own_j, others_j)
 
 
 def _percent(name: str, ratio: Interval | None) -> dict[str, float | None]:
