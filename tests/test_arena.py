@@ -235,6 +235,13 @@ def test_a_saving_has_the_lowest_and_highest_over_the_clock_axes():
     assert cheap["vs_tuned_static_axis_low"] is None  # it has not played under another axis
 
 
+def test_seeds_that_an_axis_was_not_played_on_do_not_widen_the_band():
+    rows = [{**row, "slo_attainment": 0.9 if row["seed"] == 0 else 1.0} for row in CELL["rows"]]
+    same = {"other": [row for row in rows if row["seed"] == 0]}  # what the axis does is nothing
+    for row in summarise({**CELL, "rows": rows, "axes": same}):
+        assert row["slo_attainment_axis_low"] == row["slo_attainment_axis_high"] == row["slo_attainment"]
+
+
 def test_a_cell_without_clock_axes_has_no_band():
     summaries = summarise(CELL)
     assert all(row["vs_tuned_static_axis_high"] is None for row in summaries)

@@ -1,6 +1,7 @@
 """What a policy did in a cell, against each reference and at equal attainment."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from fuel_ray.stats import Interval, relative_energy
 
 Rows = Sequence[Mapping[str, Any]]
 ORACLE = "oracle"
+_Measure = Callable[[Mapping[str, Rows]], float | None]  # of one clock axis, by policy
 
 
 def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -19,16 +21,17 @@ def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     A change is energy over the reference's energy less 1, paired by seed, with its 95 % bootstrap interval.
     ``equal_pct`` compares with fixed clocks at the attainment that the policy reached: with the cheapest mix
     of two clocks on the frontier of what they did on the same arrivals; None where no clock got there.
-    ``..._axis_low`` and ``..._axis_high`` are the least and the most under any clock axis of the pack; None
-    where only one was evaluated.
+    ``..._axis_low`` and ``..._axis_high`` are the least and the most under any clock axis of the pack: the
+    figure of all seeds and what each axis changes of it on its own, fewer ones. None where only one axis was
+    evaluated.
     """
-    by_policy, axes = _by_policy(cell["rows"]), cell.get("axes") or {}
-    under = [by_policy, *map(_by_policy, axes.values())] if axes else []
+    by_policy = _by_policy(cell["rows"])
+    axes = [_by_policy(rows) for rows in cell.get("axes", {}).values()]
     floor = _at_lowest_clock(cell, by_policy)
     return [
         {
             **_summary(cell, name, rows, by_policy),
-            **_bands(name, [of_axis for of_axis in under if name in of_axis]),
+            **_bands(name, by_policy, [axis for axis in axes if name in axis]),
             "floor_mhz": floor.get(name),
         }
         for name, rows in by_policy.items()
@@ -51,19 +54,40 @@ def _at_lowest_clock(cell: Mapping[str, Any], by_policy: Mapping[str, Rows]) -> 
     return {name: lowest_mhz for name, mean in means.items() if abs(mean - means[TUNED_STATIC]) < 1.0}
 
 
-def _bands(name: str, under: Sequence[Mapping[str, Rows]]) -> dict[str, float | None]:
+def _bands(name: str, own: Mapping[str, Rows], axes: Sequence[Mapping[str, Rows]]) -> dict[str, float | None]:
     """Lowest and highest change against each reference, and attainment, over the clock axes."""
-    found: dict[str, list[float]] = {"slo_attainment": [attainment(of_axis[name]) for of_axis in under]}
-    for reference in JUDGED_BY:
-        pairs = [(of_axis[name], of_axis.get(reference, ())) for of_axis in under if reference != name]
-        ratios = [ratio.mean for own, others in pairs if (ratio := _ratio(own, others)) is not None]
-        found[f"vs_{reference}"] = [100 * (ratio - 1) for ratio in ratios]
-    ends = {"low": min, "high": max}
-    return {
-        f"{key}_axis_{end}": pick(values) if len(values) > 1 else None
-        for key, values in found.items()
-        for end, pick in ends.items()
+    measures: dict[str, _Measure] = {
+        f"vs_{reference}": partial(_change, name, reference) for reference in JUDGED_BY
     }
+    measures["slo_attainment"] = lambda by_policy: attainment(by_policy[name])
+    bands: dict[str, float | None] = {}
+    for key, measure in measures.items():
+        figures = [figure for axis in axes if (figure := _shifted(measure, own, axis)) is not None]
+        figures += [figure for figure in [measure(own)] if figure is not None and figures]
+        if key == "slo_attainment":
+            figures = [min(max(figure, 0.0), 1.0) for figure in figures]
+        bands |= {
+            f"{key}_axis_low": min(figures, default=None),
+            f"{key}_axis_high": max(figures, default=None),
+        }
+    return bands
+
+
+def _change(name: str, reference: str, by_policy: Mapping[str, Rows]) -> float | None:
+    """Of energy, in percent; None against itself or where either has not played."""
+    ratio = _ratio(by_policy[name], by_policy.get(reference, ())) if name != reference else None
+    return None if ratio is None else 100 * (ratio.mean - 1)
+
+
+def _shifted(measure: _Measure, own: Mapping[str, Rows], axis: Mapping[str, Rows]) -> float | None:
+    """The figure of all seeds, moved by what the axis makes of it on those seeds that it was played on."""
+    seeds = {row["seed"] for rows in axis.values() for row in rows}
+    same = {name: [row for row in rows if row["seed"] in seeds] for name, rows in own.items()}
+    figures = [measure(by_policy) for by_policy in (own, axis, same)]
+    if None in figures:
+        return None
+    on_all, under, on_same = (figure for figure in figures if figure is not None)
+    return on_all + under - on_same
 
 
 def _summary(cell: Mapping[str, Any], name: str, rows: Rows, by_policy: Mapping[str, Rows]) -> dict[str, Any]:

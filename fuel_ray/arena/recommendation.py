@@ -56,7 +56,8 @@ class Pair:
     met: bool  # the SLO, on most seeds
     how: str  # what was tuned
     fitted: Fitted | None = None  # of a learned policy
-    axes: Mapping[str, "Pair"] = field(default_factory=dict)  # the same under the pack's other clock axes
+    axes: Mapping[str, "Pair"] = field(default_factory=dict)  # under the pack's others, on the first seeds
+    attained_change: float = 0.0  # of one of these, by its axis, on the same seeds
 
     @property
     def energy_j_per_request(self) -> float:
@@ -68,10 +69,16 @@ class Pair:
         return paired_ratio(self.energy_j, other.energy_j, rng=np.random.default_rng(0))
 
     def band_against(self, other: "Pair") -> tuple[float, float] | None:
-        """Lowest and highest of that over the clock axes; None where there is one."""
-        ratios = [pair.against(other.axes[axis]).mean for axis, pair in self.axes.items()]
-        ratios.append(self.against(other).mean)
-        return (min(ratios), max(ratios)) if len(ratios) > 1 else None
+        """Lowest and highest of that over the clock axes; None where there is one.
+
+        Each is moved by what its axis changes on the seeds that it was played on.
+        """
+        ratio, ratios = self.against(other).mean, []
+        for axis, pair in self.axes.items():
+            n = len(pair.energy_j)
+            same = sum(self.energy_j[:n]) / sum(other.energy_j[:n])
+            ratios.append(ratio + pair.against(other.axes[axis]).mean - same)
+        return (min(ratio, *ratios), max(ratio, *ratios)) if ratios else None
 
 
 def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:
@@ -121,7 +128,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
             else None,
         )
         under = {axis: axis_rows(name, policy, runs, _ASKED) for axis, runs in others.items()}
-        axes = {axis: replace(pair, **_outcome(of_axis)) for axis, of_axis in under.items()}
+        axes = {axis: _under(pair, rows[: len(own)], own) for axis, own in under.items()}
         pairs.append(replace(pair, axes=axes))
     return pairs
 
@@ -129,6 +136,11 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
 def _under_axis(config: RecommendConfig, kv_block_size: int, clock_axis: str) -> ControlLoop:
     config = replace(config, clock_axis=clock_axis)
     return build_loop(config, kv_block_size, horizon_s=float(config.seconds), part="second half")
+
+
+def _under(pair: Pair, same: Rows, own: Rows) -> Pair:
+    """The pair under another clock axis, and what it did on the same seeds under the twin's."""
+    return replace(pair, **_outcome(own), attained_change=attainment(own) - attainment(same))
 
 
 def _outcome(rows: Rows) -> dict[str, Any]:
@@ -154,8 +166,10 @@ def _how(policy: Policy) -> str:
 
 def line(pair: Pair, static: Pair) -> str:
     """One pair, for the terminal, beside tuned static at the same block size; [..] over the clock axes."""
-    shares = [pair.attained, *(under.attained for under in pair.axes.values())]
-    attained = f"{pair.attained:.3f}" + (f" [{min(shares):.3f}..{max(shares):.3f}]" if pair.axes else "")
+    shares = [pair.attained + change for change in (0.0, *(p.attained_change for p in pair.axes.values()))]
+    attained = f"{pair.attained:.3f}" + (
+        f" [{max(min(shares), 0.0):.3f}..{min(max(shares), 1.0):.3f}]" if pair.axes else ""
+    )
     change = "" if pair is static else f", {_percent(pair.against(static))}{_band(pair, static)}"
     return (
         f"recommend  block {pair.kv_block_size:>3}  {label(pair.policy):<16}"
