@@ -65,12 +65,7 @@ class EpisodeTotals:
     def summary(self, records: RequestRecords, slo: Slo) -> EpisodeSummary:
         """Figures of the episode; requests that arrived and are not in ``records`` missed the SLO."""
         figures = {name: latency(values_s) for name, values_s in records.latencies_s.items()}
-        attainment = int(records.meets(slo).sum()) / self.arrivals if self.arrivals else 1.0
-        if slo.share is not None:
-            met = attainment >= slo.share
-        else:
-            within = (x.mean_s is None or x.mean_s <= limit_s for _, x, limit_s in slo.limited(figures))
-            met = len(records) >= self.arrivals and all(within)
+        attainment, met = attained(records, slo, arrivals=self.arrivals)
         return EpisodeSummary(
             energy_j=self.energy_j,
             energy_j_per_request=self.energy_j / self.arrivals if self.arrivals else None,
@@ -84,6 +79,19 @@ class EpisodeTotals:
             mean_batch_limit=self.limit_s / self.seconds,
             clock_switches=self.clock_switches,
         )
+
+
+def attained(records: RequestRecords, slo: Slo, *, arrivals: int) -> tuple[float, bool]:
+    """Share of the requests that met the SLO, and whether that or the means meet it.
+
+    Requests that arrived and are not in ``records`` missed it.
+    """
+    attainment = int(records.meets(slo).sum()) / arrivals if arrivals else 1.0
+    if slo.share is not None:
+        return attainment, attainment >= slo.share
+    means = ((latency(values_s).mean_s, limit_s) for _, values_s, limit_s in slo.limited(records.latencies_s))
+    within = all(mean_s is None or mean_s <= limit_s for mean_s, limit_s in means)
+    return attainment, len(records) >= arrivals and within
 
 
 def latency(values_s: np.ndarray) -> Latency:

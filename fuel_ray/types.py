@@ -40,6 +40,10 @@ class NodeSpec:
         """The highest clock without a batch limit of our own."""
         return Knobs(batch_limit=self.batch_limits[-1], gpu_clock_mhz=self.gpu_clocks_mhz[-1])
 
+    def nearest_clock_mhz(self, clock_mhz: int) -> int:
+        """The supported clock nearest to this one."""
+        return min(self.gpu_clocks_mhz, key=lambda supported_mhz: abs(supported_mhz - clock_mhz))
+
 
 @dataclass(frozen=True, slots=True)
 class Slo:

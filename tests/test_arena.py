@@ -1,5 +1,6 @@
 """The arena: scenarios, tuning by one number, tables with known answers, resuming, recommending."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from fuel_ray.arena.cell import CHOSEN, choose
+from fuel_ray.arena.axes import axis_rows
+from fuel_ray.arena.cell import CHOSEN, choose, held_out_rows
 from fuel_ray.arena.comparison import summarise
 from fuel_ray.arena.recommendation import Pair, recommendation
 from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, scenarios_of, serving, slo_of
@@ -25,6 +27,7 @@ from fuel_ray.policies.catalogue import Contender
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.learned import Manifest, load_policy, save_policy
 from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import Trace
 from fuel_ray.tuning.runs import Runs, Score, score_of
@@ -213,6 +216,59 @@ def test_who_misses_what_tuned_static_keeps_is_marked():
     assert "-10.0 (-10.0..-10.0)" in text(summarise(CELL))
 
 
+def under_axes(cell, **axes):
+    """The cell with other clock axes, each with the energies and attainments of its policies."""
+    return {**cell, "axes": {axis: a_cell(**energies_j)["rows"] for axis, energies_j in axes.items()}}
+
+
+def test_a_saving_has_the_lowest_and_highest_over_the_clock_axes():
+    low = {"max_performance": (8000, 1.0), "tuned_static": (5000, 0.97), "dqn": (4000, 0.96)}
+    high = {"max_performance": (8000, 1.0), "tuned_static": (6000, 0.97), "dqn": (5700, 0.99)}
+    summaries = summarise(under_axes(CELL, low=low, high=high))
+    dqn = next(row for row in summaries if row["policy"] == "dqn")
+    assert dqn["vs_tuned_static_pct"] == pytest.approx(-10.0)  # the twin's own axis
+    assert (dqn["vs_tuned_static_axis_low"], dqn["vs_tuned_static_axis_high"]) == pytest.approx((-20.0, -5.0))
+    assert dqn["vs_max_performance_axis_low"] == pytest.approx(-50.0)
+    assert (dqn["slo_attainment_axis_low"], dqn["slo_attainment_axis_high"]) == pytest.approx((0.96, 0.99))
+    assert "-10.0 (-10.0..-10.0) [-20.0..-5.0]" in text(summaries)
+    cheap = next(row for row in summaries if row["policy"] == "cheap")
+    assert cheap["vs_tuned_static_axis_low"] is None  # it has not played under another axis
+
+
+def test_seeds_that_an_axis_was_not_played_on_do_not_widen_the_band():
+    rows = [{**row, "slo_attainment": 0.9 if row["seed"] == 0 else 1.0} for row in CELL["rows"]]
+    same = {"other": [row for row in rows if row["seed"] == 0]}  # what the axis does is nothing
+    for row in summarise({**CELL, "rows": rows, "axes": same}):
+        assert row["slo_attainment_axis_low"] == row["slo_attainment_axis_high"] == row["slo_attainment"]
+
+
+def test_a_cell_without_clock_axes_has_no_band():
+    summaries = summarise(CELL)
+    assert all(row["vs_tuned_static_axis_high"] is None for row in summaries)
+    assert not any("[" in line for line in markdown(summaries).splitlines() if line.startswith("|"))
+
+
+def at_clocks(cell, **clocks_mhz):
+    rows = [{**row, "mean_gpu_clock_mhz": clocks_mhz[row["policy"]]} for row in cell["rows"]]
+    lowest = {"lowest_clock_mhz": 900, "static": {"gpu_clock_mhz": round(clocks_mhz["tuned_static"])}}
+    return {**cell, "rows": rows, **lowest}
+
+
+def test_a_cell_in_which_everybody_is_at_the_lowest_clock_says_so():
+    cell = a_cell(
+        max_performance=(8000, 1.0), tuned_static=(5000, 1.0), load_table=(5000, 1.0), dqn=(5000, 1.0)
+    )
+    clocks = {"max_performance": 1980, "tuned_static": 900.4, "load_table": 900.4, "dqn": 900.6}
+    note = "every policy is at the lowest clock, 900 MHz: nothing to compare"
+    for table in (text, markdown):
+        assert note in table(summarise(at_clocks(cell, **clocks)))
+        some = table(summarise(at_clocks(cell, **{**clocks, "dqn": 950})))
+        assert (
+            note not in some and "900 MHz, are tuned static, load table: nothing to compare between" in some
+        )
+        assert "lowest clock, " not in table(summarise(at_clocks(cell, **{**clocks, "tuned_static": 915})))
+
+
 # The verb
 
 SMALL = [
@@ -268,6 +324,10 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
     after = json.loads((run / "cells/steady-60.interactive.json").read_text())
     ran = {"max_performance", STATIC, "load_table", "mine", "mine, free", CHOSEN}
     assert {row["policy"] for row in after["rows"]} == ran
+    assert set(after["axes"]) == set(load_pack("h100-qwen3-8b").clock_axes) - {"nominal"}
+    assert all({row["policy"] for row in rows} == ran for rows in after["axes"].values())
+    with (run / "clock_axes.csv").open() as lines:
+        assert {row["clock_axis"] for row in csv.DictReader(lines)} == set(after["axes"])
     assert "1 to do" in capsys.readouterr().out
     assert {**before, "wall_s": 0} == {**after, "wall_s": 0}
 
@@ -277,7 +337,8 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
     [
         ["--scenarios", "storm"], ["--slos", "loose"], ["--seeds", "0"], ["--tuning-seeds", "9"],
         ["--policies", "nowhere"], ["--resume", "nowhere"], ["--workers", "0"], ["--seconds", "1"],
-        ["--block-sizes", "16", "32"], ["--tune-share", "1.5"], ["--oracle-segment-s", "0"],
+        ["--block-sizes", "16", "32"], ["--tune-share", "1.5"], ["--axis-seeds", "-1"],
+        ["--oracle-segment-s", "0"],
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(flags, capsys):
@@ -354,6 +415,50 @@ def test_recommend_says_what_is_wrong(flags, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def axes_of(energies_j, attained=0.96, **axes):
+    """A pair under other clock axes: its energy by that of ``energies_j``, and its attainment."""
+    own = pair("p", 16, energies_j, attained)
+    return {
+        axis: replace(own, energy_j=tuple(e * share for e in energies_j), attained=kept, met=kept >= 0.95)
+        for axis, (share, kept) in axes.items()
+    }
+
+
+STATIC_AXES = replace(pair(STATIC, 16, NOISY), axes=axes_of(NOISY, low=(1.2, 0.96), high=(0.9, 0.92)))
+
+
+def dqn_under(**axes):
+    return replace(pair("dqn", 16, [e * 0.8 for e in NOISY]), axes=axes_of(NOISY, **axes))
+
+
+def test_a_policy_that_is_better_under_every_clock_axis_is_recommended_with_its_band():
+    best, said = recommendation([STATIC_AXES, dqn_under(low=(1.14, 0.95), high=(0.9, 0.92))], share=0.95)
+    assert best.policy == "dqn" and "-20.0% (-20.0% to -20.0%) [-20.0%..+0.0%] energy against" in said
+
+
+@pytest.mark.parametrize(
+    ("under", "reason"),
+    [
+        (
+            {"low": (1.14, 0.96), "high": (0.936, 0.96)},
+            "the clock axis high +4.0% against tuned static there",
+        ),
+        (
+            {"low": (1.32, 0.96), "high": (0.936, 0.96)},
+            "the clock axis low +10.0% against tuned static there",
+        ),
+        (
+            {"low": (1.32, 0.96), "high": (0.8, 0.91)},  # there 0.92 less the slack is asked
+            "the clock axis high it attains 91.0% of SLO in place of tuned static's 92.0%",
+        ),
+    ],
+)
+def test_a_policy_that_is_worse_under_a_clock_axis_is_refused_and_that_is_said(under, reason):
+    best, said = recommendation([STATIC_AXES, dqn_under(**under)], share=0.95)
+    assert best is STATIC_AXES and said.startswith("Recommended: tuned static")
+    assert "learned (DQN) at block size 16" in said and "uses -20.0%" in said and f"under {reason}." in said
+
+
 # Training on any load
 
 
@@ -389,6 +494,16 @@ def test_a_planned_policy_gives_the_same_trace_as_window_by_window(policy):
     np.testing.assert_array_equal(fast[2].finished_s, slow[2].finished_s)
 
 
+@pytest.mark.parametrize("slo", [Slo(ttft_s=0.5, tpot_s=0.012), Slo(e2e_s=3.0, share=None)])
+def test_rows_of_a_clock_axis_are_those_of_whole_episodes(slo):
+    loop = build_loop(PRESETS["default"], 16, horizon_s=60.0, workload="steady:rate_rps=6")
+    alone = [Runs(loop, seeds=[seed], seconds=60.0, slos={"a": slo}) for seed in (3, 4)]
+    for policy in (Static(Knobs(40, 1500)), Clipper(loop.node.spec, slo)):
+        whole = held_out_rows("p", policy, alone, "a")
+        for row, same in zip(axis_rows("p", policy, alone, "a"), whole, strict=True):
+            assert row == pytest.approx({name: same[name] for name in row})
+
+
 def test_what_looks_at_windows_is_not_planned():
     loop = build_loop(PRESETS["default"], 16, horizon_s=30.0)
     runs = Runs(loop, seeds=[3], seconds=30.0, slos={"a": INTERACTIVE})
@@ -399,8 +514,8 @@ def test_the_headline_has_a_row_per_workload_with_the_references():
     references = {"max_performance": (8000, 1.0), "tuned_static": (5000, 0.97), "load_table": (4800, 0.97)}
     cell = a_cell(**references, dqn=(4500, 0.97))
     row = headline(summarise(cell), "dqn").splitlines()[-1]
-    assert row.startswith("| s, tight | 80.0 | 50.0 (0.970) | -4.0 (0.970) | -10.0 (-10.0..-10.0) | 0.970 |")
-    assert row.endswith("| -6.2 | - | -43.8 |")
+    assert row.startswith("| s, tight | 50.0 (0.970) | -4.0 (0.970) | 80.0 | -10.0 (-10.0..-10.0) | 0.970 |")
+    assert row.endswith("| -6.2 (-6.2..-6.2) | -43.8 (-43.8..-43.8) | -10.0 | - |")
 
 
 def test_a_priced_policy_is_given_the_slo_and_the_price(tmp_path):

@@ -1,6 +1,7 @@
 """From settings to objects: what a live node and its twin share."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,14 +9,18 @@ import pytest
 from fuel_ray.build import cluster as build_cluster
 from fuel_ray.build import live as build_live
 from fuel_ray.build.codec import build_codec
-from fuel_ray.build.nodes import build_node, build_spec, twin_of, twinned
+from fuel_ray.build.nodes import build_loop, build_node, build_spec, twin_of, twinned
 from fuel_ray.cli import main
+from fuel_ray.codec import GREENDLS_GRID, SEED_GRID
 from fuel_ray.config import PRESETS, LiveConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.models import every
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.training import envs
 from fuel_ray.training.envs import build_env
+from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.search import TABLE_STRIDE, tune_static
 from fuel_ray.types import Knobs
 from fuel_ray.workload.spec import parse_workload
 from tests.fake_nvml import FakeGpu, FakeNvml
@@ -33,8 +38,27 @@ def gpu(monkeypatch):
 def test_a_live_node_and_its_twin_have_the_same_clocks_and_the_same_actions(gpu):
     config = twinned(LIVE, [build_spec(LIVE, 16)])
     live, twin = build_spec(config, 16), build_spec(twin_of(config), 16)
-    assert live.gpu_clocks_mhz == twin.gpu_clocks_mhz == tuple(range(990, 1981, 15))
+    assert live.gpu_clocks_mhz == twin.gpu_clocks_mhz == tuple(range(900, 1981, 15))
     assert build_codec(config, live).grid == build_codec(twin_of(config), twin).grid
+
+
+def test_everything_that_chooses_clocks_on_hopper_reaches_900_mhz():
+    config = replace(PRESETS["default"], block_sizes=(16,))
+    spec = build_spec(config, 16)
+    grids = [build_codec(config, spec).grid.gpu_clocks_mhz, spec.gpu_clocks_mhz]
+    grids += [every(spec.gpu_clocks_mhz, stride) for stride in (TABLE_STRIDE, 8)]  # tables, frontier, rules
+    assert {clocks[0] for clocks in grids} == {900}
+    runs = Runs(build_loop(config, 16, horizon_s=30.0), seeds=[1], seconds=30.0, slos={"a": config.slo})
+    assert tune_static(partial(runs.score, slo="a", share=0.9), spec, share=0.9, limits=[48]) == Knobs(
+        48, 900
+    )
+
+
+@pytest.mark.parametrize("grid", [SEED_GRID, GREENDLS_GRID])
+def test_clocks_of_a_published_grid_below_those_of_the_node_act_as_its_lowest(grid):
+    node = build_node(PRESETS["default"], 16, horizon_s=1.0)
+    applied = {node.apply(Knobs(8, clock_mhz)).gpu_clock_mhz for clock_mhz in grid.gpu_clocks_mhz}
+    assert min(grid.gpu_clocks_mhz) < 900 == min(applied)
 
 
 def test_a_server_without_its_limit_file_has_one_batch_limit_to_choose(gpu, capsys, tmp_path):

@@ -86,6 +86,7 @@ def test_recommend_compares_rules_too(tmp_path, capsys):
     flags = [*SHORT, "--seeds", "2", "--tuning-seeds", "1", "--workers", "1", "--save", str(tmp_path)]
     assert main(["recommend", *flags, "--policies", "clipper", MINE]) == 0
     said = capsys.readouterr().out.splitlines()
+    assert all("..1.000] of SLO" in line for line in said[:3])  # over the clock axes
     assert [name in line for name, line in zip(("tuned static", "Clipper", MINE), said, strict=False)] == [
         True
     ] * 3

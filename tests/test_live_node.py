@@ -124,6 +124,12 @@ def node(stub, gpu):
     made.close()
 
 
+def test_a_clock_below_those_that_may_be_chosen_acts_as_the_lowest_of_them(stub, gpu):
+    with contextlib.closing(live_node(stub, clocks=CLOCKS[1:])) as node:
+        assert node.apply(Knobs(8, CLOCKS[0])).gpu_clock_mhz == CLOCKS[1]
+        assert gpu.locked_mhz == (CLOCKS[1], CLOCKS[1])
+
+
 def test_windows_and_records_tell_of_the_same_requests(node, stub):
     windows = [node.measure(0.2) for _ in range(6)]
     records = node.take_records()

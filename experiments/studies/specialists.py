@@ -31,6 +31,7 @@ from fuel_ray.arena.runner import cell_file, jobs_of, run_and_write
 from fuel_ray.arena.scenarios import Scenario, SloName
 from fuel_ray.commands.arena import parse, publish
 from fuel_ray.record import make_folder, read_json
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import names_of
 
 
@@ -44,6 +45,7 @@ def train(job: Job, slo: SloName, out: Path) -> str:
     folder = policy_folder(home, slo, out)
     promise = tuning_runs(job, loop_of(job, home)).slos[slo]
     flags = ["--workload", home.workload, "--kv-tokens", str(home.kv_tokens), "--pack", job.config.pack]
+    flags += ["--clock-axis", job.config.clock_axis]
     flags += ["--block-sizes", str(job.config.block_sizes[0])]
     flags += ["--tune-share", str(job.config.tune_share)]
     for name in ("ttft_s", "tpot_s", "e2e_s", "share"):
@@ -80,7 +82,14 @@ def main() -> None:
             for future in as_completed([pool.submit(task, *cell, config.out) for cell in some]):
                 print(f"{future.result()}  {time.monotonic() - began_s:.0f} s", flush=True)
     names = ["DQN", *names_of(config.policies)]
-    print(publish([read_json(file) for file in files], config.out, names=names))
+    print(
+        publish(
+            [read_json(file) for file in files],
+            config.out,
+            names=names,
+            notes=load_pack(config.pack).clock_axis_notes,
+        )
+    )
 
 
 if __name__ == "__main__":

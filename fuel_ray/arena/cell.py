@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.axes import axis_rows, on_other_axes
 from fuel_ray.arena.comparison import ORACLE
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_of
@@ -51,9 +52,10 @@ def run_scenario(job: Job, done: Sequence[SloName] = ()) -> Iterator[dict[str, A
     tuning = tuning_runs(job, loop_of(job, job.home))
     stage = loop_of(job, job.scenario, part="second half")
     alone = held_out(stage, job.config.seeds, seconds=job.config.seconds, slos=tuning.slos)
+    others = on_other_axes(job.config, partial(_under_axis, job), slos=tuning.slos)
     for slo in (name for name in job.config.slos if name not in done):
         began_s = time.monotonic()
-        cell = _cell(job, slo, tuning, alone)
+        cell = _cell(job, slo, tuning, alone, others)
         yield {**cell, "wall_s": round(time.monotonic() - began_s, 1)}
 
 
@@ -62,6 +64,11 @@ def loop_of(job: Job, scenario: Scenario, *, part: Part = "first half") -> Contr
     config = serving(scenario, job.config)
     node = build_node(config, job.config.block_sizes[0], horizon_s=float(job.config.seconds), part=part)
     return ControlLoop(node, Unscored())
+
+
+def _under_axis(job: Job, clock_axis: str) -> ControlLoop:
+    config = replace(job.config, clock_axis=clock_axis)
+    return loop_of(replace(job, config=config), job.scenario, part="second half")
 
 
 def tuning_runs(job: Job, loop: ControlLoop) -> Runs:
@@ -75,7 +82,9 @@ def tuning_runs(job: Job, loop: ControlLoop) -> Runs:
     return Runs(loop, seeds=seeds, seconds=job.config.seconds, slos=slos)
 
 
-def _cell(job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs]) -> dict[str, Any]:
+def _cell(
+    job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs], others: Mapping[str, Sequence[Runs]]
+) -> dict[str, Any]:
     spec = tuning.loop.node.spec
     limits = LIMITS_AMPLE if job.scenario.kv_tokens is None else LIMITS_SCARCE
     base = tune_on(tuning, slo, share=job.config.tune_share, limits=limits, budget=TABLE_BUDGET)
@@ -93,8 +102,13 @@ def _cell(job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs]) -> dict[s
     own = of_size(job.config.policies, spec.kv_block_size)
     deployable = [TUNED_STATIC, *(name for name, entry in own.items() if is_folder(entry))]
     chosen = choose(tuning, slo, {name: policies[name] for name in deployable}, share=share)
+    axes = {
+        axis: [row for name, policy in policies.items() for row in axis_rows(name, policy, under, slo)]
+        for axis, under in others.items()
+    }
     if len(deployable) > 1:
-        rows += [{**row, "policy": CHOSEN} for row in rows if row["policy"] == chosen]
+        for found in (rows, *axes.values()):
+            found += [{**row, "policy": CHOSEN} for row in found if row["policy"] == chosen]
     if job.config.oracle:
         known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
         allowed = allowed_penalty(tuning.slos[slo], share)
@@ -109,6 +123,8 @@ def _cell(job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs]) -> dict[s
         "settings": settings,
         "chosen": chosen,
         "rows": rows,
+        "axes": axes,
+        "lowest_clock_mhz": spec.gpu_clocks_mhz[0],
         "frontier": frontier(alone, slo, {static.batch_limit, spec.batch_limits[-1]}),
     }
 

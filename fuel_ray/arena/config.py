@@ -37,6 +37,8 @@ class EvaluateConfig(_JudgeConfig):
 class _TunedConfig(_JudgeConfig):
     tuning_seeds: int = 6
     """Episodes that everything is tuned on."""
+    axis_seeds: int = 2
+    """Held-out episodes per policy under each other clock axis of the pack; 0: none."""
     workers: int = 2
     """Processes."""
 
@@ -76,11 +78,13 @@ def check_tuning(config: _TunedConfig, slo_share: float | None) -> None:
     """Check on what is tuned, and what is asked of it.
 
     Raises:
-        ConfigError: there are not so many tuning seeds, an episode is too short to judge anything by, or less
-            is asked for than the SLO.
+        ConfigError: there are not so many tuning seeds, an episode is too short to judge anything by, the
+            other clock axes have a negative number of them, or less is asked for than the SLO.
     """
     if config.tuning_seeds > len(TUNING_SEEDS):
         raise ConfigError(f"--tuning-seeds {config.tuning_seeds}: there are {len(TUNING_SEEDS)}")
+    if config.axis_seeds < 0:
+        raise ConfigError(f"--axis-seeds {config.axis_seeds}: must be at least 0")
     if config.seconds < 60:
         raise ConfigError(f"--seconds {config.seconds}: must be at least 60")
     validate_tune_share(config.tune_share, slo_share)

@@ -1,18 +1,21 @@
 """Which (block size, policy) pair to deploy for a load and an SLO; tuned static where none is better."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.axes import axis_rows, on_other_axes
 from fuel_ray.arena.cell import held_out_rows
-from fuel_ray.arena.comparison import attainment
+from fuel_ray.arena.comparison import Rows, attainment
 from fuel_ray.arena.config import RecommendConfig
 from fuel_ray.arena.pool import in_processes
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import Codec
+from fuel_ray.control import ControlLoop
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.catalogue import TUNED_STATIC, label
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
@@ -53,6 +56,8 @@ class Pair:
     met: bool  # the SLO, on most seeds
     how: str  # what was tuned
     fitted: Fitted | None = None  # of a learned policy
+    axes: Mapping[str, "Pair"] = field(default_factory=dict)  # under the pack's others, on the first seeds
+    attained_change: float = 0.0  # of one of these, by its axis, on the same seeds
 
     @property
     def energy_j_per_request(self) -> float:
@@ -62,6 +67,18 @@ class Pair:
     def against(self, other: "Pair") -> Interval:
         """Energy by the other's, paired by seed."""
         return paired_ratio(self.energy_j, other.energy_j, rng=np.random.default_rng(0))
+
+    def band_against(self, other: "Pair") -> tuple[float, float] | None:
+        """Lowest and highest of that over the clock axes; None where there is one.
+
+        Each is moved by what its axis changes on the seeds that it was played on.
+        """
+        ratio, ratios = self.against(other).mean, []
+        for axis, pair in self.axes.items():
+            n = len(pair.energy_j)
+            same = sum(self.energy_j[:n]) / sum(other.energy_j[:n])
+            ratios.append(ratio + pair.against(other.axes[axis]).mean - same)
+        return (min(ratio, *ratios), max(ratio, *ratios)) if ratios else None
 
 
 def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:
@@ -93,28 +110,46 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     alone = held_out(build(part="second half"), config.seeds, seconds=seconds, slos=slos)
     base = tune_on(tuning, _ASKED, share=config.tune_share)
     case = case_of(config, loop.node.spec, static=base.static, table=base.table)
+    others = on_other_axes(config, partial(_under_axis, config, kv_block_size), slos=slos)
     pairs = []
     for name, entry in ({TUNED_STATIC: TUNED_STATIC} | of_size(config.policies, kv_block_size)).items():
         (family, *_) = families(name, entry, case)
         policy, _ = tuned(family, tuning, _ASKED, share=base.share)
         rows = held_out_rows(name, policy, alone, _ASKED)
-        pairs.append(
-            Pair(
-                kv_block_size=kv_block_size,
-                policy=name,
-                asked=base.share,
-                tuned_rank=tuning.score(policy, _ASKED, share=base.share).rank(base.share),
-                energy_j=tuple(row["energy_j"] for row in rows),
-                requests=tuple(row["requests"] for row in rows),
-                attained=attainment(rows),
-                met=bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
-                how=_how(policy),
-                fitted=Fitted(Path(entry), policy.codec, policy.anchor, base.static)
-                if isinstance(policy, LearnedPolicy)
-                else None,
-            )
+        pair = Pair(
+            kv_block_size=kv_block_size,
+            policy=name,
+            asked=base.share,
+            tuned_rank=tuning.score(policy, _ASKED, share=base.share).rank(base.share),
+            **_outcome(rows),
+            how=_how(policy),
+            fitted=Fitted(Path(entry), policy.codec, policy.anchor, base.static)
+            if isinstance(policy, LearnedPolicy)
+            else None,
         )
+        under = {axis: axis_rows(name, policy, runs, _ASKED) for axis, runs in others.items()}
+        axes = {axis: _under(pair, rows[: len(own)], own) for axis, own in under.items()}
+        pairs.append(replace(pair, axes=axes))
     return pairs
+
+
+def _under_axis(config: RecommendConfig, kv_block_size: int, clock_axis: str) -> ControlLoop:
+    config = replace(config, clock_axis=clock_axis)
+    return build_loop(config, kv_block_size, horizon_s=float(config.seconds), part="second half")
+
+
+def _under(pair: Pair, same: Rows, own: Rows) -> Pair:
+    """The pair under another clock axis, and what it did on the same seeds under the twin's."""
+    return replace(pair, **_outcome(own), attained_change=attainment(own) - attainment(same))
+
+
+def _outcome(rows: Rows) -> dict[str, Any]:
+    return {
+        "energy_j": tuple(row["energy_j"] for row in rows),
+        "requests": tuple(row["requests"] for row in rows),
+        "attained": attainment(rows),
+        "met": bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
+    }
 
 
 def _how(policy: Policy) -> str:
@@ -129,11 +164,16 @@ def _how(policy: Policy) -> str:
     return ", ".join(parts) or "as trained"
 
 
-def line(pair: Pair) -> str:
-    """One pair, for the terminal."""
+def line(pair: Pair, static: Pair) -> str:
+    """One pair, for the terminal, beside tuned static at the same block size; [..] over the clock axes."""
+    shares = [pair.attained + change for change in (0.0, *(p.attained_change for p in pair.axes.values()))]
+    attained = f"{pair.attained:.3f}" + (
+        f" [{max(min(shares), 0.0):.3f}..{min(max(shares), 1.0):.3f}]" if pair.axes else ""
+    )
+    change = "" if pair is static else f", {_percent(pair.against(static))}{_band(pair, static)}"
     return (
         f"recommend  block {pair.kv_block_size:>3}  {label(pair.policy):<16}"
-        f" {pair.energy_j_per_request:7.2f} J/request  {pair.attained:.3f} of SLO  ({pair.how})"
+        f" {pair.energy_j_per_request:7.2f} J/request{change}  {attained} of SLO  ({pair.how})"
     )
 
 
@@ -143,7 +183,7 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     A pair is one of least energy that attains what was asked on the tuning seeds; a block size at which less
     can be had than at another counts as missing it. It is deployed if on the held-out seeds it meets the SLO,
     or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval of the difference
-    excludes none.
+    excludes none. Under no other clock axis may it be worse than tuned static, in energy or in this.
     """
     bar = (min if share is None else max)(pair.asked for pair in pairs)
 
@@ -165,10 +205,39 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
             f"Recommended: {_named(static)}. No other policy beats it: the best, {_named(best)}, uses "
             f"{_percent(change)} energy.{_warning(static, share)}"
         )
+    if refused := _refused(best, static, share):
+        return static, (
+            f"Recommended: {_named(static)}. {_named(best)} uses {_percent(change)} energy, but {refused}."
+            f"{_warning(static, share)}"
+        )
     others = [pair for pair in ranked if pair is not best]
     runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(best))}." if others else ""
-    saved = f"{_percent(change)} energy against {_named(static)}"
+    saved = f"{_percent(change)}{_band(best, static)} energy against {_named(static)}"
     return best, f"Recommended: {_named(best)}: {saved}.{runner_up}{_warning(best, share)}"
+
+
+def _refused(best: Pair, static: Pair, share: float | None) -> str:
+    """Under which clock axis the pair is worse than tuned static, and by how much; empty if under none.
+
+    The worst axis is named, and attainment that is lost comes before energy.
+    """
+    under = {axis: (pair, static.axes[axis]) for axis, pair in best.axes.items()}
+    lost = {axis: pair.attained for axis, (pair, other) in under.items() if not _meets(pair, other, share)}
+    if lost:
+        axis = min(lost, key=lambda name: lost[name])
+        pair, other = under[axis]
+        met = f"{pair.attained:.1%} of SLO in place of tuned static's {other.attained:.1%}"
+        return f"under the clock axis {axis} it attains {met}"
+    ratios = {axis: pair.against(other).mean for axis, (pair, other) in under.items()}
+    axis = max(ratios, key=lambda name: ratios[name], default="")
+    if not ratios or ratios[axis] <= 1.0:
+        return ""
+    return f"under the clock axis {axis} {ratios[axis] - 1:+.1%} against tuned static there"
+
+
+def _band(pair: Pair, other: Pair) -> str:
+    band = pair.band_against(other)
+    return "" if band is None else f" [{band[0] - 1:+.1%}..{band[1] - 1:+.1%}]"
 
 
 def _meets(pair: Pair, static: Pair, share: float | None) -> bool:

@@ -19,19 +19,29 @@ from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
 
 
-def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[str]) -> str:
+def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[str], notes: str) -> str:
     """Write what came of the cells as tables, pictures and CSV files; the text table is returned.
 
-    ``names`` of policies get a table of their own, a line per cell.
+    ``names`` of policies get a table of their own, a line per cell; ``notes`` say what the clock axis rests
+    on.
     """
     summaries = [row for cell in cells for row in summarise(cell)]
     write_csv(run_dir / "summary.csv", summaries)
-    episodes = [{"scenario": c["scenario"], "slo": c["slo"], **row} for c in cells for row in c["rows"]]
+    episodes = [{**_labels(cell), **row} for cell in cells for row in cell["rows"]]
     write_csv(run_dir / "episodes.csv", episodes)
+    axes = [(cell, axis, rows) for cell in cells for axis, rows in cell.get("axes", {}).items()]
+    if axes:
+        under = [{**_labels(cell), "clock_axis": axis, **row} for cell, axis, rows in axes for row in rows]
+        write_csv(run_dir / "clock_axes.csv", under)
+    noted = [notes] if notes else []
     heads = [headline(summaries, name) for name in names]
-    write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries)])])
+    write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries), *noted])])
     draw(summaries, run_dir)
-    return text(summaries)
+    return "\n\n".join([text(summaries), *noted])
+
+
+def _labels(cell: dict[str, Any]) -> dict[str, Any]:
+    return {"scenario": cell["scenario"], "slo": cell["slo"]}
 
 
 def facts(config: ArenaConfig) -> dict[str, Any]:

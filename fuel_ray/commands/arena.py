@@ -9,6 +9,7 @@ from fuel_ray.build.nodes import build_spec
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed
 from fuel_ray.record import make_folder, new_folder, write_json
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import check, check_sizes, names_of
 
 # Settings of a node that are not the user's here
@@ -44,6 +45,7 @@ def run(config: ArenaConfig) -> int:
     if config.resume is None:
         write_json(run_dir / "run.json", facts(config))
     cells = all_cells(config, run_dir)
-    print(f"\n{publish(cells, run_dir, names=names_of(config.policies))}")
-    print(f"\nmodelled, pack {config.pack}; wrote {run_dir}")
+    notes = load_pack(config.pack).clock_axis_notes
+    print(f"\n{publish(cells, run_dir, names=names_of(config.policies), notes=notes)}")
+    print(f"\nmodelled, pack {config.pack}, clock axis {config.clock_axis}; wrote {run_dir}")
     return 0

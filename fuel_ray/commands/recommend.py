@@ -11,6 +11,7 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.catalogue import label
 from fuel_ray.record import make_folder
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import check, is_folder, of_size
 from fuel_ray.workload.spec import parse_workload
 
@@ -52,10 +53,12 @@ def run(config: RecommendConfig) -> int:
     pairs: list[Pair] = []
     for found in by_size(config):
         for pair in found:
-            print(line(pair), flush=True)
+            print(line(pair, found[0]), flush=True)
         pairs += found
     pairs.sort(key=lambda pair: config.block_sizes.index(pair.kv_block_size))
     best, sentence = recommendation(pairs, share=config.slo.share)
+    if best.axes:
+        print(f"\n{load_pack(config.pack).clock_axis_notes}")
     print("\n" + sentence)
     if config.save is not None and best.fitted is not None:
         save(best, best.fitted, config)

@@ -102,7 +102,7 @@ class GpuNode:
         clock_mhz = self._spec.gpu_clocks_mhz[-1]
         if self._lease is not None:
             self._lease.renew()
-            clock_mhz = self._gpus.pin(knobs.gpu_clock_mhz)
+            clock_mhz = self._gpus.pin(self._spec.nearest_clock_mhz(knobs.gpu_clock_mhz))
         lowest, limit = self._spec.batch_limits
         if self._limiter is not None:
             self._limiter.set(min(max(knobs.batch_limit, lowest), limit))

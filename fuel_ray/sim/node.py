@@ -97,7 +97,7 @@ class SimulatedNode:
         lowest, highest = self._spec.batch_limits
         clock_mhz = knobs.gpu_clock_mhz
         if clock_mhz not in self._at:
-            clock_mhz = min(self._spec.gpu_clocks_mhz, key=lambda supported: abs(supported - clock_mhz))
+            clock_mhz = self._spec.nearest_clock_mhz(clock_mhz)
         self._knobs = Knobs(min(max(knobs.batch_limit, lowest), highest), clock_mhz)
         return self._knobs
 
