@@ -199,6 +199,8 @@ class ServingConfig:
     extra_features: tuple[str, ...] = ()
     """package.module:FEATURES, more features by name."""
     guard: GuardConfig = field(default_factory=GuardConfig)
+    allow_mismatch: bool = False
+    """Take policy folders that were trained on another file of their calibration pack."""
     seed: int = 0
     """Seed of everything random."""
     out: Path = Path("results")

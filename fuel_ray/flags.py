@@ -61,6 +61,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     (0.001, 0.5): "canary",
     (1, 65_535): "metrics_port port",
     (1, 10_000): "tuning_seeds",
+    (0, 10_000): "axis_seeds",
     (1, 256): "workers",
     (1e-6, 1e6): "request_rate power_cap_w",
     (0.01, 3600.0): "gpu_monitor_interval kv_monitor_interval",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,11 @@ WRONG = [
     ["sweep", "--grid-lowest-clock-share", "1.5"],
     ["sweep", "--guard.max-wait-s", "-1"],
     ["sweep", "--control-workload", "storm"],
+    ["sweep", "--axis-seeds", "-1"],
+    ["sweep", "--clock-axis", "nope"],
+    ["evaluate", "--clock-axis", "nope"],
+    ["arena", "--clock-axis", "nope"],
+    ["recommend", "--policies", "clipper", "--clock-axis", ""],
     ["sweep", "--nodes-per-trial", "0"],
     ["sweep", "--nodes-per-trial", "2"],
     ["sweep", "--node", "ray", "--conditional"],
@@ -142,6 +148,37 @@ def test_a_malformed_pack_is_named(content, capsys, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["pack.json"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"low": 3}, "clock_axis_variants, low: "),
+        ({"low": {"clock_axis": {"streaming": [1.0]}}}, "clock_axis_variants, low: clock_axis: its tables"),
+        ({"low": {"clock_axis": {"streams": [1.0]}}}, "low: it has no such entry: streams"),
+        ({"low": {"perf": {"idle": 3.0}}}, "low: it has no such entry: idle"),
+        ({"low": {"perf": {"idle_w": "a"}}}, "clock_axis_variants, low: "),
+        ({"nominal": {}}, "clock_axis_variants, nominal: that is the name"),
+        ([1], "malformed"),
+    ],
+    ids=str,
+)
+def test_a_broken_variant_of_the_clock_axis_is_named(changes, message, capsys, tmp_path):
+    shipped = resources.files("fuel_ray.sim") / "packs" / "h100-qwen3-8b.json"
+    path = tmp_path / "pack.json"
+    path.write_text(json.dumps({**json.loads(shipped.read_text()), "clock_axis_variants": changes}))
+    assert main(["evaluate", "--pack", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"pack {path}: malformed" in error and message in error
+
+
+def test_a_pack_of_the_older_format_is_refused_with_the_reason(capsys, tmp_path):
+    path = tmp_path / "pack.json"
+    path.write_text(json.dumps({"name": "h100-qwen3-8b", "gpu_clocks_mhz": {}}))
+    assert main(["sweep", "--pack", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"pack {path}: its format is 1, whose clock axis was another" in error and "calibrate" in error
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\x00", b'{"train": 3}', b'{"steps": 0}'])
 @pytest.mark.parametrize("flag", ["--config", "--resume"])
 def test_malformed_settings_are_named(flag, content, capsys, tmp_path):
@@ -198,7 +235,13 @@ def test_an_out_folder_that_cannot_be_made_is_named(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--block-sizes", "8"], ["--preset", "seed"], ["--train.lr", "0.1"], ["--slo-ttft-s", "2"]],
+    [
+        ["--clock-axis", "low"],
+        ["--block-sizes", "8"],
+        ["--preset", "seed"],
+        ["--train.lr", "0.1"],
+        ["--slo-ttft-s", "2"],
+    ],
     ids=" ".join,
 )
 def test_a_run_is_not_resumed_with_other_settings(flags, capsys, tmp_path):

@@ -132,7 +132,7 @@ def test_gymnasium_refuses_an_unknown_key():
         gymnasium.make(ENV_ID, block_size=32)
 
 
-@pytest.mark.parametrize(("preset", "actions"), [("default", 201), ("plain", 42), ("seed", 187)])
+@pytest.mark.parametrize(("preset", "actions"), [("default", 219), ("plain", 45), ("seed", 187)])
 def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions):
     env = gymnasium.make(ENV_ID, kv_block_size=32, preset=preset)
     assert env.action_space.n == actions

@@ -323,6 +323,7 @@ MISFITS = [
     ({"sizes": (32,)}, "trained for KV block size 32, the server has 16"),
     ({"model": "Llama"}, "trained for model Llama, the server has tiny"),
     ({"gpu_name": "NVIDIA A100"}, "trained for GPU NVIDIA A100, this is NVIDIA H100"),
+    ({"pack": "h100-qwen3-8b"}, "it was trained on pack h100-qwen3-8b as it was before"),
     ({"engine": "vLLM 0.20.2"}, "trained for vLLM 0.20.2, the server is vLLM 0.32.0"),
     ({"grid": ActionGrid((4,), (990, 1007))}, "the GPU does not support its clocks 1007 MHz"),
     ({"grid": ActionGrid((4, 64), (990,))}, "its highest batch limit is 64, the server's 32"),

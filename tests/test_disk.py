@@ -137,7 +137,7 @@ def test_a_pack_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monk
     pack.write_text("old")
     full_for(monkeypatch, lambda target: target == pack)
     profile = str(DATA / "h100_profile_20261125.jsonl")
-    words = ["calibrate", "--profile", profile, "--name", "n", "--gpu", "g", "--out", str(pack)]
+    words = ["calibrate", "--profile", profile, "--name", "n", "--gpu", "H100", "--out", str(pack)]
     assert main(words) == 1
     found = capsys.readouterr()
     assert found.err.startswith("fuel-ray: cannot write") and found.err.count("\n") == 1

@@ -62,6 +62,13 @@ def test_a_checkpoint_becomes_a_policy_folder(checkpoint, tmp_path):
     load_policy(checkpoint / "policy", build_spec(CONFIG, 16))
 
 
+def test_a_checkpoint_of_a_run_on_another_file_of_the_pack_says_so(checkpoint, tmp_path):
+    run_json = tmp_path / "sweep-1" / "run.json"
+    run_json.write_text(json.dumps({**json.loads(run_json.read_text()), "pack": {"sha256": "0" * 64}}))
+    assert main(["export", "--checkpoint", str(checkpoint)]) == 0
+    assert read_policy(checkpoint / "policy").manifest.pack_sha256 == "0" * 64
+
+
 def test_a_deployment_takes_a_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     flags = ["--allow-mismatch", "--max-steps", "2", "--interval", "0.1", "--clock-control", "off"]

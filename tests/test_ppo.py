@@ -183,5 +183,5 @@ def test_a_killed_training_goes_on_and_leaves_a_policy_that_needs_neither_ray_no
 def test_the_report_calls_the_learned_policy_as_its_algorithm():
     rows = pd.DataFrame({"policy": ["ppo", "max_performance"]})
     nothing = pd.DataFrame()
-    run = Run("run", {}, {"train.algorithm": "ppo"}, rows, nothing, nothing)
+    run = Run("run", {}, {"train.algorithm": "ppo"}, rows, nothing, nothing, nothing)
     assert run.policies == ["max_performance", "ppo"] and label(run.learned) == "learned (PPO)"

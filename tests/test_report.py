@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,8 @@ ENERGY_J = {
 }
 ATTAINMENT = {"max_performance": 0.998, "tuned_static": 0.962, "load_table": 0.957, "dqn": 0.958}
 CLOCK_MHZ = {"max_performance": 1980, "tuned_static": 1350, "load_table": 1280, "dqn": 1300}
+AXES = (("high", 1.1), ("nominal", 1.0), ("low", 0.8))
+AXIS_NOTES = "Comparisons with maximum performance hang on 1830 to 1980 MHz."
 LIMIT = {"max_performance": 256, "tuned_static": 48, "load_table": 52, "dqn": 58}
 
 
@@ -45,6 +47,10 @@ class Synthetic:
     pack: str = "synthetic-pack"
     command: str = "python experiments/sweep_block_size.py"
     unsupported: tuple[tuple[str, str], ...] = ()
+    axes: tuple[tuple[str, float], ...] = ()  # clock axes and how much more maximum performance uses there
+    axis_seeds: int = 2
+    notes: str = "Synthetic: invented for a test, not a GPU."
+    axis_notes: str = ""
 
 
 def write_run(folder, shape=Synthetic()):
@@ -52,6 +58,8 @@ def write_run(folder, shape=Synthetic()):
     folder.mkdir(exist_ok=True)
     _write_csv(folder / "summary.csv", _summary_rows(shape, rng))
     _write_csv(folder / "learning.csv", _learning_rows(shape, rng))
+    if shape.axes:
+        _write_csv(folder / "clock_axes.csv", _axis_rows(shape))
     with (folder / "steps.jsonl").open("w") as file:
         for step in _steps(shape, rng):
             file.write(json.dumps(step) + "\n")
@@ -75,6 +83,19 @@ def _summary_rows(shape, rng):
         for workload in shape.workloads
         for seed, effect in enumerate(seed_effects, start=1000)
     ]
+
+
+def _axis_rows(shape):
+    return [
+        {"clock_axis": axis, **row, **({ENERGY: row[ENERGY] * factor} if fastest(row) else {})}
+        for axis, factor in shape.axes
+        for row in _summary_rows(replace(shape, seeds=shape.axis_seeds), np.random.default_rng(0))
+        if row["workload"] == WORKLOADS[0]
+    ]
+
+
+def fastest(row):
+    return row["policy"] == "max_performance"
 
 
 def _summary_row(shape, size, policy, workload, seed, effect):
@@ -202,7 +223,8 @@ def _run_info(shape):
         "pack": {
             "name": shape.pack,
             "sha256": "ab" * 32,
-            "notes": "Synthetic: invented for a test, not a GPU.",
+            "notes": shape.notes,
+            "clock_axis_notes": shape.axis_notes,
         },
         "tuned": {str(size): tuned for size in shape.block_sizes},
         "unsupported": dict(shape.unsupported),
@@ -380,6 +402,59 @@ def test_the_terminal_table_has_a_row_per_policy_and_the_answer(full_report):
     assert max(len(line) for line in lines if "tuned static  " in line) <= 130
     assert "The learned policy's energy per request is 3." in text and "do not differ" in text
     assert text.isascii()
+
+
+# The clock axes
+
+
+@pytest.fixture(scope="module")
+def axes_run(tmp_path_factory):
+    shape = Synthetic(block_sizes=(16, 32), seeds=5, axes=AXES, axis_notes=AXIS_NOTES)
+    return write_run(tmp_path_factory.mktemp("axes") / "run", shape)
+
+
+def test_the_report_gives_the_band_over_the_clock_axes_in_a_sentence_of_its_own(axes_run):
+    page = prose(write_report(axes_run).read_text())
+    headline = re.search(r'<p class="headline">(.*?)</p>', page)[1]
+    assert "clock ax" not in headline
+    (bands,) = re.findall(r"Over the 3 clock axes .*?\.</p>", page)
+    assert "on 2 of the 5 held-out seeds" in bands
+    assert re.search(r"14\.\d to 37\.\d % less than under maximum performance", bands)
+    assert re.search(r"meets the SLO for 9\d\.\d to 9\d\.\d % of requests", bands)
+
+
+def test_the_section_on_the_clock_axis_says_what_rests_on_it_and_has_the_band_of_each_policy(axes_run):
+    page = prose(write_report(axes_run).read_text())
+    section = page.split("How much hangs on the clock axis?")[1].split("<h2>")[0]
+    assert f"Every saving is modelled over the GPU clock. {AXIS_NOTES}" in section
+    assert "of 3 axes (nominal, high, low)" in section
+    heads = re.findall(r"<th [^>]*>(.*?)</th>", section)
+    assert heads == ["policy", "vs static", "vs table", "vs max", "SLO met", "MHz"]
+    row = re.search(r"</i>tuned static</td>(.*?)</tr>", section)[1]
+    assert re.search(r"−2\d\.\d %<small>−3\d\.\d to −1\d\.\d</small>", row)
+    assert "1350</td>" in row  # the pair's clock, which no axis changes
+
+
+def test_the_terminals_table_of_the_clock_axes_has_columns_apart(axes_run):
+    shown = summary_table(axes_run)
+    lines = shown.split("clock axes\n")[1].splitlines()[:5]
+    columns = [re.split(r"  +", line.strip()) for line in lines]
+    assert columns[0] == ["policy", "vs static", "vs table", "vs max", "SLO met", "MHz"]
+    assert [len(row) for row in columns] == [6] * 5
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 150
+    assert shown.isascii()
+
+
+def test_a_run_without_other_axes_still_says_what_its_savings_rest_on(tmp_path):
+    page = report_of(tmp_path / "run", block_sizes=(16,), axis_notes=AXIS_NOTES)
+    assert AXIS_NOTES in page and "Over the" not in page
+
+
+def test_a_band_on_both_sides_of_nothing_is_said_as_such(tmp_path):
+    axes = (("nominal", 1.0), ("low", 0.6))
+    page = prose(report_of(tmp_path / "run", block_sizes=(16,), axes=axes, seeds=2))
+    assert "on all 2 held-out seeds" in page
+    assert re.search(r"31\.\d % less to 1\d\.\d % more than under maximum performance", page)
 
 
 def test_importing_fuel_ray_does_not_import_matplotlib():

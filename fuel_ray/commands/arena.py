@@ -8,7 +8,7 @@ from fuel_ray.arena.scenarios import scenarios_of
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed
-from fuel_ray.record import make_folder, new_folder, write_json
+from fuel_ray.record import make_folder, new_folder, read_json, write_json
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import check, check_sizes, names_of
 
@@ -33,9 +33,18 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
     scenarios_of(config.scenarios)
     if not config.slos:
         raise ConfigError("--slos: at least one of interactive, tight, seed")
+    _check_same_pack(config)
     check("--policies", config.policies, config, [build_spec(config, config.block_sizes[0])])
     check_sizes("--policies", config.policies, config.block_sizes)
     return replace(config, slos=tuple(dict.fromkeys(config.slos)))
+
+
+def _check_same_pack(config: ArenaConfig) -> None:
+    """Cells under two packs would be compared with each other."""
+    if config.resume is None:
+        return
+    if read_json(config.resume / "run.json").get("pack_sha256") != load_pack(config.pack).sha256:
+        raise ConfigError(f"--resume {config.resume}: pack {config.pack} is not the one that run began with")
 
 
 def run(config: ArenaConfig) -> int:

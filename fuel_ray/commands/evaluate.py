@@ -27,12 +27,13 @@ def parse(argv: list[str], *, prog: str) -> EvaluateConfig:
     config = parse_serving(EvaluateConfig, argv, prog=prog)
     if not config.static:
         raise ConfigError("--static needs at least one policy")
+    specs: list[NodeSpec] = []
     if config.node != "ray" or not config.live_server:  # those of a cluster say it once they are there
         spec = build_spec(config, config.block_sizes[0])
         for text in config.static:
             _static(text, spec)
-        sizes = [replace(spec, kv_block_size=size) for size in config.block_sizes]
-        check("--policies", config.policies, config, sizes)
+        specs = [replace(spec, kv_block_size=size) for size in config.block_sizes]
+    check("--policies", config.policies, config, specs)
     check_sizes("--policies", config.policies, config.block_sizes)
     if any(entry in CATALOGUE and CATALOGUE[entry].tuned for entry in config.policies):
         validate_tune_share(config.tune_share, config.slo_share)

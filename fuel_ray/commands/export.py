@@ -59,6 +59,8 @@ def run(config: ExportConfig) -> int:
     spec = _spec(settings, sizes[0], facts)
     engine = facts.get("engine") or "unknown"
     manifest = build_manifest(settings, spec, block_sizes=sizes, engine=engine)
+    trained_on = facts.get("pack", {}).get("sha256", manifest.pack_sha256)  # its file may have changed since
+    manifest = replace(manifest, pack_sha256=trained_on)
     folder = config.to or checkpoint / "policy"
     save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
     read_policy(folder, extra_features=config.extra_features)  # the settings may say another shape

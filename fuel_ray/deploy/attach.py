@@ -34,7 +34,8 @@ from fuel_ray.live.vllm.metrics import MetricsSnapshot
 from fuel_ray.live.vllm.server import ServedModel, plain_name, served_model, server_version
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
-from fuel_ray.sim.pack import Pack, load_pack
+from fuel_ray.policies.packs import pack_here, pack_mismatch
+from fuel_ray.sim.pack import Pack
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
@@ -67,7 +68,7 @@ class Target(Access):
     shadow: bool = False
     """Change nothing; record what the policy would have done."""
     allow_mismatch: bool = False
-    """Take a policy made for another model, GPU, vLLM, clocks or limits; never for another block size."""
+    """Take a policy made for another model, GPU, vLLM, pack, clocks or limits; never another block size."""
     guard: GuardConfig = _RULES
 
 
@@ -188,10 +189,8 @@ def _saving(folder: PolicyFolder | Rule, spec: NodeSpec) -> Callable[[StepRecord
 
 
 def _trained_on(folder: PolicyFolder) -> Pack | None:
-    with contextlib.suppress(ConfigError):
-        pack = load_pack(folder.manifest.pack)
-        return pack if pack.sha256 == folder.manifest.pack_sha256 else None
-    return None
+    pack = pack_here(folder.manifest)
+    return pack if pack is not None and pack.sha256 == folder.manifest.pack_sha256 else None
 
 
 def _objective(folder: PolicyFolder | Rule) -> Energy:
@@ -234,6 +233,8 @@ def _mismatches(
     folder: PolicyFolder, spec: NodeSpec, model: ServedModel, engine: str | None
 ) -> Iterator[str]:
     manifest, grid = folder.manifest, folder.codec.grid
+    if (changed := pack_mismatch(manifest, pack_here(manifest))) is not None:
+        yield f"it {changed}"
     if not model.fits(manifest.model):
         yield f"it was trained for model {manifest.model}, the server has {spec.model}"
     if spec.gpu_name != manifest.gpu_name:

@@ -171,7 +171,7 @@ class Recorder:
         reference_j = s["energy_j"] if shadow else s["energy_j"] + saved_j
         share = f" ({saved_j / reference_j:+.1%})" if reference_j else ""
         would = "would have saved" if shadow else "saved"
-        return f"the policy {would} {saved_j:.0f} J{share} over maximum performance, by the model"
+        return f"the policy {would} {saved_j:.0f} J{share} over maximum performance (modelled)"
 
     def _now_s(self) -> float:
         return time.monotonic() - self._began_s

@@ -12,6 +12,7 @@ import pandas as pd
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import LEARNED, REFERENCES
+from fuel_ray.sim.pack import NOMINAL
 from fuel_ray.stats import Interval, bootstrap_mean, relative_energy
 
 ENERGY = "energy_j_per_request"
@@ -114,21 +115,26 @@ def energy_against(
     return relative_energy(_by_seed(own[both]), _by_seed(other[both]))
 
 
-def over_axes(run: Run, policy: str, reference: str | None) -> dict[str, float]:
-    """By clock axis, the policy's energy over the reference's on the workload trained for, or its attainment.
+def energy_over_axes(run: Run, policy: str, reference: str) -> list[float]:
+    """The policy's energy over the reference's under each clock axis, the nominal one first."""
+    return _over_axes(run, lambda one: energy_against(one, policy, reference, workload=run.workloads[0]))
 
-    ``reference`` None asks for the attainment; empty where only one axis was evaluated.
-    """
-    found = {}
-    for axis in run.axes["clock_axis"].unique() if len(run.axes) else ():
-        under = replace(run, summary=where(run.axes, clock_axis=axis))
-        if reference is None:
-            of_axis = mean_over_seeds(under, "slo_attainment", workload=run.workloads[0], policy=policy)
-        else:
-            of_axis = energy_against(under, policy, reference, workload=run.workloads[0])
-        if of_axis is not None:
-            found[str(axis)] = of_axis.mean
-    return found
+
+def mean_over_axes(run: Run, column: str, policy: str) -> list[float]:
+    """The mean of a column under each clock axis, the nominal one first."""
+    return _over_axes(run, lambda one: mean_over_seeds(one, column, workload=run.workloads[0], policy=policy))
+
+
+def axis_names(run: Run) -> list[str]:
+    """The clock axes that were evaluated, the nominal one first; none where there is but one."""
+    names = map(str, run.axes["clock_axis"].unique() if len(run.axes) else ())
+    return sorted(names, key=lambda name: (name != NOMINAL, name))
+
+
+def _over_axes(run: Run, figure: Callable[[Run], Interval | None]) -> list[float]:
+    """A figure under each clock axis, on the workload trained for."""
+    under = (replace(run, summary=where(run.axes, clock_axis=axis)) for axis in axis_names(run))
+    return [found.mean for one in under if (found := figure(one)) is not None]
 
 
 def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int, int], Interval]:

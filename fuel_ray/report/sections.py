@@ -18,12 +18,9 @@ _TERMS = {
     "limit": "batch limit: requests that may run at once; the others wait",
     "weight on it": "reward per 100 MHz that a policy must gain to leave the table; at 10 it never does",
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
-    "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed",
+    "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed; "
+    "in that of the clock axes, the lowest to the highest",
 }
-_CLOCK_AXES = (
-    "Large: the pack's nominal clock axis. Small: the lowest and the highest of all axes that its data "
-    "allow, with the same policies and baselines, on fewer seeds and averaged over block sizes."
-)
 _LEARNING = (
     "Left, the reward with the random actions of training; it should rise until it is flat. Right, the "
     "greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing the SLO. "
@@ -70,9 +67,10 @@ def summary_table(run_dir: Path) -> str:
         lines += [f"workload {workload}", *tables.plain_results(run, workload=workload)]
         lines += [text.misses(run, workload=workload)]
         lines += [text.control(run, workload=workload), ""] if workload == run.control else [""]
-    axes = [*tables.plain_clock_axes(run), text.clock_axis(run), ""] if len(run.axes) else []
-    sentences = (text.headline(run), text.sample(run), text.block_sizes(run), text.origin(run))
-    return "\n".join([*lines, *axes, *sentences])
+    if len(run.axes):
+        lines += ["clock axes", *tables.plain_clock_axes(run), text.axis_table(run), ""]
+    answer = filter(None, (text.headline(run), text.bands(run), text.clock_axis(run)))
+    return "\n".join([*lines, *answer, text.sample(run), text.block_sizes(run), text.origin(run)])
 
 
 def _sections(run: Run) -> Iterator[str]:
@@ -81,11 +79,12 @@ def _sections(run: Run) -> Iterator[str]:
     for workload in [main, *(name for name in others if name != run.control)]:
         yield heading(f"Results on the {workload} workload")
         yield from _results(run, workload)
-    if len(run.axes):
+    if rests_on := text.clock_axis(run):
         yield heading("How much hangs on the clock axis?")
-        yield paragraph(text.clock_axis(run))
-        yield tables.clock_axes(run)
-        yield paragraph(_CLOCK_AXES, style="soft")
+        yield paragraph(rests_on)
+        if len(run.axes):
+            yield tables.clock_axes(run)
+            yield paragraph(text.axis_table(run), style="soft")
     yield heading("Do the block sizes differ?")
     yield paragraph(text.block_sizes(run))
     yield from _figures(run)
@@ -101,6 +100,7 @@ def _answer(run: Run) -> Iterator[str]:
     answer = text.headline(run)
     yield heading(f"fuel_ray: {run.name}", level=1)
     yield paragraph(answer, style="headline bad" if answer.startswith("Bad news") else "headline")
+    yield paragraph(text.bands(run))
     yield paragraph(text.sample(run), style="soft")
     yield tiles(_tiles(run))
     yield paragraph(text.origin(run))

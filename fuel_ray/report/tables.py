@@ -7,7 +7,16 @@ from typing import Any
 
 from fuel_ray.policies.catalogue import JUDGED_BY, color, label
 from fuel_ray.policies.static import LoadTable
-from fuel_ray.report.data import ENERGY, Run, digests, energy_against, mean_over_seeds, missed, over_axes
+from fuel_ray.report.data import (
+    ENERGY,
+    Run,
+    digests,
+    energy_against,
+    energy_over_axes,
+    mean_over_axes,
+    mean_over_seeds,
+    missed,
+)
 from fuel_ray.report.page import Cell, table
 from fuel_ray.report.text import percent
 from fuel_ray.stats import Interval
@@ -15,7 +24,7 @@ from fuel_ray.types import Knobs
 
 _AGAINST = ("J/request", "vs static", "vs table", "vs max", "SLO met")
 _MEAN = ("TTFT p99 s", "TPOT p99 ms", "MHz", "limit", "switches")
-_AXIS_HEAD = _AGAINST[1:]
+_AXIS_HEAD = (Cell("policy", style="text"), *map(Cell, (*_AGAINST[1:], "MHz")))
 _HEAD = (Cell("block"), Cell("policy", style="text"), *(Cell(name) for name in (*_AGAINST, *_MEAN)))
 _MEANS: dict[str, Callable[[float], str]] = {
     "ttft_p99_s": "{:.2f}".format,
@@ -40,44 +49,39 @@ def plain_results(run: Run, *, workload: str) -> list[str]:
     rows = [[cell.text for cell in _HEAD]]
     for size in run.block_sizes:
         rows += [[str(size), *(cell.text for cell in row)] for row in _rows(run, workload, size)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return [line.replace("−", "-").replace("–", "-") for line in lines]
+    return _plain(rows)
 
 
 def clock_axes(run: Run) -> str:
-    """What each policy saves and attains under every clock axis that the pack's data allow."""
-    rows = [
-        [Cell(label(policy), style="text", dot=color(policy, run.policies)), *_axis_cells(run, policy)]
-        for policy in run.policies
-    ]
-    head = [Cell("policy", style="text"), *map(Cell, _AXIS_HEAD)]
-    return table(head, [rows]) if len(run.axes) else ""
+    """What each policy saves, attains and chooses under every clock axis that the pack's data allow."""
+    rows = [_axis_row(run, policy) for policy in run.policies]
+    return table(_AXIS_HEAD, [rows]) if len(run.axes) else ""
 
 
 def plain_clock_axes(run: Run) -> list[str]:
-    """The same as lines of text: nominal, and from the lowest to the highest."""
-    if not len(run.axes):
-        return []
-    lines = ["clock axes: nominal (lowest to highest)" + "".join(f"{name:>24}" for name in _AXIS_HEAD)]
-    for policy in run.policies:
-        cells = _axis_cells(run, policy)
-        texts = (f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in cells)
-        lines.append(f"{label(policy):>39}" + "".join(f"{text:>24}" for text in texts))
-    return [line.replace("−", "-").replace("–", "-") for line in lines]
+    """The same as lines of text."""
+    rows = [_AXIS_HEAD, *(_axis_row(run, policy) for policy in run.policies)]
+    noted = [[f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row] for row in rows]
+    return _plain(noted) if len(run.axes) else []
 
 
-def _axis_cells(run: Run, policy: str) -> list[Cell]:
-    against = [{} if name == policy else over_axes(run, policy, name) for name in JUDGED_BY]
-    return [*(_band(ratios, change) for ratios in against), _band(over_axes(run, policy, None), percent)]
+def _axis_row(run: Run, policy: str) -> list[Cell]:
+    style = "text mine" if policy == run.learned else "text"
+    against = [[] if name == policy else energy_over_axes(run, policy, name) for name in JUDGED_BY]
+    return [
+        Cell(label(policy), style=style, dot=color(policy, run.policies)),
+        *(_band(ratios, change) for ratios in against),
+        _band(mean_over_axes(run, "slo_attainment", policy), percent),
+        _band(mean_over_axes(run, "mean_gpu_clock_mhz", policy), "{:.0f}".format),
+    ]
 
 
-def _band(by_axis: Mapping[str, float], form: Callable[[float], str]) -> Cell:
-    """The nominal axis's figure and, as its note, the lowest and the highest."""
+def _band(by_axis: Sequence[float], form: Callable[[float], str]) -> Cell:
+    """The nominal axis's figure and, as its note where they differ, the lowest and the highest."""
     if not by_axis:
         return Cell("–")
-    ends = (form(min(by_axis.values())), form(max(by_axis.values())))
-    return Cell(form(next(iter(by_axis.values()))), " to ".join(ends).replace(" %", ""))
+    low, high = form(min(by_axis)), form(max(by_axis))
+    return Cell(form(by_axis[0]), "" if low == high else f"{low} to {high}".replace(" %", ""))
 
 
 def span(interval: Interval, form: Callable[[float], str]) -> str:
@@ -127,6 +131,13 @@ def _listing(head: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], sty
 
     titles = [replace(cell, style=cell.style.removesuffix(" wrap")) for cell in cells(head)]
     return table(titles, [[cells(row) for row in rows] for rows in groups]) if groups else ""
+
+
+def _plain(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text under each other, in ASCII."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [line.replace("−", "-").replace("–", "-") for line in lines]
 
 
 def _rows(run: Run, workload: str, size: int) -> list[list[Cell]]:

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from fuel_ray.policies.catalogue import JUDGED_BY, LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.report.data import (
     Run,
+    axis_names,
     block_size_ratios,
     digests,
     energy_against,
+    energy_over_axes,
+    mean_over_axes,
     mean_over_seeds,
     missed,
-    over_axes,
 )
 from fuel_ray.stats import Interval
 
@@ -32,9 +34,7 @@ def headline(run: Run) -> str:
         return f"This run has no learned policy on the {workload} workload to judge."
     ratios = {name: energy_against(run, run.learned, name, workload=workload) for name in JUDGED_BY}
     energy = [
-        f"{_more(r)} than under {_IN_PROSE.get(name, label(name))}{_range(r)}{_axes(run, name)}"
-        for name, r in ratios.items()
-        if r is not None
+        f"{_more(r)} than under {_in_prose(name)}{_range(r)}" for name, r in ratios.items() if r is not None
     ]
     answer = f"learned policy's energy per request is {_and(energy)}, and it" if energy else "learned policy"
     news = _news(missed=missed(run, attainment), ratios=ratios)
@@ -48,13 +48,35 @@ def clock_axis(run: Run) -> str:
     return f"Every saving is modelled over the GPU clock. {notes}" if notes and simulated else ""
 
 
-def _axes(run: Run, reference: str) -> str:
-    """The same comparison from the lowest to the highest of the clock axes."""
-    ratios = over_axes(run, run.learned, reference).values()
-    if not ratios:
+def bands(run: Run) -> str:
+    """The headline from the lowest to the highest of the clock axes; nothing where there is but one."""
+    found = {name: energy_over_axes(run, run.learned, name) for name in JUDGED_BY}
+    ratios = {name: of_axes for name, of_axes in found.items() if of_axes}
+    shares = mean_over_axes(run, "slo_attainment", run.learned)
+    if not ratios or not shares:
         return ""
-    low, high = (f"{100 * (end(ratios) - 1):+.1f}" for end in (min, max))
-    return f" [{low} to {high} % over the clock axes]"
+    energy = [f"{_between(min(r), max(r))} than under {_in_prose(name)}" for name, r in ratios.items()]
+    return (
+        f"Over the {len(axis_names(run))} clock axes that the pack's data allow, {_axis_sample(run)}, its "
+        f"energy is {_and(energy)}, and it meets the SLO for {100 * min(shares):.1f} to "
+        f"{percent(max(shares))} of requests."
+    )
+
+
+def axis_table(run: Run) -> str:
+    """How to read the table over the clock axes."""
+    names = axis_names(run)
+    return (
+        "Each figure is under the pack's nominal clock axis and, in small print or brackets, from the lowest "
+        f"to the highest of {len(names)} axes ({', '.join(names)}): the same policies and baselines, nothing "
+        f"trained or tuned again, averaged over block sizes, {_axis_sample(run)}. MHz: the mean clock chosen."
+    )
+
+
+def _axis_sample(run: Run) -> str:
+    """Seeds of the clock axes, which may be fewer than the headline's."""
+    n, of = run.axes["seed"].nunique(), run.summary["seed"].nunique()
+    return f"on {'all' if n == of else f'{n} of the'} {of} held-out seeds"
 
 
 def sample(run: Run) -> str:
@@ -165,6 +187,10 @@ def _differs(ratio: Interval) -> bool:
     return ratio.excludes(1.0) and abs(ratio.mean - 1) >= SMALLEST_DIFFERENCE
 
 
+def _in_prose(policy: str) -> str:
+    return _IN_PROSE.get(policy, label(policy))
+
+
 def _more(ratio: Interval) -> str:
     return f"{percent(abs(ratio.mean - 1))} {'less' if ratio.mean < 1 else 'more'}"
 
@@ -172,10 +198,16 @@ def _more(ratio: Interval) -> str:
 def _range(ratio: Interval) -> str:
     if ratio.low is None or ratio.high is None:
         return ""
-    small, large = sorted((abs(ratio.low - 1), abs(ratio.high - 1)))
-    if not ratio.excludes(1.0):
-        return f" ({percent(1 - ratio.low)} less to {percent(ratio.high - 1)} more: no clear difference)"
-    return f" ({100 * small:.1f} to {percent(large)} {'less' if ratio.mean < 1 else 'more'})"
+    unclear = "" if ratio.excludes(1.0) else ": no clear difference"
+    return f" ({_between(ratio.low, ratio.high)}{unclear})"
+
+
+def _between(low: float, high: float) -> str:
+    """From one ratio to another, as changes."""
+    if low <= 1 <= high:
+        return f"{percent(1 - low)} less to {percent(high - 1)} more"
+    small, large = sorted((abs(low - 1), abs(high - 1)))
+    return f"{100 * small:.1f} to {percent(large)} {'less' if high < 1 else 'more'}"
 
 
 def _shares(run: Run, attainment: Interval) -> str:

@@ -1,5 +1,6 @@
 """How time and energy depend on the SM clock: small tables that can be checked against a data sheet."""
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,8 +43,8 @@ class ClockAxis:
             raise ValueError("clock_axis: its tables must have as many entries as clocks_mhz, at least one")
         if list(self.clocks_mhz) != sorted(set(self.clocks_mhz)):
             raise ValueError(f"clock_axis: clocks_mhz {self.clocks_mhz} must ascend")
-        if min(min(table) for table in tables) <= 0:
-            raise ValueError("clock_axis: every entry must be above 0")
+        if not all(0 < entry < math.inf for table in tables for entry in table):
+            raise ValueError("clock_axis: every entry must be a number above 0")
 
     def read(self, clock_mhz: float) -> tuple[float, float, float]:
         """Streaming, switched and idle at a clock."""

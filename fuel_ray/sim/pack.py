@@ -1,6 +1,7 @@
 """Calibration packs: how long an engine step takes and what power it draws, in plain Python."""
 
 import json
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
@@ -72,6 +73,9 @@ class Constants(NamedTuple):
     busy_cpu_util: float
     idle_cpu_w: float
     busy_cpu_w: float
+
+
+_CONSTANTS = frozenset(Constants._fields)
 
 
 def step_cost(
@@ -241,8 +245,12 @@ def load_pack(name_or_path: str, clock_axis: str = NOMINAL) -> Pack:
         raise ConfigError(f"pack {name_or_path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        pack = _parse_pack(json.loads(text), digest=sha256(text.encode()).hexdigest())
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        raw = json.loads(text)
+        _check_format(name_or_path, raw.get("format"))
+        pack = _parse_pack(raw, digest=sha256(text.encode()).hexdigest())
+    except KeyError as error:
+        raise ConfigError(f"pack {name_or_path}: malformed: it has no {error.args[0]}") from error
+    except (AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"pack {name_or_path}: malformed: {error}") from error
     return pack.with_axis(clock_axis)
 
@@ -254,13 +262,17 @@ def pack_fields(perf: PerfModel) -> dict[str, Any]:
     return {"format": FORMAT, "perf": rounded, "clock_axis": axis}
 
 
+def _check_format(name_or_path: str, found: Any) -> None:
+    if found == FORMAT:
+        return
+    said = "1, whose clock axis was another" if found is None else repr(found)
+    raise ConfigError(
+        f"pack {name_or_path}: its format is {said}; this version reads {FORMAT}: make it again by "
+        "`fuel-ray calibrate` from the profile that it was fitted to"
+    )
+
+
 def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
-    if raw.get("format") != FORMAT:
-        found = "1, whose clock axis was another" if "format" not in raw else repr(raw["format"])
-        raise ConfigError(
-            f"pack {raw.get('name')}: its format is {found}; this version reads {FORMAT}: make it again by "
-            "`fuel-ray calibrate` from the profile that it was fitted to"
-        )
     clocks = raw["gpu_clocks_mhz"]
     supported = tuple(range(clocks["min"], clocks["max"] + 1, clocks["step"]))
     if not supported or supported[-1] != clocks["max"]:
@@ -270,7 +282,7 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
     typed: dict[str, Any]
     typed = {f.name: f.type(raw[f.name]) for f in fields(Pack) if f.type in (int, str) and f.name in raw}
     typed.pop("clock_axis")  # a table in the file
-    axes = {name: _perf(raw, variant) for name, variant in raw.get("clock_axis_variants", {}).items()}
+    axes = {name: _variant(raw, name) for name in dict(raw.get("clock_axis_variants", {}))}
     return Pack(
         **typed,
         gpu_clocks_mhz=supported,
@@ -280,9 +292,26 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
     )
 
 
+def _variant(raw: dict[str, Any], name: str) -> PerfModel:
+    """The model under one of the other axes; what is wrong with it is said by its name."""
+    variant = raw["clock_axis_variants"][name]
+    try:
+        if name == NOMINAL:
+            raise ValueError("that is the name of the axis without variants")
+        return _perf(raw, variant)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"clock_axis_variants, {name}: {error}") from error
+
+
 def _perf(raw: dict[str, Any], variant: dict[str, Any]) -> PerfModel:
     """The model under an axis, whose entries replace those of the nominal one."""
     tables = raw["clock_axis"] | variant.get("clock_axis", {})
     constants = raw["perf"] | variant.get("perf", {})
+    unknown = {*variant} - {"clock_axis", "perf"} | {*tables} - {*AXIS_TABLES} | {*constants} - _CONSTANTS
+    if unknown:
+        raise ValueError(f"it has no such entry: {', '.join(sorted(unknown))}")
     columns = {name: tuple(map(float, tables[name])) for name in AXIS_TABLES}
-    return PerfModel(Constants(**{k: float(v) for k, v in constants.items()}), ClockAxis(**columns))
+    values = {name: float(constants[name]) for name in Constants._fields}
+    if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise ValueError(f"perf: {', '.join(wrong)}: not a finite number")
+    return PerfModel(Constants(**values), ClockAxis(**columns))

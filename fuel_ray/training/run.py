@@ -16,6 +16,7 @@ from fuel_ray.disk import disk_faults
 from fuel_ray.errors import ConfigError, DiskError, PolicyError, UnsupportedError
 from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.policies.learned import read_policy
+from fuel_ray.policies.packs import check_pack
 from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_json, write_json
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.trials import algorithm_of, start_ray
@@ -103,8 +104,7 @@ def _check(config: LearnConfig, workloads: Sequence[str]) -> None:
     algorithm_of(config)
     for workload in workloads:
         parse_workload(workload)
-    if config.start_from is not None:
-        read_policy(config.start_from, extra_features=config.extra_features)
+    _check_pack_of_start(config)
     if config.node == "ray":
         start_ray(config)
     if config.node == "live":
@@ -129,6 +129,18 @@ def check_start(config: LearnConfig, codec: Codec) -> None:
             f"--start-from {config.start_from}: its features, scales, SLO, action grid or head are not those "
             f"of this training; it has {len(start.codec.grid)} actions, this training {len(codec.grid)}"
         )
+
+
+def _check_pack_of_start(config: LearnConfig) -> None:
+    if config.start_from is None:
+        return
+    start = read_policy(config.start_from, extra_features=config.extra_features)
+    try:
+        check_pack(
+            start.path, start.manifest, pack=load_pack(config.pack), allow_mismatch=config.allow_mismatch
+        )
+    except PolicyError as error:
+        raise PolicyError(f"--start-from {error}") from error
 
 
 def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:

@@ -11,6 +11,7 @@ from fuel_ray.outside import made
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
 from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, Case, Contender, contender, untuned
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
+from fuel_ray.policies.packs import check_pack
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, NodeSpec, Slo
@@ -50,9 +51,12 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
 
     Raises:
         ConfigError: an entry stands for no policy.
-        PolicyError: a folder is malformed, or made for another node.
+        PolicyError: a folder is malformed, made for another node or trained on another file of its pack.
     """
     try:
+        for folder in (Path(entry) for entry in entries if is_folder(entry)):
+            pack, allowed = load_pack(config.pack), config.allow_mismatch
+            check_pack(folder, read_manifest(folder), pack=pack, allow_mismatch=allowed)
         for spec in specs:
             for entry in of_size(entries, spec.kv_block_size).values():
                 resolve(entry, case_of(config, spec)).make(0.0)
