@@ -331,7 +331,7 @@ def test_a_loaded_policy_controls_a_node_as_the_saved_one(saved):
 def test_a_policy_trained_with_running_scales_is_saved_with_them(tmp_path):
     config = replace(PRESETS["plain"], normalisation="running")
     loop = build_loop(config, 16, horizon_s=30.0)
-    net = DuelingQNet(13, limits=3, clocks=14, hidden=(), head="additive")
+    net = DuelingQNet(13, limits=3, clocks=15, hidden=(), head="additive")
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
     (tmp_path / "run.json").write_text('{"engine": "vllm 0.20.2"}')
     with resolve(config, run="r") as found:
@@ -362,7 +362,7 @@ def test_results_are_averaged_with_those_just_before():
 
 
 def test_a_smooth_head_acts_folded_as_it_was_trained():
-    net = DuelingQNet(13, limits=3, clocks=14, hidden=(8,), head="smooth")
+    net = DuelingQNet(13, limits=3, clocks=15, hidden=(8,), head="smooth")
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
     x = np.random.default_rng(0).random(13).astype(np.float32)
     acting = folded(arrays, clocks=14)
