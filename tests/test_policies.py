@@ -362,7 +362,7 @@ def test_results_are_averaged_with_those_just_before():
 
 
 def test_a_smooth_head_acts_folded_as_it_was_trained():
-    net = DuelingQNet(13, limits=3, clocks=15, hidden=(8,), head="smooth")
+    net = DuelingQNet(13, limits=3, clocks=14, hidden=(8,), head="smooth")
     arrays = {name: p.detach().numpy() for name, p in net.named_parameters()}
     x = np.random.default_rng(0).random(13).astype(np.float32)
     acting = folded(arrays, clocks=14)
