@@ -12,7 +12,7 @@ import pynvml
 import pytest
 
 from fuel_ray.cli import main
-from fuel_ray.errors import ConfigError, GpuError
+from fuel_ray.errors import ConfigError, DiskError, GpuError
 from fuel_ray.live.gpu import lease_state
 from fuel_ray.live.gpu.lease import ClockLease
 from fuel_ray.live.gpu.lease_state import owners, state_folder
@@ -298,7 +298,8 @@ def test_a_lease_waits_for_the_watchdog_of_an_owner_that_died_only_so_long(gpu, 
             ClockLease(["GPU-0"])
 
 
-def test_the_state_folder_is_the_first_that_can_be_written_to(monkeypatch, tmp_path):
+@pytest.mark.parametrize("refusal", [ConfigError, DiskError])  # a file in its place, or not this user's
+def test_the_state_folder_is_the_first_that_can_be_written_to(refusal, monkeypatch, tmp_path):
     monkeypatch.setenv("FUEL_RAY_STATE_DIR", str(tmp_path / "asked/for"))
     assert state_folder() == tmp_path / "asked/for"
     (tmp_path / "file").write_text("")
@@ -311,7 +312,7 @@ def test_the_state_folder_is_the_first_that_can_be_written_to(monkeypatch, tmp_p
 
     def make_folder(path):
         refused.append(path)
-        raise ConfigError("not writable")
+        raise refusal("not writable")
 
     monkeypatch.setattr("fuel_ray.live.gpu.lease_state.make_folder", make_folder)
     monkeypatch.setattr("fuel_ray.live.gpu.lease_state._private_folder", lambda path: path)

@@ -40,7 +40,7 @@ class ClockLease:
     Raises:
         GpuError: another controller has a GPU (the message names its pid and command), the watchdog does not
             start, or clocks that were left behind cannot be given back.
-        ConfigError: the state folder cannot be written to.
+        ConfigError, DiskError: as ``state_folder``.
     """
 
     def __init__(self, uuids: Sequence[str], *, folder: Path | None = None):

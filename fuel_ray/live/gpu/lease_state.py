@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from fuel_ray.errors import ConfigError, GpuError
+from fuel_ray.errors import ConfigError, DiskError, GpuError
 from fuel_ray.live.processes import lives, start_time
 from fuel_ray.record import make_folder, read_json, write_json
 
@@ -51,14 +51,15 @@ def state_folder() -> Path:
     /run/fuel-ray, $XDG_RUNTIME_DIR/fuel-ray, /tmp/fuel-ray-UID.
 
     Raises:
-        ConfigError: the folder cannot be made or written to, or it is another user's.
+        ConfigError: there is a file in its place, or it is another user's.
+        DiskError: it cannot be made or written to.
     """
     asked, runtime = os.environ.get(STATE_VARIABLE), os.environ.get("XDG_RUNTIME_DIR")
     if asked:
         make_folder(Path(asked))
         return Path(asked)
     for parent in ("/run", runtime):
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, DiskError):
             if parent:
                 make_folder(Path(parent) / "fuel-ray")
                 return Path(parent) / "fuel-ray"
