@@ -185,6 +185,12 @@ def test_a_gpu_that_is_not_there_is_not_left_out_of_a_sum(stub, tmp_path, monkey
     assert any("GPU 1 is not recorded" in line for line in result["missing"])
 
 
+def test_gpus_may_be_named_with_commas_between_them(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(), FakeGpu("GPU-1")))
+    code, result = benchmark(stub, tmp_path, "--gpu-ids", "0,1")
+    assert code == 0 and set(result["gpu_power_stats"]) == {"0", "1"}
+
+
 def test_a_counter_that_was_reset_is_not_believed(stub, tmp_path, monkeypatch):
     gpu = FakeGpu()
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(gpu))

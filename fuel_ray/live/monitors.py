@@ -111,7 +111,8 @@ def _elsewhere(gpus: dict[int, Gpus], server: str | Endpoint) -> Iterator[str]:
 def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
     """The GPUs that there are, by NVML's index; the others are noted as missing."""
     gpus: dict[int, Gpus] = {}
-    for which in ([],) if gpu_ids is None else ([name] for name in gpu_ids):
+    each = ([name] for entry in gpu_ids or () for name in entry.split(","))
+    for which in ([],) if gpu_ids is None else each:
         try:
             opened = Gpus(which, default=1)
             stack.callback(_close, opened)
