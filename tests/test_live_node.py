@@ -25,6 +25,7 @@ from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.stub_vllm import Stub, serving
 from tests.test_cpu import _domain
+from tests.test_foreign_load import page
 
 CLOCKS = (990, 1500, 1980)
 
@@ -209,6 +210,26 @@ def test_a_lost_gpu_is_an_error(node, gpu):
         node.measure(0.1)
 
 
+class Pages:
+    """A client of a server that shows these pages, one after the other."""
+
+    def __init__(self, *pages):
+        self.scrape, self.close = iter(pages).__next__, list
+
+
+def test_first_tokens_of_a_lost_window_leave_nobody_waiting(gpu, monkeypatch):
+    pages = [page(running=9), page(running=9, waiting=5), page(running=14, first_tokens=5)]
+    client = Pages(*pages, page(running=14, waiting=1, first_tokens=5))
+    spec = NodeSpec("live", "H100", ("GPU-0",), "tiny", 16, 300, (1, 32), (1980,))
+    with contextlib.closing(GpuNode(spec, Gpus(["GPU-0"]), client)) as node:
+        node.reset(seed=0)
+        node.measure(0.2)
+        with monkeypatch.context() as hanging, pytest.raises(TelemetryError, match="no reading"):
+            hanging.setattr(node._readings, "_entries", list)
+            node.measure(0.2)
+        assert node.measure(0.2).oldest_wait_s < 0.2
+
+
 def test_a_node_that_was_not_reset_cannot_be_measured(stub, gpu):
     node = live_node(stub)
     with pytest.raises(NodeError, match="reset"):
@@ -289,7 +310,8 @@ def test_a_window_is_measured_without_the_cpu_where_rapl_has_gone(stub, gpu, tmp
         node.reset(seed=0)
         (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
         window = node.measure(0.1)
-    assert window.cpu_energy_j is None and window.cpu_util is None and window.gpu_util == 0.9
+    assert window.cpu_energy_j is None and window.cpu_util is None
+    assert window.gpu_util == pytest.approx(0.9)
 
 
 def test_windows_have_what_the_card_gives(stub, gpu):

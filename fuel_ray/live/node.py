@@ -121,7 +121,11 @@ class GpuNode:
         self._sleep(max(0.0, begin.at_s + duration_s - self._clock()))
         end = self._read_mark()
         self._mark = end
-        return self._window(begin, end)
+        try:
+            return self._window(begin, end)
+        except NodeError:  # the next window begins here, and who got a first token in this one is not known
+            self._foreign = ForeignLoad()
+            raise
 
     def take_records(self) -> RequestRecords:
         """Records of the requests that ended since the last call, in order of their end."""
