@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fuel_ray.cluster import hosts, local
-from fuel_ray.errors import ConfigError
+from fuel_ray.errors import ConfigError, DiskError, NodeError
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,6 +101,24 @@ def test_a_cluster_of_another_version_is_told_with_both(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     with pytest.raises(ConfigError, match=r"Ray: 2\.9\.0 This process: Ray: 2\.60\.0"):
         hosts.connect(cluster=False)
+
+
+def test_a_host_whose_disk_fails_does_not_keep_the_others_from_being_heard(monkeypatch):
+    names = ("NodeID", "NodeManagerHostname", "NodeManagerAddress")
+    there = [dict.fromkeys(names, host) | {"Alive": True, "Resources": {}} for host in ("bad", "good")]
+    monkeypatch.setattr("ray.nodes", lambda: there)
+    monkeypatch.setattr(hosts, "_ask", lambda host, *_: host["NodeID"])
+    monkeypatch.setattr(hosts, "_skew_s", lambda host: 0.0)
+
+    def answer_of(task, *_):
+        if task == "bad":
+            raise DiskError("Permission denied")
+        return task
+
+    monkeypatch.setattr(hosts, "answer_of", answer_of)
+    bad, good = hosts.on_hosts(print, timeout_s=1.0)
+    assert good.answer == "good"
+    assert isinstance(bad.answer, NodeError) and str(bad.answer) == "Permission denied"
 
 
 @pytest.mark.ray

@@ -158,8 +158,8 @@ def on_hosts(function: Callable[..., Result], *args: Any, timeout_s: float) -> l
         try:
             answer = answer_of(task, "the host", max(0.1, deadline_s - time.monotonic()))
             skew_s = _skew_s(host)
-        except NodeError as error:
-            answer, skew_s = error, None
+        except (NodeError, DiskError) as error:
+            answer, skew_s = NodeError(str(error)), None
         answers.append(HostAnswer(name, dict(host["Resources"]), answer, skew_s))
     return answers
 
