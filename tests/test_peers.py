@@ -270,6 +270,15 @@ def test_linucb_takes_the_highest_clock_while_requests_wait_too_long():
     assert agft().decide(replace(BUSY, oldest_wait_s=1.5)).gpu_clock_mhz == 1980
 
 
+def test_linucb_does_not_learn_from_a_window_whose_limit_was_not_in_force():
+    policy = agft()
+    policy.decide(BUSY)
+    policy.decide(replace(BUSY, limit_acknowledged=False))
+    assert policy._tries.sum() == 0
+    policy.decide(replace(BUSY, limit_acknowledged=True))
+    assert policy._tries.sum() == 1
+
+
 def test_linucb_forgets_on_reset_what_it_was_not_told_to_keep():
     policy = agft()
     first = [policy.decide(BUSY) for _ in range(20)]

@@ -84,7 +84,8 @@ class AgftLinUcb:
         return alive
 
     def _reward(self, window: WindowMetrics) -> float | None:
-        if (attainment := window_attainment(window, self.slo)) is None:
+        attainment = window_attainment(window, self.slo)
+        if attainment is None or window.limit_acknowledged is False:
             return None
         self._energy_j += window.energy_j
         self._tokens += window.output_tokens
