@@ -143,3 +143,10 @@ def test_a_leased_limit_is_one_controllers_and_ends_when_it_is_killed(tmp_path):
     assert not path.exists()
     engine.step()
     assert engine.scheduler.max_num_active_reqs == CAPACITY
+
+
+def test_a_lease_that_begins_badly_can_be_tried_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as spoiled, pytest.raises(NodeError, match="corrupt"):
+        spoiled.setattr("fuel_ray.live.vllm.limiter.vllm_plugin.read_file", lambda path: None)
+        BatchLimiter(tmp_path / "limit", leased=True)
+    BatchLimiter(tmp_path / "limit", leased=True).close()

@@ -56,7 +56,11 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
             ) from None
         except OSError as error:
             raise NodeError(f"control file {self.path} cannot be made: {error}") from error
-        self._acknowledgement = Acknowledgement(self.path, self._read()[1], capacity=capacity)
+        try:
+            self._acknowledgement = Acknowledgement(self.path, self._read()[1], capacity=capacity)
+        except NodeError:
+            self._let_go()  # or this process could never lease it again
+            raise
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -116,6 +120,9 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
         with contextlib.suppress(NodeError):
             self.clear()
         self.path.unlink(missing_ok=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
             os.close(lease)
