@@ -1,10 +1,13 @@
 """The clock axis's form: fitted on one folder of published rows, its errors printed on another's.
 
     python benchmarks/clock_axis.py FIT_FOLDER TEST_FOLDER [--fit-tp 4] [--test-tp 8] [--reference-mhz 1830]
+        [--prefill]
 
 Each folder holds decode_grid.csv with the columns tp, batch, clock_mhz, latency_s and power_w_per_gpu, and
 the first also h100_idle_power_by_clock.csv (clock_mhz, idle_power_w_per_gpu). The second may lack one of the
-measured columns. Other columns and files, prefill_grid.csv and mixed_grid.csv among them, are left aside.
+measured columns. Other columns and files are left aside, prefill_grid.csv and mixed_grid.csv unless --prefill
+asks for them: per TP one time and one energy by token are fitted to the first folder's prefills of 512 tokens
+or more at its highest clock; what the clock makes of them is predicted.
 Fitted are, per GPU, at batch b and x = clock / highest clock:
 
     T = fixed + clocked / x + (fixed_seq + clocked_seq / x) b + streaming(clock) weights / (TP bandwidth)
@@ -17,8 +20,8 @@ between the clocks of the fit, flat beyond them.
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +33,11 @@ from fuel_ray.sim.clock_axis import ClockAxis
 from fuel_ray.sim.pack import PerfModel, load_pack
 
 BANDWIDTH_IS_FULL_FROM_MHZ = 1380  # batch-1 times of three TPs: the share by weight is the same from there on
-KEY = ["tp", "batch"]
+KEY = ["tp", "batch", "tokens"]  # of prompts
 MEASURED = ["latency_s", "power_w_per_gpu"]
 TURNS = 200
+BOUND_BY_ARITHMETIC_FROM = 512  # prompt tokens
+PREFILLS = ("prefill_grid.csv", "mixed_grid.csv")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Fit:
     energy_j: dict[str, float]
     weights_s: float  # on one GPU
     idle_w: float  # at the highest clock
+    prefill: Mapping[int, dict[str, float]] = field(default_factory=dict)  # its constants, by number of GPUs
 
     def model(self, tp: int) -> PerfModel:
         """As the twin has it, for one of ``tp`` GPUs."""
@@ -63,13 +69,16 @@ class Fit:
             graph_w=self.idle_w,
             graph_j=(e["hbm"] + e["weight"]) / tp + e["step"],
             graph_seq_j=e["seq"] / tp,
+            **self.prefill.get(tp, {}),
         )
         return PerfModel(constants, self.axis)
 
     def predicted(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The rows with their measured columns replaced by the model's."""
         models = {tp: self.model(tp) for tp in rows.tp.unique()}
-        costs = [models[row.tp].step_cost(row.batch, 0.0, 0, row.clock_mhz) for row in rows.itertuples()]
+        costs = [
+            models[row.tp].step_cost(row.batch, 0.0, row.tokens, row.clock_mhz) for row in rows.itertuples()
+        ]
         return rows.assign(latency_s=[c[0] for c in costs], power_w_per_gpu=[c[1] for c in costs])
 
 
@@ -87,17 +96,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference-mhz", type=int, default=1830, help="ratios are to it, or to the highest")
     parser.add_argument("--fit-tp", type=int, nargs="+", help="numbers of GPUs to fit on; default all")
     parser.add_argument("--test-tp", type=int, nargs="+", help="numbers of GPUs to test on; default all")
+    parser.add_argument("--prefill", action="store_true", help="errors of prefill and mixed steps too")
+    parser.add_argument(
+        "--prefill-clock-share",
+        type=positive,
+        default=load_pack("h100-qwen3-8b").perf.constants.prefill_clock_share,
+        help="of a prefill's time; default: the H100 pack's",
+    )
     flags = parser.parse_args(argv)
     weights_s = flags.weights_gb * 1e9 / (flags.bandwidth_tb_s * 1e12)
     try:
         rows, idle_w = read(flags.fit, flags.lowest_mhz, flags.fit_tp), read_idle(flags.fit)
         test = read(flags.test, flags.lowest_mhz, flags.test_tp)
         found = fitted(rows, idle_w, weights_s=weights_s)
+        prefills = {}
+        if flags.prefill:
+            known = read_prefill(flags.fit / PREFILLS[0], flags.lowest_mhz, None)
+            found = with_prefill(found, known, share=flags.prefill_clock_share)
+            tps = [tp for tp in found.prefill if tp in (flags.test_tp or found.prefill)]
+            prefills = {name: read_prefill(flags.test / name, flags.lowest_mhz, tps) for name in PREFILLS}
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_fit(found)
     print_errors(found, test, flags.reference_mhz)
+    for name, steps in prefills.items():
+        print(f"\n{name}, prefill_clock_share {flags.prefill_clock_share:g}")
+        print_errors(found, steps, flags.reference_mhz)
     return 0
 
 
@@ -111,16 +136,35 @@ def positive(text: str) -> float:
 def read(folder: Path, lowest_mhz: int, tps: list[int] | None) -> pd.DataFrame:
     """Means over contexts, which the rows do not tell apart; of the measured columns those that there are."""
     path = folder / "decode_grid.csv"
-    rows = _numbers(path, [*KEY, "clock_mhz"], optional=MEASURED)
+    rows = _numbers(path, ["tp", "batch", "clock_mhz"], optional=MEASURED).assign(tokens=0.0)
     measured = [name for name in MEASURED if name in rows]
     if not measured:
         raise ConfigError(f"{path}: it has neither of the columns {', '.join(MEASURED)}")
+    rows = _of(rows, path, lowest_mhz, tps)
+    return rows.groupby([*KEY, "clock_mhz"], as_index=False)[measured].mean()
+
+
+def read_prefill(path: Path, lowest_mhz: int, tps: list[int] | None) -> pd.DataFrame:
+    """Steps with prompt tokens: alone, in prefill_grid.csv, or in mixed_grid.csv beside decoding requests."""
+    alone = path.name == PREFILLS[0]
+    time, *powers = (
+        ["latency_s_tree", "power_w_per_gpu_tree", "power_w_per_gpu_measured_table"] if alone else MEASURED
+    )
+    batch = [] if alone else ["decode_batch"]
+    rows = _numbers(path, ["tp", *batch, "prefill_tokens", "clock_mhz", time], powers, all_rows=True)
+    power_w = rows.reindex(columns=powers).bfill(axis=1).iloc[:, 0]
+    rows = rows.assign(latency_s=rows[time], power_w_per_gpu=power_w, tokens=rows.prefill_tokens)
+    rows = rows.assign(batch=0.0 if alone else rows.decode_batch)
+    return _of(rows, path, lowest_mhz, tps)[[*KEY, "clock_mhz", *MEASURED]].reset_index(drop=True)
+
+
+def _of(rows: pd.DataFrame, path: Path, lowest_mhz: int, tps: list[int] | None) -> pd.DataFrame:
     there = sorted(rows.tp.unique())
     rows = rows[(rows.clock_mhz >= lowest_mhz) & rows.tp.isin(tps or there)]
     if rows.empty:
         known = ", ".join(f"{tp:g}" for tp in there)
         raise ConfigError(f"{path}: no row of these TP from {lowest_mhz} MHz on; it has TP {known or 'none'}")
-    return rows.groupby([*KEY, "clock_mhz"], as_index=False)[measured].mean()
+    return rows
 
 
 def read_idle(folder: Path) -> pd.Series:
@@ -129,8 +173,12 @@ def read_idle(folder: Path) -> pd.Series:
     return rows.groupby("clock_mhz").idle_power_w_per_gpu.mean()
 
 
-def _numbers(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.DataFrame:
+def _numbers(
+    path: Path, columns: list[str], optional: Sequence[str] = (), *, all_rows: bool = False
+) -> pd.DataFrame:
     """Rows that have a number in each of the columns, and in one of the optional ones where there are any.
+
+    With ``all_rows`` a row may lack all of the optional ones.
 
     Raises:
         ConfigError: the file, a column or a row is not there, or a number is not one above 0.
@@ -143,7 +191,11 @@ def _numbers(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd
         rows = rows[used].apply(pd.to_numeric).astype(float).dropna(subset=columns)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    rows = rows.dropna(subset=used[len(columns) :], how="all") if len(used) > len(columns) else rows
+    rows = (
+        rows.dropna(subset=used[len(columns) :], how="all")
+        if len(used) > len(columns) and not all_rows
+        else rows
+    )
     if rows.empty or ((rows <= 0) | np.isinf(rows)).any(axis=None):
         raise ConfigError(f"{path}: {'an entry is not a number above 0' if len(rows) else 'it has no row'}")
     return rows
@@ -198,6 +250,37 @@ def with_energies(start: Fit, rows: pd.DataFrame, tents: np.ndarray, idle: np.nd
     above_0 = tuple(np.maximum(switched, 0.01).tolist())
     axis = ClockAxis(start.axis.clocks_mhz, start.axis.streaming, above_0, start.axis.idle)
     return Fit(axis, start.time_s, energy, start.weights_s, start.idle_w)
+
+
+def with_prefill(found: Fit, rows: pd.DataFrame, *, share: float) -> Fit:
+    """Time and energy of a prompt token, of steps bound by arithmetic at the highest clock.
+
+    A token of a step bound by reading the weights takes what it does, relative to it, in the H100 pack.
+    """
+    base = load_pack("h100-qwen3-8b").perf.constants
+    long = rows[(rows.tokens >= BOUND_BY_ARITHMETIC_FROM) & (rows.clock_mhz == found.axis.clocks_mhz[-1])]
+    prefill = {}
+    for tp, steps in long.groupby("tp"):
+        m = found.model(tp).constants
+        known = steps.dropna()
+        energy_j = known.power_w_per_gpu * known.latency_s
+        of_weights_j = m.graph_w * m.decode_s + m.graph_j
+        if known.empty:
+            raise ConfigError(f"prefills of TP {tp:g} have no power")
+        columns = ({"by": known.tokens.to_numpy()}, (energy_j - of_weights_j).to_numpy())
+        token_j = relative_fit(*columns, of=energy_j.to_numpy())["by"]
+        token_s = relative_fit({"by": steps.tokens.to_numpy()}, steps.latency_s.to_numpy())["by"]
+        prefill[tp] = {
+            "prefill_token_s": token_s,
+            "mixed_token_s": token_s * base.mixed_token_s / base.prefill_token_s,
+            "prefill_token_j": token_j,
+            "prefill_attention_s": 0.0,
+            "prefill_clock": 1.0,  # times fall up to the highest clock
+            "prefill_clock_share": share,
+        }
+    if not prefill:
+        raise ConfigError(f"no prefill of {BOUND_BY_ARITHMETIC_FROM} tokens or more at the highest clock")
+    return replace(found, prefill=prefill)
 
 
 def print_fit(found: Fit) -> None:

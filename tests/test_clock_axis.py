@@ -306,6 +306,24 @@ def test_idle_power_at_two_clocks_does_not_make_an_axis() -> None:
     assert fit(three, base=PACK.perf).at(1080).idle_w == pytest.approx(50.0)
 
 
+@pytest.mark.parametrize("clocks_mhz", [(1080, 1530, 1980), (1380, 1680, 1980), (1380, 1980)])
+def test_streaming_by_clock_is_taken_over_at_every_clock(clocks_mhz: tuple[int, ...]) -> None:
+    """Also between and below the clocks that were profiled, where those alone would make it flat."""
+    costs = [
+        (b, ctx, mhz, PACK.perf.step_cost(b, b * ctx, 0, mhz)[:2])
+        for b in (1, 4, 16, 48)
+        for ctx in (200.0, 1000.0)
+        for mhz in clocks_mhz
+    ]
+    idle = tuple((float(mhz), PACK.perf.at(mhz).idle_w) for mhz in (1380, 1680, 1980))
+    decode = tuple(DecodePoint(b, ctx, *cost, float(mhz)) for b, ctx, mhz, cost in costs)
+    found = fit(Profile(decode, idle=idle), base=PACK.perf)
+    for mhz in (900, 1080, 1230, 1380, 1530, 1980):
+        assert found.axis.read(mhz)[0] == pytest.approx(PACK.perf.axis.read(mhz)[0])
+        ours, truth = (perf.step_cost(8, 4000.0, 0, mhz)[:2] for perf in (found, PACK.perf))
+        assert ours == pytest.approx(truth, rel=0.03), mhz
+
+
 def test_a_model_is_the_same_after_its_file() -> None:
     fields = pack_fields(PACK.perf)
     raw = json.loads(PACK_FILE.read_text())

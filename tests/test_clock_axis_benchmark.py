@@ -136,6 +136,64 @@ def test_rows_without_a_power_tell_their_times_still(
     assert row["time"] < 4 and np.isnan(row["power"]) and np.isnan(row["energy ratio"])
 
 
+def prefills(folder: Path, *, share: float = 0.725) -> Path:
+    """Prefills alone and beside decoding requests, of the form itself; all are bound by arithmetic."""
+    for name, batches in (("prefill_grid.csv", (0,)), ("mixed_grid.csv", (16, 64))):
+        rows = []
+        for i, mhz in enumerate(CLOCKS):
+            for tp in (4, 8):
+                for b in batches:
+                    for tokens in (1024, 4096):
+                        top_s = 1e-4 * tokens + b * 45e-6
+                        seconds = top_s * (1 + share * (1830 / mhz - 1))
+                        hbm, e = ENERGY_J["hbm"] / tp, ENERGY_J
+                        decode_s = (6.5 + 141.1 / 3.35 / tp) / 1e3 + b * 45e-6
+                        joules = hbm + (e["weight"] + e["seq"] * b) / tp + e["step"] + 0.05 * tokens
+                        joules += IDLE_W[-1] * (decode_s - top_s)
+                        power_w = IDLE_W[i] + (hbm + (joules - hbm) * SWITCHED[i]) / seconds
+                        rows.append((tp, b, tokens, mhz, seconds, power_w))
+        table = pd.DataFrame(
+            rows,
+            columns=["tp", "decode_batch", "prefill_tokens", "clock_mhz", "latency_s", "power_w_per_gpu"],
+        )
+        if name == "prefill_grid.csv":
+            tree = table.power_w_per_gpu.where(table.tp == 8)
+            table = table.assign(
+                latency_s_tree=table.latency_s,
+                power_w_per_gpu_tree=tree,
+                power_w_per_gpu_measured_table=table.power_w_per_gpu.where(table.tp == 4),
+            ).drop(columns=["decode_batch", "latency_s", "power_w_per_gpu"])
+        table.to_csv(folder / name, index=False)
+    return folder
+
+
+@pytest.mark.parametrize(("share", "off"), [(0.725, False), (0.3, True)])
+def test_the_benchmark_judges_prefill_and_mixed_steps(
+    tmp_path: Path, share: float, off: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prefills(grid(tmp_path / "a", (4, 8)), share=share)
+    assert benchmark.main([str(folder), str(folder), "--prefill"]) == 0
+    _, *said = re.split(r"(?=prefill_grid.csv,|mixed_grid.csv,)", capsys.readouterr().out)
+    assert [text.split(",")[0] for text in said] == ["prefill_grid.csv", "mixed_grid.csv"]
+    for text in said:
+        row = table_of(text.split("\n\n", 2)[1])["all", "1080"]
+        assert (row["time ratio"] > 15) == off and (row["time"] > 15) == off
+        if not off:
+            assert max(row.values()) < 4, row
+
+
+def test_prefill_that_is_not_there_is_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prefills(grid(tmp_path / "a", (4, 8)))
+    change(folder, lambda d: d[d.prefill_tokens < 1], name="prefill_grid.csv")
+    assert benchmark.main([str(folder), str(folder), "--prefill"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "prefill_grid.csv" in said
+    (folder / "prefill_grid.csv").unlink()
+    assert benchmark.main([str(folder), str(folder), "--prefill"]) == 2
+
+
 FAULTS = {
     "no file": (lambda f: (f / "decode_grid.csv").unlink(), (), "No such file"),
     "empty": (lambda f: (f / "decode_grid.csv").write_text(""), (), "No columns"),

@@ -12,7 +12,15 @@ import pandas as pd
 import pytest
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.report.data import ENERGY, Run
+from fuel_ray.report.data import (
+    ENERGY,
+    Run,
+    energy_against,
+    energy_over_axes,
+    load_run,
+    mean_over_axes,
+    where,
+)
 from fuel_ray.report.sections import summary_table, write_report
 from fuel_ray.report.text import origin
 
@@ -443,6 +451,29 @@ def test_the_terminals_table_of_the_clock_axes_has_columns_apart(axes_run):
     assert [len(row) for row in columns] == [6] * 5
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 150
     assert shown.isascii()
+
+
+def test_no_band_over_the_clock_axes_leaves_out_the_figure_of_all_seeds(tmp_path):
+    """The seeds on which every axis was played are few, and may be hard ones."""
+    folder = write_run(tmp_path / "run", Synthetic(block_sizes=(16,), seeds=5, axes=AXES))
+    for name in ("summary.csv", "clock_axes.csv"):
+        rows = pd.read_csv(folder / name)
+        hard = rows.seed < 1002
+        rows.slo_attainment = rows.slo_attainment.mask(hard, 0.90).mask(~hard, 0.999)
+        rows.energy_j_per_request *= 1 + 0.1 * (hard & (rows.policy == "dqn"))
+        rows.to_csv(folder / name, index=False)
+    run = load_run(folder)
+    against = ("dqn", "max_performance")
+    ratios = energy_over_axes(run, *against)
+    assert ratios[0] == pytest.approx(energy_against(run, *against, workload=WORKLOADS[0]).mean)
+    under_high = energy_against(replace(run, summary=where(run.axes, clock_axis="high")), *against,
+                                workload=WORKLOADS[0]).mean  # fmt: skip
+    under_nominal = energy_against(replace(run, summary=where(run.axes, clock_axis="nominal")), *against,
+                                   workload=WORKLOADS[0]).mean  # fmt: skip
+    assert ratios[1] - ratios[0] == pytest.approx(under_high - under_nominal)
+    shares = mean_over_axes(run, "slo_attainment", "dqn")
+    assert shares == pytest.approx([(2 * 0.90 + 3 * 0.999) / 5] * 3)
+    assert "by what each changes on 2 of the 5 held-out seeds" in prose(write_report(folder).read_text())
 
 
 def test_a_run_without_other_axes_still_says_what_its_savings_rest_on(tmp_path):

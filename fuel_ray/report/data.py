@@ -116,13 +116,19 @@ def energy_against(
 
 
 def energy_over_axes(run: Run, policy: str, reference: str) -> list[float]:
-    """The policy's energy over the reference's under each clock axis, the nominal one first."""
+    """The policy's energy over the reference's under each clock axis, the nominal one first.
+
+    Each is the figure of all seeds, moved by what the axis changes of it on those that it was played on.
+    """
     return _over_axes(run, lambda one: energy_against(one, policy, reference, workload=run.workloads[0]))
 
 
 def mean_over_axes(run: Run, column: str, policy: str) -> list[float]:
-    """The mean of a column under each clock axis, the nominal one first."""
-    return _over_axes(run, lambda one: mean_over_seeds(one, column, workload=run.workloads[0], policy=policy))
+    """The mean of a column under each clock axis, the nominal one first; moved likewise, shares to 0..1."""
+    means = _over_axes(
+        run, lambda one: mean_over_seeds(one, column, workload=run.workloads[0], policy=policy)
+    )
+    return [min(max(mean, 0.0), 1.0) for mean in means] if column == "slo_attainment" else means
 
 
 def axis_names(run: Run) -> list[str]:
@@ -133,8 +139,10 @@ def axis_names(run: Run) -> list[str]:
 
 def _over_axes(run: Run, figure: Callable[[Run], Interval | None]) -> list[float]:
     """A figure under each clock axis, on the workload trained for."""
-    under = (replace(run, summary=where(run.axes, clock_axis=axis)) for axis in axis_names(run))
-    return [found.mean for one in under if (found := figure(one)) is not None]
+    under = {axis: figure(replace(run, summary=where(run.axes, clock_axis=axis))) for axis in axis_names(run)}
+    of_all, of_same = figure(run), under.get(run.setting("clock_axis") or NOMINAL)
+    moved = of_all.mean - of_same.mean if of_all is not None and of_same is not None else 0.0
+    return [found.mean + moved for found in under.values() if found is not None]
 
 
 def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int, int], Interval]:

@@ -76,7 +76,11 @@ def axis_table(run: Run) -> str:
 def _axis_sample(run: Run) -> str:
     """Seeds of the clock axes, which may be fewer than the headline's."""
     n, of = run.axes["seed"].nunique(), run.summary["seed"].nunique()
-    return f"on {'all' if n == of else f'{n} of the'} {of} held-out seeds"
+    return (
+        f"on all {of} held-out seeds"
+        if n == of
+        else f"by what each changes on {n} of the {of} held-out seeds"
+    )
 
 
 def sample(run: Run) -> str:

@@ -193,10 +193,18 @@ def _idle_axis(profile: Profile, axis: ClockAxis) -> ClockAxis:
 
 
 def _at_clocks(axis: ClockAxis, clocks_mhz: Sequence[float], **columns: Sequence[float]) -> ClockAxis:
-    """The axis read at these clocks, with some of its columns replaced."""
-    streaming, switched, idle = zip(*map(axis.read, clocks_mhz), strict=True)
-    read: dict[str, Sequence[float]] = {"streaming": streaming, "switched": switched, "idle": idle} | columns
-    return ClockAxis(tuple(clocks_mhz), **{name: tuple(column) for name, column in read.items()})
+    """The axis with columns replaced by others over these clocks; the rest keeps the clocks that it has.
+
+    Below and above these clocks a column that is replaced goes on as it did, from its new ends.
+    """
+    others = (mhz for mhz in axis.clocks_mhz if min(abs(mhz - other) for other in clocks_mhz) >= 1.0)
+    every = sorted({*others, *clocks_mhz})
+    streaming, switched, idle = (np.array(c) for c in zip(*map(axis.read, every), strict=True))
+    read = {"streaming": streaming, "switched": switched, "idle": idle}
+    for name, column in columns.items():
+        goes_on = read[name] / np.interp(np.clip(every, clocks_mhz[0], clocks_mhz[-1]), every, read[name])
+        read[name] = np.interp(every, clocks_mhz, column) * goes_on
+    return ClockAxis(tuple(every), **{name: tuple(column.tolist()) for name, column in read.items()})
 
 
 def _fit_times(points: Sequence[DecodePoint], model: PerfModel) -> PerfModel:
