@@ -65,6 +65,7 @@ ADDRESSES = {
     "::1": "http://[::1]:8000",
     "fd00::2": "http://[fd00::2]:8000",
     "[::1]:9000": "http://[::1]:9000",
+    "http://[fe80::1%25eth0]:9000": "http://[fe80::1%eth0]:9000",
     "http://[::1]:9000/": "http://[::1]:9000",
     " HTTP://host:1 ": "http://host:1",
     "https://gw/team/llm": "https://gw/team/llm",

@@ -106,12 +106,19 @@ def _items(text: str, *, path: Path, line: int) -> Iterator[tuple[int, object]]:
         line += text.count("\n", counted, place)
         counted = place
         if text[place : place + 1] == "]":
+            _check_end(text, place + 1, path=path, line=line)
             return
         try:
             value, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{line}: {text[place : place + 60]!r} is not JSON") from error
         yield line, value
+
+
+def _check_end(text: str, place: int, *, path: Path, line: int) -> None:
+    if rest := text[place:].strip():
+        line += text.count("\n", place, text.index(rest, place))
+        raise ConfigError(f"{path}:{line}: {rest[:60]!r} follows the end of the array")
 
 
 def _decoded(text: str, *, path: Path, line: int) -> object:
