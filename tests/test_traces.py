@@ -433,6 +433,12 @@ def test_settings_packs_and_recorded_runs_may_have_a_byte_order_mark(tmp_path):
     assert read_json(tmp_path / "c.json") == {"steps": 7}
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/t", "a" * 5000])
+def test_a_path_that_there_cannot_be_is_refused_as_any_other(path):
+    with pytest.raises(ConfigError, match=r"No such file|File name too long"):
+        parse_workload(f"mooncake:path={path}")
+
+
 def test_evaluate_refuses_a_trace_in_one_line_with_exit_code_2(tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text(lines(recorded(block=16)))
     spec = f"mooncake:path={tmp_path / 't.jsonl'},block=512"

@@ -30,10 +30,10 @@ def opened(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
     Raises:
         ConfigError: it cannot be opened or unpacked, or is no text; also for what is read in the block.
     """
-    if path.is_dir():
-        names = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
-        raise ConfigError(f"{path}: a folder: give a file; in it are {names}")
     try:
+        if path.is_dir():
+            names = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+            raise ConfigError(f"{path}: a folder: give a file; in it are {names}")
         with path.open("rb") as file, _unpacked(path, file) as raw:
             yield io.TextIOWrapper(raw, encoding=_encoding(_head(raw)), newline=newline)
     except UnicodeDecodeError as error:
