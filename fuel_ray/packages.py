@@ -47,9 +47,8 @@ def numba_cache() -> str | None:
     """A folder for what numba compiles; None if it finds one itself, beside the package or in the home."""
     beside = Path(__file__).parent / "sim" / "__pycache__"
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    theirs = [
-        folder for folder in (beside, home / "numba") if folder.is_absolute()
-    ]  # a user may have no home
+    # Where a user has no home, ~ stays as it is
+    theirs = [folder for folder in (beside, home / "numba") if folder.is_absolute()]
     if "NUMBA_CACHE_DIR" in os.environ or any(map(_may_write, theirs)):
         return None
     own = Path(tempfile.gettempdir(), f"fuel-ray-numba-{os.geteuid()}")
