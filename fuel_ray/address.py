@@ -159,7 +159,7 @@ def _url(text: str, *, flag: str, port: int) -> tuple[str, str]:
         raise ConfigError(f"{flag} {shown(given)!r} is not an address like {example}: {why}") from None
     if parts.query or parts.fragment:
         raise ConfigError(f"{flag} {shown(given)}: give it without what follows the ? or #")
-    name = f"[{host}]" if ":" in host else host
+    name = f"[{host.replace('%25', '%')}]" if ":" in host else host  # of a zone, RFC 6874
     authority = name if own_port is None else f"{name}:{own_port}"
     url = f"{parts.scheme}://{authority}"
     if "@" in parts.netloc:

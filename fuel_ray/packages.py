@@ -46,8 +46,10 @@ def requirement(module: str) -> str:
 def numba_cache() -> str | None:
     """A folder for what numba compiles; None if it finds one itself, beside the package or in the home."""
     beside = Path(__file__).parent / "sim" / "__pycache__"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    if "NUMBA_CACHE_DIR" in os.environ or any(_may_write(folder) for folder in (beside, home / "numba")):
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    # Where a user has no home, ~ stays as it is
+    theirs = [folder for folder in (beside, home / "numba") if folder.is_absolute()]
+    if "NUMBA_CACHE_DIR" in os.environ or any(map(_may_write, theirs)):
         return None
     own = Path(tempfile.gettempdir(), f"fuel-ray-numba-{os.geteuid()}")
     try:
@@ -60,7 +62,7 @@ def numba_cache() -> str | None:
 
 
 def _may_write(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 

@@ -161,7 +161,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a table that ``write_csv`` wrote, as text; none if it is not there."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -174,7 +174,7 @@ def update_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def update_lines(path: Path, lines: Sequence[str]) -> None:
     """The same for JSON lines."""
     sizes = {json.loads(line)["block_size"] for line in lines}
-    there = path.read_text().splitlines() if path.exists() else []
+    there = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     write_lines(path, [*(line for line in there if json.loads(line)["block_size"] not in sizes), *lines])
 
 

@@ -120,6 +120,8 @@ class Stub:
             await _event(response, {"choices": [{"text": "x"}], "usage": None})
         prompt = body["prompt"]
         usage = {"prompt_tokens": len(prompt), "completion_tokens": tokens}
+        if self.completion == "infinite":
+            usage["completion_tokens"] = float("inf")
         if self.completion != "nousage":
             await _event(response, {"choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")

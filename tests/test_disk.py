@@ -144,6 +144,14 @@ def test_a_pack_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monk
     assert pack.read_text() == "old" and "left out" in found.out
 
 
+def test_a_pack_is_written_where_a_link_leads(tmp_path):
+    pack, link = tmp_path / "of-today.json", tmp_path / "pack.json"
+    link.symlink_to(pack)
+    profile = str(DATA / "h100_profile_20261125.jsonl")
+    assert main(["calibrate", "--profile", profile, "--name", "n", "--gpu", "H100", "--out", str(link)]) == 0
+    assert link.is_symlink() and read_json(pack)["name"] == "n"
+
+
 @pytest.mark.parametrize(
     "words", [["validate", "--json", str(DATA / "h100_trace_16_open5.json")], ["--help"]]
 )
@@ -183,7 +191,8 @@ def test_an_evaluation_that_finds_no_room_is_elsewhere_as_a_whole(tmp_path, monk
     assert "quota exceeded" in found.err
 
 
-def test_points_of_a_profile_that_find_no_room_are_elsewhere_and_whole(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_points_of_a_profile_that_find_no_room_are_elsewhere_and_whole(tmp_path, monkeypatch, capsys, number):
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(other))
@@ -192,15 +201,24 @@ def test_points_of_a_profile_that_find_no_room_are_elsewhere_and_whole(tmp_path,
     def full(fd, data):
         if b'"phase": "decode"' in data:
             write(fd, data[:20])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         return write(fd, data)
+
+    unlink = Path.unlink
+
+    def unlinked(path, **options):
+        if number == errno.EROFS and path.name == "profile.jsonl":
+            raise OSError(number, os.strerror(number))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlinked)
 
     monkeypatch.setattr("fuel_ray.record.os.write", full)
     partial = Path.open
 
     def opened(path, mode="r", **options):
         if path.name == "profile.jsonl.partial" and other not in path.parents:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         return partial(path, mode, **options)
 
     monkeypatch.setattr(Path, "open", opened)

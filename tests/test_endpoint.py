@@ -14,7 +14,7 @@ from aiohttp import web
 from fuel_ray.address import Access, concealed, key_of_flags, server_url, shown
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.load.loadgen import LoadGenerator
-from fuel_ray.live.vllm.endpoint import Endpoint
+from fuel_ray.live.vllm.endpoint import Endpoint, with_other_slash
 from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
 from fuel_ray.live.vllm.metrics import parse_metrics
 from fuel_ray.live.vllm.server import served_model, server_version
@@ -65,6 +65,7 @@ ADDRESSES = {
     "::1": "http://[::1]:8000",
     "fd00::2": "http://[fd00::2]:8000",
     "[::1]:9000": "http://[::1]:9000",
+    "http://[fe80::1%25eth0]:9000": "http://[fe80::1%eth0]:9000",
     "http://[::1]:9000/": "http://[::1]:9000",
     " HTTP://host:1 ": "http://host:1",
     "https://gw/team/llm": "https://gw/team/llm",
@@ -409,3 +410,11 @@ def test_a_model_that_is_not_there_is_not_blamed_on_a_path():
 def test_a_server_that_wants_a_certificate_of_its_clients_is_said():
     error = ssl.SSLError(1, "[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert certificate required")
     assert "certificate of its clients" in Endpoint.of("h").trouble("https://h", error)
+
+
+@pytest.mark.parametrize("location", ["http://[", "", None])
+def test_a_redirect_to_no_address_is_told_as_such(location):
+    server = Endpoint.of("http://gateway:80")
+    url = "http://gateway:80/v1/models"
+    assert with_other_slash(url, 307, location) is None
+    assert server.refusal(url, 307, location=location) == "HTTP 307: it sends to no address that can be read"

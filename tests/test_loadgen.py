@@ -73,6 +73,7 @@ def test_merged_chunks_are_counted_as_tokens():
         ("die", "Error"),
         ("short", "3 tokens came, 4"),
         ("nousage", "no usage"),
+        ("infinite", "OverflowError"),
         ("error", "engine died"),
         ("silent", "timed out"),
     ],

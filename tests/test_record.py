@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +17,7 @@ from fuel_ray.record import (
     make_folder,
     new_folder,
     publish,
+    read_csv,
     read_json,
     step_line,
     summary_fields,
@@ -129,3 +133,14 @@ def test_storage_that_cannot_be_used_is_named(storage, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match=f"--storage {storage}"):
         publish(tmp_path, storage)
+
+
+def test_tables_are_the_same_text_whatever_the_locale(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from fuel_ray.record import update_csv\n"
+        "rows = [{'block_size': size, 'workload': chr(252)} for size in (8, 16)]\n"
+        "for row in rows: update_csv(Path(sys.argv[1]), [row])"
+    )
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.csv")], env=plain, check=True)
+    assert [row["workload"] for row in read_csv(tmp_path / "t.csv")] == ["ü", "ü"]

@@ -146,6 +146,23 @@ def test_a_column_may_name_its_unit(read, header):
     assert read("azure", text).mean_rate_rps == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("header", ["Timestamp (min)", "timestamp_hours", "timestamp_end"])
+def test_a_column_in_another_unit_or_of_another_time_is_not_the_wanted_one(read, header):
+    with pytest.raises(ConfigError, match="no column 'TIMESTAMP'"):
+        read("azure", table(header=f"{header},ContextTokens,GeneratedTokens", time=str))
+    with pytest.raises(ConfigError, match="no column 'ContextTokens'"):
+        read("azure", table(header="TIMESTAMP,ContextTokens (k),GeneratedTokens"))
+
+
+@pytest.mark.parametrize("whole", [0, 12])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_comma_of_decimals_in_times_is_not_taken_for_one_of_thousands(read, whole, delimiter):
+    text = table(time=lambda i: f'"{whole}.{50 * i:03d}"').replace(",", delimiter).replace(".", ",")
+    with pytest.raises(ConfigError, match=r":2: .*(comma|no number)"):
+        read("azure", text)
+    assert read("azure", table(time=lambda i: f'"1,234,{i:03d}.5"')).mean_rate_rps == 1
+
+
 @pytest.mark.parametrize("full_only", [False, True])
 @pytest.mark.parametrize("block", [16, 32, 48, 64, 128, 256, 512, 1024])
 def test_blocks_of_any_size_are_told_from_the_prompts(read, caplog, block, full_only):
@@ -302,6 +319,9 @@ def test_failed_requests_as_pandas_writes_them_are_left_out(read):
         ("azure", table() + "2024-05-10 00:01:00,1", ":22: .*2 cells under a header of 3"),
         ("azure", table() + table(), ":22: 'TIMESTAMP"),
         ("azure", table().replace(" 00:00:07", '" 00:00:07'), "trace"),
+        ("azure", '"' + table(n=60) * 100, ":1: .*a quote that is not closed"),
+        ("azure", table(time=lambda i: 1e307 * (i - 9)), ":2: .*no time"),
+        ("azure", table(time=lambda i: 20240510000000 + i), "a date written as a number"),
         ("azure", table(end=",é").encode("latin-1"), "not UTF-8"),
         ("azure", gzip.compress(table().encode())[:60], "ended before"),
         ("azure", b"PK\x03\x04", "zip archive or a workbook"),
@@ -309,6 +329,7 @@ def test_failed_requests_as_pandas_writes_them_are_left_out(read):
         ("azure", b"\x28\xb5\x2f\xfd", "zstd"),
         ("mooncake", table(), ":1: 'TIMESTAMP.* is not JSON"),
         ("mooncake", lines(recorded(3)) + "{", ":4: '{' is not JSON"),
+        ("mooncake", 2 * f"[\n{json.dumps(recorded(1)[0])}\n]\n", r":4: '\[.* follows the end of the array"),
         (
             "mooncake",
             lines([row | {"input_length": -1} for row in recorded(2)]),
@@ -325,6 +346,8 @@ def test_failed_requests_as_pandas_writes_them_are_left_out(read):
         ("vllm", "[]", "no JSON object"),
         ("speeds", "speed\n1\n", ":1: 'speed'"),
         ("speeds", "1 nan", ":1: "),
+        ("speeds", "1 5000000", ":1: .*10,000"),
+        ("speeds", "10000 " * 10_001, "more than 100,000,000 requests"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(read, name, content, part):
@@ -408,6 +431,12 @@ def test_settings_packs_and_recorded_runs_may_have_a_byte_order_mark(tmp_path):
     run = Path(__file__).parent / "data" / "h100_trace_16_open5.json"
     assert recorded_runs.read_trace(str(marked(run))).energy_j == recorded_runs.read_trace(str(run)).energy_j
     assert read_json(tmp_path / "c.json") == {"steps": 7}
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/t", "a" * 5000])
+def test_a_path_that_there_cannot_be_is_refused_as_any_other(path):
+    with pytest.raises(ConfigError, match=r"No such file|File name too long"):
+        parse_workload(f"mooncake:path={path}")
 
 
 def test_evaluate_refuses_a_trace_in_one_line_with_exit_code_2(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Whether the hosts of a cluster.yaml answer by ssh, before `ray up` waits for them."""
 
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,7 @@ def file_checks(path: Path) -> list[Check]:
 
 
 def _ssh_check(host: str, user: str, key: str | None) -> Check:
-    identity = ["-i", str(Path(key).expanduser())] if key else []
+    identity = ["-i", os.path.expanduser(key)] if key else []
     options = (
         *("BatchMode=yes", f"ConnectTimeout={SSH_S}"),
         *("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"),

@@ -1,6 +1,7 @@
 """fuel-ray calibrate: fit a calibration pack to a profile of your own server."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def run(config: CalibrateConfig) -> int:
         print(f"dropped, more than 30 % off any fit: {point}")
     raw = _pack(config, profile, fit(profile, base=start), base=base, shape=shape)
     print(table(leave_one_out(profile, base=start)))
-    with whole(Path(config.out)) as file:
+    with whole(Path(os.path.realpath(config.out))) as file:  # a user's link stays one
         file.write(json.dumps(raw, indent=2) + "\n")
     load_pack(config.out)
     print(f"wrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")

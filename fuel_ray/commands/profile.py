@@ -99,7 +99,8 @@ def _kept_lines(path: Path) -> Iterator[Callable[[str], None]]:
         if lines and not whole:
             print(f"ended early, {len(lines)} points are kept in {path}", flush=True)
         if log.lost_lines:
-            path.unlink()  # a line of it may be torn
+            with contextlib.suppress(OSError):
+                path.unlink()  # a line of it may be torn
             write_or_keep(path.parent, {path.name: "".join(f"{line}\n" for line in lines)})
 
 

@@ -11,7 +11,9 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 MOST = 10_000_000  # tokens or requests per second; beyond it the file is damaged
 _MISSING = frozenset(("", "nan", "null", "none", "na", "n/a", "<na>", "-"))
-_GROUPED = re.compile(r"\d{1,3}(,\d{3})+(\.\d+)?")  # 1,234.5
+_GROUPED = re.compile(r"[1-9]\d{0,2}(,\d{3})+(\.\d+)?")  # 1,234.5
+_TWO_WAYS = re.compile(r"[1-9]\d{0,2},\d{3}")  # 1,234 may be 1.234
+NO_TIME = 1e19  # beyond any moment in ns since 1970, and so damaged
 _LAST_WORD = re.compile(r"^(.*?)[\s_]*[\s_(\[/]([a-zµμ]+)\s*[)\]]?\s*$", re.IGNORECASE)
 _UNIT_WORDS: dict[str, Unit] = {
     **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), "s"),
@@ -19,6 +21,7 @@ _UNIT_WORDS: dict[str, Unit] = {
     **dict.fromkeys(("us", "µs", "μs", "usec", "micros", "microsecond", "microseconds"), "us"),
     **dict.fromkeys(("ns", "nsec", "nanos", "nanosecond", "nanoseconds"), "ns"),
 }
+_ADDED_WORDS = frozenset(("utc", "gmt", "tokens"))  # to a column's name, which they leave what it is
 
 
 def count(value: object) -> int | None:
@@ -39,13 +42,15 @@ def time_of(value: object) -> float | None:
     """A time as a number in the file's own unit; None if it is missing.
 
     Raises:
-        ValueError: it is no finite number.
+        ValueError: it is no number that a time can be, or one of two.
     """
+    if isinstance(value, str) and _TWO_WAYS.fullmatch(value.strip()):
+        raise ValueError(f"{value!r} has a comma, of decimals or of thousands: write it without")
     try:
         number = _number(value)
     except ValueError as error:
         raise ValueError(f"{value!r} is no number, nor a date such as 2024-05-10 00:00:00.5") from error
-    if number is not None and not math.isfinite(number):
+    if number is not None and not abs(number) < NO_TIME:
         raise ValueError(f"{value!r} is no time")
     return number
 
@@ -88,7 +93,7 @@ def column(names: Iterable[str], wanted: str) -> tuple[str, Unit | None] | None:
             return name, None
     for name in names:
         words = _LAST_WORD.match(name)
-        if words and _plain(words[1]) == _plain(wanted):
+        if words and _plain(words[1]) == _plain(wanted) and words[2].lower() in _ADDED_WORDS | {*_UNIT_WORDS}:
             return name, _UNIT_WORDS.get(words[2].lower())
     return None
 

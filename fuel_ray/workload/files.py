@@ -30,10 +30,10 @@ def opened(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
     Raises:
         ConfigError: it cannot be opened or unpacked, or is no text; also for what is read in the block.
     """
-    if path.is_dir():
-        names = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
-        raise ConfigError(f"{path}: a folder: give a file; in it are {names}")
     try:
+        if path.is_dir():
+            names = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+            raise ConfigError(f"{path}: a folder: give a file; in it are {names}")
         with path.open("rb") as file, _unpacked(path, file) as raw:
             yield io.TextIOWrapper(raw, encoding=_encoding(_head(raw)), newline=newline)
     except UnicodeDecodeError as error:
@@ -106,12 +106,19 @@ def _items(text: str, *, path: Path, line: int) -> Iterator[tuple[int, object]]:
         line += text.count("\n", counted, place)
         counted = place
         if text[place : place + 1] == "]":
+            _check_end(text, place + 1, path=path, line=line)
             return
         try:
             value, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}:{line}: {text[place : place + 60]!r} is not JSON") from error
         yield line, value
+
+
+def _check_end(text: str, place: int, *, path: Path, line: int) -> None:
+    if rest := text[place:].strip():
+        line += text.count("\n", place, text.index(rest, place))
+        raise ConfigError(f"{path}:{line}: {rest[:60]!r} follows the end of the array")
 
 
 def _decoded(text: str, *, path: Path, line: int) -> object:

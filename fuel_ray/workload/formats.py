@@ -20,6 +20,7 @@ _BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 _SHIPPED = ("arrival_s", "prompt_tokens", "output_tokens")
 _JSON = ("timestamp", "input_length", "output_length", "hash_ids")
 _VLLM = ("start_times", "input_lens", "output_lens")
+_MOST_RPS, _MOST_REQUESTS = 10_000, 100_000_000  # of speeds, which are drawn all at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def read_speeds(path: Path) -> tuple[int, ...]:
         )
     if not any(speeds):
         raise ConfigError(f"{path}: no second with a request")
+    if sum(speeds) > _MOST_REQUESTS:
+        raise ConfigError(f"{path}: more than {_MOST_REQUESTS:,} requests")
     return speeds
 
 
@@ -113,6 +116,8 @@ def _speeds(path: Path, number: int, line: str) -> list[int]:
 def _whole(text: str) -> int:
     if (number := count(text)) is None:
         raise ValueError(f"{text!r} is no number")
+    if number > _MOST_RPS:
+        raise ValueError(f"{text} is more than {_MOST_RPS:,}")
     return number
 
 

@@ -1,5 +1,6 @@
 """From the text form of a workload to the workload: every name, key and default is here."""
 
+import os
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol, cast
@@ -214,7 +215,7 @@ def _path(options: Options) -> Path:
     path = options.text_of("path")
     if path is None:
         raise options.error("path is missing; path=FILE")
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))  # pathlib's raises where there is no such home
 
 
 _NEEDS = ("name", "period_s", "mean_rate_rps", "halves", "generate", "digest")  # of a Workload

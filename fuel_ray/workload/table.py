@@ -10,7 +10,17 @@ from typing import NamedTuple
 import numpy as np
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.workload.cells import MOST, Unit, column, count, is_date, missing, seconds_of_date, time_of
+from fuel_ray.workload.cells import (
+    MOST,
+    NO_TIME,
+    Unit,
+    column,
+    count,
+    is_date,
+    missing,
+    seconds_of_date,
+    time_of,
+)
 from fuel_ray.workload.files import opened
 
 Request = tuple[float, int, int]  # time, prompt tokens, output tokens: 0 if it failed
@@ -64,7 +74,7 @@ def read_table(path: Path, names: tuple[str, str, str]) -> Columns:
     """
     clock = Clock()
     with opened(path, newline="") as text:
-        reader, header = _reader(text)
+        reader, header = _reader(path, text)
         found = [column(header, name) for name in names]
         if absent := [name for name, place in zip(names, found, strict=True) if place is None]:
             there = ", ".join(header) or "nothing"
@@ -98,7 +108,7 @@ def as_arrays(requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray, np.n
     return np.array(time, np.float64), np.array(prompt_tokens, np.int32), np.array(output_tokens, np.int32)
 
 
-def _reader(text: Iterable[str]) -> tuple[Iterator[tuple[int, list[str]]], list[str]]:
+def _reader(path: Path, text: Iterable[str]) -> tuple[Iterator[tuple[int, list[str]]], list[str]]:
     """Lines and cells of the rows that are not empty, and the header, which tells what parts the cells."""
     lines, skipped, first = iter(text), 0, ""
     for first in lines:
@@ -107,7 +117,10 @@ def _reader(text: Iterable[str]) -> tuple[Iterator[tuple[int, list[str]]], list[
         skipped += 1
     delimiter = max(_DELIMITERS, key=first.count)
     reader = csv.reader(chain([first], lines), delimiter=delimiter, skipinitialspace=True)
-    header = [name.strip() for name in next(reader, [])]
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ConfigError(f"{path}:{skipped + 1}: {error}: a quote that is not closed?") from error
     return ((skipped + reader.line_num, cells) for cells in reader if any(cells)), header
 
 
@@ -145,7 +158,7 @@ def _at_once(
         raise ValueError
     time = np.array([*map(_moment, times)] if dated else [*map(float, times)])
     tokens = np.array([[*map(float, prompt_tokens)], [*map(float, output_tokens)]])
-    if not (np.isfinite(time).all() and ((tokens >= 0) & (tokens <= MOST) & (tokens % 1 == 0)).all()):
+    if not ((np.abs(time) < NO_TIME).all() and ((tokens >= 0) & (tokens <= MOST) & (tokens % 1 == 0)).all()):
         raise ValueError
     return time, *tokens.astype(np.int32)
 

@@ -14,6 +14,7 @@ _PER_SECOND: dict[Unit, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 _FASTEST_RPS = 200.0  # mean of a whole trace; of the published ones, none is above 50
 _IMPOSSIBLE_RPS = 1 / 3600, 1000.0
 _EPOCH_S = 1e9, 2.2e9  # 2001 to 2039, since 1970
+_NO_TIME_S = 1e10  # neither since 1970 nor since anything else; 20240510000000 is a date
 _NEARLY_ALL = 0.9  # of the prompts
 LARGEST_BLOCK = 1 << 16  # tokens
 _TOLD = (
@@ -39,6 +40,9 @@ def in_seconds(
     unit = (
         known or _epoch_unit(time) or _likely_unit(time, source=source, usual=usual, slowest_rps=slowest_rps)
     )
+    if time[-1] / _PER_SECOND[unit] > _NO_TIME_S:
+        example = "a date written as a number? It is read as 2024-05-10 00:00:00"
+        raise ConfigError(f"{source}: {time[-1]:.15g} {unit} is no time of a trace: {example}")
     if known is None and unit != usual:
         said = "%s: timestamps read as %s, %s; in %s, the format's unit, %s; unit=%s sets it by hand"
         there = _rate_in(time, unit), usual, _rate_in(time, usual)

@@ -12,6 +12,7 @@ import aiohttp
 from fuel_ray.live.vllm.endpoint import Endpoint, with_other_slash
 
 _DONE = "[DONE]"
+_NO_ANSWER = (ValueError, TypeError, OverflowError, RecursionError)  # what came is no JSON of vLLM's
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Completions:
             attempt.finished_s = last_token_s if attempt.error is None else None
         except TimeoutError:
             attempt.error = f"timed out after {self._timeout_s} s"
-        except (aiohttp.ClientError, OSError, ValueError, TypeError) as error:
+        except (aiohttp.ClientError, OSError, *_NO_ANSWER) as error:
             attempt.error = f"{type(error).__name__}: {self._server.trouble(self._url, _cause(error))}"
 
     async def _post(self, body: bytes) -> aiohttp.ClientResponse:

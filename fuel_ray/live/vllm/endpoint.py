@@ -122,7 +122,7 @@ class Endpoint:
     def refusal(self, url: str, status: int, *, location: str | None = None, words: str = "") -> str:
         """What a status other than 200 means, in the server's words, and which setting to give."""
         if status in REDIRECTS:
-            return f"HTTP {status}: {self._elsewhere(url, location or '')}"
+            return f"HTTP {status}: {self._elsewhere(url, location)}"
         said = " ".join(self.without_secrets(words).split())[:_WORDS]
         advice = self._key_advice() if status in (401, 403) else None
         if status == 404 and "model" not in said.lower():  # of a model that is not there the words are enough
@@ -195,8 +195,10 @@ class Endpoint:
             advice += f"; where metrics are elsewhere, in {self.setting('metrics-url')}"
         return advice
 
-    def _elsewhere(self, url: str, location: str) -> str:
-        place, page = shown(urljoin(url, location)).rstrip("/"), url.removeprefix(self.url).rstrip("/")
+    def _elsewhere(self, url: str, location: str | None) -> str:
+        if (target := _target(url, location)) is None:
+            return "it sends to no address that can be read"
+        place, page = shown(target).rstrip("/"), url.removeprefix(self.url).rstrip("/")
         if page == url and place.rpartition("/")[2] == url.rpartition("/")[2]:
             return f"it is elsewhere; give {self.setting('metrics-url')} {place}"
         if place.endswith(page):
@@ -217,9 +219,9 @@ def with_other_slash(url: str, status: int, location: str | None) -> str | None:
 
     A gateway's back end may call its host and path by other names; they stay those that were asked.
     """
-    if status not in REDIRECTS or not location:
+    if status not in REDIRECTS or (target := _target(url, location)) is None:
         return None
-    asked, there = urlsplit(url).path, urlsplit(urljoin(url, location)).path
+    asked, there = urlsplit(url).path, urlsplit(target).path
     is_same = bool(there.strip("/")) and asked.rstrip("/").endswith(there.rstrip("/"))
     if not is_same or asked.endswith("/") == there.endswith("/"):
         return None
@@ -285,6 +287,14 @@ def decoded(body: bytes, encoding: str | None, *, most_bytes: int = 2**26) -> by
     except zlib.error as error:
         raise OSError(f"the compressed answer is damaged: {error}") from error
     return found
+
+
+def _target(url: str, location: str | None) -> str | None:
+    """Where a redirect sends to; None if it does not say, or says no address."""
+    try:
+        return urljoin(url, location) if location else None
+    except ValueError:
+        return None
 
 
 def _origin(url: str) -> tuple[str, str | None, int]:
