@@ -100,12 +100,12 @@ def _elsewhere(gpus: dict[int, Gpus], server: str | Endpoint) -> Iterator[str]:
     """A line if the server is seen to be on other cards than these."""
     if gpus:
         url = server.url if isinstance(server, Endpoint) else server
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(GpuError), contextlib.ExitStack() as stack:  # lost since: its samples say so
             together = Gpus([opened.devices[0].uuid for opened in gpus.values()])
             stack.callback(_close, together)
             found = placement_of(together, url)
-        if found.found == "wrong":
-            yield found.text
+            if found.found == "wrong":
+                yield found.text
 
 
 def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
