@@ -14,6 +14,7 @@ from fuel_ray.errors import ConfigError, DiskError
 # Of the machine, not of what was asked for
 _NAMES = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENAMETOOLONG EIO ESTALE ENODEV ENOTCONN EMFILE ENFILE EBUSY"
 FAULTS = frozenset(getattr(errno, name) for name in _NAMES.split())
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})  # of a disk alone
 _STEM = 60  # letters of a name, so that a temporary one is never too long
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 

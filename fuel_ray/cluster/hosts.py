@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fuel_ray.cluster.local import start_local, temp_folder
-from fuel_ray.disk import FAULTS
+from fuel_ray.disk import NO_ROOM
 from fuel_ray.disk import reason as disk_reason
 from fuel_ray.errors import ConfigError, DiskError, FuelRayError, NodeError
 
@@ -191,7 +191,7 @@ def answer_of(reference: Any, what: str, timeout_s: float) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, FuelRayError):
             raise error.cause from None
-        if isinstance(error.cause, OSError) and error.cause.errno in FAULTS:
+        if isinstance(error.cause, OSError) and error.cause.errno in NO_ROOM:
             raise DiskError(f"{what} failed: {disk_reason(error.cause)}") from error
         raise NodeError(f"{what} failed: {error.cause!r}") from error
     except GetTimeoutError as error:
