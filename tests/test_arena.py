@@ -459,6 +459,16 @@ def test_a_policy_that_is_worse_under_a_clock_axis_is_refused_and_that_is_said(u
     assert "learned (DQN) at block size 16" in said and "uses -20.0%" in said and f"under {reason}." in said
 
 
+def test_where_the_best_is_refused_the_next_is_recommended():
+    refused = dqn_under(low=(1.32, 0.96), high=(0.936, 0.96))
+    table = replace(
+        pair("load_table", 16, [e * 0.9 for e in NOISY]),
+        axes=axes_of(NOISY, low=(1.1, 0.96), high=(0.8, 0.96)),
+    )
+    best, said = recommendation([STATIC_AXES, refused, table], share=0.95)
+    assert best.policy == "load_table" and "learned (DQN) at block size 16" in said and ", but under" in said
+
+
 # Training on any load
 
 

@@ -183,7 +183,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     A pair is one of least energy that attains what was asked on the tuning seeds; a block size at which less
     can be had than at another counts as missing it. It is deployed if on the held-out seeds it meets the SLO,
     or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval of the difference
-    excludes none. Under no other clock axis may it be worse than tuned static, in energy or in this.
+    excludes none. Under no other clock axis may it be worse than tuned static, in energy or in this; where it
+    is, the next best is looked at in the same way.
     """
     bar = (min if share is None else max)(pair.asked for pair in pairs)
 
@@ -195,10 +196,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     static = next(pair for pair in ranked if pair.policy == TUNED_STATIC)
     best = next((pair for pair in ranked if pair.policy != TUNED_STATIC), None)
     if best is None or any(rank(best)[:2]) or not _meets(best, static, share):
-        return (
-            static,
-            f"Recommended: {_named(static)}. No other policy meets the SLO.{_warning(static, share)}",
-        )
+        why = "" if best is None else " No other policy meets the SLO."
+        return static, f"Recommended: {_named(static)}.{why}{_warning(static, share)}"
     change = best.against(static)
     if change.high is None or change.high >= 1.0:
         return static, (
@@ -206,10 +205,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
             f"{_percent(change)} energy.{_warning(static, share)}"
         )
     if refused := _refused(best, static, share):
-        return static, (
-            f"Recommended: {_named(static)}. {_named(best)} uses {_percent(change)} energy, but {refused}."
-            f"{_warning(static, share)}"
-        )
+        chosen, sentence = recommendation([pair for pair in pairs if pair is not best], share=share)
+        return chosen, f"{sentence} {_named(best)} uses {_percent(change)} energy, but {refused}."
     others = [pair for pair in ranked if pair is not best]
     runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(best))}." if others else ""
     saved = f"{_percent(change)}{_band(best, static)} energy against {_named(static)}"
