@@ -1,5 +1,6 @@
 """A disk that takes no more: one line, exit code 1, and nothing that is cut short is left or lost."""
 
+import contextlib
 import errno
 import io
 import json
@@ -45,13 +46,15 @@ def full_for(monkeypatch, is_lost, number=errno.ENOSPC):
     monkeypatch.setattr("fuel_ray.disk.os.replace", full)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def little_room():
-    """No file of this process may grow over 4 KiB."""
+    """No file of this process may grow over 4 KiB; not as a fixture, for pytest may log to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -71,18 +74,20 @@ def test_every_fault_of_a_disk_is_one_and_the_old_file_stays(number, tmp_path, m
 
 
 @pytest.mark.parametrize("write", [write_json, write_csv])
-def test_a_file_that_does_not_fit_is_not_there_at_all(write, tmp_path, little_room):
-    with pytest.raises(DiskError, match="File too large"):
-        write(tmp_path / "x", [{"text": "y" * 10_000}])
-    assert not list(tmp_path.iterdir())
+def test_a_file_that_does_not_fit_is_not_there_at_all(write, tmp_path):
+    with little_room():
+        with pytest.raises(DiskError, match="File too large"):
+            write(tmp_path / "x", [{"text": "y" * 10_000}])
+        assert not list(tmp_path.iterdir())
 
 
-def test_a_table_that_cannot_be_added_to_keeps_its_rows(tmp_path, little_room):
-    path = tmp_path / "summary.csv"
-    write_csv(path, [{"block_size": "8", "text": "a"}])
-    with pytest.raises(DiskError):
-        update_csv(path, [{"block_size": "16", "text": "y" * 10_000}])
-    assert path.read_text().splitlines() == ["block_size,text", "8,a"]
+def test_a_table_that_cannot_be_added_to_keeps_its_rows(tmp_path):
+    with little_room():
+        path = tmp_path / "summary.csv"
+        write_csv(path, [{"block_size": "8", "text": "a"}])
+        with pytest.raises(DiskError):
+            update_csv(path, [{"block_size": "16", "text": "y" * 10_000}])
+        assert path.read_text().splitlines() == ["block_size,text", "8,a"]
 
 
 def test_a_name_as_long_as_a_disk_takes_can_be_written(tmp_path):
@@ -123,13 +128,14 @@ def test_a_policy_is_all_old_or_all_new(broken, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
 
 
-def test_results_that_fit_nowhere_are_printed(tmp_path, monkeypatch, capsys, little_room):
-    monkeypatch.setattr("fuel_ray.disk._others", lambda name: iter([tmp_path / "b" / name]))
-    text = json.dumps(["y" * 10_000])
-    with pytest.raises(DiskError, match="it was printed"):
-        write_or_keep(tmp_path / "a", {"x.json": text})
-    assert text in capsys.readouterr().out
-    write_or_keep(tmp_path / "a", {"x.json": "1"})
+def test_results_that_fit_nowhere_are_printed(tmp_path, monkeypatch, capsys):
+    with little_room():
+        monkeypatch.setattr("fuel_ray.disk._others", lambda name: iter([tmp_path / "b" / name]))
+        text = json.dumps(["y" * 10_000])
+        with pytest.raises(DiskError, match="it was printed"):
+            write_or_keep(tmp_path / "a", {"x.json": text})
+        assert text in capsys.readouterr().out
+        write_or_keep(tmp_path / "a", {"x.json": "1"})
 
 
 def test_a_pack_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monkeypatch):
@@ -236,21 +242,12 @@ def test_storage_never_has_half_a_file_nor_a_resumed_run_half_a_folder(tmp_path,
     write_json(run_dir / "run.json", "old")
     publish(run_dir, f"{tmp_path}/shared")
     write_json(run_dir / "run.json", "x" * 10_000)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    try:
-        with pytest.raises(DiskError, match="File too large"):
-            publish(run_dir, f"{tmp_path}/shared")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with little_room(), pytest.raises(DiskError, match="File too large"):
+        publish(run_dir, f"{tmp_path}/shared")
     assert read_json(tmp_path / "shared/sweep-1/run.json") == "old"
     publish(run_dir, f"{tmp_path}/shared")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    try:
-        with pytest.raises(DiskError, match="there/sweep-1"):
-            fetch(tmp_path / "there/sweep-1", f"{tmp_path}/shared")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with little_room(), pytest.raises(DiskError, match="there/sweep-1"):
+        fetch(tmp_path / "there/sweep-1", f"{tmp_path}/shared")
     assert not (tmp_path / "there/sweep-1").exists()
     fetch(tmp_path / "there/sweep-1", f"{tmp_path}/shared")
     assert read_json(tmp_path / "there/sweep-1/run.json") == "x" * 10_000
@@ -261,21 +258,22 @@ def test_a_log_that_cannot_be_made_is_a_fault_of_the_disk(tmp_path):
         StepLog(tmp_path / ("x" * 300))
 
 
-def test_tunes_files_are_whole_or_not_there(tmp_path, little_room):
+def test_tunes_files_are_whole_or_not_there(tmp_path):
     for folder, size in (("small", 100), ("large", 10_000)):
         (tmp_path / folder / "deep").mkdir(parents=True)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         (tmp_path / folder / "deep" / "state.json").write_bytes(b"x" * size)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    files = pickle.loads(pickle.dumps(whole_files()))
-    target = str(tmp_path / "there")
-    copying = {"source_filesystem": LocalFileSystem(), "destination_filesystem": files}
-    copy_files(str(tmp_path / "small"), target, **copying)
-    with pytest.raises(OSError, match="File too large"):
-        copy_files(str(tmp_path / "large"), target, **copying)
-    assert (tmp_path / "there/deep/state.json").read_bytes() == b"x" * 100
-    found = [info.path for info in files.get_file_info(FileSelector(target, recursive=True)) if info.is_file]
-    assert found == [f"{target}/deep/state.json"]
+    with little_room():
+        files = pickle.loads(pickle.dumps(whole_files()))
+        target = str(tmp_path / "there")
+        copying = {"source_filesystem": LocalFileSystem(), "destination_filesystem": files}
+        copy_files(str(tmp_path / "small"), target, **copying)
+        with pytest.raises(OSError, match="File too large"):
+            copy_files(str(tmp_path / "large"), target, **copying)
+        assert (tmp_path / "there/deep/state.json").read_bytes() == b"x" * 100
+        found = [
+            info.path for info in files.get_file_info(FileSelector(target, recursive=True)) if info.is_file
+        ]
+        assert found == [f"{target}/deep/state.json"]
 
 
 def test_a_trial_that_tune_wanted_to_stop_goes_on(tmp_path):
