@@ -162,6 +162,7 @@ def serving(stub, *, port=0):
         ready.set()
         await finish.wait()
         await runner.cleanup()
+        await asyncio.sleep(0.01)  # what was closed last is gone before the loop is
 
     def run():
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
