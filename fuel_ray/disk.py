@@ -88,7 +88,7 @@ def fault_in(text: str) -> str | None:
     """
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         if os.strerror(number) in text:
-            return f"{os.strerror(number)}{'; free some space' if number in _FULL else ''}"
+            return reason(OSError(number, os.strerror(number)))
     return None
 
 

@@ -149,12 +149,11 @@ def relative_fit(
     norms[norms == 0] = 1.0
     used, coefficients = np.full(len(norms), True), np.zeros(len(norms))
     while used.any():
-        coefficients = np.zeros(len(norms))
-        coefficients[used] = np.linalg.lstsq(matrix[:, used] / norms[used], target / scale, rcond=None)[0]
-        if signed or not (coefficients < 0).any():
+        solved = np.linalg.lstsq(matrix[:, used] / norms[used], target / scale, rcond=None)[0]
+        if signed or not (solved < 0).any():
+            coefficients[used] = solved
             break
-        used[coefficients.argmin()] = False
-        coefficients = np.zeros(len(norms))
+        used[np.flatnonzero(used)[solved.argmin()]] = False
     return dict(zip(columns, (coefficients / norms).tolist(), strict=True))
 
 

@@ -1,8 +1,9 @@
 """How many GPUs of this host a ``vllm serve`` with given flags uses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
+from fuel_ray.address import flag_name, flag_value
 from fuel_ray.errors import ConfigError
 
 _TENSOR = ("--tensor-parallel-size", "-tp")
@@ -17,29 +18,21 @@ def gpus_used(flags: Sequence[str]) -> int | None:
     Raises:
         ConfigError: the flags choose the GPUs themselves.
     """
-    values = dict(_values(flags))
-    if "--device-ids" in values:
+    given = {flag_name(word) for word in flags}
+    if "--device-ids" in given:
         raise ConfigError(
             "--live.flags: --device-ids is set from --live.gpu-ids, which names the GPUs in order"
         )
-    if any(name in values for name in _ELSEWHERE):
+    if given.intersection(_ELSEWHERE):
         return None
     try:
-        factors = [_size(values, names) or 1 for names in _FACTORS]
-        replicas = _size(values, _REPLICAS_HERE) or _size(values, _REPLICAS) or 1
+        factors = [_size(flags, names) or 1 for names in _FACTORS]
+        replicas = _size(flags, _REPLICAS_HERE) or _size(flags, _REPLICAS) or 1
     except ValueError:
         return None  # vLLM says what is wrong
     return prod(factors) * replicas
 
 
-def _size(values: dict[str, str], names: Sequence[str]) -> int | None:
-    given = [values[name] for name in names if name in values]
+def _size(flags: Sequence[str], names: Sequence[str]) -> int | None:
+    given = [value for name in names if (value := flag_value(flags, name)) is not None]
     return int(given[-1]) if given else None
-
-
-def _values(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Flags and what follows them; vLLM takes _ for - in a name, and = before a value."""
-    for index, word in enumerate(flags):
-        if word.startswith("-"):
-            name, given, value = word.partition("=")
-            yield name.replace("_", "-"), value if given else (*flags[index + 1 :], "")[0]
