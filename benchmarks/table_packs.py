@@ -118,8 +118,10 @@ def v100s() -> dict[str, Any]:
 
 
 def write(folder: Path, raw: dict[str, Any], profile: Profile, base: PerfModel) -> None:
-    flat = ClockAxis((profile.clocks_mhz[-1],), (1.0,), (1.0,), (1.0,))  # nothing is known of its idle power
-    start = PerfModel(base.constants._replace(**raw["perf"], decode_s=1.0, stream_s=STREAMING), flat)
+    highest_mhz = profile.clocks_mhz[-1]
+    flat = ClockAxis((highest_mhz,), (1.0,), (1.0,), (1.0,))  # nothing is known of its idle power
+    known = raw["perf"] | {"max_clock_mhz": highest_mhz, "decode_s": 1.0, "stream_s": STREAMING}
+    start = PerfModel(base.constants._replace(**known), flat)
     perf = fit(profile, base=start).replace(**raw["perf"])
     path = folder / f"{raw['name']}.json"
     path.write_text(json.dumps(raw | pack_fields(perf), indent=2) + "\n")
