@@ -1,4 +1,11 @@
-"""Recorded runs of a real server, as trace files: JSON objects with ``info`` and ``requests``."""
+"""Recorded runs of a real server, as trace files: JSON objects with ``info`` and ``requests``.
+
+Each request has ``n_in`` and ``n_out`` in tokens, ``start`` on any clock, ``ttft`` and ``e2e``, all in s. ``info``
+has ``secs`` and the ``energy_j`` in them, from ``begin`` on the same clock (by default the first request's
+start), the schedules ``[[second, value], ...]`` of batch limit and, where it was not the highest, clock in
+MHz, and what the server is: ``block_size``, ``num_kv_blocks``, ``max_num_seqs``, ``max_num_batched_tokens``.
+What else it says is for people.
+"""
 
 import json
 import math
@@ -15,7 +22,7 @@ from fuel_ray.types import Requests
 
 
 def read_trace(path: str) -> RecordedRun:
-    """A recorded run from a trace file; second 0 is its first arrival.
+    """A recorded run from a trace file.
 
     Raises:
         ConfigError: there is no such file, or it is malformed.
@@ -24,16 +31,45 @@ def read_trace(path: str) -> RecordedRun:
         raise ConfigError(f"trace {path}: no such file")
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        info, schedule = Row(raw["info"], f"trace {path}: info"), raw["info"]["limit_schedule"]
+        info = Row(raw["info"], f"trace {path}: info")
         rows = [Row(row, f"trace {path}: request {k}") for k, row in enumerate(raw["requests"])]
-        return _run(info, schedule, sorted(rows, key=lambda row: row.number("start", above=-math.inf)))
+        return _run(info, sorted(rows, key=lambda row: row.number("start", above=-math.inf)))
     except KeyError as error:
         raise ConfigError(f"trace {path}: malformed: there is no {error}") from error
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"trace {path}: malformed: {error}") from error
 
 
-def _run(info: Row, schedule: Any, rows: Sequence[Row]) -> RecordedRun:
+def trace_text(run: RecordedRun, **facts: Any) -> str:
+    """The trace file of a run, which ``read_trace`` reads; ``facts`` are what else its ``info`` says."""
+    requests, latencies_s = run.requests, zip(run.ttft_s.tolist(), run.e2e_s.tolist(), strict=True)
+    info = {
+        "begin": 0.0,
+        "secs": run.duration_s,
+        "energy_j": run.energy_j,
+        "block_size": run.kv_block_size,
+        "num_kv_blocks": run.num_kv_blocks,
+        "max_num_seqs": run.max_num_seqs,
+        "max_num_batched_tokens": run.max_num_batched_tokens,
+        "prefix_caching": run.prefix_caching,
+        "limit_schedule": run.limit_schedule,
+        "clock_schedule": run.clock_schedule,
+        "n": len(requests),
+    }
+    rows = [
+        {"n_in": n_in, "n_out": n_out, "start": start_s, "ttft": ttft_s, "e2e": e2e_s}
+        for n_in, n_out, start_s, (ttft_s, e2e_s) in zip(
+            requests.prompt_tokens.tolist(),
+            requests.output_tokens.tolist(),
+            requests.arrival_s.tolist(),
+            latencies_s,
+            strict=True,
+        )
+    ]
+    return json.dumps({"info": info | facts, "requests": rows})
+
+
+def _run(info: Row, rows: Sequence[Row]) -> RecordedRun:
     if not rows:
         raise ValueError("requests must be a list with at least one request")
     start_s = np.array([row.number("start", above=-math.inf) for row in rows])
@@ -45,8 +81,11 @@ def _run(info: Row, schedule: Any, rows: Sequence[Row]) -> RecordedRun:
     pool, longest = (num_kv_blocks - 1) * block_size, (n_in + n_out).max()
     if longest > pool:
         raise ValueError(f"a request of {longest} tokens does not fit into the KV pool of {pool} tokens")
+    begin_s = info.number("begin", above=-math.inf) if "begin" in info.values else start_s[0]
+    if begin_s > start_s[0]:
+        raise ValueError(f"info: begin is {begin_s}, after the first request's start {start_s[0]}")
     return RecordedRun(
-        requests=Requests(start_s - start_s[0], n_in, n_out, np.full(len(rows), -1), np.zeros_like(n_in)),
+        requests=Requests(start_s - begin_s, n_in, n_out, np.full(len(rows), -1), np.zeros_like(n_in)),
         duration_s=info.number("secs"),
         energy_j=info.number("energy_j"),
         ttft_s=ttft_s,
@@ -55,16 +94,17 @@ def _run(info: Row, schedule: Any, rows: Sequence[Row]) -> RecordedRun:
         num_kv_blocks=num_kv_blocks,
         max_num_seqs=info.whole("max_num_seqs"),
         max_num_batched_tokens=info.whole("max_num_batched_tokens"),
-        limit_schedule=_schedule(schedule, info.whole("max_num_seqs")),
+        limit_schedule=_schedule("limit_schedule", info.values["limit_schedule"]),
+        clock_schedule=_schedule("clock_schedule", info.values.get("clock_schedule", [])),
+        prefix_caching=bool(info.values.get("prefix_caching", True)),
     )
 
 
-def _schedule(raw: Any, max_num_seqs: int) -> tuple[tuple[float, int], ...]:
-    """Every (second, limit) from second 0 on; without a limit until the first of them."""
-    entries = [(float(second), limit) for second, limit in raw] if isinstance(raw, list) else []
-    limits = all(type(limit) is int and limit > 0 for _, limit in entries)
+def _schedule(name: str, raw: Any) -> tuple[tuple[float, int], ...]:
+    """Every (second, value), as it is written; what nobody set is at its highest."""
+    entries = [(float(second), value) for second, value in raw] if isinstance(raw, list) else []
+    valid = all(type(value) is int and value > 0 for _, value in entries)
     seconds = [second for second, _ in entries]
-    if not isinstance(raw, list) or not limits or seconds != sorted(seconds) or min(seconds, default=0) < 0:
-        raise ValueError("limit_schedule must be a list of [second, limit] with ascending seconds from 0")
-    unlimited = [] if 0.0 in seconds else [(0.0, max_num_seqs)]
-    return (*unlimited, *entries)
+    if not isinstance(raw, list) or not valid or seconds != sorted(seconds) or min(seconds, default=0) < 0:
+        raise ValueError(f"{name} must be a list of [second, whole number] with ascending seconds from 0")
+    return tuple(entries)

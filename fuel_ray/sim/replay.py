@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -21,7 +21,7 @@ _DRAIN_STEP_S = 10.0  # how often the replay looks whether all requests have fin
 class RecordedRun:
     """One run of a real server: what was sent and what was measured."""
 
-    requests: Requests  # arrival_s counts from the first arrival
+    requests: Requests  # arrival_s counts from the beginning, in ascending order
     duration_s: float
     energy_j: float  # in duration_s
     ttft_s: np.ndarray  # in the order of requests, like the next
@@ -30,7 +30,9 @@ class RecordedRun:
     num_kv_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    limit_schedule: tuple[tuple[float, int], ...]  # (second, batch limit), ascending
+    limit_schedule: tuple[tuple[float, int], ...]  # (second, batch limit), ascending from 0
+    clock_schedule: tuple[tuple[float, int], ...] = ()  # (second, MHz), ascending from 0; none: the highest
+    prefix_caching: bool = True
 
 
 def measured_figures(run: RecordedRun) -> dict[str, float]:
@@ -39,7 +41,7 @@ def measured_figures(run: RecordedRun) -> dict[str, float]:
 
 
 def predicted_figures(run: RecordedRun, pack: Pack) -> dict[str, float]:
-    """The same figures when the run's requests arrive at a simulated server at the pack's highest clock."""
+    """The same figures when the run's requests arrive at a simulated server under the run's knobs."""
     return _figures(run, *predicted_latencies(run, pack.perf))
 
 
@@ -55,12 +57,13 @@ def predicted_latencies(
         num_blocks=run.num_kv_blocks - 1,
         max_num_seqs=run.max_num_seqs,
         max_num_batched_tokens=run.max_num_batched_tokens,
-        prefix_caching=True,
+        prefix_caching=run.prefix_caching,
     )
     state = new_state(run.requests, engine)
     state.count[rules.STEP] = first_step
-    at, energy_j = perf.at(perf.constants.max_clock_mhz), 0.0
-    for until_s, limit in _periods(run):
+    highest_mhz, energy_j = perf.constants.max_clock_mhz, 0.0
+    for until_s, limit, clock_mhz in _periods(run):
+        at = perf.at(highest_mhz if clock_mhz is None else min(clock_mhz, highest_mhz))
         advance(state, engine, perf.constants, at, until_s, limit)
         if until_s <= run.duration_s:
             energy_j += float(state.clock[rules.ENERGY])
@@ -75,14 +78,18 @@ def relative_errors(predicted: Mapping[str, float], measured: Mapping[str, float
     return {name: predicted[name] / measured[name] - 1.0 for name in FIGURES}
 
 
-def _periods(run: RecordedRun) -> Iterator[tuple[float, int]]:
-    """End of each period under one limit, and the limit; after the run's duration, without end."""
-    starts_s = [start_s for start_s, _ in run.limit_schedule[1:] if start_s < run.duration_s]
-    limit = run.limit_schedule[0][1]
-    for (_, limit), until_s in zip(run.limit_schedule, [*starts_s, run.duration_s], strict=False):
-        yield until_s, limit
+def _periods(run: RecordedRun) -> Iterator[tuple[float, int, int | None]]:
+    """End of each period under the same knobs, the limit and the clock; after the duration, without end."""
+    changes_s = {at_s for at_s, _ in (*run.limit_schedule, *run.clock_schedule) if 0 < at_s < run.duration_s}
+    for begin_s, end_s in pairwise((0.0, *sorted(changes_s), run.duration_s)):
+        limit, clock_mhz = _at(run.limit_schedule, begin_s), _at(run.clock_schedule, begin_s)
+        yield end_s, limit or run.max_num_seqs, clock_mhz
     for more in count(1):
-        yield run.duration_s + more * _DRAIN_STEP_S, limit
+        yield run.duration_s + more * _DRAIN_STEP_S, limit or run.max_num_seqs, clock_mhz
+
+
+def _at(schedule: tuple[tuple[float, int], ...], at_s: float) -> int | None:
+    return next((value for begin_s, value in reversed(schedule) if begin_s <= at_s), None)
 
 
 def _figures(run: RecordedRun, energy_j: float, ttft_s: np.ndarray, e2e_s: np.ndarray) -> dict[str, float]:
