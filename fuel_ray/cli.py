@@ -25,6 +25,7 @@ VERBS = {  # each is the module of that name in commands
     "arena": "compare every policy on every workload, with intervals",
     "recommend": "name the block size and policy to deploy for a load",
     "validate": "compare the simulator with recorded traces",
+    "packs": "list the calibration packs, or show one in full",
     "calibrate": "fit a calibration pack from a profile of your server",
     "benchmark": "send a load to a vLLM server and record power and KV cache",
     "export": "turn an RLlib checkpoint into a policy folder",

@@ -13,7 +13,8 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.calibrate import DecodePoint, Profile, fit
 from fuel_ray.sim.clock_axis import ClockAxis
-from fuel_ray.sim.pack import PerfModel, load_pack, pack_fields, pack_names, same_architecture
+from fuel_ray.sim.nearest import same_architecture
+from fuel_ray.sim.pack import PerfModel, load_pack, pack_fields, pack_names
 from fuel_ray.sim.recorded import read_trace
 from fuel_ray.sim.replay import predicted_figures
 from fuel_ray.sim.scheduler import Engine, advance, new_state

@@ -17,7 +17,8 @@ from fuel_ray.sim.calibrate import (
     with_clock_axis,
     without_outliers,
 )
-from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, same_architecture
+from fuel_ray.sim.nearest import nearest_pack, same_architecture
+from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 
 
@@ -44,8 +45,9 @@ class CalibrateConfig:
     the highest, in steps of 15."""
     kv_tokens: int | None = None
     """Size of the KV pool in tokens; by default the base pack's."""
-    base: str = "h100-qwen3-8b"
-    """Pack that gives what the profile does not tell: front end, limits, CPU."""
+    base: str | None = None
+    """Pack that gives what the profile does not tell: front end, limits, CPU; by default the shipped one
+    nearest by GPU and, where --model's name tells its parameters, by size."""
     clock_axis_from: str | None = None
     """Pack that gives the clock axis if fewer than three clocks were profiled, and always how streaming
     depends on the clock; by default the shipped one of the GPU's architecture."""
@@ -55,7 +57,8 @@ def run(config: CalibrateConfig) -> int:
     """Write the pack and print its leave-one-out errors."""
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out {config.out} must end in .json")
-    base, shape = load_pack(config.base), load_pack(config.clock_axis_from or same_architecture(config.gpu))
+    shape = load_pack(config.clock_axis_from or same_architecture(config.gpu))
+    base = load_pack(config.base or nearest_pack(config.gpu, config.model, default=shape.name))
     profile = read_profile(config.profile)
     cap_w = config.power_cap_w or max(point.power_w for point in profile.decode)
     start = with_clock_axis(base.perf, of=shape.perf).replace(power_cap_w=cap_w)
@@ -95,6 +98,7 @@ def _pack(
         **{name: getattr(base, name) for name in limits},
         "kv_tokens": config.kv_tokens or base.kv_tokens,
         **pack_fields(perf),
+        **({"clock_axis_from": shape.clock_axis_from or shape.name} if profiled < AXIS_CLOCKS else {}),
         "measured": f"{len(profile.decode)} decode and {len(profile.prefill)} prefill rows",
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
         "sources": ["fuel-ray calibrate"],

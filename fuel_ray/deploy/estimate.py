@@ -23,7 +23,7 @@ class SavingEstimate:
         """Of the window's tokens in equal steps, of launching its prompts, and of idling in what is left."""
         at = self._perf.at(clock_mhz)
         if not window.output_tokens and not window.prompt_tokens:
-            return at.idle_w * window.duration_s
+            return at.rest_w * window.duration_s
         # requests stay longer at a slower clock, so that more of them share a step
         slower = (
             self._step(window, 1.0, clock_mhz)[0] / self._step(window, 1.0, window.knobs.gpu_clock_mhz)[0]
@@ -32,7 +32,7 @@ class SavingEstimate:
         left_s = max(0.0, window.duration_s - steps * step_s)
         launch_s = max(0.0, self._perf.constants.launch_pieces_s - step_s)
         stall_s = min(left_s, window.arrivals * launch_s)
-        return steps * step_s * power_w + stall_s * at.stall_w + (left_s - stall_s) * at.idle_w
+        return steps * step_s * power_w + stall_s * at.stall_w + (left_s - stall_s) * at.rest_w
 
     def _step(self, window: WindowMetrics, more: float, clock_mhz: int) -> tuple[float, float, float]:
         """Seconds, watts and number of the window's steps with so many times its running requests."""

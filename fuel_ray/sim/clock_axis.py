@@ -21,6 +21,7 @@ class AtClock(NamedTuple):
     prefill_switched: float
     prefill_idle_w: float
     measured_idle_w: float  # idle power at ``prefill_clock``
+    rest_w: float  # with no request in the server; idle power, unless a setting of the server lowers it
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import resources
@@ -15,11 +14,6 @@ from fuel_ray.sim.clock_axis import AtClock, ClockAxis
 
 FORMAT = 2  # of pack files
 NOMINAL = "nominal"
-_ARCHITECTURES = {
-    "Hopper": "H100|H200|H800|H20|GH200",
-    "Ampere": "A100|A800|A40|A30|A10|A6000|A5000|RTX 30",
-    "Volta": "V100|V100S|TITAN V",
-}
 AXIS_TABLES = tuple(field.name for field in fields(ClockAxis))
 
 
@@ -126,6 +120,7 @@ class PerfModel:
 
     constants: Constants
     axis: ClockAxis
+    rest_w: float | None = None  # with no request in the server, at most; None: idle power
 
     def at(self, clock_mhz: float) -> AtClock:
         """What this clock makes of the constants."""
@@ -136,18 +131,20 @@ class PerfModel:
         _, measured_switched, measured_idle = self.axis.read(measured_mhz)
         _, bound_switched, bound_idle = self.axis.read(bound_mhz)
         stall = switched * clock_mhz / m.max_clock_mhz  # switching by second, as it is by operation above
+        idle_w = m.idle_w * idle
         return AtClock(
             clock_mhz=clock_mhz,
             slower=m.max_clock_mhz / clock_mhz - 1.0,
             streaming=streaming,
             switched=switched,
-            idle_w=m.idle_w * idle,
-            stall_w=m.idle_w * idle + (m.stall_w - m.idle_w) * stall,
+            idle_w=idle_w,
+            stall_w=idle_w + (m.stall_w - m.idle_w) * stall,
             prefill_clock_mhz=bound_mhz,
             prefill_slower=measured_mhz / bound_mhz - 1.0,
             prefill_switched=bound_switched / measured_switched,
             prefill_idle_w=m.idle_w * bound_idle,
             measured_idle_w=m.idle_w * measured_idle,
+            rest_w=idle_w if self.rest_w is None else min(idle_w, self.rest_w),
         )
 
     def step_cost(
@@ -159,6 +156,26 @@ class PerfModel:
     def replace(self, **constants: float) -> "PerfModel":
         """The model with other constants."""
         return replace(self, constants=self.constants._replace(**constants))
+
+
+class Fidelity(NamedTuple):
+    """How far the model is off a recorded trace; relative errors, None where that is not known."""
+
+    trace: str
+    requests: int
+    left_out: bool  # whether the fit had not seen it
+    energy: float | None
+    tpot_mean: float | None
+    e2e_mean: float | None
+    ttft_p50: float | None
+
+
+class Setting(NamedTuple):
+    """Something of a server's environment that changes the power of a GPU without work, which has no axis."""
+
+    name: str  # NAME=VALUE, as in the environment
+    rest_w: float  # with no request in the server
+    source: str  # where it was measured, and under what conditions
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +199,9 @@ class Pack:
     clock_axis_notes: str = ""  # which comparison hangs on which part of the axis, in a sentence or two
     clock_axis: str = NOMINAL  # which of the clock axes that the data allow
     other_axes: tuple[tuple[str, PerfModel], ...] = ()
+    clock_axis_from: str = ""  # the pack whose axis it has; empty: its own
+    fidelity: tuple[Fidelity, ...] = ()
+    settings: tuple[Setting, ...] = ()  # those that it may be used under; nominal is none of them
 
     @property
     def clock_axes(self) -> tuple[str, ...]:
@@ -201,6 +221,24 @@ class Pack:
         perf = axes.pop(name)
         return replace(self, clock_axis=name, perf=perf, other_axes=tuple(axes.items()))
 
+    def with_setting(self, name: str) -> "Pack":
+        """The pack, on all of its clock axes, of a server with this in its environment.
+
+        Raises:
+            ConfigError: it has no figure for that.
+        """
+        known = {setting.name: setting for setting in self.settings}
+        if name not in known:
+            has = ", ".join(known) or "none"
+            raise ConfigError(f"--pack {self.name}:{name}: of settings the pack has {has}")
+        rest_w = known[name].rest_w
+        return replace(
+            self,
+            perf=replace(self.perf, rest_w=rest_w),
+            other_axes=tuple((axis, replace(perf, rest_w=rest_w)) for axis, perf in self.other_axes),
+            transferred=f"{self.transferred}; {name}, {rest_w:g} W without requests: {known[name].source}",
+        )
+
 
 def pack_names() -> tuple[str, ...]:
     """Names of the packs that are shipped."""
@@ -208,31 +246,18 @@ def pack_names() -> tuple[str, ...]:
     return tuple(sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json")))
 
 
-def same_architecture(gpu_name: str) -> str:
-    """The shipped pack whose clock axis a GPU of this name shares.
-
-    Raises:
-        ConfigError: none is of its architecture.
-    """
-    for architecture, names in _ARCHITECTURES.items():
-        if re.search(rf"\b({names})", gpu_name):
-            found = [name for name in pack_names() if load_pack(name).architecture == architecture]
-            return found[0]
-    known = "; ".join(
-        f"{architecture}: {names.replace('|', ', ')}" for architecture, names in _ARCHITECTURES.items()
-    )
-    raise ConfigError(
-        f"no shipped pack has the clock axis of {gpu_name!r} (known are {known}): profile it at three clocks "
-        "or more, and name the nearest pack by --clock-axis-from"
-    )
-
-
 def load_pack(name_or_path: str, clock_axis: str = NOMINAL) -> Pack:
     """A shipped pack by name, or a pack file by path (anything that ends in .json).
 
+    Behind a colon may stand a setting of the server: ``h100-qwen3-8b:CUDA_DISABLE_PERF_BOOST=1``.
+
     Raises:
-        ConfigError: there is no such pack or clock axis, or the file is malformed or of an older format.
+        ConfigError: there is no such pack, setting or clock axis, or the file is malformed or of an older
+            format.
     """
+    setting = ""
+    if not name_or_path.endswith(".json") and ":" in name_or_path:
+        name_or_path, _, setting = name_or_path.rpartition(":")
     if name_or_path.endswith(".json"):
         path: Traversable = Path(name_or_path)
     elif name_or_path in pack_names():
@@ -252,7 +277,7 @@ def load_pack(name_or_path: str, clock_axis: str = NOMINAL) -> Pack:
         raise ConfigError(f"pack {name_or_path}: malformed: it has no {error.args[0]}") from error
     except (AttributeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"pack {name_or_path}: malformed: {error}") from error
-    return pack.with_axis(clock_axis)
+    return (pack.with_setting(setting) if setting else pack).with_axis(clock_axis)
 
 
 def pack_fields(perf: PerfModel) -> dict[str, Any]:
@@ -289,6 +314,8 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
         perf=_perf(raw, {}),
         sha256=digest,
         other_axes=tuple(axes.items()),
+        fidelity=tuple(Fidelity(**row) for row in raw.get("fidelity", ())),
+        settings=tuple(Setting(name, **entry) for name, entry in dict(raw.get("settings", {})).items()),
     )
 
 

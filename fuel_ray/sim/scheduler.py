@@ -149,7 +149,7 @@ def advance(s: State, e: Engine, m: Constants, at: AtClock, until_s: float, batc
         if s.count[READY] == 0 or s.clock[LAUNCHED] > s.clock[NOW]:
             wake_s, power_w = s.clock[LAUNCHED], at.stall_w
             if s.count[READY] == 0:
-                wake_s, power_w = until_s, at.idle_w
+                wake_s, power_w = until_s, at.rest_w
                 if s.count[ARRIVED] < len(s.request):
                     wake_s = s.time_s[s.count[ARRIVED], ARRIVAL] + m.frontend_in_s
             end = min(wake_s, until_s)
@@ -183,7 +183,7 @@ def advance_windows(
     """
     for k in range(len(clocks)):
         c = clocks[k]
-        at = AtClock(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10])
+        at = AtClock(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
         advance(s, e, m, at, s.clock[NOW] + window_s, batch_limits[k])
         energy_j[k] = s.clock[ENERGY]
         busy = s.count[RUNNING] + s.count[PREEMPTED] + s.count[ARRIVED] - s.count[ADMITTED]
