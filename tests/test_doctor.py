@@ -1,5 +1,6 @@
 """fuel-ray doctor: a line per check, and exit code 1 if something that is needed is missing."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -126,6 +127,49 @@ def test_clocks_that_may_not_be_set_are_a_note(vllm, capsys, monkeypatch):
     assert main(["doctor", "--vllm", vllm()]) == 0
     mark, text = lines(capsys)["clocks"]
     assert mark == "note" and "SYS_ADMIN" in text
+
+
+@pytest.mark.parametrize(
+    ("server", "here", "mark", "text"),
+    [
+        (None, None, "note", "CUDA_DISABLE_PERF_BOOST is not set here: a server may be started with"),
+        (None, "1", "ok", "CUDA_DISABLE_PERF_BOOST=1 is set here, and in servers that are started from here"),
+        ("1", None, "ok", "CUDA_DISABLE_PERF_BOOST=1 is in the environment of what runs on the GPU"),
+        ("0", "1", "note", "CUDA_DISABLE_PERF_BOOST is not set in pid {} on the GPU: start the server with"),
+    ],
+)
+def test_a_hopper_server_that_could_rest_deeper_is_a_note(
+    vllm, capsys, monkeypatch, server, here, mark, text
+):
+    monkeypatch.delenv("CUDA_DISABLE_PERF_BOOST", raising=False)
+    if here is not None:
+        monkeypatch.setenv("CUDA_DISABLE_PERF_BOOST", here)
+    environ = os.environ | {"CUDA_DISABLE_PERF_BOOST": server or ""}
+    with subprocess.Popen(["sleep", "60"], env=environ) as running:
+        pids = (running.pid,) if server else ()
+        monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(pids=pids)))
+        try:
+            assert main(["doctor", "--vllm", vllm()]) == 0
+        finally:
+            running.kill()
+    found, said = lines(capsys)["idle power"]
+    assert found == mark and said.startswith(text.format(running.pid))
+    assert (mark == "ok") or "79 to 80 W with it and 122 to 124 W without" in said
+
+
+def test_a_process_whose_environment_cannot_be_read_is_said(vllm, capsys, monkeypatch):
+    monkeypatch.delenv("CUDA_DISABLE_PERF_BOOST", raising=False)
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(pids=(2**22 + 1,))))
+    assert main(["doctor", "--vllm", vllm()]) == 0
+    assert lines(capsys)["idle power"][1].startswith(
+        "of what runs on the GPU the environment cannot be read; "
+    )
+
+
+def test_nothing_is_said_of_idle_power_on_another_architecture(vllm, capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(name="NVIDIA A100-SXM4-40GB")))
+    assert main(["doctor", "--vllm", vllm()]) == 0
+    assert "idle power" not in lines(capsys)
 
 
 @pytest.mark.parametrize(

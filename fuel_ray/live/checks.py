@@ -14,7 +14,9 @@ from fuel_ray import __version__
 from fuel_ray.errors import ConfigError, GpuError, TelemetryError
 from fuel_ray.live.cpu import STUCK_S, CpuMeter
 from fuel_ray.live.gpu.nvml import READINGS, Gpus
+from fuel_ray.live.gpu.perf_boost import MEASURED, VARIABLE, environments, is_set
 from fuel_ray.live.vllm.server import free_port
+from fuel_ray.sim.nearest import architecture
 
 LEAST_FREE_GB = 5.0
 ASK_S = 20.0
@@ -77,6 +79,29 @@ def host_checks(
     return checks
 
 
+def idle_power(gpus: Gpus) -> Check | None:
+    """Whether what runs on these GPUs, or would be started from here, gives up idle power.
+
+    None where the GPUs are not of the architecture that it was measured on.
+    """
+    if architecture(gpus.name) != "Hopper":
+        return None
+    running = frozenset[int]().union(*(gpus.processes().get(uuid, ()) for uuid in gpus.uuids))
+    there = environments(running)
+    without = sorted(pid for pid, environ in there.items() if not is_set(environ))
+    named = f"{VARIABLE}=1"
+    if there and not without:
+        return Check("idle power", f"{named} is in the environment of what runs on the GPU")
+    if without:
+        found = f"{VARIABLE} is not set in pid {', '.join(map(str, without))} on the GPU"
+        return Check("idle power", found, f"start the server with {named}: {MEASURED}", needed=False)
+    if is_set(dict(os.environ)):
+        return Check("idle power", f"{named} is set here, and in servers that are started from here")
+    cannot = "of what runs on the GPU the environment cannot be read; " if running else ""
+    found = f"{cannot}{VARIABLE} is not set here"
+    return Check("idle power", found, f"a server may be started with {named}: {MEASURED}", needed=False)
+
+
 def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
     try:
         with Gpus(gpu_ids, default=1) as gpus:
@@ -85,6 +110,8 @@ def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
                 yield Check("MIG", line, "leave its clock alone, --clock-control off", needed=False)
             yield _readings(gpus)
             yield _clocks(gpus)
+            if (idle := idle_power(gpus)) is not None:
+                yield idle
     except GpuError as error:
         remedy = "install NVIDIA's driver, or give the container its GPUs (--gpus all)"
         yield Check("GPU", str(error), remedy if error.__cause__ else "`nvidia-smi -L` lists what is here")

@@ -23,14 +23,14 @@ def same_architecture(gpu_name: str) -> str:
     Raises:
         ConfigError: none is of its architecture.
     """
-    architecture = _architecture(gpu_name)
-    if architecture is None:
+    of = architecture(gpu_name)
+    if of is None:
         known = "; ".join(f"{name}: {cards.replace('|', ', ')}" for name, cards in _ARCHITECTURES.items())
         raise ConfigError(
             f"no shipped pack has the clock axis of {gpu_name!r} (known are {known}): profile it at three "
             "clocks or more, and name the nearest pack by --clock-axis-from"
         )
-    own_axis = [pack for pack in _shipped(architecture) if not pack.clock_axis_from]
+    own_axis = [pack for pack in _shipped(of) if not pack.clock_axis_from]
     return _nearest(own_axis, gpu_name).name
 
 
@@ -39,8 +39,14 @@ def nearest_pack(gpu_name: str, model: str, *, default: str) -> str:
 
     ``default`` where none is of its architecture.
     """
-    architecture = _architecture(gpu_name)
-    return default if architecture is None else _nearest(_shipped(architecture), gpu_name, model).name
+    of = architecture(gpu_name)
+    return default if of is None else _nearest(_shipped(of), gpu_name, model).name
+
+
+def architecture(gpu_name: str) -> str | None:
+    """NVIDIA's name of a GPU's architecture, of those that a shipped pack is of."""
+    named = (name for name, cards in _ARCHITECTURES.items() if re.search(rf"\b({cards})", gpu_name))
+    return next(named, None)
 
 
 def parameters(model: str) -> float | None:
@@ -52,13 +58,8 @@ def parameters(model: str) -> float | None:
     return float(number) * int(experts or 1) / (1000 if unit in "Mm" else 1)
 
 
-def _shipped(architecture: str) -> list[Pack]:
-    return [pack for pack in map(load_pack, pack_names()) if pack.architecture == architecture]
-
-
-def _architecture(gpu_name: str) -> str | None:
-    named = (name for name, cards in _ARCHITECTURES.items() if re.search(rf"\b({cards})", gpu_name))
-    return next(named, None)
+def _shipped(of: str) -> list[Pack]:
+    return [pack for pack in map(load_pack, pack_names()) if pack.architecture == of]
 
 
 def _nearest(packs: Iterable[Pack], gpu_name: str, model: str = "") -> Pack:
