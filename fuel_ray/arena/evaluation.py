@@ -33,6 +33,7 @@ from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload.spec import parse_workload
 
 logger = logging.getLogger(__name__)
+_NAME_LETTERS = 120  # of the policy, in the name of a file
 _SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
 
 
@@ -191,7 +192,8 @@ def _add_trace(
     say: Callable[[str], None],
 ) -> None:
     """The episode's trace; none, and why is said, where nobody could replay it."""
-    policy, number = re.sub(r"[^\w.@+-]+", "-", str(labels["policy"])), labels["seed"] - HELD_OUT_SEED
+    policy = re.sub(r"[^\w.@+-]+", "-", str(labels["policy"]))[-_NAME_LETTERS:]
+    number = labels["seed"] - HELD_OUT_SEED
     name = f"block{labels['block_size']}-{policy}-seed{number}.json"
     origin = (
         "measured" if config.live_server else f"modelled, pack {config.pack}, clock axis {config.clock_axis}"

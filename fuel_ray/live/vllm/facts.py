@@ -97,7 +97,7 @@ def _defaults(cards: Cards | None, world_size: int) -> Facts:
     """What `vllm serve` takes where nothing is said (0.32.0, EngineArgs.get_batch_defaults)."""
     gib = 0.0 if cards is None else (cards.memory_bytes or 0) / _GIB
     if cards is None:
-        tokens, seqs, of = 2048 * world_size, 128 * world_size, "a CPU"
+        tokens, seqs, of = 2048 * world_size, 128 * world_size, "a CPU, as no GPU is measured"
     elif gib >= 160:
         tokens, seqs, of = 16384, 1024, "a GPU of 160 GiB and more"
     elif gib >= 70 and "a100" not in cards.name.lower():
