@@ -143,6 +143,8 @@ class LiveConfig(Access):
     none given: the first that CUDA_VISIBLE_DEVICES shows, as many as --live.flags make the server use."""
     clock_control: Literal["on", "off"] = "on"
     """off: observe-only; clocks are left alone and policies have one clock to choose."""
+    max_num_batched_tokens: int | None = None
+    """Tokens per step of a running server, for traces; None: what can be found out, else vLLM's default."""
     vocab_size: int = 1000
     """Prompts are random token ids below this."""
     request_timeout_s: float = 120.0

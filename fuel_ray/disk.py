@@ -109,9 +109,9 @@ def write_or_keep(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
+        with writing(folder / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with whole(folder / name) as file:
             file.write(text)
 

@@ -21,6 +21,20 @@ class Knobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """How a server schedules and what it runs on, with where each fact is from; None: not known."""
+
+    engine: str  # name and version
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_caching: bool
+    chunked_prefill: bool | None = None
+    async_scheduling: bool | None = None
+    tensor_parallel_size: int | None = None
+    sources: tuple[tuple[str, str], ...] = ()  # (fact, what says it); what nobody says is "assumed: ..."
+
+
+@dataclass(frozen=True, slots=True)
 class NodeSpec:
     """What does not change while a node's server lives."""
 
@@ -34,6 +48,7 @@ class NodeSpec:
         int, ...
     ]  # lowest and highest admissible limit: (1, max_num_seqs), equal if not ours to set
     gpu_clocks_mhz: tuple[int, ...]  # supported SM clocks, ascending; one entry if observe-only
+    server: ServerFacts | None = None  # None where nobody asked
 
     @property
     def max_performance(self) -> Knobs:
@@ -199,6 +214,9 @@ class WindowMetrics:
     # whether a step of the scheduler has put the limit in force that was asked for; False: steps were made,
     # and none did; None: none was made, or the limit is not ours
     limit_acknowledged: bool | None = None
+    late_sends: int = 0  # requests that our own load sent more than 10 ms after their time
+    # by the server's counters, of requests that our load did not send; a window's edges move some to the next
+    foreign_requests: int | None = None
 
     @property
     def latencies_s(self) -> dict[LatencyName, tuple[float, ...]]:

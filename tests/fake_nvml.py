@@ -17,6 +17,7 @@ class FakeGpu:
     energy_mj: int | None = 5_000_000  # None: no counter
     gpu_percent: int = 90
     memory_percent: int = 40
+    memory_bytes: int = 85_520_809_984
     sm_clock_mhz: int = 1980
     highest_clock_mhz: int | None = None
     clocks_mhz: tuple[int, ...] = tuple(range(1980, 330, -15))
@@ -125,6 +126,10 @@ class FakeNvml:
     def nvmlDeviceGetTotalEnergyConsumption(self, gpu):  # noqa: N802
         gpu.calls.append("energy")
         return self._having(gpu, gpu.energy_mj)
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):  # noqa: N802
+        self._alive(gpu)
+        return SimpleNamespace(total=gpu.memory_bytes)
 
     def nvmlDeviceGetUtilizationRates(self, gpu):  # noqa: N802
         self._alive(gpu)

@@ -327,7 +327,7 @@ def test_validate_prints_predicted_beside_measured(capsys):
     trace = Path(__file__).parent / "data/h100_trace_16_open5.json"
     assert main(["validate", str(trace), "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
-    assert set(result) == {"trace", "predicted", "measured", "errors"}
+    assert set(result) == {"trace", "predicted", "measured", "errors", "beyond", "warnings"}
     assert abs(result["errors"]["energy"]) < 0.05
     assert main(["validate", str(trace)]) == 0
     assert "tpot_p50" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def test_validate_prints_one_json_object_per_trace(capsys: pytest.CaptureFixture
     results = json.loads(capsys.readouterr().out)
     assert [result["trace"] for result in results] == TRACES
     for result in results:
-        assert set(result) == {"trace", "predicted", "measured", "errors"}
+        assert set(result) == {"trace", "predicted", "measured", "errors", "beyond", "warnings"}
         for name in FIGURES:
             ratio = result["predicted"][name] / result["measured"][name]
             assert result["errors"][name] == pytest.approx(ratio - 1)

@@ -31,6 +31,8 @@ class EvaluateConfig(_JudgeConfig):
 
     static: tuple[str, ...] = ("max",)
     """Static policies: max, LIMIT, or LIMIT@MHZ such as 48@1350. Savings are against the first."""
+    save_traces: bool = False
+    """Write a trace per episode, which `fuel-ray validate` reads; a live node's is written in any case."""
 
 
 @dataclass(frozen=True)

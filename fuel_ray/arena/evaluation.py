@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,22 +14,26 @@ import numpy as np
 from fuel_ray.arena.comparison import Rows
 from fuel_ray.arena.config import EvaluateConfig
 from fuel_ray.build.nodes import build_loop, patience, served
+from fuel_ray.build.recording import recorded_run
 from fuel_ray.config import ServingConfig, SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
-from fuel_ray.errors import NodeError, UnsupportedError
+from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
 from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.policies.learned import load_policy, read_manifest
 from fuel_ray.policies.static import Static
 from fuel_ray.record import step_line, summary_fields
+from fuel_ray.sim.doubts import run_doubts
 from fuel_ray.sim.pack import NOMINAL, load_pack
+from fuel_ray.sim.recorded import trace_text
 from fuel_ray.stats import relative_energy
 from fuel_ray.tuning.contenders import of_size
-from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, run_episode
+from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, Episode, run_episode
 from fuel_ray.tuning.tuned import Tuned, tuned_policies
 from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload.spec import parse_workload
 
 logger = logging.getLogger(__name__)
+_NAME_LETTERS = 120  # of the policy, in the name of a file
 _SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
 
 
@@ -39,6 +44,7 @@ class Evaluation:
     rows: list[dict[str, Any]]  # of summary.csv
     lines: list[str]  # of steps.jsonl, for the first seed
     axis_rows: list[dict[str, Any]] = field(default_factory=list)  # of clock_axes.csv
+    traces: dict[str, str] = field(default_factory=dict)  # of each episode, by file name
 
 
 def static_name(text: str) -> str:
@@ -149,8 +155,11 @@ def evaluate_policies(
     seconds: float,
     into: Evaluation,
     say: Callable[[str], None] = lambda line: None,
+    traces: bool = False,
 ) -> None:
     """Let each policy serve the same arrivals, seed after seed; rows and lines are added as they come.
+
+    ``traces`` adds what each episode was, as a file that `validate` reads.
 
     Raises:
         NodeError: a window could not be measured; what was added before stays.
@@ -164,10 +173,39 @@ def evaluate_policies(
         for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + seeds):
             for name, policy in there.items():
                 labels = {"block_size": kv_block_size, "policy": name, "workload": workload, "seed": seed}
-                figures, lines = _episode(config, loop, policy, labels, seconds=seconds)
+                episode, lines = _episode(config, loop, policy, labels, seconds=seconds)
+                figures = summary_fields(episode.totals.summary(episode.records, config.slo))
                 into.rows.append({**labels, "workload_digest": digest, **figures})
                 into.lines.extend(lines)
                 say(_progress(into.rows[-1]))
+                if traces:
+                    _add_trace(config, loop, episode, labels, into=into, say=say)
+
+
+def _add_trace(
+    config: ServingConfig,
+    loop: ControlLoop,
+    episode: Episode,
+    labels: Mapping[str, Any],
+    *,
+    into: Evaluation,
+    say: Callable[[str], None],
+) -> None:
+    """The episode's trace; none, and why is said, where nobody could replay it."""
+    policy = re.sub(r"[^\w.@+-]+", "-", str(labels["policy"]))[-_NAME_LETTERS:]
+    number = labels["seed"] - HELD_OUT_SEED
+    name = f"block{labels['block_size']}-{policy}-seed{number}.json"
+    origin = (
+        "measured" if config.live_server else f"modelled, pack {config.pack}, clock axis {config.clock_axis}"
+    )
+    run = recorded_run(loop, episode.windows, episode.records)
+    try:
+        into.traces[name] = trace_text(run, origin=origin, **labels)
+    except ConfigError as error:
+        say(f"no trace  {name}: {error}")
+        return
+    for line in run_doubts(run):
+        say(f"trace  {name}: {line}")
 
 
 def _progress(row: Mapping[str, Any]) -> str:
@@ -181,8 +219,8 @@ def _progress(row: Mapping[str, Any]) -> str:
 
 def _episode(
     config: ServingConfig, loop: ControlLoop, policy: Policy, labels: dict[str, Any], *, seconds: float
-) -> tuple[dict[str, Any], list[str]]:
-    """What the summary says of one episode, and of the first seed the step lines.
+) -> tuple[Episode, list[str]]:
+    """One episode, and of the first seed the step lines.
 
     On a cluster an episode whose node was lost is begun again on another.
     """
@@ -200,5 +238,5 @@ def _episode(
                 raise
             logger.warning("block %s, seed %s: begun again: %s", labels["block_size"], labels["seed"], error)
             continue
-        return summary_fields(episode.totals.summary(episode.records, config.slo)), lines
+        return episode, lines
     raise AssertionError("the last try returns or raises")

@@ -24,13 +24,15 @@ from fuel_ray.live.gpu.visible import Device, server_environment
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
+from fuel_ray.live.vllm.cache import CacheConfig
 from fuel_ray.live.vllm.endpoint import Endpoint
+from fuel_ray.live.vllm.facts import Cards, server_facts
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.parallel import gpus_used
 from fuel_ray.live.vllm.server import VllmServer, served_model, server_version
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import NodeSpec
+from fuel_ray.types import NodeSpec, ServerFacts
 from fuel_ray.workload.spec import Workload, drawn
 
 _OUR_FLAGS = ("--max-num-seqs", "--num-gpu-blocks-override")
@@ -61,7 +63,7 @@ class LiveServer:
         # what is wrong with the GPUs, or a key, is said before a server takes its minutes to start
         check_variable(config.live.api_key_env, flag="--live.api-key-env")
         with _gpus(config) as gpus, contextlib.ExitStack() as opened:
-            _spec(config, kv_block_size, gpus, num_kv_blocks=None)
+            _spec(config, kv_block_size, gpus, None)
             name = f"fuel-ray-limit-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             limiter = opened.enter_context(BatchLimiter(Path(tempfile.gettempdir()) / name))
             self._server = opened.enter_context(_started(config, kv_block_size, limiter.path, gpus.devices))
@@ -76,8 +78,8 @@ class LiveServer:
         """What its nodes are, and the engine's name and version."""
         server = server_endpoint(self.config.live)
         with _gpus(self.config) as gpus, contextlib.closing(MetricsClient(server)) as client:
-            blocks = _num_kv_blocks(client, self._kv_block_size)
-            spec = _spec(self.config, self._kv_block_size, gpus, num_kv_blocks=blocks)
+            cache = _cache(client, self._kv_block_size)
+            spec = _spec(self.config, self._kv_block_size, gpus, cache)
         return spec, f"vllm {server_version(server) or 'of an unknown version'}"
 
     def revive(self) -> None:
@@ -117,7 +119,9 @@ def live_node(
         server = server_endpoint(live)
         client = MetricsClient(server)
         opened.callback(client.close)
-        spec = _spec(config, kv_block_size, gpus, num_kv_blocks=_num_kv_blocks(client, kv_block_size))
+        cache = _cache(client, kv_block_size)
+        spec = _spec(config, kv_block_size, gpus, cache)
+        spec = replace(spec, server=_facts(config, server, cache, gpus, limiter))
         start_load = _loads(live, server, workload, horizon_s, random_start=random_start)
         node = GpuNode(spec, gpus, client, limiter=limiter, start_load=start_load)
         opened.pop_all()  # the node closes them
@@ -131,7 +135,7 @@ def live_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
         NodeError: there is no such GPU.
     """
     with _gpus(config) as gpus:
-        return _spec(config, kv_block_size, gpus, num_kv_blocks=None)
+        return _spec(config, kv_block_size, gpus, None)
 
 
 def server_endpoint(live: LiveConfig) -> Endpoint:
@@ -173,14 +177,14 @@ def _gpus(config: ServingConfig) -> Gpus:
     return gpus
 
 
-def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, *, num_kv_blocks: int | None) -> NodeSpec:
+def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, cache: CacheConfig | None) -> NodeSpec:
     return NodeSpec(
         name=f"live-{gpus.uuids[0]}-b{kv_block_size}",
         gpu_name=gpus.name,
         gpu_uuids=gpus.uuids,
         model=config.live.model,
         kv_block_size=kv_block_size,
-        num_kv_blocks=num_kv_blocks,
+        num_kv_blocks=None if cache is None else cache.num_gpu_blocks,
         batch_limits=(1 if _sets_limits(config) else _capacity(config), _capacity(config)),
         gpu_clocks_mhz=_clocks_mhz(config, gpus),
     )
@@ -270,13 +274,29 @@ def _own_access(live: LiveConfig) -> LiveConfig:
     return replace(live, api_key_env=variable, metrics_url=None)
 
 
-def _num_kv_blocks(client: MetricsClient, kv_block_size: int) -> int | None:
+def _cache(client: MetricsClient, kv_block_size: int) -> CacheConfig | None:
     cache = client.scrape().cache_config
-    if cache is None:
-        return None
-    if not cache.may_have(kv_block_size):
+    if cache is not None and not cache.may_have(kv_block_size):
         raise ConfigError(f"{client.url} has KV block size {cache.block_size}, not {kv_block_size}")
-    return cache.num_gpu_blocks
+    return cache
+
+
+def _facts(
+    config: ServingConfig,
+    server: Endpoint,
+    cache: CacheConfig | None,
+    gpus: Gpus,
+    limiter: BatchLimiter | None,
+) -> ServerFacts:
+    tokens = config.live.max_num_batched_tokens
+    said: dict[str, tuple[int | None, str]]
+    said = {"max_num_batched_tokens": (tokens, "--live.max-num-batched-tokens")}
+    if config.max_num_seqs is not None or limiter is None:
+        said["max_num_seqs"] = (config.max_num_seqs, "--max-num-seqs")
+    else:
+        said["max_num_seqs"] = (limiter.capacity, "its scheduler")
+    cards = Cards(gpus.name, len(gpus.devices), gpus.memory_bytes())
+    return server_facts(server, cache, cards, said=said, flags=shlex.split(config.live.flags))
 
 
 def _loads(

@@ -3,22 +3,27 @@
 import contextlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from fuel_ray.address import Access, server_url
+from fuel_ray.build.benchmark_trace import benchmark_run, benchmarked_server, cache_of, counted_by_server
 from fuel_ray.disk import write_or_keep
-from fuel_ray.errors import TelemetryError
+from fuel_ray.errors import ConfigError, TelemetryError
 from fuel_ray.live.load.loadgen import LoadGenerator
 from fuel_ray.live.load.prompts import DrawnLoad
-from fuel_ray.live.monitors import monitors
+from fuel_ray.live.monitors import Measured, monitors
 from fuel_ray.live.vllm.endpoint import Endpoint, PageError
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
+from fuel_ray.live.vllm.metrics import MetricsSnapshot
 from fuel_ray.live.vllm.server import served_models
 from fuel_ray.record import make_folder
 from fuel_ray.report.benchmark import benchmark_result, check, errors_by_kind
+from fuel_ray.sim.doubts import run_doubts
+from fuel_ray.sim.recorded import trace_text
 
 _INTERRUPTED = "interrupted"
 _NAME_LETTERS = 60  # of the model, in the name of a file
@@ -51,8 +56,14 @@ class BenchmarkConfig(DrawnLoad, Access):
     """Record the KV cache over time."""
     save_result: bool = False
     """Write the result as JSON."""
+    save_trace: bool = False
+    """Write a trace that `fuel-ray validate` and `fuel-ray calibrate` read, into the folder of the result."""
     result_dir: Path = Path("benchmark_results")
-    """Folder for the result."""
+    """Folder for result and trace."""
+    max_num_seqs: int | None = None
+    """The server's, for the trace; None: what can be found out, else its vLLM's default."""
+    max_num_batched_tokens: int | None = None
+    """The server's, for the trace, likewise."""
     timeout_s: float = 600.0
     """Seconds after which a request is given up."""
 
@@ -66,11 +77,13 @@ def run(config: BenchmarkConfig) -> int:
         DiskError: the result is not in its folder; the message says where it is.
     """
     requests, prompts = config.draw()
-    if config.save_result:
+    if config.save_result or config.save_trace:
         make_folder(config.result_dir)
     server = _endpoint(config)
     with contextlib.closing(MetricsClient(server)) as client:
-        client.scrape()  # a wrong address is said before anything is sent
+        before = client.scrape()  # a wrong address is said before anything is sent
+    if config.save_trace:
+        cache_of(before)
     model = _served_as(server, config.model)
     load = LoadGenerator(server, requests, prompts=prompts, model=model, timeout_s=config.timeout_s)
     monitored = monitors(
@@ -93,8 +106,10 @@ def run(config: BenchmarkConfig) -> int:
         ended=ended,
     )
     print("\n".join(check(result)), flush=True)
-    if config.save_result:
-        _save(config, result)
+    files = {"benchmark": json.dumps(result, indent=2)} if config.save_result else {}
+    if config.save_trace:
+        files |= _trace(config, server, before=before, load=load, measured=measured, result=result)
+    _save(config, files)
     return _code(result)
 
 
@@ -133,11 +148,48 @@ def _send(load: LoadGenerator, n: int) -> str | None:
     return None
 
 
-def _save(config: BenchmarkConfig, result: dict[str, Any]) -> None:
-    model = Path(config.model).name[:_NAME_LETTERS]
-    name = f"{model}-benchmark-{datetime.now():%Y%m%d-%H%M%S}.json"
-    write_or_keep(config.result_dir, {name: json.dumps(result, indent=2)})
-    print(f"wrote {config.result_dir / name}")
+def _trace(
+    config: BenchmarkConfig,
+    server: Endpoint,
+    *,
+    before: MetricsSnapshot,
+    load: LoadGenerator,
+    measured: Measured,
+    result: dict[str, Any],
+) -> dict[str, str]:
+    """The trace's file by its kind; none, and why is said, where nobody could replay it."""
+    spec = benchmarked_server(
+        server,
+        cache_of(before),
+        measured,
+        model=config.model,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+    sent = load.so_far()
+    with contextlib.closing(MetricsClient(server)) as client:
+        counted = counted_by_server(client, before, sent=len(sent.records))
+    run = benchmark_run(
+        sent, measured, start_s=load.start_s, energy_j=result["gpu_energy_j"], spec=spec, counted=counted
+    )
+    facts = {"origin": "measured", "request_rate": config.request_rate, "seed": config.seed}
+    try:
+        text = trace_text(run, **facts, dataset=config.dataset_name, partial=result["partial"])
+    except ConfigError as error:
+        print(f"no trace   {error}")
+        return {}
+    for line in run_doubts(run):
+        print(f"trace      {line}")
+    return {"trace": text}
+
+
+def _save(config: BenchmarkConfig, files: Mapping[str, str]) -> None:
+    """Write the files, of which each kind is a part of the name."""
+    model, now = Path(config.model).name[:_NAME_LETTERS], f"{datetime.now():%Y%m%d-%H%M%S}"
+    named = {f"{model}-{kind}-{now}.json": text for kind, text in files.items()}
+    write_or_keep(config.result_dir, named)
+    for name in named:
+        print(f"wrote {config.result_dir / name}")
 
 
 def _code(result: dict[str, Any]) -> int:

@@ -73,7 +73,7 @@ def _keep(config: EvaluateConfig, run_dir: Path, facts: dict[str, Any], evaluati
         print(f"\n{comparison(evaluation.rows, config, partial=facts['partial'])}\n", flush=True)
     if "ended" in facts:
         print(f"ended early, {len(evaluation.rows)} episodes are kept: {facts['ended']}")
-    write_or_keep(run_dir, files)
+    write_or_keep(run_dir, files | {f"traces/{name}": text for name, text in evaluation.traces.items()})
     if evaluation.rows:
         print(f"wrote {run_dir}")
 
@@ -98,6 +98,7 @@ def _one_block_size(
             seconds=config.seconds,
             into=evaluation,
             say=say,
+            traces=config.save_traces or config.live_server,
         )
     except UnsupportedError as error:
         unsupported[str(kv_block_size)] = str(error)

@@ -74,7 +74,7 @@ def _spec(settings: LearnConfig, kv_block_size: int, facts: Mapping[str, Any]) -
     if raw is None:
         return build_spec(settings, kv_block_size)
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
-    return NodeSpec(**values)
+    return NodeSpec(**values | {"server": None})
 
 
 def _trained(params: Path) -> tuple[LearnConfig, tuple[int, ...]]:

@@ -18,7 +18,14 @@ class Served:
     ttfts_s: tuple[float, ...]
     tpots_s: tuple[float, ...]
     e2es_s: tuple[float, ...]
+    late_sends: int = 0
     histograms: dict[LatencyName, Histogram] | None = None  # None: request by request
+
+
+def came(before: MetricsSnapshot, after: MetricsSnapshot, delta: MetricsDelta) -> int:
+    """Requests that came between two snapshots, by the server's counters."""
+    there = after.running + after.waiting - before.running - before.waiting
+    return delta.requests_succeeded + there
 
 
 class ForeignLoad:
@@ -36,8 +43,7 @@ class ForeignLoad:
         self, before: MetricsSnapshot, after: MetricsSnapshot, delta: MetricsDelta, *, end_s: float
     ) -> Served:
         """What happened between two snapshots ``delta.seconds`` apart, the later one of ``end_s``."""
-        there = after.running + after.waiting - before.running - before.waiting
-        arrivals = max(0, delta.requests_succeeded + there)
+        arrivals = max(0, came(before, after, delta))
         if arrivals:
             self._waiting.append(_Batch(end_s - delta.seconds, end_s, arrivals, arrivals))
         self._drop(0 if delta.ttft is None else delta.ttft.count)

@@ -32,6 +32,9 @@ class Track(Generic[T]):
 class GpuTrack(Track[GpuReading]):
     """The same of a GPU, with its energy counter at both ends; None where it could not be read."""
 
+    name: str = ""  # of the card
+    uuid: str = ""
+    memory_bytes: int | None = None
     first_j: float | None = None
     last_j: float | None = None
     notes: list[str] = field(default_factory=list)  # why the counter could not be read
@@ -39,7 +42,7 @@ class GpuTrack(Track[GpuReading]):
 
 @dataclass(slots=True)
 class Measured:
-    """What the monitors saw; times are monotonic."""
+    """What the monitors saw; times are monotonic. Energy counters were read as it began and as it ended."""
 
     began_s: float
     ended_s: float = 0.0
@@ -67,15 +70,16 @@ def monitors(
     with contextlib.ExitStack() as stack:
         gpus = _opened(gpu_ids, stack, found)
         found.missing += _elsewhere(gpus, base_url)
+        found.gpus = {index: _track(opened) for index, opened in gpus.items()}
+        found.began_s = time.monotonic()
+        for index, track in found.gpus.items():
+            track.first_j = _counter_j(gpus[index], track, "beginning")
         samplers = {
             index: stack.enter_context(
                 Sampler(opened.read, gpu_interval_s, name=f"GPU {index}", capacity=CAPACITY)
             )
             for index, opened in gpus.items()
         }
-        for index, opened in gpus.items():
-            found.gpus[index] = track = GpuTrack()
-            track.first_j = _counter_j(opened, track, "beginning")
         meter = CpuMeter()
         cpu_sampler = Sampler(meter.read, gpu_interval_s, name="CPU", capacity=CAPACITY)
         if cpu:
@@ -87,8 +91,9 @@ def monitors(
             found.ended_s = time.monotonic()
             found.cpu_modelled, found.cpu_reason = meter.modelled, meter.reason
             for index, track in found.gpus.items():
-                track.samples, track.failures = samplers[index].kept()
                 track.last_j = _counter_j(gpus[index], track, "end")
+            for index, track in found.gpus.items():
+                track.samples, track.failures = samplers[index].kept()
             if cpu:
                 found.cpu = Track(*cpu_sampler.kept())
             if kv is not None:
@@ -127,6 +132,13 @@ def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: M
         gpus[device.index] = opened
         found.gpu_ids.append(str(device.index))
     return gpus
+
+
+def _track(gpus: Gpus) -> GpuTrack:
+    memory_bytes = None
+    with contextlib.suppress(GpuError):  # lost since: its samples say so
+        memory_bytes = gpus.memory_bytes()
+    return GpuTrack(name=gpus.name, uuid=gpus.uuids[0], memory_bytes=memory_bytes)
 
 
 def _close(gpus: Gpus) -> None:

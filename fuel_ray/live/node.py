@@ -11,11 +11,11 @@ import numpy as np
 
 from fuel_ray.errors import NodeError, TelemetryError
 from fuel_ray.live.cpu import CpuMeter, CpuReading
-from fuel_ray.live.foreign_load import ForeignLoad, Served
+from fuel_ray.live.foreign_load import ForeignLoad, Served, came
 from fuel_ray.live.gpu.lease import ClockLease
 from fuel_ray.live.gpu.nvml import GpuReading, Gpus
 from fuel_ray.live.load.completion import Attempt
-from fuel_ray.live.load.loadgen import LoadGenerator, LoadProgress, request_records
+from fuel_ray.live.load.loadgen import LoadGenerator, LoadProgress, late_sends, request_records
 from fuel_ray.live.sampling import Sample, Sampler, figures, held_mean, window_energy_j
 from fuel_ray.live.vllm.in_force import InForce
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
@@ -88,9 +88,9 @@ class GpuNode:
         self._first_tokens, self._ended, self._unseen = set(), [], []
         self._sent, self._foreign = 0, ForeignLoad()
         self._readings.start()
+        self._load = None if self._start_load is None else self._start_load(seed)  # drawing it takes a while
         self._mark = self._read_mark()
-        if self._start_load is not None:
-            self._load = self._start_load(seed)
+        if self._load is not None:
             self._load.start()
 
     def apply(self, knobs: Knobs) -> Knobs:
@@ -211,6 +211,10 @@ class GpuNode:
             gpu_clock_mhz=_mean(readings, "sm_clock_mhz", begin, end),
             histograms=served.histograms,
             limit_acknowledged=None if in_force is None else in_force.acknowledged,
+            late_sends=served.late_sends,
+            foreign_requests=None
+            if self._load is None
+            else came(begin.server, end.server, delta) - served.arrivals,
         )
 
     def _in_force(self, delta: MetricsDelta) -> InForce | None:
@@ -239,6 +243,7 @@ class GpuNode:
             ttfts_s=self._new_ttfts_s((*ended, *in_flight)),
             tpots_s=tuple(tpots_s[np.isfinite(tpots_s)].tolist()),
             e2es_s=tuple(records.e2e_s.tolist()),
+            late_sends=late_sends(ended),
         )
 
     def _new_ttfts_s(self, attempts: tuple[Attempt, ...]) -> tuple[float, ...]:

@@ -123,6 +123,18 @@ def is_local(host: str) -> bool:
     return any(address in own or address.startswith("127.") for address in addresses)
 
 
+def server_flags(port: int) -> tuple[str, ...]:
+    """The words after `vllm serve` of the server that listens on a TCP port here; none if it is not seen."""
+    for pid in sorted(server_pids(port)[0]):
+        with contextlib.suppress(psutil.Error):
+            words = psutil.Process(pid).cmdline()
+            if "serve" in words[1:] and _VLLM.search(" ".join(words)):
+                return tuple(words[words.index("serve") + 1 :])
+            if len(words) > 2 and words[2].startswith("vllm.entrypoints"):
+                return tuple(words[3:])
+    return ()
+
+
 def server_pids(port: int) -> tuple[frozenset[int], str]:
     """The processes of the server that listens on a TCP port here; of none, why."""
     try:

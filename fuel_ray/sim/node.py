@@ -6,7 +6,7 @@ from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.pack import Pack
 from fuel_ray.sim.scheduler import Engine, State, advance, advance_windows, new_state
-from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetrics
+from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, ServerFacts, WindowMetrics
 from fuel_ray.workload.spec import Workload, drawn
 
 
@@ -61,6 +61,7 @@ class SimulatedNode:
             num_kv_blocks=num_kv_blocks,
             batch_limits=(1, capacity),
             gpu_clocks_mhz=clocks,
+            server=ServerFacts(pack.engine, capacity, pack.max_num_batched_tokens, prefix_caching),
         )
         self._constants = pack.perf.constants
         self._at = {clock_mhz: pack.perf.at(clock_mhz) for clock_mhz in clocks}

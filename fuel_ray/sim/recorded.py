@@ -1,10 +1,12 @@
 """Recorded runs of a real server, as trace files: JSON objects with ``info`` and ``requests``.
 
 Each request has ``n_in`` and ``n_out`` in tokens, ``start`` on any clock, ``ttft`` and ``e2e``, in s.
-``info`` has ``secs`` and the ``energy_j`` in them, from ``begin`` on the requests' clock (by default the first
-start), the schedules ``[[second, value], ...]`` of batch limit and, where it was not the highest, clock in
-MHz, and what the server is: ``block_size``, ``num_kv_blocks``, ``max_num_seqs``, ``max_num_batched_tokens``.
-What else it says is for people.
+``info`` has ``secs`` and the ``energy_j`` in them (null: not measured), from ``begin`` on the requests' clock
+(by default the first start), the schedules ``[[second, value], ...]`` of batch limit and, where it was not
+the highest, clock in MHz, and what the server is: ``block_size``, ``num_kv_blocks``, ``max_num_seqs``,
+``max_num_batched_tokens`` and, where it is off, ``prefix_caching``. ``sim.doubts`` reads ``failed``,
+``late_sends``, ``foreign_requests``, ``prefix_hit_rate``, ``unmeasured_s``, ``assumed``, ``gpu_name``,
+``model`` and ``highest_sm_clock_mhz``. What else it says is for people.
 """
 
 import json
@@ -41,7 +43,17 @@ def read_trace(path: str) -> RecordedRun:
 
 
 def trace_text(run: RecordedRun, **facts: Any) -> str:
-    """The trace file of a run, which ``read_trace`` reads; ``facts`` are what else its ``info`` says."""
+    """The trace file of a run, which ``read_trace`` reads; ``facts`` are what else its ``info`` says.
+
+    Raises:
+        ConfigError: nobody could replay it: no request of several tokens ended, or its server's KV cache is
+            not known.
+    """
+    several = run.requests.output_tokens > 1
+    if not (run.e2e_s > run.ttft_s)[several].any():
+        raise ConfigError("a trace needs a request of several tokens that ended")
+    if not run.num_kv_blocks:
+        raise ConfigError("a trace needs the number of KV blocks, which the server does not tell")
     requests, latencies_s = run.requests, zip(run.ttft_s.tolist(), run.e2e_s.tolist(), strict=True)
     info = {
         "begin": 0.0,
@@ -55,7 +67,7 @@ def trace_text(run: RecordedRun, **facts: Any) -> str:
         "limit_schedule": run.limit_schedule,
         "clock_schedule": run.clock_schedule,
         "n": len(requests),
-    }
+    } | dict(run.info)
     rows = [
         {"n_in": n_in, "n_out": n_out, "start": start_s, "ttft": ttft_s, "e2e": e2e_s}
         for n_in, n_out, start_s, (ttft_s, e2e_s) in zip(
@@ -87,7 +99,7 @@ def _run(info: Row, rows: Sequence[Row]) -> RecordedRun:
     return RecordedRun(
         requests=Requests(start_s - begin_s, n_in, n_out, np.full(len(rows), -1), np.zeros_like(n_in)),
         duration_s=info.number("secs"),
-        energy_j=info.number("energy_j"),
+        energy_j=None if info.values.get("energy_j", 0) is None else info.number("energy_j"),
         ttft_s=ttft_s,
         e2e_s=e2e_s,
         kv_block_size=block_size,
@@ -97,7 +109,16 @@ def _run(info: Row, rows: Sequence[Row]) -> RecordedRun:
         limit_schedule=_schedule("limit_schedule", info.values["limit_schedule"]),
         clock_schedule=_schedule("clock_schedule", info.values.get("clock_schedule", [])),
         prefix_caching=bool(info.values.get("prefix_caching", True)),
+        info={key: value for key, value in info.values.items() if key not in _OF_THE_RUN},
     )
+
+
+_OF_THE_RUN = frozenset(
+    {
+        *("begin", "secs", "energy_j", "block_size", "num_kv_blocks", "max_num_seqs"),
+        *("max_num_batched_tokens", "prefix_caching", "limit_schedule", "clock_schedule", "n"),
+    }
+)
 
 
 def _schedule(name: str, raw: Any) -> tuple[tuple[float, int], ...]:

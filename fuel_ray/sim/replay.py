@@ -1,8 +1,9 @@
 """What the simulated server predicts for a recorded run, beside what was measured."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from fuel_ray.types import Requests
 
 _LATENCIES = [f"{name}_{figure}" for name in ("ttft", "tpot", "e2e") for figure in ("mean", "p50", "p99")]
 FIGURES = ("energy", "mean_power", *_LATENCIES)
+BOUNDS = {"energy": 0.03, "tpot_mean": 0.05, "e2e_mean": 0.05, "ttft_p50": 0.15}  # of a twin to be trusted
 
 _DRAIN_STEP_S = 10.0  # how often the replay looks whether all requests have finished
 
@@ -23,7 +25,7 @@ class RecordedRun:
 
     requests: Requests  # arrival_s counts from the beginning, in ascending order
     duration_s: float
-    energy_j: float  # in duration_s
+    energy_j: float | None  # in duration_s; None: not measured
     ttft_s: np.ndarray  # in the order of requests, like the next
     e2e_s: np.ndarray
     kv_block_size: int  # tokens
@@ -33,14 +35,15 @@ class RecordedRun:
     limit_schedule: tuple[tuple[float, int], ...]  # (second, batch limit), ascending from 0
     clock_schedule: tuple[tuple[float, int], ...] = ()  # (second, MHz), ascending from 0; none: the highest
     prefix_caching: bool = True
+    info: Mapping[str, Any] = field(default_factory=dict)  # what else the file says of it
 
 
-def measured_figures(run: RecordedRun) -> dict[str, float]:
-    """Energy (J), mean power (W) and latencies (s) as measured, named as in ``FIGURES``."""
+def measured_figures(run: RecordedRun) -> dict[str, float | None]:
+    """Energy (J), mean power (W), None if it was not measured, and latencies (s), named as in ``FIGURES``."""
     return _figures(run, run.energy_j, run.ttft_s, run.e2e_s)
 
 
-def predicted_figures(run: RecordedRun, pack: Pack) -> dict[str, float]:
+def predicted_figures(run: RecordedRun, pack: Pack) -> dict[str, float | None]:
     """The same figures when the run's requests arrive at a simulated server under the run's knobs."""
     return _figures(run, *predicted_latencies(run, pack.perf))
 
@@ -73,9 +76,21 @@ def predicted_latencies(
     return energy_j, latency_s[:, rules.FIRST_TOKEN], latency_s[:, rules.FINISH]
 
 
-def relative_errors(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
-    """Fractions by which the prediction is too high."""
-    return {name: predicted[name] / measured[name] - 1.0 for name in FIGURES}
+def relative_errors(
+    predicted: Mapping[str, float | None], measured: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """Fractions by which the prediction is too high; None where nothing was measured."""
+    return {name: _relative_error(predicted[name], measured[name]) for name in FIGURES}
+
+
+def beyond_bounds(errors: Mapping[str, float | None]) -> dict[str, float]:
+    """The errors that are larger than ``BOUNDS`` allow."""
+    found = {name: errors[name] for name in BOUNDS}
+    return {name: error for name, error in found.items() if error is not None and abs(error) > BOUNDS[name]}
+
+
+def _relative_error(predicted: float | None, measured: float | None) -> float | None:
+    return predicted / measured - 1.0 if predicted is not None and measured else None
 
 
 def _periods(run: RecordedRun) -> Iterator[tuple[float, int, int | None]]:
@@ -92,11 +107,14 @@ def _at(schedule: tuple[tuple[float, int], ...], at_s: float) -> int | None:
     return next((value for begin_s, value in reversed(schedule) if begin_s <= at_s), None)
 
 
-def _figures(run: RecordedRun, energy_j: float, ttft_s: np.ndarray, e2e_s: np.ndarray) -> dict[str, float]:
+def _figures(
+    run: RecordedRun, energy_j: float | None, ttft_s: np.ndarray, e2e_s: np.ndarray
+) -> dict[str, float | None]:
     outputs = run.requests.output_tokens
     several = outputs > 1
     tpot_s = (e2e_s - ttft_s)[several] / (outputs[several] - 1)
-    figures = {"energy": energy_j, "mean_power": energy_j / run.duration_s}
+    power_w = None if energy_j is None else energy_j / run.duration_s
+    figures: dict[str, float | None] = {"energy": energy_j, "mean_power": power_w}
     for name, values_s in (("ttft", ttft_s), ("tpot", tpot_s), ("e2e", e2e_s)):
         p50_s, p99_s = np.percentile(values_s, (50, 99)).tolist()
         figures |= {f"{name}_mean": float(values_s.mean()), f"{name}_p50": p50_s, f"{name}_p99": p99_s}

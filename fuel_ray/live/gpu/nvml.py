@@ -211,6 +211,10 @@ class Gpus(AbstractContextManager["Gpus"]):
         values_mj = _all(self._each("energy counter", _energy_mj))
         return None if values_mj is None else sum(values_mj) / 1000
 
+    def memory_bytes(self) -> int | None:
+        """Memory of the smallest card; None where one does not say it."""
+        return min(_all(self._each("memory", _memory_bytes)) or (), default=None)
+
     def lacking(self) -> dict[str, tuple[str, ...]]:
         """UUIDs of the cards that do not give a reading at this moment, by the reading."""
         values = {name: self._each(name, read) for name, read in READINGS.items()}
@@ -326,6 +330,10 @@ def _power_mw(handle: Handle) -> int:
 
 def _energy_mj(handle: Handle) -> int | None:
     return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) or None  # one that says 0 has not counted
+
+
+def _memory_bytes(handle: Handle) -> int:
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
 
 
 def _utilisation(handle: Handle) -> Any:

@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +39,11 @@ class LoadResult:
     errors: tuple[str | None, ...]
     late_sends: int  # more than 10 ms after their time
     duration_s: float
+
+
+def late_sends(ended: Iterable[Attempt]) -> int:
+    """How many were sent more than 10 ms after their time."""
+    return sum(a.sent_s is not None and a.sent_s - a.arrival_s > LATE_S for a in ended)
 
 
 def request_records(ended: Sequence[Attempt]) -> RequestRecords:
@@ -113,6 +118,11 @@ class LoadGenerator:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    @property
+    def start_s(self) -> float:
+        """When it was started, on the monotonic clock."""
+        return self._start_s
+
     def take(self) -> LoadProgress:
         """What ended since the last ``take``, and what is in flight.
 
@@ -141,7 +151,7 @@ class LoadGenerator:
             received_tokens=tuple(attempt.received_tokens for attempt in ended),
             itls_s=tuple(tuple(attempt.itls_s) for attempt in ended),
             errors=tuple(attempt.error for attempt in ended),
-            late_sends=sum(a.sent_s is not None and a.sent_s - a.arrival_s > LATE_S for a in ended),
+            late_sends=late_sends(ended),
             duration_s=now_s - self._start_s,
         )
 

@@ -21,6 +21,7 @@ class CacheConfig:
     num_gpu_blocks: int
     scheduler_block_size: int | None = None  # what the page calls block_size where that is another
     uncertain: bool = False  # a hybrid model's page that does not say its attention's block size
+    prefix_caching: bool | None = None  # whether full blocks are found again, as the page says it
 
     def may_have(self, block_size: int) -> bool:
         """Whether a server that was asked for this block size can say this."""
@@ -72,7 +73,9 @@ def cache_config(info: Mapping[str, Labels]) -> CacheConfig | str:
     scheduler, tokens = _number(engines[0], "block_size"), _number(engines[0], _TOKENS)
     hybrid = tokens is not None and _number(engines[0], _ATTENTION) is None and tokens > blocks[0] * size
     total = _all_blocks(engines[0], blocks)
-    return CacheConfig(size, total, None if scheduler == size else scheduler, uncertain=hybrid)
+    other = None if scheduler == size else scheduler
+    caching = {"True": True, "False": False}.get(engines[0].get("enable_prefix_caching", ""))
+    return CacheConfig(size, total, other, uncertain=hybrid, prefix_caching=caching)
 
 
 def _block_size(labels: Labels) -> int | None:

@@ -256,7 +256,8 @@ def _answer(endpoint: Endpoint, url: str, timeout_s: float) -> tuple[int, str | 
     connection = endpoint.connection(url, timeout_s)
     try:
         parts = urlsplit(url)
-        connection.request("GET", parts.path, headers=endpoint.headers(url))
+        page = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        connection.request("GET", page, headers=endpoint.headers(url))
         response = connection.getresponse()
         body = response.read(2**24)
         if response.length:

@@ -86,6 +86,11 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
         """The limit that the server admits by at this moment; None: its own, which no scheduler has said."""
         return self._acknowledgement.now(self._read()[1])
 
+    @property
+    def capacity(self) -> int | None:
+        """The server's own highest limit; None: no scheduler has said it."""
+        return self._read()[1].capacity or None
+
     def window(self, *, worked: bool, duration_s: float) -> InForce:
         """What was in force in the window that just ended, in which the server ``worked`` or was idle.
 

@@ -1,0 +1,73 @@
+"""What speaks against a recorded run, or against replaying it with a pack."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fuel_ray.sim.pack import Pack
+from fuel_ray.sim.replay import RecordedRun
+
+_FAILED = 0.01  # shares of the requests that are too many
+_LATE = 0.01
+_CACHED = 0.02  # of the prompt tokens
+_CLOCK = 0.02  # by which a clock is another
+
+
+def run_doubts(run: RecordedRun) -> Iterator[str]:
+    """A line for each reason not to believe what was measured, as its file tells it."""
+    n, failed = len(run.requests), _number(run, "failed")
+    if failed > _FAILED * (n + failed):
+        share = failed / (n + failed)
+        yield f"{failed:.0f} of {n + failed:.0f} requests ({share:.1%}) failed: a replay misses their load"
+    if (late := _number(run, "late_sends")) > _LATE * (n + failed):
+        yield f"{late:.0f} of {n + failed:.0f} requests were sent late: the load generator had too little CPU"
+    if (foreign := _number(run, "foreign_requests")) > 0:
+        yield f"the server had at least {foreign:.0f} requests of somebody else: a replay misses their load"
+    if (cached := _number(run, "prefix_hit_rate")) > _CACHED:
+        yield f"{cached:.0%} of the prompt tokens were found in the prefix cache: a replay computes them"
+    if (gap_s := _number(run, "unmeasured_s")) > 0:
+        yield f"{gap_s:.1f} s of it were not measured: its energy and its schedules are not of all of it"
+    if run.energy_j is None:
+        yield "no energy was measured"
+    assumed = run.info.get("assumed") or []
+    if isinstance(assumed, list) and assumed:
+        yield f"{', '.join(map(str, assumed))}: assumed, nobody said them"
+
+
+def pack_doubts(run: RecordedRun, pack: Pack) -> Iterator[str]:
+    """A line for each respect in which the run's server is not the pack's."""
+    for what, here, there in (
+        ("GPU", run.info.get("gpu_name"), pack.gpu_name),
+        ("model", run.info.get("model"), pack.model),
+    ):
+        if isinstance(here, str) and here and not _same(_plain(here), _plain(there)):
+            yield f"its {what} is {here}, the pack's {there}"
+    if run.max_num_seqs != pack.max_num_seqs:
+        yield f"its max_num_seqs is {run.max_num_seqs}, the pack's {pack.max_num_seqs}"
+    low_mhz, high_mhz = pack.gpu_clocks_mhz[0], pack.gpu_clocks_mhz[-1]
+    outside = sorted({mhz for _, mhz in run.clock_schedule if not low_mhz <= mhz <= high_mhz})
+    if outside:
+        yield f"it was measured at {_listed(outside)} MHz, and the pack has {low_mhz}..{high_mhz} MHz"
+    seen_mhz = _number(run, "highest_sm_clock_mhz")
+    if not run.clock_schedule and seen_mhz and abs(seen_mhz / high_mhz - 1) > _CLOCK:
+        yield f"its clocks were left alone and reached {seen_mhz:.0f} MHz, the pack has {high_mhz} MHz"
+
+
+def _number(run: RecordedRun, name: str) -> float:
+    """0 where the file does not say."""
+    value: Any = run.info.get(name)
+    return float(value) if type(value) in (int, float) else 0.0
+
+
+def _plain(name: str) -> str:
+    """A GPU's or a model's name without the folder or owner that it is from."""
+    return name.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _same(here: str, there: str) -> bool:
+    """Whether one of the names says more of the same, as Qwen3-8B-FP8 does."""
+    return here.startswith(there) or there.startswith(here)
+
+
+def _listed(clocks_mhz: list[int]) -> str:
+    shown = [str(mhz) for mhz in clocks_mhz[:3]]
+    return ", ".join([*shown, "..."] if len(clocks_mhz) > 3 else shown)
