@@ -215,6 +215,11 @@ class Gpus(AbstractContextManager["Gpus"]):
         """Memory of the smallest card; None where one does not say it."""
         return min(_all(self._each("memory", _memory_bytes)) or (), default=None)
 
+    def power_limit_w(self) -> float | None:
+        """The sum of the limits in force; None where a card does not say."""
+        values_mw = _all(self._each("power limit", _power_limit_mw))
+        return None if values_mw is None else sum(values_mw) / 1000
+
     def lacking(self) -> dict[str, tuple[str, ...]]:
         """UUIDs of the cards that do not give a reading at this moment, by the reading."""
         values = {name: self._each(name, read) for name, read in READINGS.items()}
@@ -326,6 +331,10 @@ def _driver_version() -> str:
 
 def _power_mw(handle: Handle) -> int:
     return pynvml.nvmlDeviceGetPowerUsage(handle)
+
+
+def _power_limit_mw(handle: Handle) -> int:
+    return pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
 
 
 def _energy_mj(handle: Handle) -> int | None:

@@ -1,0 +1,171 @@
+"""One point of a profile, measured on a node: its row or its trace, and what speaks against it."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.build.nodes import build_loop
+from fuel_ray.build.recording import recorded_run
+from fuel_ray.config import ServingConfig
+from fuel_ray.control import ControlLoop
+from fuel_ray.errors import NodeError
+from fuel_ray.live.node import GpuNode
+from fuel_ray.sim.loads import Load, Rows, Server
+from fuel_ray.sim.points import LONGEST_S, Point
+from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.types import Knobs, Requests, WindowMetrics
+from fuel_ray.workload.spec import drawn, parse_workload
+
+_FOREIGN_WINDOWS = 2  # in a row that more requests than ours run or wait
+_THROTTLED, _NEAR_CAP = 0.97, 0.9  # of the pinned clock, of the power limit
+
+
+@dataclass(slots=True)
+class Probe:
+    """What came of a point; neither row nor trace: ``refused`` says why."""
+
+    row: dict[str, Any] | None = None
+    trace: RecordedRun | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # of the trace
+    refused: str = ""
+    notes: list[str] = field(default_factory=list)  # what else there is to say
+    spent_s: float = 0.0
+
+
+def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) -> Probe:
+    """Measure a point on a node of its own, which is given back.
+
+    Raises:
+        NodeError: the node is gone, or serves somebody else's requests too.
+    """
+    found, load = Probe(), point.load(rows)
+    if load is None:
+        found.refused = f"there was no window of {point.what}"
+        return found
+    loop = build_loop(config, config.block_sizes[0], horizon_s=load.horizon_s, workload=load.workload)
+    with contextlib.closing(loop.node):
+        windows = _Watched(loop, point.clock_mhz, seed=config.seed, load=load)
+        try:
+            if load.measure is None:
+                _record(found, windows, load, config=config, server=server)
+            else:
+                _row(found, windows, point, load)
+        finally:
+            found.spent_s = sum(window.duration_s for window in windows.seen)
+    return found
+
+
+class _Watched:
+    """The windows of a node that has just been given its load, at a clock, without a batch limit."""
+
+    def __init__(self, loop: ControlLoop, clock_mhz: int, *, seed: int, load: Load) -> None:
+        self.loop, self.seed, self.seen = loop, seed, list[WindowMetrics]()
+        self.requests: Requests = drawn(
+            parse_workload(load.workload), load.horizon_s, seed=seed, random_start=False
+        )
+        self._knobs = Knobs(loop.node.spec.batch_limits[-1], clock_mhz)
+        self._ours = _Ours(self.requests)
+
+    def __iter__(self) -> Iterator[WindowMetrics]:
+        yield self._next(self.loop.reset(seed=self.seed))
+        for _ in range(LONGEST_S):
+            yield self._next(self.loop.step(self._knobs).metrics)
+
+    @property
+    def hits(self) -> bool:
+        """Whether prompts were found in the prefix cache, where none of ours is there twice."""
+        if any(window.preemptions for window in self.seen):
+            return False  # a preempted request finds its own
+        return any((window.prefix_hit_rate or 0.0) > 0.0 for window in self.seen)
+
+    def _next(self, window: WindowMetrics) -> WindowMetrics:
+        self.seen.append(window)
+        self._ours.check(window)
+        return window
+
+
+class _Ours:
+    """Our own requests, against which a server's counters are held."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._prompts = np.concatenate([[0], np.cumsum(requests.prompt_tokens)])
+        self._sent, self._in_flight, self._prompt_tokens, self._too_many = 0, 0, 0, 0
+
+    def check(self, window: WindowMetrics) -> None:
+        """Raises NodeError where somebody else's requests are served too."""
+        self._sent += window.arrivals
+        most = self._in_flight + window.arrivals
+        self._in_flight = most - window.completed
+        self._prompt_tokens += 0 if window.preemptions else window.prompt_tokens
+        foreign = window.running + window.waiting - most
+        self._too_many = self._too_many + 1 if foreign > 0 else 0
+        tokens = self._prompt_tokens - int(self._prompts[min(self._sent, len(self._prompts) - 1)])
+        if self._too_many >= _FOREIGN_WINDOWS or tokens > 0:
+            what = f"{foreign} requests" if foreign > 0 else f"{tokens} prompt tokens"
+            raise NodeError(
+                f"another load is on the server: {what} that are not the profile's; stop it, and go on with "
+                "--resume"
+            )
+
+
+def _row(found: Probe, windows: _Watched, point: Point, load: Load) -> None:
+    assert load.measure is not None
+    measured = load.measure(iter(windows))
+    if measured is None:
+        found.refused = f"there was no window of {point.what}"
+    elif windows.hits:
+        found.refused = f"{point.what}: prompts were found in the prefix cache, so another load shares it"
+    else:
+        found.row = {"phase": point.phase, "clock_mhz": point.clock_mhz, "point": point.name, **measured}
+        if (cost_s := _client_s(windows)) is not None:
+            found.row["client_s"] = cost_s
+        if throttled := _throttled(windows.loop, found.row):
+            found.notes.append(throttled)
+
+
+def _record(found: Probe, windows: _Watched, load: Load, *, config: ServingConfig, server: Server) -> None:
+    last_s = float(windows.requests.arrival_s.max(initial=0.0))
+    for number, window in enumerate(windows, start=1):
+        if number > math.ceil(last_s) and not (window.running or window.waiting):
+            break
+    node = windows.loop.node
+    found.trace = recorded_run(windows.loop, windows.seen, node.take_records(), server.max_num_batched_tokens)
+    sent, ended = len(windows.requests), len(found.trace.requests)
+    found.facts = {"workload": load.workload, "horizon_s": load.horizon_s, "seed": config.seed}
+    found.facts["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    if isinstance(node, GpuNode) and node.load is not None:
+        found.facts["late_sends"] = node.load.so_far().late_sends
+        found.facts["client_busy"] = round(node.load.busy_s / found.trace.duration_s, 3)
+    if ended < sent:
+        found.trace, found.refused = None, f"{sent - ended} of {sent} requests did not end"
+    elif windows.hits:
+        found.trace, found.refused = None, "prompts were found in the prefix cache, so another load shares it"
+    if load.note:
+        found.notes.append(load.note)
+
+
+def _client_s(windows: _Watched) -> float | None:
+    """CPU time of the client per token that came."""
+    node = windows.loop.node
+    tokens = sum(window.output_tokens for window in windows.seen)
+    if not isinstance(node, GpuNode) or node.load is None or not tokens:
+        return None
+    return node.load.busy_s / tokens
+
+
+def _throttled(loop: ControlLoop, row: dict[str, Any]) -> str:
+    """What slowed the clock, if it was not the power limit."""
+    node, clock_mhz = loop.node, row["clock_mhz"]
+    limit_w = node.power_limit_w if isinstance(node, GpuNode) else None
+    sm_mhz, power_w = row.get("sm_mhz", clock_mhz), row.get("power_w", 0.0)
+    if limit_w is None or sm_mhz >= _THROTTLED * clock_mhz or power_w >= _NEAR_CAP * limit_w:
+        return ""
+    return (
+        f"throttled: {sm_mhz:.0f} MHz in place of {clock_mhz} at {power_w:.0f} W of {limit_w:.0f}: "
+        "the GPU is hot, or something else holds its clock"
+    )
