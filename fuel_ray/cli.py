@@ -18,6 +18,7 @@ from fuel_ray.output import lasting_output
 from fuel_ray.packages import blamed, numba_cache
 
 VERBS = {  # each is the module of that name in commands
+    "onboard": "your own server: measure it, train a policy for it, say how to deploy",
     "sweep": "train and compare one policy per KV block size",
     "train": "train one policy per KV block size",
     "evaluate": "compare policies on a simulated or a live node",

@@ -142,15 +142,23 @@ def check_named(settings: Any, words: Sequence[str]) -> None:
             )
 
 
-def resumed(folder: Path, argv: list[str], *, prog: str, base: Serving, may_change: Sequence[str]) -> Serving:
+def resumed(
+    folder: Path,
+    argv: list[str],
+    *,
+    prog: str,
+    base: Serving,
+    may_change: Sequence[str],
+    file: str = "run.json",
+) -> Serving:
     """The settings that the run in a folder began with, which flags may repeat; some may change.
 
     Raises:
         ConfigError: it is not the folder of a run, or a flag differs from its settings.
     """
-    if not (folder / "run.json").is_file():
-        raise ConfigError(f"--resume {folder}: not the folder of a run, there is no run.json in it")
-    began = load_config(folder / "run.json", base=base)
+    if not (folder / file).is_file():
+        raise ConfigError(f"--resume {folder}: not the folder of a run, there is no {file} in it")
+    began = load_config(folder / file, base=base)
     asked = parse_serving(type(base), argv, prog=prog, default=began)
     for f in dataclasses.fields(began):
         if f.name in ("out", "resume", "config", *may_change):

@@ -33,7 +33,7 @@ FLOORS = [  # lowest first; what is on one floor may import its neighbours
     ("tuning",),
     ("training",),
     ("arena", "report", "deploy"),
-    ("commands",),
+    ("commands", "onboarding"),
     ("cli", "__main__"),
 ]
 HOMES = {

@@ -38,9 +38,9 @@ def run(config: DoctorConfig) -> int:
     if config.cluster_file is not None:
         from fuel_ray.cluster.ssh import file_checks  # noqa: PLC0415  (one host needs no YAML)
 
-        return _print("", file_checks(config.cluster_file))
+        return show("", file_checks(config.cluster_file))
     if not config.cluster:
-        return _print("", _own_checks(config))
+        return show("", _own_checks(config))
     return _cluster(config)
 
 
@@ -71,9 +71,9 @@ def _cluster(config: DoctorConfig) -> int:
         if there.skew_s is not None:
             looked = [*looked, _clock(there.skew_s)]
         is_node = NODE_RESOURCE in there.resources
-        status |= _print(f"{there.host}  ", looked if is_node else [c for c in looked if not c.of_a_node])
+        status |= show(f"{there.host}  ", looked if is_node else [c for c in looked if not c.of_a_node])
     remedy = f"start Ray with --resources='{{\"{NODE_RESOURCE}\": 1}}' on the hosts that shall serve"
-    return status | _print("", [Check("nodes", f"{nodes:g} in the cluster", None if nodes else remedy)])
+    return status | show("", [Check("nodes", f"{nodes:g} in the cluster", None if nodes else remedy)])
 
 
 def _clock(skew_s: float) -> Check:
@@ -81,7 +81,7 @@ def _clock(skew_s: float) -> Check:
     return Check("clock", f"{skew_s:+.2f} s off this host's", remedy)
 
 
-def _print(prefix: str, checks: Iterable[Check]) -> int:
+def show(prefix: str, checks: Iterable[Check]) -> int:
     """A line per check; 1 if one that is needed failed."""
     failed = False
     for check in checks:

@@ -48,6 +48,16 @@ def _entries(entry: str) -> Iterator[str]:
 
 def run(config: RecommendConfig) -> int:
     """Print every pair and the recommendation."""
+    _, best, _ = recommended(config)
+    if config.save is not None and best.fitted is not None:
+        print(f"wrote {config.save}; to deploy: fuel-ray deploy --policy {config.save} ...")
+    elif config.save is not None:
+        print(f"nothing written to {config.save}: {label(best.policy)} is no policy folder")
+    return 0
+
+
+def recommended(config: RecommendConfig) -> tuple[list[Pair], Pair, str]:
+    """Every pair, the one to deploy, which is saved if it can be, and a sentence on it; all are printed."""
     if config.save is not None:
         make_folder(config.save)
     pairs: list[Pair] = []
@@ -62,7 +72,4 @@ def run(config: RecommendConfig) -> int:
     print("\n" + sentence)
     if config.save is not None and best.fitted is not None:
         save(best, best.fitted, config)
-        print(f"wrote {config.save}; to deploy: fuel-ray deploy --policy {config.save} ...")
-    elif config.save is not None:
-        print(f"nothing written to {config.save}: {label(best.policy)} is no policy folder")
-    return 0
+    return pairs, best, sentence

@@ -1,0 +1,93 @@
+"""The last stage: the commands that put the policy in front of the server, first without its doing anything."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fuel_ray.address import login_variable
+from fuel_ray.commands import deploy
+from fuel_ray.disk import whole
+from fuel_ray.onboarding.server import HOW_TO_SET_CLOCKS
+from fuel_ray.onboarding.state import Onboarding
+
+_DEFAULT_URL = "http://127.0.0.1:8000"
+_STEPS = (
+    (
+        "shadow",
+        "1. Shadow: nothing is set; what the policy would do, and how the server does without it.",
+        ("--shadow",),
+    ),
+    (
+        "canary",
+        "2. Canary: it rules in a tenth of the time, drawn by chance; the saving is measured.",
+        ("--canary", "0.1"),
+    ),
+    ("live", "3. Live: it rules until it is stopped; then the driver and the server do again.", ()),
+)
+
+
+def write(state: Onboarding) -> dict[str, Any]:
+    """commands.sh; every line of it was read by deploy's own parser."""
+    shared = _shared(state)
+    commands = {name: [*shared, *flags] for name, _, flags in _STEPS}
+    for words in commands.values():
+        deploy.parse(words, prog="fuel-ray deploy")
+    lines = ["#!/bin/sh", *(f"# {line}" for line in _said(state)), ""]
+    for name, what, _ in _STEPS:
+        lines += [f"# {what}", shlex.join(["fuel-ray", "deploy", *commands[name]]), ""]
+    text = "\n".join(lines)
+    with whole(state.folder / "commands.sh") as file:
+        file.write(text)
+    print(text)
+    return {
+        "commands": {name: shlex.join(["fuel-ray", "deploy", *words]) for name, words in commands.items()}
+    }
+
+
+def policy_of(state: Onboarding) -> Path:
+    """The recommended policy; the trained one where no policy is recommended."""
+    found = state.journal.found("recommend")
+    return (
+        state.folder / "policies" / "recommended"
+        if found["saved"]
+        else Path(state.journal.found("train")["policy"])
+    )
+
+
+def _shared(state: Onboarding) -> list[str]:
+    live = state.config.live
+    words = ["--policy", str(policy_of(state)), "--server", live.server or _DEFAULT_URL]
+    if uuids := state.facts["gpu_uuids"]:
+        words += ["--gpu-ids", *uuids]
+    if live.limit_file is not None:
+        words += ["--limit-file", str(live.limit_file)]
+    words += ["--max-num-seqs", str(state.facts["batch_limits"][-1])]
+    for flag, value in (("served-model", live.served_model), ("api-key-env", live.api_key_env),
+                        ("ca-file", live.ca_file), ("metrics-url", live.metrics_url)):  # fmt: skip
+        if value is not None:
+            words += [f"--{flag}", str(value)]
+    return [*words, "--out", str(state.folder)]
+
+
+def _said(state: Onboarding) -> list[str]:
+    """What a reader should know before the first line is run."""
+    found, live = state.journal.found("recommend"), state.config.live
+    lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, load {state.workload}"]
+    if state.config.node == "sim":
+        lines.append(
+            "The twin stood for a server in all of this: these lines are what your own would be like."
+        )
+    elif live.server is None:
+        lines.append("Start the server with the same flags first, and with FUEL_RAY_LIMIT_FILE=FILE in its")
+        lines.append("environment; give --limit-file FILE below to let the batch limit be set.")
+    if not found["saved"]:
+        lines.append(
+            f"No learned policy is recommended ({found['best']}, {found['how']}); this is the trained one."
+        )
+    if not state.sets_clocks:
+        lines.append("The clocks are not ours to set, so that 2 and 3 save nothing until they are:")
+        lines.append(HOW_TO_SET_CLOCKS)
+    if live.server is not None and login_variable(live.server) in os.environ:
+        lines.append("The login of --server is not written here: put it into the address again.")
+    return lines

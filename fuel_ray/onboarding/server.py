@@ -1,0 +1,96 @@
+"""The first stage: whether everything that is needed is there, and what the server is."""
+
+import contextlib
+import shlex
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from fuel_ray.build.live import server_endpoint
+from fuel_ray.commands.doctor import show
+from fuel_ray.errors import ConfigError, NodeError
+from fuel_ray.live.checks import Check, host_checks
+from fuel_ray.live.vllm.kv_monitor import MetricsClient
+from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
+from fuel_ray.onboarding.config import OnboardConfig
+from fuel_ray.onboarding.state import Onboarding
+
+LISTEN_S = 3.0  # in which a server without other traffic counts no request
+_TO_START = ("vLLM", "plug-in", "block sizes", "port")  # checks that matter only to a server that is started
+
+HOW_TO_SET_CLOCKS = (
+    "Locking clocks needs CAP_SYS_ADMIN: run `sudo fuel-ray clock-helper --gpu-ids ... --users USER` beside the "
+    "controller and set FUEL_RAY_CLOCK_SOCKET for it, or start the controller's container with "
+    "--cap-add=SYS_ADMIN; docs/deploy.md, Privilege, has both"
+)
+HOW_TO_SET_LIMITS = (
+    "The batch limit needs fuel_ray in vLLM's environment and FUEL_RAY_LIMIT_FILE=FILE in the server's, and "
+    "--limit-file FILE here"
+)
+
+
+def look(state: Onboarding) -> dict[str, Any]:
+    """Check the host, ask the server and say what of it is ours to set.
+
+    Raises:
+        ConfigError: something that is needed is missing.
+    """
+    if state.config.node == "live" and show("", list(_checks(state.config))):
+        raise ConfigError("something that is needed is missing: see the lines with FAIL")
+    found = state.look()
+    clocks_mhz, limits = found["gpu_clocks_mhz"], found["batch_limits"]
+    blocks = "" if found["num_kv_blocks"] is None else f", {found['num_kv_blocks']} KV blocks"
+    print(
+        f"{found['model']} on {len(found['gpu_uuids']) or 1} x {found['gpu_name']}, {found['engine']}, ",
+        end="",
+    )
+    print(f"block size {found['kv_block_size']}{blocks}, capacity {limits[-1]} requests")
+    if state.config.max_num_seqs is None and state.config.live.server is not None:
+        print(f"its --max-num-seqs is taken to be {limits[-1]}; say it by --max-num-seqs if it is another")
+    if len(clocks_mhz) == 1:
+        print(
+            f"observe-only: its clocks are not ours to set, {clocks_mhz[0]} MHz is taken. {HOW_TO_SET_CLOCKS}."
+        )
+    if limits[0] == limits[-1]:
+        print(f"its batch limit is not ours to set: policies choose the clock alone. {HOW_TO_SET_LIMITS}.")
+    return found
+
+
+def _checks(config: OnboardConfig) -> Iterator[Check]:
+    """Those that matter here."""
+    checks = host_checks(
+        gpu_ids=config.live.gpu_ids,
+        vllm=shlex.split(config.live.vllm) or ["vllm"],
+        block_sizes=config.block_sizes,
+        folder=config.out,
+        live=True,
+    )
+    return (check for check in checks if config.live.server is None or check.what not in _TO_START)
+
+
+def require_alone(config: OnboardConfig) -> None:
+    """Check that nobody else sends requests to a server that is measured.
+
+    Raises:
+        NodeError: somebody does.
+    """
+    if config.node != "live" or config.live.server is None:
+        return
+    with contextlib.closing(MetricsClient(server_endpoint(config.live))) as client:
+        before = client.scrape()
+        time.sleep(LISTEN_S)
+        after = client.scrape()
+    if there := _foreign(before, after):
+        raise NodeError(
+            f"{config.live.server} serves other requests ({there}): a profile needs it alone. Take it out of "
+            "the load balancer, or start another one like it, and go on when it is quiet"
+        )
+
+
+def _foreign(before: MetricsSnapshot, after: MetricsSnapshot) -> str:
+    counted = difference(before, after, LISTEN_S)
+    if after.running or after.waiting:
+        return f"{after.running} run and {after.waiting} wait"
+    if counted.requests_succeeded or counted.generation_tokens or counted.prompt_tokens:
+        return f"{counted.requests_succeeded} ended within {LISTEN_S:g} s"
+    return ""

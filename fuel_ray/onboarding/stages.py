@@ -1,0 +1,100 @@
+"""The stages in their order, and how they are gone through."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fuel_ray.errors import FuelRayError
+from fuel_ray.onboarding import handover, load, policy, server, twin
+from fuel_ray.onboarding.config import OnboardConfig
+from fuel_ray.onboarding.state import Onboarding, Stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step: what it is called, what it does, about how long it takes, what it leaves."""
+
+    name: str
+    what: str
+    seconds: Callable[[OnboardConfig], float]
+    run: Callable[[Onboarding], dict[str, Any]]
+    on_server: bool = False
+
+
+def _profile_s(config: OnboardConfig) -> float:
+    per_clock_s = (len(config.batches) * len(config.contexts) + len(config.prompts)) * 10.0
+    return 15.0 if config.node == "sim" else per_clock_s * (len(config.clocks_mhz) or 8)
+
+
+def _validate_s(config: OnboardConfig) -> float:
+    return 1.0 if config.node == "sim" else 2.0 * (config.validate_seconds + 10.0)
+
+
+STAGES = (
+    Stage(
+        "server",
+        "look at this host and at the server",
+        lambda c: 10.0 if c.live.server else 120.0,
+        server.look,
+        True,
+    ),
+    Stage(
+        "load", "name the load that the policy is for", lambda c: 60.0 * (c.observe_minutes or 0.0), load.find
+    ),
+    Stage("profile", "measure the server's steps, prefills and idle power", _profile_s, twin.measure, True),
+    Stage("calibrate", "fit the server's twin to the profile", lambda c: 10.0, twin.fit),
+    Stage("validate", "compare the twin with a fresh load", _validate_s, twin.compare, True),
+    Stage("slo", "ask the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
+    Stage("train", "train a policy on the twin", lambda c: 60.0 + c.steps / 600.0, policy.learn),
+    Stage(
+        "recommend", "compare it with what could be had without it", lambda c: 15.0 * c.seeds, policy.decide
+    ),
+    Stage("commands", "write down how to deploy it", lambda c: 1.0, handover.write),
+)
+
+
+def onboard(config: OnboardConfig) -> int:
+    """Go through the stages that are not done yet; the report is written however it ends."""
+    state = Onboarding(config)
+    left = [stage for stage in STAGES if not state.journal.is_done(stage.name)]
+    print(
+        f"onboard  {state.folder}: {len(left)} stages, about {_minutes(sum(s.seconds(config) for s in left))}"
+    )
+    try:
+        with contextlib.closing(state):
+            _through(state)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\ninterrupted; to go on: fuel-ray onboard --resume {state.folder}", flush=True)
+        raise
+    print(f"\nto deploy  {state.folder / 'commands.sh'}")
+    return 0
+
+
+def _through(state: Onboarding) -> None:
+    last_on_server = max(number for number, stage in enumerate(STAGES) if stage.on_server)
+    for number, stage in enumerate(STAGES, start=1):
+        head = f"\n[{number}/{len(STAGES)}] {stage.name}: {stage.what}"
+        if state.journal.is_done(stage.name):
+            print(f"{head}: done before")
+            continue
+        print(f"{head} ({_minutes(stage.seconds(state.config))})", flush=True)
+        if number - 1 > last_on_server:
+            state.close()
+        _one(state, stage)
+
+
+def _one(state: Onboarding, stage: Stage) -> None:
+    state.journal.began(stage.name)
+    began_s = time.monotonic()
+    try:
+        found = stage.run(state)
+    except FuelRayError as error:
+        state.journal.stopped(stage.name, str(error), error.found if isinstance(error, Stopped) else {})
+        raise
+    state.journal.ended(stage.name, found, seconds=time.monotonic() - began_s)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,131 @@
+"""An onboarding that is under way: its folder, its settings, its server, what its stages have found."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fuel_ray.build.live import LiveServer, server_endpoint
+from fuel_ray.build.nodes import build_spec
+from fuel_ray.errors import FuelRayError, NodeError
+from fuel_ray.live.vllm.kv_monitor import MetricsClient
+from fuel_ray.live.vllm.server import served_model
+from fuel_ray.onboarding.config import SERVED, OnboardConfig
+from fuel_ray.onboarding.journal import Journal
+from fuel_ray.record import new_folder
+from fuel_ray.sim.pack import load_pack
+
+
+class Stopped(FuelRayError):
+    """A stage cannot go on; ``found`` is what it has found until then."""
+
+    found: Mapping[str, Any] = {}
+
+
+class Onboarding:
+    """What the stages share. A server that is started lives from its first use to ``close``."""
+
+    def __init__(self, config: OnboardConfig) -> None:
+        self.folder = config.resume or new_folder(config.out, "onboard")
+        self.config = replace(config, out=self.folder)
+        self.journal = Journal(self.folder, config)
+        self._server: LiveServer | None = None
+        self._size: int = config.block_sizes[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the server is."""
+        return self.journal.found("server")
+
+    @property
+    def kv_block_size(self) -> int:
+        """Tokens."""
+        return int(self.facts["kv_block_size"])
+
+    @property
+    def pack_path(self) -> Path:
+        """Where the fitted pack is."""
+        return self.folder / "pack.json"
+
+    @property
+    def workload(self) -> str:
+        """The user's load."""
+        return str(self.journal.found("load")["workload"])
+
+    @property
+    def sets_clocks(self) -> bool:
+        """Whether the server's clocks are ours to set."""
+        return len(self.facts["gpu_clocks_mhz"]) > 1
+
+    @property
+    def sets_limits(self) -> bool:
+        """Whether its batch limit is."""
+        lowest, highest = self.facts["batch_limits"]
+        return bool(lowest < highest)
+
+    def serving(self) -> OnboardConfig:
+        """Settings whose nodes are on the server, which is started if it is ours to start."""
+        if self.config.node == "sim":
+            return self.config
+        if self._server is None:
+            config = self._attachable()
+            if config.live.server is None:
+                print(f"starting the server; its log is in {self.folder}", flush=True)
+            self._server = LiveServer(config, config.block_sizes[0])
+        return self._server.config  # type: ignore[return-value]
+
+    def twin(self, **changes: Any) -> OnboardConfig:
+        """Settings of the fitted twin under the user's load."""
+        facts = self.facts
+        own: dict[str, Any]
+        own = {"pack": str(self.pack_path), "workload": self.workload, "node": "sim", "backend": "sim"}
+        size, blocks = self.kv_block_size, facts["num_kv_blocks"]
+        own |= {"block_sizes": (size,), "max_num_seqs": facts["batch_limits"][-1], "resume": None}
+        own |= {"kv_tokens": None if blocks is None else blocks * size}
+        return replace(self.config, **(own | changes))
+
+    def look(self) -> dict[str, Any]:
+        """What the server is, by itself and by its GPUs."""
+        config = self.serving()
+        if isinstance(self._server, LiveServer):
+            spec, engine = self._server.facts()
+            name = served_model(
+                server_endpoint(config.live), name=config.live.served_model, like=config.live.model
+            ).name
+        else:
+            spec, engine = build_spec(config, config.block_sizes[0]), load_pack(config.pack).engine
+            name = spec.model
+        return {
+            "origin": "measured" if config.node == "live" else f"modelled, pack {config.pack}",
+            "url": config.live.server,
+            "model": name,
+            "engine": engine,
+            "gpu_name": spec.gpu_name,
+            "gpu_uuids": spec.gpu_uuids,
+            "kv_block_size": spec.kv_block_size,
+            "num_kv_blocks": spec.num_kv_blocks,
+            "batch_limits": spec.batch_limits,
+            "gpu_clocks_mhz": spec.gpu_clocks_mhz,
+        }
+
+    def close(self) -> None:
+        """Stop a server that was started; safe to call twice."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
+    def _attachable(self) -> OnboardConfig:
+        """With what a running server says of itself: its block size and its model."""
+        live = self.config.live
+        if live.server is None:
+            return self.config
+        endpoint = server_endpoint(live)
+        with contextlib.closing(MetricsClient(endpoint)) as client:
+            cache = client.scrape().cache_config
+        if cache is None:
+            raise NodeError(f"{live.server} does not say its KV block size on /metrics")
+        model = live.model
+        if model == SERVED:
+            model = served_model(endpoint, name=live.served_model).root
+        return replace(self.config, block_sizes=(cache.block_size,), live=replace(live, model=model))

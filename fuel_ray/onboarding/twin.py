@@ -1,0 +1,219 @@
+"""Measuring the server, fitting its twin, and comparing the two on a load that was not fitted."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fuel_ray.build.nodes import build_loop
+from fuel_ray.build.recording import record
+from fuel_ray.commands import calibrate, profile, validate
+from fuel_ray.commands.calibrate import CalibrateConfig
+from fuel_ray.commands.profile import ProfileConfig
+from fuel_ray.commands.validate import ValidateConfig
+from fuel_ray.disk import whole
+from fuel_ray.errors import ConfigError
+from fuel_ray.onboarding.config import OnboardConfig, settings
+from fuel_ray.onboarding.load import mean_lengths
+from fuel_ray.onboarding.server import require_alone
+from fuel_ray.onboarding.state import Onboarding, Stopped
+from fuel_ray.record import make_folder
+from fuel_ray.sim.calibrate import AXIS_CLOCKS
+from fuel_ray.sim.pack import load_pack, same_architecture
+from fuel_ray.sim.profile import read_profile
+from fuel_ray.sim.recorded import read_trace, trace_text
+from fuel_ray.sim.replay import measured_figures, predicted_figures, relative_errors
+from fuel_ray.types import Knobs
+from fuel_ray.workload.spec import parse_workload
+
+BOUNDS = {"energy": 0.03, "tpot_mean": 0.05, "e2e_mean": 0.05, "ttft_p50": 0.15}  # of relative errors
+POOR = 3.0  # times a bound, beyond which a twin is no ground to decide on
+NO_SAVING = (
+    "no saving can be modelled: the clock of {gpu} is not ours to set, and no shipped pack has the clock axis of "
+    "its architecture"
+)
+_RUNNING = 8  # requests, on average, of the fresh load
+_LOWER = 0.65  # of the highest clock: the other one at which it is compared
+
+
+def measure(state: Onboarding) -> dict[str, Any]:
+    """`fuel-ray profile`, into profile/."""
+    config = state.serving()
+    require_alone(config)
+    with into(state.folder, "profile"):
+        profile.run(settings(ProfileConfig, config))
+    found = read_profile([str(state.folder / "profile" / "profile.jsonl")])
+    return {"clocks_mhz": found.clocks_mhz, "decode": len(found.decode), "prefill": len(found.prefill)}
+
+
+def fit(state: Onboarding) -> dict[str, Any]:
+    """`fuel-ray calibrate`, into pack.json."""
+    facts, path = state.facts, state.folder / "profile" / "profile.jsonl"
+    clocks_mhz = tuple(facts["gpu_clocks_mhz"])
+    axis_from, modelled = _axis_from(state)
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{facts['gpu_name']} {facts['model'].rpartition('/')[2]}".lower())
+    calibrate.run(
+        CalibrateConfig(
+            profile=(str(path),),
+            name=f"own-{name}",
+            gpu=facts["gpu_name"],
+            out=str(state.pack_path),
+            model=facts["model"],
+            engine=facts["engine"],
+            kv_tokens=None
+            if facts["num_kv_blocks"] is None
+            else facts["num_kv_blocks"] * state.kv_block_size,
+            base=state.config.pack,
+            clock_axis_from=axis_from,
+            clocks_mhz=_steps(clocks_mhz),
+        )
+    )
+    pack = load_pack(str(state.pack_path))
+    found = {"pack": pack.name, "measured": pack.measured, "transferred": pack.transferred}
+    return {**found, "clock_axis_modelled": modelled, "clock_axis_from": axis_from}
+
+
+def compare(state: Onboarding) -> dict[str, Any]:
+    """Serve a fresh load, once per clock, and say how far the twin is off it.
+
+    Raises:
+        Stopped: it is too far off to be trusted, and --accept-fidelity was not given.
+    """
+    config = state.serving()
+    require_alone(config)
+    load = _fresh_load(state)
+    print(f"load: {load}, seed {config.seed + 1}, {config.validate_seconds} s; it was not fitted")
+    paths = [_record(state, config, load, clock_mhz) for clock_mhz in _clocks(state)]
+    validate.run(ValidateConfig(traces=tuple(map(str, paths)), pack=str(state.pack_path)))
+    rows = [{"trace": str(path.relative_to(state.folder)), **_figures(state, path)} for path in paths]
+    outside = {name for row in rows for name, error in row["errors"].items() if _share(name, error) > 1.0}
+    poor = {name for row in rows for name, error in row["errors"].items() if _share(name, error) > POOR}
+    found = {
+        "workload": load,
+        "bounds": BOUNDS,
+        "rows": rows,
+        "outside": sorted(outside),
+        "poor": sorted(poor),
+    }
+    with whole(state.folder / "validate.json") as file:
+        file.write(json.dumps(found, indent=2))
+    _judge(state, found)
+    return found
+
+
+def _judge(state: Onboarding, found: dict[str, Any]) -> None:
+    bounds = ", ".join(f"{name} {bound:.0%}" for name, bound in BOUNDS.items())
+    if not found["outside"]:
+        print(f"the twin is within its bounds ({bounds})")
+        return
+    print(f"the twin is outside its bounds ({bounds}) in {', '.join(found['outside'])}")
+    if found["poor"] and not state.config.accept_fidelity:
+        stop = Stopped(
+            f"the twin is more than {POOR:g} times a bound off in {', '.join(found['poor'])}: what it says of a "
+            "policy cannot be trusted. Look whether something else ran at the same time and begin again, or go on "
+            f"with it: fuel-ray onboard --resume {state.folder} --accept-fidelity"
+        )
+        stop.found = found
+        raise stop
+
+
+@contextlib.contextmanager
+def into(folder: Path, verb: str) -> Iterator[None]:
+    """Give the new folder that a verb makes in the block the verb's plain name."""
+    before = {*folder.glob(f"{verb}-*")}
+    yield
+    (made,) = {*folder.glob(f"{verb}-*")} - before
+    os.replace(made, folder / verb)
+
+
+def _share(name: str, error: float | None) -> float:
+    """An error as a multiple of its bound; 0 where there is none."""
+    return 0.0 if error is None or name not in BOUNDS else abs(error) / BOUNDS[name]
+
+
+def _figures(state: Onboarding, path: Path) -> dict[str, Any]:
+    run, pack = read_trace(str(path)), load_pack(str(state.pack_path))
+    measured, predicted = measured_figures(run), predicted_figures(run, pack)
+    return {
+        "clock_mhz": run.clock_schedule[-1][1] if run.clock_schedule else pack.gpu_clocks_mhz[-1],
+        "requests": len(run.requests),
+        "measured": measured,
+        "predicted": predicted,
+        "errors": relative_errors(predicted, measured),
+    }
+
+
+def _axis_from(state: Onboarding) -> tuple[str | None, bool]:
+    """Pack of the clock axis, and whether a saving can be modelled with it."""
+    facts, profiled = state.facts, len(state.journal.found("profile")["clocks_mhz"])
+    try:
+        same_architecture(facts["gpu_name"])
+    except ConfigError as error:
+        if profiled >= AXIS_CLOCKS:
+            print(f"how streaming depends on the clock is taken from {state.config.pack}: {error}")
+            return state.config.pack, True
+        print(NO_SAVING.format(gpu=facts["gpu_name"]))
+        return state.config.pack, False
+    return None, True
+
+
+def _steps(clocks_mhz: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Lowest, highest and step of clocks that are evenly spread from the highest down; None of one clock."""
+    if len(clocks_mhz) < 2:
+        return None
+    step = clocks_mhz[-1] - clocks_mhz[-2]
+    lowest = min(c for c in clocks_mhz if (clocks_mhz[-1] - c) % step == 0)
+    return lowest, clocks_mhz[-1], step
+
+
+def _clocks(state: Onboarding) -> list[int]:
+    clocks_mhz = state.facts["gpu_clocks_mhz"]
+    lower = min(clocks_mhz, key=lambda clock_mhz: abs(clock_mhz - _LOWER * clocks_mhz[-1]))
+    return list(dict.fromkeys((clocks_mhz[-1], lower)))
+
+
+def _fresh_load(state: Onboarding) -> str:
+    """The user's lengths at a steady rate, by default one that keeps a few requests running."""
+    prompt, output, longest_prompt, longest_output = mean_lengths(parse_workload(state.workload))
+    rate_rps = state.config.validate_rate_rps
+    if rate_rps is None:
+        pack = load_pack(str(state.pack_path))
+        step_s, _, _ = pack.perf.step_cost(
+            _RUNNING, _RUNNING * (prompt + output / 2), 0, pack.gpu_clocks_mhz[-1]
+        )
+        prefill_s, _, _ = pack.perf.step_cost(1, prompt, prompt, pack.gpu_clocks_mhz[-1])
+        rate_rps = _RUNNING / (output * step_s + _RUNNING * prefill_s)
+    if longest_prompt == round(prompt) and longest_output == round(output):
+        return (
+            f"steady:rate_rps={rate_rps:.3g},lengths=fixed,prompt_mean={prompt:.0f},output_mean={output:.0f}"
+        )
+    prompt, output = max(prompt, 8.0), max(output, 4.0)
+    longest = f"max_prompt_tokens={max(longest_prompt, round(2 * prompt) + 1, 16)}"
+    longest += f",max_output_tokens={max(longest_output, round(2 * output) + 1, 8)}"
+    return f"steady:rate_rps={rate_rps:.3g},prompt_mean={prompt:.4g},output_mean={output:.4g},{longest}"
+
+
+def _record(state: Onboarding, config: OnboardConfig, load: str, clock_mhz: int) -> Path:
+    """The load, served at a clock, as a trace file."""
+    size, seconds = config.block_sizes[0], config.validate_seconds
+    budget = load_pack(config.pack).max_num_batched_tokens
+    loop = build_loop(config, size, horizon_s=float(seconds), workload=load)
+    with contextlib.closing(loop.node):
+        spec = loop.node.spec
+        knobs = Knobs(spec.batch_limits[-1], clock_mhz)
+        run = record(loop, knobs, seed=config.seed + 1, windows=seconds, max_num_batched_tokens=budget)
+    make_folder(state.folder / "traces")
+    path = state.folder / "traces" / f"validate-{clock_mhz}.json"
+    facts: Mapping[str, Any] = {
+        "origin": state.facts["origin"],
+        "gpu_name": spec.gpu_name,
+        "model": spec.model,
+    }
+    with whole(path) as file:
+        file.write(
+            trace_text(run, **facts, engine=state.facts["engine"], workload=load, seed=config.seed + 1)
+        )
+    return path
