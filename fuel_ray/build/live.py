@@ -76,7 +76,7 @@ class LiveServer:
 
     def facts(self) -> tuple[NodeSpec, str]:
         """What its nodes are, and the engine's name and version."""
-        spec, engine, _ = server_facts(self.config, self._kv_block_size)
+        spec, engine, _ = node_facts(self.config, self._kv_block_size)
         return spec, engine
 
     def revive(self) -> None:
@@ -135,7 +135,7 @@ def live_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
         return _spec(config, kv_block_size, gpus, None)
 
 
-def server_facts(config: ServingConfig, kv_block_size: int) -> tuple[NodeSpec, str, int | None]:
+def node_facts(config: ServingConfig, kv_block_size: int) -> tuple[NodeSpec, str, int | None]:
     """A running server's node, its engine and version, and its max_model_len where it says it.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fuel_ray.build.live import server_facts
+from fuel_ray.build.live import node_facts
 from fuel_ray.build.nodes import build_spec, served
 from fuel_ray.build.probing import Probe, probe
 from fuel_ray.config import ServingConfig, to_dict
@@ -136,7 +136,7 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
     """
     size, pack = config.block_sizes[0], load_pack(config.pack)
     if config.live_server:
-        spec, engine, longest = server_facts(config, size)
+        spec, engine, longest = node_facts(config, size)
     else:
         spec, engine, longest = build_spec(config, size), pack.engine, pack.max_model_len
     server = Server(

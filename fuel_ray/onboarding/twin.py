@@ -22,7 +22,8 @@ from fuel_ray.onboarding.server import require_alone
 from fuel_ray.onboarding.state import Onboarding, Stopped
 from fuel_ray.record import make_folder
 from fuel_ray.sim.calibrate import AXIS_CLOCKS
-from fuel_ray.sim.pack import load_pack, same_architecture
+from fuel_ray.sim.nearest import same_architecture
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.sim.profile import read_profile
 from fuel_ray.sim.recorded import read_trace, trace_text
 from fuel_ray.sim.replay import measured_figures, predicted_figures, relative_errors
