@@ -17,6 +17,7 @@ from fuel_ray.live.node import GpuNode
 from fuel_ray.live.vllm.kv_monitor import KVCacheMonitor, MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.objective import Energy
+from fuel_ray.sim.recorded import read_trace
 from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.conftest import RAY_SETTINGS
 from tests.fake_nvml import FakeGpu, FakeNvml
@@ -95,6 +96,30 @@ def test_the_monitor_and_the_benchmark_work_on_a_real_server(server, tmp_path, m
     assert max(kv["trace"]["requests_running"]) > 0 and kv["samples_collected"] >= 6
 
 
+def test_a_benchmarks_trace_knows_the_server_and_is_validated(server, tmp_path, monkeypatch, capsys):
+    started, _ = server
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(energy_mj=None)))
+    code = main(
+        [
+            *("benchmark", "--model", "tiny", "--port", str(started.port), "--num-prompts", "30"),
+            *("--request-rate", "10", "--random-input-len", "32", "--random-output-len", "16"),
+            *("--vocab-size", "500", "--save-trace", "--result-dir", str(tmp_path)),
+        ]
+    )
+    (path,) = tmp_path.glob("tiny-trace-*.json")
+    run = read_trace(str(path))
+    assert code == 0 and len(run.requests) == 30 and run.requests.prompt_tokens.tolist() == [32] * 30
+    assert run.kv_block_size == 32 and not run.prefix_caching and run.max_num_seqs == 32
+    assert run.info["said_by"]["max_num_seqs"] == "its flags"
+    assert run.info["said_by"]["prefix_caching"] == "its flags"
+    assert run.energy_j == pytest.approx(400.0 * run.duration_s, rel=0.1)
+    assert run.info["failed"] == run.info["foreign_requests"] == 0
+    assert run.info["engine"].startswith("vLLM 0.")
+    capsys.readouterr()
+    assert main(["validate", str(path)]) == 0
+    assert "verdict: " in capsys.readouterr().out
+
+
 def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_sizes(
     model,  # noqa: F811
     tmp_path,
@@ -115,6 +140,12 @@ def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_size
     )
     assert code == 0
     (folder,) = tmp_path.glob("evaluate-*")
+    for path in folder.glob("traces/*.json"):
+        trace = read_trace(str(path))
+        assert trace.info["said_by"]["max_num_seqs"] == "--max-num-seqs" and trace.info["failed"] == 0
+        assert trace.limit_schedule[0] == (0.0, 32) and trace.limit_schedule[-1][1] in {32, 2}
+    names = [f"block32-{policy}-seed{k}.json" for policy in ("max_performance", "static-2") for k in (0, 1)]
+    assert sorted(path.name for path in folder.glob("traces/*.json")) == names
     run = json.loads((folder / "run.json").read_text())
     assert list(run["unsupported"]) == ["8"] and run["origin"] == "measured" and not run["partial"]
     rows = (folder / "summary.csv").read_text().splitlines()
