@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +22,7 @@ from fuel_ray.types import Knobs, Requests, WindowMetrics
 from fuel_ray.workload.spec import drawn, parse_workload
 
 _FOREIGN_WINDOWS = 2  # in a row that more requests than ours run or wait
+_HITS = "prompts were found in the prefix cache, where none of ours is there twice: another load shares it"
 _THROTTLED, _NEAR_CAP = 0.97, 0.9  # of the pinned clock, of the power limit
 
 
@@ -74,7 +75,21 @@ class _Watched:
     def __iter__(self) -> Iterator[WindowMetrics]:
         yield self._next(self.loop.reset(seed=self.seed))
         for _ in range(LONGEST_S):
+            if self.failed():
+                return
             yield self._next(self.loop.step(self._knobs).metrics)
+
+    def failed(self) -> str:
+        """What became of requests that were refused or cut short."""
+        node = self.loop.node
+        errors = node.load.so_far().errors if isinstance(node, GpuNode) and node.load else ()
+        words = [error for error in errors if error is not None]
+        return f"{len(words)} of {len(errors)} requests failed: {words[0]}" if words else ""
+
+    @property
+    def in_flight(self) -> int:
+        """Our requests that have not ended."""
+        return self._ours.in_flight
 
     @property
     def hits(self) -> bool:
@@ -94,17 +109,23 @@ class _Ours:
 
     def __init__(self, requests: Requests) -> None:
         self._prompts = np.concatenate([[0], np.cumsum(requests.prompt_tokens)])
-        self._sent, self._in_flight, self._prompt_tokens, self._too_many = 0, 0, 0, 0
+        self.in_flight = 0
+        self._sent, self._prompt_tokens, self._too_many = 0, 0, 0
+        self._first = True  # in which the load before may still be ending
 
     def check(self, window: WindowMetrics) -> None:
         """Raises NodeError where somebody else's requests are served too."""
         self._sent += window.arrivals
-        most = self._in_flight + window.arrivals
-        self._in_flight = most - window.completed
+        most = self.in_flight + window.arrivals
+        self.in_flight = most - window.completed
+        allowed = int(self._prompts[min(self._sent, len(self._prompts) - 1)])
         self._prompt_tokens += 0 if window.preemptions else window.prompt_tokens
-        foreign = window.running + window.waiting - most
+        if self._first:
+            self._prompt_tokens, self._first = min(self._prompt_tokens, allowed), False
+        worked = window.prompt_tokens + window.output_tokens > 0  # else a gauge is not of now
+        foreign = window.running + window.waiting - most if worked else 0
         self._too_many = self._too_many + 1 if foreign > 0 else 0
-        tokens = self._prompt_tokens - int(self._prompts[min(self._sent, len(self._prompts) - 1)])
+        tokens = self._prompt_tokens - allowed
         if self._too_many >= _FOREIGN_WINDOWS or tokens > 0:
             what = f"{foreign} requests" if foreign > 0 else f"{tokens} prompt tokens"
             raise NodeError(
@@ -116,11 +137,10 @@ class _Ours:
 def _row(found: Probe, windows: _Watched, point: Point, load: Load) -> None:
     assert load.measure is not None
     measured = load.measure(iter(windows))
+    found.refused = windows.failed() or (_HITS if windows.hits else "")
     if measured is None:
-        found.refused = f"there was no window of {point.what}"
-    elif windows.hits:
-        found.refused = f"{point.what}: prompts were found in the prefix cache, so another load shares it"
-    else:
+        found.refused = found.refused or f"there was no window of {point.what}"
+    elif not found.refused:
         found.row = {"phase": point.phase, "clock_mhz": point.clock_mhz, "point": point.name, **measured}
         if (cost_s := _client_s(windows)) is not None:
             found.row["client_s"] = cost_s
@@ -130,21 +150,23 @@ def _row(found: Probe, windows: _Watched, point: Point, load: Load) -> None:
 
 def _record(found: Probe, windows: _Watched, load: Load, *, config: ServingConfig, server: Server) -> None:
     last_s = float(windows.requests.arrival_s.max(initial=0.0))
-    for number, window in enumerate(windows, start=1):
-        if number > math.ceil(last_s) and not (window.running or window.waiting):
+    for number, _ in enumerate(windows, start=1):
+        if number > math.ceil(last_s) and not windows.in_flight:
             break
     node = windows.loop.node
-    found.trace = recorded_run(windows.loop, windows.seen, node.take_records(), server.max_num_batched_tokens)
+    trace = recorded_run(windows.loop, windows.seen, node.take_records(), server.max_num_batched_tokens)
+    found.trace = replace(trace, prefix_caching=config.prefix_caching)
     sent, ended = len(windows.requests), len(found.trace.requests)
     found.facts = {"workload": load.workload, "horizon_s": load.horizon_s, "seed": config.seed}
     found.facts["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
     if isinstance(node, GpuNode) and node.load is not None:
         found.facts["late_sends"] = node.load.so_far().late_sends
         found.facts["client_busy"] = round(node.load.busy_s / found.trace.duration_s, 3)
+    found.refused = windows.failed() or (_HITS if windows.hits else "")
     if ended < sent:
-        found.trace, found.refused = None, f"{sent - ended} of {sent} requests did not end"
-    elif windows.hits:
-        found.trace, found.refused = None, "prompts were found in the prefix cache, so another load shares it"
+        found.refused = found.refused or f"{sent - ended} of {sent} requests did not end"
+    if found.refused:
+        found.trace = None
     if load.note:
         found.notes.append(load.note)
 

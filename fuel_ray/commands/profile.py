@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fuel_ray.address import flag_value
 from fuel_ray.build.live import node_facts
 from fuel_ray.build.nodes import build_spec, served
 from fuel_ray.build.probing import Probe, probe
 from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.disk import write_or_keep
-from fuel_ray.errors import ConfigError
+from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json, write_json, write_lines
 from fuel_ray.sim.loads import Server
@@ -89,6 +91,8 @@ def run(config: ProfileConfig) -> int:
                 of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
                 name = f"{found.facts['name']}.json"
                 write_or_keep(run_dir / "traces", {name: trace_text(found.trace, **found.facts, **of)})
+    if not any(row["phase"] == "decode" for row in rows):
+        raise NodeError(f"no requests that decode could be measured: see above; {path} is of no use")
     write_json(run_dir / "run.json", {**facts, "partial": False})
     _say_next(run_dir, spec)
     return 0
@@ -144,12 +148,18 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
         max_num_seqs=spec.batch_limits[-1],
         max_model_len=longest or pack.max_model_len,
         kv_tokens=((spec.num_kv_blocks or 0) - 1) * size if spec.num_kv_blocks else pack.kv_tokens,
-        max_num_batched_tokens=config.max_num_batched_tokens or pack.max_num_batched_tokens,
+        max_num_batched_tokens=_batched_tokens(config) or pack.max_num_batched_tokens,
     )
     if min(server.max_model_len, server.kv_tokens) < _SHORTEST:
         found = f"max_model_len {server.max_model_len}, KV pool {server.kv_tokens} tokens"
         raise ConfigError(f"{spec.name}: {found}: a profile needs at least {_SHORTEST} of both")
     return spec, engine, server
+
+
+def _batched_tokens(config: ProfileConfig) -> int | None:
+    """What the settings say of it: a server does not tell."""
+    flag = flag_value(shlex.split(config.live.flags), "--max-num-batched-tokens") or ""
+    return config.max_num_batched_tokens or (int(flag) if flag.isdigit() else None)
 
 
 def _probes(
@@ -160,6 +170,9 @@ def _probes(
     lengths, left_out = fitting(lengths, server)
     for what in left_out:
         print(f"left out: {what}", flush=True)
+    if config.live_server and config.traces and not _batched_tokens(config):
+        n = server.max_num_batched_tokens
+        print(f"taken as {n}, the pack's: --max-num-batched-tokens, of the server", flush=True)
     token_s = load_pack(config.pack).perf.constants.prefill_token_s
     clocks_mhz = config.clocks_mhz or spread(server.clocks_mhz)
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
@@ -238,6 +251,7 @@ def _kept_lines(path: Path) -> Iterator[Callable[[str], None]]:
         log.close()
         if lines and not whole:
             print(f"ended early, {len(lines)} points are kept in {path}", flush=True)
+            print(f"to go on: fuel-ray profile --resume {path.parent}", flush=True)
         if log.lost_lines:
             with contextlib.suppress(OSError):
                 path.unlink()  # a line of it may be torn

@@ -9,7 +9,7 @@ from fuel_ray.sim.windows import REPEATS, Measured, Windows, prefill
 
 Rows = Sequence[Mapping[str, Any]]
 
-CLIENT_CHUNKS_PER_S = 4000.0  # with which a client's loop is half busy, where nothing was measured of it
+CLIENT_CHUNKS_PER_S = 8000.0  # with which a client's loop is half busy, where nothing was measured of it
 LOAD_S = 30.0  # of arrivals of the open-loop loads
 _BEHIND_S = 1.5  # from the start of the decoding requests to the first that comes to them
 _SUSTAINED_S = 5.0  # how long many prompts wait for each other
@@ -42,7 +42,7 @@ class Load:
 
 def prefills(rows: Rows, *, begin_s: float, tokens: int) -> Load:
     """Prompts one by one, so far apart that none waits for another."""
-    apart_s = max(0.4, 3 * tokens * (_token_s(rows) or 0.0)) if _token_s(rows) else 0.5
+    apart_s = max(0.4, 3 * tokens * (_token_s(rows) or 0.0))
     load = f"{_burst(REPEATS, begin_s)},every_s={apart_s:.3g},prompt_mean={tokens},output_mean=2"
     return Load(load, 120.0, partial(prefill, tokens=tokens, clients=1))
 
@@ -60,7 +60,7 @@ def mixed(rows: Rows, *, begin_s: float, server: Server, most: int) -> Load | No
     token_s, n = _token_s(rows), _decoding(rows, server, most=most)
     if token_s is None or n is None:
         return None
-    prompts = [tokens for tokens in _MIXED if tokens + 8 <= _longest(server)] * 2
+    prompts = [tokens for tokens in _MIXED if tokens + 8 <= _longest(server)] * 3
     return _coming(
         rows, prompts, n, begin_s=begin_s, server=server, apart_s=lambda t: max(0.35, 3 * t * token_s)
     )
@@ -69,7 +69,7 @@ def mixed(rows: Rows, *, begin_s: float, server: Server, most: int) -> Load | No
 def launches(rows: Rows, *, begin_s: float, server: Server, most: int) -> Load | None:
     """Short prompts with few output tokens, on an idle server or, with ``most``, on one that decodes."""
     n = _decoding(rows, server, most=most) if most else 0
-    prompts = [tokens for tokens in _SHORT if tokens + 8 <= _longest(server)] * 3
+    prompts = [tokens for tokens in _SHORT if tokens + 8 <= _longest(server)] * 5
     if n is None:
         return None
     return _coming(rows, prompts, n, begin_s=begin_s, server=server, apart_s=lambda t: 0.22)
@@ -115,10 +115,10 @@ def client_chunks_per_s(rows: Rows) -> float:
 
 
 TRACES: Mapping[str, tuple[Callable[..., Load | None], float, str]] = {  # load, about how many s, in words
-    "mixed-few": (partial(mixed, most=4), 10.0, "prompts that come to 4 requests that decode"),
-    "mixed-many": (partial(mixed, most=48), 10.0, "prompts that come to many requests that decode"),
-    "launch-idle": (partial(launches, most=0), 6.0, "short prompts on an idle server"),
-    "launch-busy": (partial(launches, most=8), 8.0, "short prompts that come to 8 requests that decode"),
+    "mixed-few": (partial(mixed, most=4), 9.0, "prompts that come to 4 requests that decode"),
+    "mixed-many": (partial(mixed, most=48), 9.0, "prompts that come to many requests that decode"),
+    "launch-idle": (partial(launches, most=0), 8.0, "short prompts on an idle server"),
+    "launch-busy": (partial(launches, most=8), 10.0, "short prompts that come to 8 requests that decode"),
     "streams": (streams, 6.0, "many short streams"),
     "load-low": (partial(chat, share=_LOW), LOAD_S + 5.0, "chat at a low rate"),
     "load-high": (partial(chat, share=_HIGH), LOAD_S + 10.0, "chat at two thirds of the capacity"),
@@ -147,7 +147,7 @@ def _coming(
         steps = (at_s - begin_s) / _step_s(rows, n)
         outputs = min(round(steps), server.max_model_len - 128, _room(server) // n - 128)
         entries.insert(0, f"{begin_s:.3f}@128/{max(outputs, 8)}*{n}")
-    return Load(f"listed:requests={'+'.join(entries)}", at_s + 0.5)
+    return Load(f"listed:requests={'+'.join(entries)}", round(at_s + 0.5, 3))
 
 
 def _decoding(rows: Rows, server: Server, *, most: int) -> int | None:
