@@ -180,6 +180,8 @@ class ServingConfig:
     """Size of the KV pool in tokens, of a server that is started too; None: the pack's or server's own."""
     max_num_seqs: int | None = None
     """Capacity of the server, its highest batch limit; None: the pack's."""
+    limit_control: Literal["on", "off"] = "on"
+    """off: the twin's batch limit is its capacity alone, as that of a server without a limit file."""
     gpu_clocks_mhz: tuple[int, ...] = ()
     """SM clocks that may be chosen in MHz; empty: all that the GPU supports."""
     prefix_caching: bool = True

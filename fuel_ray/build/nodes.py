@@ -59,6 +59,7 @@ def build_node(
         horizon_s=horizon_s,
         kv_tokens=config.kv_tokens,
         max_num_seqs=config.max_num_seqs,
+        limit_control=config.limit_control == "on",
         gpu_clocks_mhz=config.gpu_clocks_mhz,
         prefix_caching=config.prefix_caching,
         random_start=random_start,

@@ -39,7 +39,7 @@ class OnboardLive(LiveConfig):
 class OnboardConfig(LearnConfig, ProfileConfig):
     """Measure your own server, fit its twin, train a policy on it and say how to deploy that, step by step.
 
-    `--server URL` is a running vLLM, `--model MODEL` starts one, `--node sim` tries all of it on the simulator.
+    --server URL is a running vLLM, --model MODEL starts one, --node sim tries all of it on the simulator.
     """
 
     node: NodeKind = "live"
@@ -105,9 +105,7 @@ def _parsed(argv: list[str], *, prog: str) -> OnboardConfig:
 
 def _default(argv: list[str]) -> OnboardConfig:
     named = [value_of(argv, flag) for flag in ("--server", "--live.server", "--model", "--live.model")]
-    if value_of(argv, "--node") is None and not any(named) and value_of(argv, "--config") is None:
-        if not {"--help", "-h"} & {*argv}:
-            raise ConfigError(
-                "give --server URL of a running vLLM, --model MODEL to start one, or --node sim to try it"
-            )
+    others = ("--node", "--config")
+    if not any(named) and not any(value_of(argv, flag) for flag in others) and not {"--help", "-h"} & {*argv}:
+        raise ConfigError("give --server URL of a running vLLM, --model MODEL to start one, or --node sim")
     return replace(OnboardConfig(), live=OnboardLive(model=SERVED if any(named[:2]) else ""))

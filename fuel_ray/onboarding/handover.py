@@ -1,4 +1,4 @@
-"""The last stage: the commands that put the policy in front of the server, first without its doing anything."""
+"""The last stage: the commands that put the policy in front of the server, at first only to watch."""
 
 import os
 import shlex
@@ -47,12 +47,8 @@ def write(state: Onboarding) -> dict[str, Any]:
 
 def policy_of(state: Onboarding) -> Path:
     """The recommended policy; the trained one where no policy is recommended."""
-    found = state.journal.found("recommend")
-    return (
-        state.folder / "policies" / "recommended"
-        if found["saved"]
-        else Path(state.journal.found("train")["policy"])
-    )
+    recommended = state.folder / "policies" / "recommended"
+    return recommended if recommended.exists() else state.folder / state.journal.found("train")["policy"]
 
 
 def _shared(state: Onboarding) -> list[str]:
@@ -81,10 +77,9 @@ def _said(state: Onboarding) -> list[str]:
     elif live.server is None:
         lines.append("Start the server with the same flags first, and with FUEL_RAY_LIMIT_FILE=FILE in its")
         lines.append("environment; give --limit-file FILE below to let the batch limit be set.")
-    if not found["saved"]:
-        lines.append(
-            f"No learned policy is recommended ({found['best']}, {found['how']}); this is the trained one."
-        )
+    lines.append(f"{found['headline']}.")
+    if policy_of(state).name != "recommended":
+        lines.append(f"What is recommended, {found['best']}, is no policy folder; this is the trained one.")
     if not state.sets_clocks:
         lines.append("The clocks are not ours to set, so that 2 and 3 save nothing until they are:")
         lines.append(HOW_TO_SET_CLOCKS)

@@ -74,11 +74,8 @@ def find(state: Onboarding) -> dict[str, Any]:
     facts = {"origin": f"read from the counters of {config.live.server}", "requests": observed.requests}
     facts |= {"prompt_mean": observed.prompt_mean, "output_mean": observed.output_mean}
     write_json(state.folder / "observed.json", {"workload": spec, **facts, "rates": observed.rates})
-    print(
-        f"{observed.requests} requests, {observed.prompt_mean:.0f} prompt and {observed.output_mean:.0f} output ",
-        end="",
-    )
-    print(f"tokens on average; how lengths spread is taken to be lognormal\nworkload: {spec}")
+    lengths = f"{observed.prompt_mean:.0f} prompt and {observed.output_mean:.0f} output tokens on average"
+    print(f"{observed.requests} requests, {lengths}; that lengths are lognormal is taken\nworkload: {spec}")
     return {"workload": spec, **facts}
 
 
@@ -101,7 +98,7 @@ def summary(pages: Sequence[Page]) -> Observed:
         output_tokens += counted.generation_tokens
     if not arrived or not ended:
         raise ConfigError(
-            "--observe-minutes: no request came and ended in that time; watch longer, or name a load by --workload"
+            "--observe-minutes: no request came and ended; watch longer, or name the load by --workload"
         )
     return Observed(tuple(rates), prompt_tokens / arrived, output_tokens / ended, arrived)
 

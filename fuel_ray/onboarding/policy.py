@@ -1,21 +1,23 @@
 """What the twin says of the SLO, a policy that is trained on it, and whether that should be deployed."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fuel_ray.arena.config import RecommendConfig
-from fuel_ray.arena.recommendation import Pair
+from fuel_ray.arena.recommendation import Pair, save
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.commands import recommend, train
 from fuel_ray.commands.train import TrainVerbConfig
 from fuel_ray.onboarding.config import OnboardConfig, settings
-from fuel_ray.onboarding.state import Onboarding, Stopped
+from fuel_ray.onboarding.server import HOW_TO_SET_CLOCKS, HOW_TO_SET_LIMITS
+from fuel_ray.onboarding.state import Onboarding
 from fuel_ray.onboarding.twin import into
-from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE
-from fuel_ray.policies.static import Static
+from fuel_ray.policies.anchor import WEIGHTS, Anchor
+from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.record import make_folder, write_json
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
@@ -29,8 +31,7 @@ _ROOM = 1.05  # above what is reached, for an SLO that is offered instead
 def check_slo(state: Onboarding) -> dict[str, Any]:
     """Whether the twin meets the SLO under the user's load at its highest clock.
 
-    Raises:
-        Stopped: it does not; the message says what it can meet.
+    Where it does not that ends the onboarding, and what it can meet is said.
     """
     config = state.twin()
     slo = config.slo
@@ -46,11 +47,7 @@ def check_slo(state: Onboarding) -> dict[str, Any]:
     limits = ", ".join(f"{name.upper()} {limit_s:g} s" for name, limit_s in slo.limits_s.items())
     whom = "on average" if slo.share is None else f"for {slo.share:.0%} of the requests"
     print(f"SLO: {limits} {whom}; by the twin at its highest clock {_attained(found)} (modelled)")
-    if not met:
-        stop = Stopped(_cannot(state, found, limits, whom))
-        stop.found = found
-        raise stop
-    return found
+    return found if met else found | {"stop": _cannot(state, found, limits, whom)}
 
 
 def learn(state: Onboarding) -> dict[str, Any]:
@@ -63,7 +60,7 @@ def learn(state: Onboarding) -> dict[str, Any]:
     else:
         with into(state.folder, "train"):
             train.run(config)
-    return {"policy": str(_trained(state)), "steps": config.steps}
+    return {"policy": str(_trained(state).relative_to(state.folder)), "steps": config.steps}
 
 
 def decide(state: Onboarding) -> dict[str, Any]:
@@ -71,15 +68,14 @@ def decide(state: Onboarding) -> dict[str, Any]:
     config = recommend_config(state, state.twin())
     pairs, best, sentence = recommend.recommended(config)
     fastest = next(pair for pair in pairs if pair.policy == MAX_PERFORMANCE)
+    if best.policy in (TUNED_STATIC, LOAD_TABLE):
+        _save_as_folder(best, pairs, config)
     rows = [_row(pair, fastest) for pair in pairs]
-    found = {"sentence": sentence, "best": best.policy, "rows": rows, "seeds": config.seeds}
-    found |= {"how": best.how, "static": best.policy == "tuned_static", "saved": best.fitted is not None}
-    (chosen,) = (row for row in rows if row["policy"] == best.policy)
-    saving = 1.0 - chosen["against_max"]
-    band = chosen["band_against_max"]
-    span = "" if band is None else f" [{1 - band[1]:.1%}..{1 - band[0]:.1%} over the clock axes]"
-    found["saving"] = saving
-    print(f"against maximum performance that saves {saving:.1%}{span} of the energy: modelled, not measured")
+    chosen = next(row for row in rows if row["policy"] == best.policy)
+    found: dict[str, Any]
+    found = {"sentence": sentence, "best": best.policy, "how": best.how, "rows": rows, "seeds": config.seeds}
+    found |= {"headline": _headline(chosen, best), "notes": _notes(state, chosen)}
+    print("\n".join((found["headline"], *found["notes"])))
     write_json(state.folder / "recommendation.json", found)
     return found
 
@@ -89,6 +85,41 @@ def recommend_config(state: Onboarding, twin: OnboardConfig) -> RecommendConfig:
     make_folder(state.folder / "policies")
     entries = (str(_trained(state)), LOAD_TABLE, MAX_PERFORMANCE)
     return settings(RecommendConfig, twin, policies=entries, save=state.folder / "policies" / "recommended")
+
+
+def _save_as_folder(best: Pair, pairs: list[Pair], config: RecommendConfig) -> None:
+    """A rule as a policy that deploy takes: the trained one, held to the rule's knobs for good."""
+    for fitted in (pair.fitted for pair in pairs):
+        if fitted is not None and fitted.anchor is not None:
+            static = LoadTable((), (fitted.static,))
+            table = static if best.policy == TUNED_STATIC else fitted.anchor.table
+            save(best, replace(fitted, anchor=Anchor(table, WEIGHTS[-1])), config)
+            return
+
+
+def _headline(chosen: dict[str, Any], best: Pair) -> str:
+    if best.policy == MAX_PERFORMANCE:
+        return "Nothing can be saved under this load and SLO, by the twin"
+    band = chosen["band_against_max"]
+    span = "" if band is None else f" ({1 - band[1]:.1%} to {1 - band[0]:.1%} over the clock axes)"
+    saving = f"{1 - chosen['against_max']:.1%}{span} of the energy that maximum performance uses"
+    return f"{label(best.policy)} would save {saving}: modelled, not measured"
+
+
+def _notes(state: Onboarding, chosen: dict[str, Any]) -> list[str]:
+    """What stands between that and the saving."""
+    notes = []
+    if not state.sets_clocks:
+        notes.append(
+            "Nothing can be saved without the privilege to set clocks, which this process lacks or was told "
+            f"not to use; the figure is what the twin says of it. {HOW_TO_SET_CLOCKS}"
+        )
+    if not state.sets_limits:
+        notes.append(f"The batch limit is left alone in all of this. {HOW_TO_SET_LIMITS}")
+    transferred = state.journal.found("calibrate")["transferred"]
+    if "clock axis" in transferred:
+        notes.append(f"How time and power depend on the clock was not measured here: {transferred}")
+    return notes
 
 
 def _trained(state: Onboarding) -> Path:
@@ -135,7 +166,7 @@ def _cannot(state: Onboarding, found: dict[str, Any], limits: str, whom: str) ->
     can = ", ".join(f"{name.upper()} {value_s:.2g} s" for name, value_s in offered.items())
     flags = " ".join(f"--slo-{name}-s {value_s:.2g}" for name, value_s in offered.items())
     return (
-        f"the server cannot meet {limits} {whom} under this load, not even at its highest clock, by the twin: "
+        f"the server cannot meet {limits} {whom} under this load even at its highest clock, by the twin: "
         f"{_attained(found)}. It can meet {can}; or give it less load. To go on with that: "
         f"fuel-ray onboard --resume {state.folder} {flags}"
     )

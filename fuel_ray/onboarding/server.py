@@ -19,8 +19,8 @@ LISTEN_S = 3.0  # in which a server without other traffic counts no request
 _TO_START = ("vLLM", "plug-in", "block sizes", "port")  # checks that matter only to a server that is started
 
 HOW_TO_SET_CLOCKS = (
-    "Locking clocks needs CAP_SYS_ADMIN: run `sudo fuel-ray clock-helper --gpu-ids ... --users USER` beside the "
-    "controller and set FUEL_RAY_CLOCK_SOCKET for it, or start the controller's container with "
+    "Locking clocks needs CAP_SYS_ADMIN: run `sudo fuel-ray clock-helper --gpu-ids ... --users USER` beside "
+    "the controller, with FUEL_RAY_CLOCK_SOCKET in its environment, or start its container with "
     "--cap-add=SYS_ADMIN; docs/deploy.md, Privilege, has both"
 )
 HOW_TO_SET_LIMITS = (
@@ -49,7 +49,7 @@ def look(state: Onboarding) -> dict[str, Any]:
         print(f"its --max-num-seqs is taken to be {limits[-1]}; say it by --max-num-seqs if it is another")
     if len(clocks_mhz) == 1:
         print(
-            f"observe-only: its clocks are not ours to set, {clocks_mhz[0]} MHz is taken. {HOW_TO_SET_CLOCKS}."
+            f"observe-only: its clocks are not ours to set, {clocks_mhz[0]} MHz is taken. {HOW_TO_SET_CLOCKS}"
         )
     if limits[0] == limits[-1]:
         print(f"its batch limit is not ours to set: policies choose the clock alone. {HOW_TO_SET_LIMITS}.")

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fuel_ray.errors import FuelRayError
+from fuel_ray.errors import ConfigError, FuelRayError, NodeError
 from fuel_ray.onboarding import handover, load, policy, server, twin
 from fuel_ray.onboarding.config import OnboardConfig
-from fuel_ray.onboarding.state import Onboarding, Stopped
+from fuel_ray.onboarding.state import Onboarding
+from fuel_ray.report.onboarded import write_onboarding
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,40 +60,54 @@ def onboard(config: OnboardConfig) -> int:
     """Go through the stages that are not done yet; the report is written however it ends."""
     state = Onboarding(config)
     left = [stage for stage in STAGES if not state.journal.is_done(stage.name)]
-    print(
-        f"onboard  {state.folder}: {len(left)} stages, about {_minutes(sum(s.seconds(config) for s in left))}"
-    )
+    duration = _minutes(sum(stage.seconds(config) for stage in left))
+    print(f"onboard  {state.folder}: {len(left)} stages, about {duration}", flush=True)
     try:
         with contextlib.closing(state):
             _through(state)
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to go on: fuel-ray onboard --resume {state.folder}", flush=True)
         raise
-    print(f"\nto deploy  {state.folder / 'commands.sh'}")
+    except NodeError as error:
+        raise NodeError(f"{error}. To go on then: fuel-ray onboard --resume {state.folder}") from error
+    finally:
+        print(f"\nreport     {write_onboarding(state.folder)}", flush=True)
     return 0
 
 
 def _through(state: Onboarding) -> None:
     last_on_server = max(number for number, stage in enumerate(STAGES) if stage.on_server)
-    for number, stage in enumerate(STAGES, start=1):
-        head = f"\n[{number}/{len(STAGES)}] {stage.name}: {stage.what}"
+    for number, stage in enumerate(STAGES):
+        head = f"\n[{number + 1}/{len(STAGES)}] {stage.name}: {stage.what}"
+        if number > last_on_server:
+            state.close()
         if state.journal.is_done(stage.name):
             print(f"{head}: done before")
-            continue
-        print(f"{head} ({_minutes(stage.seconds(state.config))})", flush=True)
-        if number - 1 > last_on_server:
-            state.close()
-        _one(state, stage)
+        else:
+            print(f"{head} ({_minutes(stage.seconds(state.config))})", flush=True)
+            _one(state, stage)
+        if end := state.journal.found(stage.name).get("end"):
+            print(f"\nthis is the end of what can be done here: {end}")
+            return
+    print(f"\nto deploy  {state.folder / 'commands.sh'}")
 
 
 def _one(state: Onboarding, stage: Stage) -> None:
+    """One stage; what stops it is in the journal.
+
+    Raises:
+        ConfigError: it has found that it makes no sense to go on.
+    """
     state.journal.began(stage.name)
     began_s = time.monotonic()
     try:
         found = stage.run(state)
     except FuelRayError as error:
-        state.journal.stopped(stage.name, str(error), error.found if isinstance(error, Stopped) else {})
+        state.journal.stopped(stage.name, str(error), {})
         raise
+    if "stop" in found:
+        state.journal.stopped(stage.name, found["stop"], found)
+        raise ConfigError(found["stop"])
     state.journal.ended(stage.name, found, seconds=time.monotonic() - began_s)
 
 

@@ -1,26 +1,19 @@
 """An onboarding that is under way: its folder, its settings, its server, what its stages have found."""
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fuel_ray.build.live import LiveServer, server_endpoint
 from fuel_ray.build.nodes import build_spec
-from fuel_ray.errors import FuelRayError, NodeError
+from fuel_ray.errors import NodeError
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.server import served_model
 from fuel_ray.onboarding.config import SERVED, OnboardConfig
 from fuel_ray.onboarding.journal import Journal
 from fuel_ray.record import new_folder
 from fuel_ray.sim.pack import load_pack
-
-
-class Stopped(FuelRayError):
-    """A stage cannot go on; ``found`` is what it has found until then."""
-
-    found: Mapping[str, Any] = {}
 
 
 class Onboarding:
@@ -82,6 +75,7 @@ class Onboarding:
         own = {"pack": str(self.pack_path), "workload": self.workload, "node": "sim", "backend": "sim"}
         size, blocks = self.kv_block_size, facts["num_kv_blocks"]
         own |= {"block_sizes": (size,), "max_num_seqs": facts["batch_limits"][-1], "resume": None}
+        own |= {"limit_control": "on" if self.sets_limits else "off"}
         own |= {"kv_tokens": None if blocks is None else blocks * size}
         return replace(self.config, **(own | changes))
 

@@ -19,7 +19,7 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.onboarding.config import OnboardConfig, settings
 from fuel_ray.onboarding.load import mean_lengths
 from fuel_ray.onboarding.server import require_alone
-from fuel_ray.onboarding.state import Onboarding, Stopped
+from fuel_ray.onboarding.state import Onboarding
 from fuel_ray.record import make_folder
 from fuel_ray.sim.calibrate import AXIS_CLOCKS
 from fuel_ray.sim.nearest import same_architecture
@@ -33,8 +33,8 @@ from fuel_ray.workload.spec import parse_workload
 BOUNDS = {"energy": 0.03, "tpot_mean": 0.05, "e2e_mean": 0.05, "ttft_p50": 0.15}  # of relative errors
 POOR = 3.0  # times a bound, beyond which a twin is no ground to decide on
 NO_SAVING = (
-    "no saving can be modelled: the clock of {gpu} is not ours to set, and no shipped pack has the clock axis of "
-    "its architecture"
+    "no saving can be modelled: the clock of {gpu} is not ours to set, and no shipped pack has the clock "
+    "axis of its architecture"
 )
 _RUNNING = 8  # requests, on average, of the fresh load
 _LOWER = 0.65  # of the highest clock: the other one at which it is compared
@@ -80,8 +80,7 @@ def fit(state: Onboarding) -> dict[str, Any]:
 def compare(state: Onboarding) -> dict[str, Any]:
     """Serve a fresh load, once per clock, and say how far the twin is off it.
 
-    Raises:
-        Stopped: it is too far off to be trusted, and --accept-fidelity was not given.
+    Where it is too far off to be trusted that ends the onboarding, unless --accept-fidelity was given.
     """
     config = state.serving()
     require_alone(config)
@@ -92,7 +91,7 @@ def compare(state: Onboarding) -> dict[str, Any]:
     rows = [{"trace": str(path.relative_to(state.folder)), **_figures(state, path)} for path in paths]
     outside = {name for row in rows for name, error in row["errors"].items() if _share(name, error) > 1.0}
     poor = {name for row in rows for name, error in row["errors"].items() if _share(name, error) > POOR}
-    found = {
+    found: dict[str, Any] = {
         "workload": load,
         "bounds": BOUNDS,
         "rows": rows,
@@ -101,24 +100,13 @@ def compare(state: Onboarding) -> dict[str, Any]:
     }
     with whole(state.folder / "validate.json") as file:
         file.write(json.dumps(found, indent=2))
-    _judge(state, found)
-    return found
-
-
-def _judge(state: Onboarding, found: dict[str, Any]) -> None:
     bounds = ", ".join(f"{name} {bound:.0%}" for name, bound in BOUNDS.items())
-    if not found["outside"]:
-        print(f"the twin is within its bounds ({bounds})")
-        return
-    print(f"the twin is outside its bounds ({bounds}) in {', '.join(found['outside'])}")
-    if found["poor"] and not state.config.accept_fidelity:
-        stop = Stopped(
-            f"the twin is more than {POOR:g} times a bound off in {', '.join(found['poor'])}: what it says of a "
-            "policy cannot be trusted. Look whether something else ran at the same time and begin again, or go on "
-            f"with it: fuel-ray onboard --resume {state.folder} --accept-fidelity"
-        )
-        stop.found = found
-        raise stop
+    print(f"the twin is {_verdict(found['outside'])} its bounds ({bounds})")
+    if poor and not config.accept_fidelity:
+        return found | {"stop": _poor(state, found["poor"])}
+    if not state.journal.found("calibrate")["clock_axis_modelled"]:
+        return found | {"end": NO_SAVING.format(gpu=state.facts["gpu_name"])}
+    return found
 
 
 @contextlib.contextmanager
@@ -128,6 +116,18 @@ def into(folder: Path, verb: str) -> Iterator[None]:
     yield
     (made,) = {*folder.glob(f"{verb}-*")} - before
     os.replace(made, folder / verb)
+
+
+def _verdict(outside: list[str]) -> str:
+    return f"outside, in {', '.join(outside)}," if outside else "within"
+
+
+def _poor(state: Onboarding, names: list[str]) -> str:
+    return (
+        f"the twin is more than {POOR:g} times a bound off in {', '.join(names)}: what it says of a "
+        "policy cannot be trusted. Look whether something else ran at the same time and begin again, or go on with it: "
+        f"fuel-ray onboard --resume {state.folder} --accept-fidelity"
+    )
 
 
 def _share(name: str, error: float | None) -> float:

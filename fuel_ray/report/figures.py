@@ -1,10 +1,12 @@
 """The report's figures, each drawn to a data URI. The home of matplotlib."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from itertools import cycle
+from itertools import cycle, product
+from operator import attrgetter
 from typing import Any, Literal
 
 import matplotlib
@@ -19,12 +21,14 @@ from fuel_ray.report.data import ENERGY, Run, mean_over_seeds, where
 from fuel_ray.stats import Interval
 
 _BLOCK_COLORS = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b", "#6a51a3", "#3f007d")  # light to dark: an order
+_CLOCK_COLORS = ("#b3261e", "#e08214", "#4a98c9", "#08306b")  # fast to slow
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_TICKS = 24
 _TRACED = ("in_system", "applied.gpu_clock_mhz", "applied.batch_limit")
 _LIMIT, _CLOCK = "chosen.batch_limit", "chosen.gpu_clock_mhz"
 SMOOTH_S = 15  # bold lines in the time plot are means over this long
 
+_batch = attrgetter("batch")
 _key = partial(Line2D, [], [])
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -44,6 +48,17 @@ _STYLE = {
     "svg.hashsalt": "fuel_ray",
     "text.parse_math": False,  # names come from files
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePoint:
+    """Decode steps at a clock: of each figure what was measured and what the model says."""
+
+    clock_mhz: float
+    context: int  # prompt tokens of the requests
+    batch: int
+    step_s: tuple[float, float]
+    power_w: tuple[float, float]
 
 
 def learning_curves(run: Run) -> str:
@@ -131,6 +146,34 @@ def decision_heat_maps(run: Run, *, workload: str) -> str | None:
         figure.colorbar(image, ax=grid, label="share of windows (%)", shrink=0.7)
 
     return _draw(paint, height_in=min(0.9 + rows * (1.0 + 0.2 * len(limits)), 9.0))
+
+
+def profile_and_model(points: Sequence[ProfilePoint]) -> str:
+    """Step time and power of decode steps by batch: what was measured as points, the model as lines."""
+    clocks = sorted({point.clock_mhz for point in points}, reverse=True)
+    shown = [clocks[round(i * (len(clocks) - 1) / 3)] for i in range(4)] if len(clocks) > 4 else clocks
+    inks = dict(zip(shown, _CLOCK_COLORS, strict=False))
+    contexts = sorted({point.context for point in points})
+
+    def paint(figure: Figure) -> None:
+        panels = figure.subplots(1, 2)
+        for clock, context in product(inks, contexts):
+            own = sorted((p for p in points if (p.clock_mhz, p.context) == (clock, context)), key=_batch)
+            batches, style = [p.batch for p in own], {"color": inks[clock], "linewidth": 1.3}
+            marker = _MARKERS[contexts.index(context) % len(_MARKERS)]
+            for axes, column, scale in zip(panels, ("step_s", "power_w"), (1000, 1), strict=True):
+                values = [[scale * value for value in getattr(p, column)] for p in own]
+                axes.plot(batches, [model for _, model in values], **style)
+                axes.plot(batches, [measured for measured, _ in values], marker, color=inks[clock], ms=4.5)
+        for axes, name in zip(panels, ("decode step (ms)", "power (W)"), strict=True):
+            axes.set(xlabel="requests that decode together", ylabel=name, xscale="log", ylim=(0, None))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+        keys = [_key(color=ink, linewidth=3, label=f"{clock:.0f} MHz") for clock, ink in inks.items()]
+        marks = zip(contexts, cycle(_MARKERS), strict=False)
+        keys += [_key(color="#30343b", marker=m, ls="", label=f"about {c} tokens each") for c, m in marks]
+        figure.legend(handles=keys, loc="outside right center")
+
+    return _draw(paint, height_in=3.6)
 
 
 def _draw(paint: Callable[[Figure], None], *, height_in: float, form: Literal["svg", "webp"] = "svg") -> str:

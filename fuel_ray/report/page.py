@@ -71,6 +71,11 @@ def figure(uri: str, *, caption: str) -> str:
     )
 
 
+def code(text: str) -> str:
+    """Text to copy, as it is."""
+    return f"<pre>{escape(text)}</pre>"
+
+
 def folded(summary: str, content: str) -> str:
     """Content that opens on a click."""
     return f"<details><summary>{_text(summary)}</summary>{content}</details>"

@@ -26,6 +26,7 @@ class SimulatedNode:
         horizon_s: float,  # seconds of requests per reset
         kv_tokens: int | None = None,  # size of the KV pool; None: the pack's, like the next two
         max_num_seqs: int | None = None,  # capacity of the server
+        limit_control: bool = True,  # whether the batch limit may be chosen
         gpu_clocks_mhz: tuple[int, ...] = (),  # that may be chosen
         prefix_caching: bool = True,  # whether full blocks are found again
         random_start: bool = False,  # begin each reset at a random point of the workload's period
@@ -59,7 +60,7 @@ class SimulatedNode:
             model=pack.model,
             kv_block_size=kv_block_size,
             num_kv_blocks=num_kv_blocks,
-            batch_limits=(1, capacity),
+            batch_limits=(1 if limit_control else capacity, capacity),
             gpu_clocks_mhz=clocks,
             server=ServerFacts(pack.engine, capacity, pack.max_num_batched_tokens, prefix_caching),
         )

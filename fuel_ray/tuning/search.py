@@ -23,8 +23,8 @@ def tune_static_pair(tuning: Runs, slo: str, *, share: float, limits: Sequence[i
     ``SLACK``.
     """
     spec = tuning.loop.node.spec
-    highest = spec.batch_limits[-1]
-    limits = sorted({highest, *(limit for limit in limits if limit < highest)})
+    lowest, highest = spec.batch_limits
+    limits = sorted({highest, *(limit for limit in limits if lowest <= limit < highest)})
     fastest = [Static(Knobs(limit, spec.gpu_clocks_mhz[-1])) for limit in limits]
     reachable = max(tuning.score(policy, slo, share=share).slo_attainment for policy in fastest)
     asked = share

@@ -1,0 +1,250 @@
+"""The page of an onboarding: the server, its twin and how well it fits, the policy, the commands to copy."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fuel_ray.disk import whole
+from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, color, label
+from fuel_ray.record import read_json
+from fuel_ray.report.figures import ProfilePoint, profile_and_model
+from fuel_ray.report.page import Cell, code, figure, heading, page, paragraph, table, tile, tiles
+from fuel_ray.report.tables import change, key_values
+from fuel_ray.report.text import percent
+from fuel_ray.sim.pack import PerfModel, load_pack
+
+_KNOWN = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)
+_UNITS = {"energy": "J", "mean_power": "W"}
+_PROFILE = (
+    "Points: decode steps as they were {origin}. Lines: the fitted twin at the same points. Energy per token "
+    "is the product of the two, by the requests that share it."
+)
+_FIDELITY = (
+    "One load that was not fitted, with another seed and rate than the profile's; the twin was given the "
+    "same arrivals. Positive: the twin says too much. Errors of one draw: {requests} requests per clock."
+)
+_POLICIES = (
+    "Modelled: the twin under your load, {seeds} held-out seeds, the same arrivals for all; in small print "
+    "the 95 % interval, or where the pack has several clock axes, the lowest to the highest. Only the canary "
+    "below measures a saving."
+)
+
+Stages = Mapping[str, Mapping[str, Any]]
+
+
+def write_onboarding(folder: Path) -> Path:
+    """Write ``report.html`` into the folder of an onboarding, finished or not, and return its path."""
+    target, journal = folder / "report.html", read_json(folder / "onboard.json")
+    text = page(f"fuel_ray: {folder.name}", _sections(folder, journal))
+    with whole(target) as file:
+        file.write(text)
+    return target
+
+
+def _sections(folder: Path, journal: Mapping[str, Any]) -> Iterator[str]:
+    stages = journal["stages"]
+    found = {name: stage.get("found", {}) for name, stage in stages.items()}
+    yield heading(f"fuel_ray: {folder.name}", level=1)
+    yield from _answer(stages, found)
+    if server := found.get("server"):
+        yield heading("The server")
+        yield key_values(_server(server))
+    if (folder / "pack.json").exists() and (folder / "profile" / "profile.jsonl").exists():
+        yield heading("Its profile and its twin")
+        yield from _profile(folder, found)
+    if rows := found.get("validate", {}).get("rows"):
+        yield heading("How far the twin is off")
+        yield from _fidelity(found["validate"], rows)
+    if load := found.get("load"):
+        yield heading("The load and the SLO")
+        yield key_values(_load(load, found.get("slo", {})))
+    if rows := found.get("recommend", {}).get("rows"):
+        yield heading("What policies would do")
+        yield _policies(rows, best=found["recommend"]["best"])
+        yield paragraph(_POLICIES.format(seeds=found["recommend"]["seeds"]), style="soft")
+    if (folder / "commands.sh").exists():
+        yield heading("The commands")
+        yield paragraph("In this order; go on to the next when the last has shown what you hoped for.")
+        yield code((folder / "commands.sh").read_text(encoding="utf-8").removeprefix("#!/bin/sh\n"))
+    yield heading("How this was made")
+    yield key_values({key: journal[key] for key in ("command", "started", "git_commit") if journal.get(key)})
+    yield _stages(stages)
+
+
+def _answer(stages: Stages, found: Stages) -> Iterator[str]:
+    stopped = [(name, stage["why"]) for name, stage in stages.items() if stage["state"] == "stopped"]
+    ended = [stage["end"] for stage in found.values() if "end" in stage]
+    for name, why in stopped:
+        yield paragraph(f"Stopped at {name}: {why}", style="headline bad")
+    for end in ended:
+        yield paragraph(f"Ended: {end}", style="headline bad")
+    recommended = found.get("recommend", {})
+    if recommended:
+        yield paragraph(recommended["headline"], style="headline")
+        yield paragraph(recommended["sentence"])
+        for note in recommended["notes"]:
+            yield paragraph(note)
+    elif not stopped and not ended:
+        yield paragraph("Not finished yet.", style="headline")
+    yield tiles(_tiles(found))
+
+
+def _tiles(found: Stages) -> Iterator[str]:
+    if rows := found.get("recommend", {}).get("rows"):
+        best = next(row for row in rows if row["policy"] == found["recommend"]["best"])
+        note = _interval(best["interval_against_max"], best["band_against_max"])
+        yield tile(change(best["against_max"]), name="J/request vs max performance", note=f"modelled {note}")
+        yield tile(percent(best["attained"]), name="SLO attainment", note="modelled", bad=not best["met"])
+    if fidelity := found.get("validate", {}).get("rows"):
+        outside, bounds = found["validate"]["outside"], found["validate"]["bounds"]
+        for name in ("energy", "tpot_mean"):
+            worst = max((row["errors"][name] or 0.0 for row in fidelity), key=abs)
+            note = f"bound {percent(bounds[name])}"
+            yield tile(_signed(worst), name=f"the twin's error in {name}", note=note, bad=name in outside)
+
+
+def _server(server: Mapping[str, Any]) -> dict[str, Any]:
+    clocks, limits = server["gpu_clocks_mhz"], server["batch_limits"]
+    gpus = ", ".join(server["gpu_uuids"])
+    return {
+        "address": server["url"] or ("started for this" if server["origin"] == "measured" else "the twin"),
+        "model": server["model"],
+        "engine": server["engine"],
+        "GPU": f"{server['gpu_name']} ({gpus})",
+        "KV cache": f"{server['num_kv_blocks'] or '?'} blocks of {server['kv_block_size']} tokens",
+        "capacity": f"{limits[-1]} requests",
+        "clocks": f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, may be set"
+        if len(clocks) > 1
+        else f"{clocks[0]} MHz; not ours to set: observe-only",
+        "batch limit": "may be set" if limits[0] < limits[-1] else "not ours to set",
+        "figures of it": server["origin"],
+    }
+
+
+def _profile(folder: Path, found: Stages) -> Iterator[str]:
+    points = _points(folder / "profile" / "profile.jsonl", load_pack(str(folder / "pack.json")).perf)
+    origin = found["server"]["origin"]
+    if points:
+        yield figure(profile_and_model(points), caption=_PROFILE.format(origin=origin))
+    fitted = found.get("calibrate", {})
+    notes = {name: fitted[name] for name in ("pack", "measured", "transferred") if name in fitted}
+    yield key_values(notes)
+
+
+def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
+    """Of the decode rows: each run of growing batches has one prompt length, in the same order at any clock."""
+    rows = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))]
+    points: list[ProfilePoint] = []
+    contexts: list[int] = []  # of the first clock
+    at, batch, clock_mhz = -1, 0, 0.0
+    for row in rows:
+        if row.get("phase") != "decode":
+            continue
+        before, clock_mhz = clock_mhz, float(row.get("clock_mhz", row.get("sm_mhz")))
+        at = 0 if clock_mhz != before else at + (row["b"] <= batch)
+        if at == len(contexts):
+            contexts.append(round(row["ctx_mid"]))
+        batch = row["b"]
+        clock_in_pack = min(clock_mhz, perf.constants.max_clock_mhz)
+        step_s, power_w, _ = perf.step_cost(batch, batch * row["ctx_mid"], 0, clock_in_pack)
+        measured = (row["itl"], step_s), (row["power_w"], power_w)
+        points.append(ProfilePoint(clock_mhz, contexts[at], batch, *measured))
+    return points
+
+
+def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    head = [Cell("figure", style="text")]
+    for row in rows:
+        head += [Cell(f"measured at {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
+    body = [[_figure_name(name, found), *_errors(name, rows, found)] for name in rows[0]["errors"]]
+    yield table(head, [body])
+    requests = " and ".join(str(row["requests"]) for row in rows)
+    yield paragraph(f"{found['workload']}. {_FIDELITY.format(requests=requests)}", style="soft")
+
+
+def _figure_name(name: str, found: Mapping[str, Any]) -> Cell:
+    bound = found["bounds"].get(name)
+    note = "" if bound is None else f"bound {percent(bound)}"
+    return Cell(name.replace("_", " "), note, style="text")
+
+
+def _errors(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any]) -> Iterator[Cell]:
+    unit, bound = _UNITS.get(name, "s"), found["bounds"].get(name)
+    for row in rows:
+        for source in ("measured", "predicted"):
+            value = row[source][name]
+            yield Cell("–" if value is None else f"{value:.4g} {unit}")
+        error = row["errors"][name]
+        outside = bound is not None and error is not None and abs(error) > bound
+        yield Cell("–" if error is None else _signed(error), style="bad" if outside else "")
+
+
+def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {"load": load["workload"], "where it is from": load["origin"]}
+    if not slo:
+        return facts
+    limits = [f"{name.upper()} {slo['slo'][f'{name}_s']:g} s" for name in slo["reached"]]
+    share = slo["slo"]["share"]
+    facts["SLO"] = f"{', '.join(limits)}, {'on average' if share is None else f'for {percent(share)}'}"
+    reached = ", ".join(f"{name.upper()} {value_s:.3g} s" for name, value_s in slo["reached"].items())
+    attained = (
+        f"{percent(slo['attained'])} within it" if share is not None else "met" if slo["met"] else "missed"
+    )
+    facts["at the highest clock, modelled"] = f"{attained}; {reached}"
+    return facts
+
+
+def _policies(rows: list[Mapping[str, Any]], *, best: str) -> str:
+    head = [Cell("policy", style="text"), Cell("J/request"), Cell("vs max"), Cell("SLO met")]
+    head.append(Cell("what was tuned", style="text"))
+    names = [row["policy"] for row in rows]
+    body = [
+        [
+            Cell(
+                _name(row),
+                style="text mine" if row["policy"] == best else "text",
+                dot=color(row["policy"], names),
+            ),
+            Cell(f"{row['energy_j_per_request']:.1f}"),
+            _against(row),
+            Cell(percent(row["attained"]), style="" if row["met"] else "bad"),
+            Cell(row["how"], style="text"),
+        ]
+        for row in sorted(rows, key=lambda row: row["energy_j_per_request"])
+    ]
+    return table(head, [body])
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return label(row["policy"]) if row["policy"] in _KNOWN else f"trained: {row['policy']}"
+
+
+def _against(row: Mapping[str, Any]) -> Cell:
+    if row["policy"] == MAX_PERFORMANCE:
+        return Cell("–")
+    return Cell(change(row["against_max"]), _interval(row["interval_against_max"], row["band_against_max"]))
+
+
+def _interval(interval: list[float | None], band: list[float] | None) -> str:
+    """The clock axes' lowest to highest where there are several, else the interval over seeds."""
+    low, high = band or interval
+    return "" if low is None or high is None else f"{change(low)} to {change(high)}".replace(" %", "")
+
+
+def _stages(stages: Stages) -> str:
+    head = [Cell("stage", style="text"), Cell("state", style="text"), Cell("s"), Cell("began", style="text")]
+    rows = [
+        [
+            Cell(name, style="text"),
+            Cell(stage["state"], style="text"),
+            Cell(f"{stage['seconds']:.0f}" if "seconds" in stage else "–"),
+            Cell(stage.get("began", "–"), style="text"),
+        ]
+        for name, stage in stages.items()
+    ]
+    return table(head, [rows])
+
+
+def _signed(error: float) -> str:
+    return f"{100 * error:+.1f} %".replace("-", "−")
