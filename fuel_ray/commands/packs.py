@@ -3,15 +3,15 @@
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import tyro
 
-from fuel_ray.sim.pack import Fidelity, Pack, load_pack, pack_fields, pack_names
+from fuel_ray.sim.fidelity import ERRORS, Fidelity, fidelity_table
+from fuel_ray.sim.pack import Pack, load_pack, pack_fields, pack_names
 
 _WIDTH, _LABEL = 110, 13  # columns
-_ERRORS = {"energy": "energy", "tpot_mean": "mean TPOT", "e2e_mean": "mean e2e", "ttft_p50": "median TTFT"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,6 @@ def run(config: PacksConfig) -> int:
     else:
         print("\n\n".join(_text(pack, full=full) for pack in packs))
     return 0
-
-
-def fidelity_table(rows: Sequence[Fidelity]) -> list[str]:
-    """A line per trace under a heading: how far the model is off it, and whether the fit had seen it."""
-    head = f"{'trace':<28} {'requests':>8} {'fit':>8}" + "".join(f"{name:>13}" for name in _ERRORS.values())
-    return [head, *(_fidelity_line(row) for row in rows)]
 
 
 def _facts(pack: Pack, *, full: bool) -> dict[str, Any]:
@@ -64,7 +58,7 @@ def _facts(pack: Pack, *, full: bool) -> dict[str, Any]:
         **{name: getattr(pack, name) for name in same},
         "clock_axes": list(pack.clock_axes),
         "settings": [setting._asdict() for setting in pack.settings],
-        "fidelity": [row._asdict() for row in pack.fidelity],
+        "fidelity": [asdict(row) for row in pack.fidelity],
     }
     if full:
         facts |= {name: getattr(pack, name) for name in limits} | pack_fields(pack.perf)
@@ -89,7 +83,7 @@ def _text(pack: Pack, *, full: bool) -> str:
     text = [f"{pack.name}: {pack.model} on {pack.gpu_name}, {pack.engine}"]
     text += [line for name, what in lines.items() if what for line in _wrapped(name, what)]
     if full:
-        text += [f"  {line}" for line in fidelity_table(pack.fidelity)] if pack.fidelity else []
+        text += fidelity_table(pack.fidelity).splitlines() if pack.fidelity else []
         text += ["  constants at the highest clock:", *_wrapped("", _joined(pack.perf.constants._asdict()))]
     return "\n".join(text)
 
@@ -113,17 +107,11 @@ def _within(rows: Sequence[Fidelity]) -> str:
     held_out = [row for row in rows if row.left_out]
     found = [
         f"{label} within {max(known):.1%}"
-        for name, label in _ERRORS.items()
+        for name, label in ERRORS.items()
         if (known := [abs(error) for row in held_out or rows if (error := getattr(row, name)) is not None])
     ]
     kind = "that the fit had not seen" if held_out else "all of them seen by the fit"
     return f"{len(held_out or rows)} traces, {kind}: {', '.join(found) or 'errors unknown'}"
-
-
-def _fidelity_line(row: Fidelity) -> str:
-    errors = ("unknown" if (e := getattr(row, name)) is None else f"{e:+.1%}" for name in _ERRORS)
-    seen = "left out" if row.left_out else "seen"
-    return f"{row.trace:<28} {row.requests:>8} {seen:>8}" + "".join(f"{error:>13}" for error in errors)
 
 
 def _joined(values: Mapping[str, float]) -> str:

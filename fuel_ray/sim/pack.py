@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.clock_axis import AtClock, ClockAxis
+from fuel_ray.sim.fidelity import Fidelity
 
 FORMAT = 2  # of pack files
 NOMINAL = "nominal"
@@ -158,18 +159,6 @@ class PerfModel:
         return replace(self, constants=self.constants._replace(**constants))
 
 
-class Fidelity(NamedTuple):
-    """How far the model is off a recorded trace; relative errors, None where that is not known."""
-
-    trace: str
-    requests: int
-    left_out: bool  # whether the fit had not seen it
-    energy: float | None
-    tpot_mean: float | None
-    e2e_mean: float | None
-    ttft_p50: float | None
-
-
 class Setting(NamedTuple):
     """Something of a server's environment that changes the power of a GPU without work, which has no axis."""
 
@@ -200,7 +189,7 @@ class Pack:
     clock_axis: str = NOMINAL  # which of the clock axes that the data allow
     other_axes: tuple[tuple[str, PerfModel], ...] = ()
     clock_axis_from: str = ""  # the pack whose axis it has; empty: its own
-    fidelity: tuple[Fidelity, ...] = ()
+    fidelity: tuple[Fidelity, ...] = ()  # on recorded runs, those that were fitted and those left out
     settings: tuple[Setting, ...] = ()  # those that it may be used under; nominal is none of them
 
     @property
