@@ -153,7 +153,7 @@ def test_what_speaks_against_a_benchmark_is_in_its_trace(stub, tmp_path, monkeyp
     assert run.info["failed"] == 2 and len(run.requests) == 10
     assert run.info["late_sends"] == 12
     doubts = list(run_doubts(run))
-    assert "2 of 12 requests (16.7%) failed: a replay misses their load" in doubts
+    assert "2 of 12 requests (16.7%) failed or did not end: a replay misses their load" in doubts
     assert any("12 of 12 requests were sent late" in line for line in doubts)
     assert f"trace      {doubts[0]}" in capsys.readouterr().out
 
@@ -241,6 +241,17 @@ def test_a_simulated_evaluation_writes_traces_if_asked_and_its_pack_predicts_the
     assert all(abs(errors[name]) < 0.01 for name in BOUNDS), errors
     assert run.clock_schedule == ((0.0, 1980), (1.0, 1350)) and run.limit_schedule == ((0.0, 128), (1.0, 16))
     assert run.info["origin"].startswith("modelled, pack h100-qwen3-8b")
+
+
+def test_requests_that_had_not_ended_are_counted(tmp_path):
+    load = "steady:rate_rps=40,lengths=fixed,prompt_mean=8,output_mean=900"
+    (path,) = evaluate(tmp_path, "--save-traces", "--static", "1", "--workload", load)
+    run = read_trace(str(path))
+    unfinished = run.info["unfinished"]
+    assert unfinished > 0 == run.info["failed"] and run.duration_s > 120
+    n = unfinished + len(run.requests)
+    assert any(f"{unfinished} of {n} requests" in line for line in run_doubts(run))
+    assert not any("not measured" in line for line in run_doubts(run))
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path):
