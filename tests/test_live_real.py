@@ -111,7 +111,7 @@ def test_a_benchmarks_trace_knows_the_server_and_is_validated(server, tmp_path, 
     assert code == 0 and len(run.requests) == 30 and run.requests.prompt_tokens.tolist() == [32] * 30
     assert run.kv_block_size == 32 and not run.prefix_caching and run.max_num_seqs == 32
     assert run.info["said_by"]["max_num_seqs"] == "its flags"
-    assert run.info["said_by"]["prefix_caching"] == "its flags"
+    assert run.info["said_by"]["prefix_caching"] == "/metrics"
     assert run.energy_j == pytest.approx(400.0 * run.duration_s, rel=0.1)
     assert run.info["failed"] == run.info["foreign_requests"] == 0
     assert run.info["engine"].startswith("vLLM 0.")

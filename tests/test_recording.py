@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from fuel_ray.cli import main
 from fuel_ray.errors import ConfigError
@@ -48,6 +49,7 @@ class WatchedStub(CountingStub):
     """Counts requests too, of which some may be somebody else's, and notes when they came and ended."""
 
     foreign: int = 0
+    refused: int = 0  # of the first requests
     came_s: list[float] = field(default_factory=list)
     ended_s: list[float] = field(default_factory=list)
 
@@ -62,6 +64,8 @@ class WatchedStub(CountingStub):
 
     async def completions(self, request):
         self.came_s.append(time.monotonic())
+        if len(self.came_s) <= self.refused:
+            return web.json_response({"error": {"message": "no"}}, status=400)
         response = await super().completions(request)
         self.ended_s.append(time.monotonic())
         return response
@@ -143,15 +147,13 @@ def test_without_nvml_a_trace_has_no_energy_and_validate_says_so(stub, tmp_path,
 def test_what_speaks_against_a_benchmark_is_in_its_trace(stub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     monkeypatch.setattr("fuel_ray.live.load.loadgen.LATE_S", -1.0)
-    stub.foreign = 3
-    stub.drop_first = 2 * 2  # each is sent twice
+    stub.refused = 2
     assert benchmark(stub, tmp_path, "--save-trace") == 0
     _, run = the_trace(tmp_path)
-    failed = run.info["failed"]
-    assert failed and len(run.requests) == 12 - failed
+    assert run.info["failed"] == 2 and len(run.requests) == 10
     assert run.info["late_sends"] == 12
     doubts = list(run_doubts(run))
-    assert any(f"{failed} of 12 requests" in line and "failed" in line for line in doubts)
+    assert "2 of 12 requests (16.7%) failed or did not end: a replay misses their load" in doubts
     assert any("12 of 12 requests were sent late" in line for line in doubts)
     assert f"trace      {doubts[0]}" in capsys.readouterr().out
 
@@ -241,6 +243,17 @@ def test_a_simulated_evaluation_writes_traces_if_asked_and_its_pack_predicts_the
     assert run.info["origin"].startswith("modelled, pack h100-qwen3-8b")
 
 
+def test_requests_that_had_not_ended_are_counted(tmp_path):
+    load = "steady:rate_rps=40,lengths=fixed,prompt_mean=8,output_mean=900"
+    (path,) = evaluate(tmp_path, "--save-traces", "--static", "1", "--workload", load)
+    run = read_trace(str(path))
+    unfinished = run.info["unfinished"]
+    assert unfinished > 0 == run.info["failed"] and run.duration_s > 120
+    n = unfinished + len(run.requests)
+    assert any(f"{unfinished} of {n} requests" in line for line in run_doubts(run))
+    assert not any("not measured" in line for line in run_doubts(run))
+
+
 def test_a_trace_is_read_as_it_was_written(tmp_path):
     run = replace(read_trace(TRACES[0]), clock_schedule=((0.0, 1980), (3.0, 1350)), prefix_caching=False)
     path = tmp_path / "again.json"
@@ -308,13 +321,19 @@ def test_what_nobody_says_is_vllms_default_and_is_called_assumed(silent, cards, 
     assert f"max_num_seqs {seqs} (vLLM's default" in text and f"max_num_batched_tokens {tokens}" in text
 
 
+def test_an_older_vllm_has_no_larger_default_for_the_largest_gpus(silent, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.vllm.facts._version", lambda server: "0.20.2")
+    facts = server_facts(SILENT, None, Cards("NVIDIA B200", 1, 179 * 2**30), said={})
+    assert (facts.engine, facts.max_num_batched_tokens) == ("vLLM 0.20.2", 8192)
+
+
 def test_flags_say_it_and_what_the_user_says_comes_first(silent):
     flags = ["m", "--max_num_seqs=64", "--max-num-batched-tokens", "4K", "-tp", "2", "--no-async-scheduling"]
     cache = CacheConfig(16, 100, prefix_caching=True)
     flags += ["--no-enable-prefix-caching", "--enable-chunked-prefill"]
     facts = server_facts(SILENT, cache, None, said={"max_num_seqs": (48, "--max-num-seqs")}, flags=flags)
     assert (facts.max_num_seqs, facts.max_num_batched_tokens, facts.tensor_parallel_size) == (48, 4096, 2)
-    assert (facts.async_scheduling, facts.chunked_prefill, facts.prefix_caching) == (False, True, False)
+    assert (facts.async_scheduling, facts.chunked_prefill, facts.prefix_caching) == (False, True, True)
     assert assumed(facts) == []
 
 

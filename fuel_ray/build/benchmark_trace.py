@@ -49,16 +49,10 @@ def benchmark_run(
         raise ConfigError("a trace needs what is known of its server")
     offset_s = start_s - measured.began_s
     requests, ttft_s, e2e_s = ended_requests(records)
-    clocks_mhz = [
-        sample.value.sm_clock_mhz
-        for track in measured.gpus.values()
-        for sample in track.samples
-        if sample.value.sm_clock_mhz is not None
-    ]
     own = {
         "failed": int((~np.isfinite(records.finished_s)).sum()),
         "late_sends": load.late_sends,
-        "highest_sm_clock_mhz": max(clocks_mhz, default=None),
+        "highest_sm_clock_mhz": _highest_clock_mhz(measured),
     }
     return RecordedRun(
         requests=replace(requests, arrival_s=requests.arrival_s + offset_s),
@@ -74,6 +68,11 @@ def benchmark_run(
         prefix_caching=server.prefix_caching,
         info=server_info(spec) | own | counted,
     )
+
+
+def _highest_clock_mhz(measured: Measured) -> float | None:
+    readings = [sample.value for track in measured.gpus.values() for sample in track.samples]
+    return max((r.sm_clock_mhz for r in readings if r.sm_clock_mhz is not None), default=None)
 
 
 def benchmarked_server(

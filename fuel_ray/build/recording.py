@@ -111,6 +111,7 @@ def _load_info(windows: Sequence[WindowMetrics], records: RequestRecords, end_s:
     last_s = float(np.nanmax(records.finished_s, initial=0.0))
     return {
         "failed": int((~np.isfinite(records.finished_s)).sum()),
+        "unfinished": max(0, sum(window.arrivals for window in windows) - len(records)),
         "late_sends": sum(window.late_sends for window in windows),
         "foreign_requests": max(0, sum(foreign)) if foreign else None,
         "prefix_hit_rate": _cached_share(windows),

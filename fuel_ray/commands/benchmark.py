@@ -3,7 +3,6 @@
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -80,10 +79,7 @@ def run(config: BenchmarkConfig) -> int:
     if config.save_result or config.save_trace:
         make_folder(config.result_dir)
     server = _endpoint(config)
-    with contextlib.closing(MetricsClient(server)) as client:
-        before = client.scrape()  # a wrong address is said before anything is sent
-    if config.save_trace:
-        cache_of(before)
+    before = _before(config, server)
     model = _served_as(server, config.model)
     load = LoadGenerator(server, requests, prompts=prompts, model=model, timeout_s=config.timeout_s)
     monitored = monitors(
@@ -106,11 +102,23 @@ def run(config: BenchmarkConfig) -> int:
         ended=ended,
     )
     print("\n".join(check(result)), flush=True)
-    files = {"benchmark": json.dumps(result, indent=2)} if config.save_result else {}
+    now = datetime.now()
+    if config.save_result:
+        _save(config, "benchmark", json.dumps(result, indent=2), now)
     if config.save_trace:
-        files |= _trace(config, server, before=before, load=load, measured=measured, result=result)
-    _save(config, files)
+        trace = _trace(config, server, before=before, load=load, measured=measured, result=result)
+        if trace is not None:
+            _save(config, "trace", trace, now)
     return _code(result)
+
+
+def _before(config: BenchmarkConfig, server: Endpoint) -> MetricsSnapshot:
+    """What the server has counted; what is wrong with its address or page is said before anything is sent."""
+    with contextlib.closing(MetricsClient(server)) as client:
+        before = client.scrape()
+    if config.save_trace:
+        cache_of(before)
+    return before
 
 
 def _endpoint(config: BenchmarkConfig) -> Endpoint:
@@ -156,8 +164,8 @@ def _trace(
     load: LoadGenerator,
     measured: Measured,
     result: dict[str, Any],
-) -> dict[str, str]:
-    """The trace's file by its kind; none, and why is said, where nobody could replay it."""
+) -> str | None:
+    """The trace's file; None, and why is said, where nobody could replay it."""
     spec = benchmarked_server(
         server,
         cache_of(before),
@@ -177,19 +185,16 @@ def _trace(
         text = trace_text(run, **facts, dataset=config.dataset_name, partial=result["partial"])
     except ConfigError as error:
         print(f"no trace   {error}")
-        return {}
+        return None
     for line in run_doubts(run):
         print(f"trace      {line}")
-    return {"trace": text}
+    return text
 
 
-def _save(config: BenchmarkConfig, files: Mapping[str, str]) -> None:
-    """Write the files, of which each kind is a part of the name."""
-    model, now = Path(config.model).name[:_NAME_LETTERS], f"{datetime.now():%Y%m%d-%H%M%S}"
-    named = {f"{model}-{kind}-{now}.json": text for kind, text in files.items()}
-    write_or_keep(config.result_dir, named)
-    for name in named:
-        print(f"wrote {config.result_dir / name}")
+def _save(config: BenchmarkConfig, kind: str, text: str, now: datetime) -> None:
+    name = f"{Path(config.model).name[:_NAME_LETTERS]}-{kind}-{now:%Y%m%d-%H%M%S}.json"
+    write_or_keep(config.result_dir, {name: text})
+    print(f"wrote {config.result_dir / name}")
 
 
 def _code(result: dict[str, Any]) -> int:

@@ -9,22 +9,24 @@ from fuel_ray.sim.replay import RecordedRun
 _FAILED = 0.01  # shares of the requests that are too many
 _LATE = 0.01
 _CACHED = 0.02  # of the prompt tokens
+_GAP_S = 0.1
 _CLOCK = 0.02  # by which a clock is another
 
 
 def run_doubts(run: RecordedRun) -> Iterator[str]:
     """A line for each reason not to believe what was measured, as its file tells it."""
-    n, failed = len(run.requests), _number(run, "failed")
-    if failed > _FAILED * (n + failed):
-        share = failed / (n + failed)
-        yield f"{failed:.0f} of {n + failed:.0f} requests ({share:.1%}) failed: a replay misses their load"
-    if (late := _number(run, "late_sends")) > _LATE * (n + failed):
-        yield f"{late:.0f} of {n + failed:.0f} requests were sent late: the load generator had too little CPU"
+    lost = _number(run, "failed") + _number(run, "unfinished")
+    n = len(run.requests) + lost
+    if lost > _FAILED * n:
+        share = f"{lost:.0f} of {n:.0f} requests ({lost / n:.1%})"
+        yield f"{share} failed or did not end: a replay misses their load"
+    if (late := _number(run, "late_sends")) > _LATE * n:
+        yield f"{late:.0f} of {n:.0f} requests were sent late: the load generator had too little CPU"
     if (foreign := _number(run, "foreign_requests")) > 0:
         yield f"the server had at least {foreign:.0f} requests of somebody else: a replay misses their load"
     if (cached := _number(run, "prefix_hit_rate")) > _CACHED:
         yield f"{cached:.0%} of the prompt tokens were found in the prefix cache: a replay computes them"
-    if (gap_s := _number(run, "unmeasured_s")) > 0:
+    if (gap_s := _number(run, "unmeasured_s")) > _GAP_S:
         yield f"{gap_s:.1f} s of it were not measured: its energy and its schedules are not of all of it"
     if run.energy_j is None:
         yield "no energy was measured"

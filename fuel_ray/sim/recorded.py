@@ -5,8 +5,8 @@ Each request has ``n_in`` and ``n_out`` in tokens, ``start`` on any clock, ``ttf
 (by default the first start), the schedules ``[[second, value], ...]`` of batch limit and, where it was not
 the highest, clock in MHz, and what the server is: ``block_size``, ``num_kv_blocks``, ``max_num_seqs``,
 ``max_num_batched_tokens`` and, where it is off, ``prefix_caching``. ``sim.doubts`` reads ``failed``,
-``late_sends``, ``foreign_requests``, ``prefix_hit_rate``, ``unmeasured_s``, ``assumed``, ``gpu_name``,
-``model`` and ``highest_sm_clock_mhz``. What else it says is for people.
+``unfinished``, ``late_sends``, ``foreign_requests``, ``prefix_hit_rate``, ``unmeasured_s``, ``assumed``,
+``gpu_name``, ``model`` and ``highest_sm_clock_mhz``. What else it says is for people.
 """
 
 import json

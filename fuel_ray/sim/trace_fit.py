@@ -199,7 +199,7 @@ def _draw_residuals(run: RecordedRun, perf: PerfModel, first_step: int) -> np.nd
     several = outputs > 1
     tpot = [(b - a)[several] / (outputs[several] - 1) for a, b in zip(ttft, e2e, strict=True)]
     n = len(prompts)
-    figures = [(energy_j / run.energy_j - 1) / 0.01]
+    figures = [(energy_j / run.energy_j - 1) / 0.01] if run.energy_j else []
     figures += [
         _ratio(np.mean, e2e) / _content(0.01, 0.08, n),
         _ratio(np.median, e2e) / _content(0.015, 0.1, n),

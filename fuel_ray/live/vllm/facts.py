@@ -39,6 +39,8 @@ _IN_CONFIG = {  # where /server_info has them
     "tensor_parallel_size": ("parallel_config", "tensor_parallel_size"),
 }
 _GIB = 2**30
+_MINOR = re.compile(r"0\.(\d+)")
+_LARGEST_SINCE = 28  # 0.28 brought the defaults of GPUs of 160 GiB and more
 
 Facts = dict[str, tuple[Any, str]]  # by name: the value, and what says it
 
@@ -60,7 +62,7 @@ def server_facts(
     said: Mapping[str, tuple[int | None, str]],
     flags: Sequence[str] = (),
 ) -> ServerFacts:
-    """What is known of a running server.
+    """What is known of a running server: what is said, then its pages, its flags, its vLLM's defaults.
 
     Args:
         server: how it is spoken to.
@@ -74,14 +76,15 @@ def server_facts(
     of_page = (
         {} if cache is None or cache.prefix_caching is None else {"prefix_caching": cache.prefix_caching}
     )
-    for facts, by in ((of_flags, "its flags"), (_of_config(server), _PAGE), (of_page, "/metrics")):
+    for facts, by in ((of_page, "/metrics"), (_of_config(server), _PAGE), (of_flags, "its flags")):
         found = {name: (value, by) for name, value in facts.items()} | found
-    found = _defaults(cards, int(found.get("tensor_parallel_size", (1, ""))[0])) | found
+    version = _version(server)
+    found = _defaults(cards, version, int(found.get("tensor_parallel_size", (1, ""))[0])) | found
     if cards is not None:
         by = "its one GPU" if cards.number == 1 else f"{ASSUMED}: all of its GPUs"
         found = {"tensor_parallel_size": (cards.number, by)} | found
     return ServerFacts(
-        engine=f"vLLM {_version(server) or 'of an unknown version'}",
+        engine=f"vLLM {version or 'of an unknown version'}",
         **dict[str, Any]((name, value) for name, (value, _) in found.items()),
         sources=tuple((name, by) for name, (_, by) in sorted(found.items())),
     )
@@ -93,12 +96,17 @@ def assumed(facts: ServerFacts) -> list[str]:
     return [f"{name} {getattr(facts, name)} ({by.removeprefix(f'{ASSUMED}: ')})" for name, by in values]
 
 
-def _defaults(cards: Cards | None, world_size: int) -> Facts:
-    """What `vllm serve` takes where nothing is said (0.32.0, EngineArgs.get_batch_defaults)."""
+def _defaults(cards: Cards | None, version: str | None, world_size: int) -> Facts:
+    """What `vllm serve` takes where nothing is said (EngineArgs.get_batch_defaults of 0.32.0).
+
+    That of 160 GiB and more came with 0.28.
+    """
     gib = 0.0 if cards is None else (cards.memory_bytes or 0) / _GIB
+    found = _MINOR.match(version or "")
+    minor = int(found[1]) if found else _LARGEST_SINCE
     if cards is None:
         tokens, seqs, of = 2048 * world_size, 128 * world_size, "a CPU, as no GPU is measured"
-    elif gib >= 160:
+    elif gib >= 160 and minor >= _LARGEST_SINCE:
         tokens, seqs, of = 16384, 1024, "a GPU of 160 GiB and more"
     elif gib >= 70 and "a100" not in cards.name.lower():
         tokens, seqs, of = 8192, 1024, "a GPU of 70 GiB and more"
