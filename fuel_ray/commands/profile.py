@@ -19,7 +19,7 @@ from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json, write_json, write_lines
 from fuel_ray.sim.loads import Server
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.points import CHANGE_S, Lengths, Point, all_points, fitting, spread
+from fuel_ray.sim.points import CHANGE_S, WARM_UP, Lengths, Point, all_points, fitting, spread, warm_up
 from fuel_ray.sim.recorded import trace_text
 from fuel_ray.types import NodeSpec
 
@@ -74,15 +74,13 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
 def run(config: ProfileConfig) -> int:
     """Print a line per point, and write its row or its trace; what there is when stopped stays."""
     run_dir = config.resume or new_folder(config.out, "profile")
-    source = "measured" if config.live_server else f"modelled, pack {config.pack}"
-    facts = {**origin("profile"), "config": to_dict(config), "origin": source, "partial": True}
+    facts = _facts(config)
     path = run_dir / "profile.jsonl"
     make_folder(run_dir / "traces")
     rows = _rows_of(path)
     with _kept_lines(path) as keep, served(replace(config, out=run_dir), config.block_sizes[0]) as there:
         spec, engine, server = _server(there)
-        facts |= {"gpu_name": spec.gpu_name, "model": spec.model, "engine": engine}
-        _check_same(run_dir, facts)
+        _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
         write_json(run_dir / "run.json", facts)
         for found in _probes(there, server, rows, run_dir):
             if found.row is not None:
@@ -123,13 +121,19 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_same(run_dir: Path, facts: dict[str, Any]) -> None:
-    if not (run_dir / "run.json").exists():
-        return
-    began = read_json(run_dir / "run.json")
-    for name in ("gpu_name", "model", "engine"):
-        if began.get(name) not in (None, facts[name]):
-            raise ConfigError(f"--resume {run_dir}: it is of {name} {began[name]}, not {facts[name]}")
+def _facts(config: ProfileConfig) -> dict[str, Any]:
+    """What run.json says, of an interrupted profile what it said."""
+    if config.resume is not None:
+        return dict(read_json(config.resume / "run.json"))
+    source = "measured" if config.live_server else f"modelled, pack {config.pack}"
+    return {**origin("profile"), "config": to_dict(config), "origin": source, "partial": True}
+
+
+def _add(facts: dict[str, Any], config: ProfileConfig, **found: str) -> None:
+    """Raises ConfigError where the profile that goes on is of something else."""
+    for name, value in found.items():
+        if facts.setdefault(name, value) != value:
+            raise ConfigError(f"--resume {config.resume}: it is of {name} {facts[name]}, not {value}")
 
 
 def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
@@ -176,16 +180,19 @@ def _probes(
     token_s = load_pack(config.pack).perf.constants.prefill_token_s
     clocks_mhz = config.clocks_mhz or spread(server.clocks_mhz)
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
-    progress = _Progress([point for point in plan if not _is_there(point, rows, run_dir)])
-    progress.begin(len(plan), len(clocks_mhz))
+    missing = [point for point in plan if not _is_there(point, rows, run_dir)]
+    first = [warm_up(missing[0].clock_mhz, lengths, server)] if missing else []
+    progress = _Progress([*first, *missing])
+    progress.begin(len(plan) - len(missing), len(clocks_mhz))
     for point in progress.points:
         found = probe(
             config, point, [row for row in rows if row["clock_mhz"] == point.clock_mhz], server=server
         )
         found.facts |= {"name": f"{point.name}-{point.clock_mhz}", "clock_mhz": point.clock_mhz}
-        rows += [found.row] if found.row is not None else []
         progress.measured(point, found)
-        yield found
+        if point.name != WARM_UP:
+            rows += [found.row] if found.row is not None else []
+            yield found
 
 
 def _is_there(point: Point, rows: Sequence[dict[str, Any]], run_dir: Path) -> bool:
@@ -201,11 +208,11 @@ class _Progress:
         self.points = tuple(points)
         self._done, self._spent_s, self._expected_s = 0, 0.0, 0.0
 
-    def begin(self, n: int, clocks: int) -> None:
-        """Before the first point; some of all ``n`` may be there."""
-        there = f", {n - len(self.points)} of {n} are there" if n > len(self.points) else ""
-        at = "1 clock" if clocks == 1 else f"{clocks} clocks"
-        print(f"{len(self.points)} points at {at}{there}: about {self._left_s() / 60:.1f} min", flush=True)
+    def begin(self, there: int, clocks: int) -> None:
+        """Before the first point; others may be there already."""
+        more = f" more than the {there} that are there" if there else ""
+        points = f"{len(self.points)} points{more} at {clocks} clock{'s' * (clocks > 1)}"
+        print(f"{points}: about {self._left_s() / 60:.1f} min", flush=True)
 
     def measured(self, point: Point, found: Probe) -> None:
         """After each point."""
