@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -16,7 +17,7 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError
 from fuel_ray.live.node import GpuNode
 from fuel_ray.sim.loads import Load, Rows, Server
-from fuel_ray.sim.points import LONGEST_S, Point
+from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
 from fuel_ray.sim.replay import RecordedRun
 from fuel_ray.types import Knobs, Requests, WindowMetrics
 from fuel_ray.workload.spec import drawn, parse_workload
@@ -35,7 +36,7 @@ class Probe:
     facts: dict[str, Any] = field(default_factory=dict)  # of the trace
     refused: str = ""
     notes: list[str] = field(default_factory=list)  # what else there is to say
-    spent_s: float = 0.0
+    spent_s: float = 0.0  # with what lies between two points
 
 
 def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) -> Probe:
@@ -48,16 +49,16 @@ def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) ->
     if load is None:
         found.refused = f"there was no window of {point.what}"
         return found
+    began_s = time.monotonic()
     loop = build_loop(config, config.block_sizes[0], horizon_s=load.horizon_s, workload=load.workload)
     with contextlib.closing(loop.node):
         windows = _Watched(loop, point.clock_mhz, seed=config.seed, load=load)
-        try:
-            if load.measure is None:
-                _record(found, windows, load, config=config, server=server)
-            else:
-                _row(found, windows, point, load)
-        finally:
-            found.spent_s = sum(window.duration_s for window in windows.seen)
+        if load.measure is None:
+            _record(found, windows, load, config=config, server=server)
+        else:
+            _row(found, windows, point, load)
+    virtual_s = sum(window.duration_s for window in windows.seen) + CHANGE_S
+    found.spent_s = time.monotonic() - began_s if config.live_server else virtual_s
     return found
 
 

@@ -217,7 +217,7 @@ class _Progress:
     def measured(self, point: Point, found: Probe) -> None:
         """After each point."""
         self._done += 1
-        self._spent_s += found.spent_s + CHANGE_S
+        self._spent_s += found.spent_s
         self._expected_s += point.expected_s + CHANGE_S
         whole_s = self._spent_s + self._left_s() * min(max(self._spent_s / self._expected_s, 0.5), 3.0)
         line = f"{self._done}/{len(self.points)}  {self._spent_s / 60:.1f} of about {whole_s / 60:.1f} min"
