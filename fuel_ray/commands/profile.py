@@ -78,7 +78,10 @@ def run(config: ProfileConfig) -> int:
     path = run_dir / "profile.jsonl"
     make_folder(run_dir / "traces")
     rows = _rows_of(path)
-    with _kept_lines(path) as keep, served(replace(config, out=run_dir), config.block_sizes[0]) as there:
+    with (
+        _kept_lines(path, rows) as keep,
+        served(replace(config, out=run_dir), config.block_sizes[0]) as there,
+    ):
         spec, engine, server = _server(there)
         _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
         write_json(run_dir / "run.json", facts)
@@ -109,16 +112,13 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a profile that was interrupted; a torn last line is taken out of the file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = list[dict[str, Any]]()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ConfigError(f"--resume: {path} line {number}: not JSON: {error}") from error
-            write_lines(path, lines[:-1])
-    return rows
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if torn:
+        write_lines(path, lines)
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ConfigError(f"--resume: {path} is not JSON lines: {error}") from error
 
 
 def _facts(config: ProfileConfig) -> dict[str, Any]:
@@ -239,13 +239,13 @@ def _told(point: Point, found: Probe) -> str:
 
 
 @contextlib.contextmanager
-def _kept_lines(path: Path) -> Iterator[Callable[[str], None]]:
-    """Takes lines, which are in the file at once, and whole; where there is no room, elsewhere in the end.
+def _kept_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Callable[[str], None]]:
+    """Takes lines for the file of ``rows``, there at once, and whole; without room, elsewhere in the end.
 
     Raises:
         DiskError: they are elsewhere.
     """
-    log, lines, whole = StepLog(path), list[str](), False
+    log, lines, whole = StepLog(path), [json.dumps(row) for row in rows], False
 
     def keep(line: str) -> None:
         lines.append(line)
