@@ -93,7 +93,7 @@ def test_a_server_that_goes_in_mid_profile_costs_what_is_missing(gpu, tmp_path, 
 def test_requests_of_somebody_else_on_a_server_are_said(gpu, tmp_path, capsys):
     with serving(ServingStub(token_delay_s=0.005, foreign=4)) as stub:
         assert _profile(stub, tmp_path, "--batches", "1") == 2
-    assert "another load is on the server: 4 requests" in capsys.readouterr().err
+    assert re.search("another load is on the server: at least [1-4] requests", capsys.readouterr().err)
 
 
 @slow

@@ -83,15 +83,18 @@ def run(config: ProfileConfig) -> int:
         served(replace(config, out=run_dir), config.block_sizes[0]) as there,
     ):
         spec, engine, server = _server(there)
+        traces = there.traces and spec.num_kv_blocks is not None
+        if traces != there.traces:
+            print("no traces: the server's /metrics does not tell its number of KV blocks")
         _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
         write_json(run_dir / "run.json", facts)
-        for found in _probes(there, server, rows, run_dir):
+        of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
+        for point, found in _probes(replace(there, traces=traces), server, rows, run_dir):
             if found.row is not None:
                 keep(json.dumps(found.row))
             if found.trace is not None:
-                of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
-                name = f"{found.facts['name']}.json"
-                write_or_keep(run_dir / "traces", {name: trace_text(found.trace, **found.facts, **of)})
+                text = trace_text(found.trace, **found.facts, **of, clock_mhz=point.clock_mhz)
+                write_or_keep(run_dir / "traces", {_trace_name(point): text})
     if not any(row["phase"] == "decode" for row in rows):
         raise NodeError(f"no requests that decode could be measured: see above; {path} is of no use")
     write_json(run_dir / "run.json", {**facts, "partial": False})
@@ -168,7 +171,7 @@ def _batched_tokens(config: ProfileConfig) -> int | None:
 
 def _probes(
     config: ProfileConfig, server: Server, rows: list[dict[str, Any]], run_dir: Path
-) -> Iterator[Probe]:
+) -> Iterator[tuple[Point, Probe]]:
     """Measure the points that are missing, with a line for each, and ``rows`` grown by them."""
     lengths = Lengths(config.batches, config.contexts, config.prompts, config.output_tokens, config.windows)
     lengths, left_out = fitting(lengths, server)
@@ -176,7 +179,7 @@ def _probes(
         print(f"left out: {what}", flush=True)
     if config.live_server and config.traces and not _batched_tokens(config):
         n = server.max_num_batched_tokens
-        print(f"taken as {n}, the pack's: --max-num-batched-tokens, of the server", flush=True)
+        print(f"the server's --max-num-batched-tokens is taken as {n}, the pack's: give it if it is not")
     token_s = load_pack(config.pack).perf.constants.prefill_token_s
     clocks_mhz = config.clocks_mhz or spread(server.clocks_mhz)
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
@@ -185,19 +188,21 @@ def _probes(
     progress = _Progress([*first, *missing])
     progress.begin(len(plan) - len(missing), len(clocks_mhz))
     for point in progress.points:
-        found = probe(
-            config, point, [row for row in rows if row["clock_mhz"] == point.clock_mhz], server=server
-        )
-        found.facts |= {"name": f"{point.name}-{point.clock_mhz}", "clock_mhz": point.clock_mhz}
+        of_clock = [row for row in rows if row["clock_mhz"] == point.clock_mhz]
+        found = probe(config, point, of_clock, server=server)
         progress.measured(point, found)
         if point.name != WARM_UP:
             rows += [found.row] if found.row is not None else []
-            yield found
+            yield point, found
+
+
+def _trace_name(point: Point) -> str:
+    return f"{point.name}-{point.clock_mhz}.json"
 
 
 def _is_there(point: Point, rows: Sequence[dict[str, Any]], run_dir: Path) -> bool:
     if point.is_trace:
-        return (run_dir / "traces" / f"{point.name}-{point.clock_mhz}.json").exists()
+        return (run_dir / "traces" / _trace_name(point)).exists()
     return any((row.get("clock_mhz"), row.get("point")) == (point.clock_mhz, point.name) for row in rows)
 
 
@@ -222,8 +227,8 @@ class _Progress:
         whole_s = self._spent_s + self._left_s() * min(max(self._spent_s / self._expected_s, 0.5), 3.0)
         line = f"{self._done}/{len(self.points)}  {self._spent_s / 60:.1f} of about {whole_s / 60:.1f} min"
         print(f"{line}  {point.clock_mhz} MHz  {_told(point, found)}", flush=True)
-        for note in found.notes:
-            print(f"  {note}", flush=True)
+        if found.note:
+            print(f"  {found.note}", flush=True)
 
     def _left_s(self) -> float:
         return sum(point.expected_s + CHANGE_S for point in self.points[self._done :])
