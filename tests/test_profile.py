@@ -91,7 +91,7 @@ def test_points_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch,
 
     def failing(*arguments, **named):
         built.append(named["workload"])
-        if len(built) == 4:
+        if len(built) == 5:
             raise GpuError("cannot read the power of GPU GPU-0: the GPU is lost")
         return build(*arguments, **named)
 
@@ -145,7 +145,7 @@ def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tm
 
     def stopped(*arguments, **named):
         built.append(named["workload"])
-        if len(built) == 4:
+        if len(built) == 5:
             raise KeyboardInterrupt
         return build(*arguments, **named)
 
@@ -159,7 +159,7 @@ def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tm
     assert main(["profile", "--resume", str(folder), "--batches", "1", "8"]) == 2
     assert "that run has batches = (1, 4)" in capsys.readouterr().err
     assert main(["profile", "--resume", str(folder), "--batches", "1", "4"]) == 0
-    assert re.search(r"10 points at 1 clock, 3 of 13 are there: about", capsys.readouterr().out)
+    assert re.search(r"11 points more than the 3 that are there at 1 clock: about", capsys.readouterr().out)
     names = [json.loads(line)["point"] for line in (folder / "profile.jsonl").read_text().splitlines()]
     assert names == [
         "idle",
@@ -169,7 +169,7 @@ def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tm
         "prefill-2048",
         "prefill_sustained-2048",
     ]
-    assert len(built) == 4 + 10 and not json.loads((folder / "run.json").read_text())["partial"]
+    assert len(built) == 5 + 11 and not json.loads((folder / "run.json").read_text())["partial"]
     assert len(list((folder / "traces").iterdir())) == len(TRACES)
 
 
@@ -177,14 +177,13 @@ def test_another_load_on_the_server_ends_a_profile_and_is_said(monkeypatch, tmp_
     _changed(monkeypatch, running=lambda w: w.running + 3, output_tokens=lambda w: w.output_tokens + 9)
     assert main(["profile", *SMALL, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert "another load is on the server: 3 requests that are not the profile's" in said.err
+    assert "another load is on the server: at least 3 requests that are not the profile's" in said.err
 
 
 def test_prompts_of_somebody_else_are_noticed_though_they_never_wait(monkeypatch, tmp_path, capsys):
     _changed(monkeypatch, prompt_tokens=lambda w: w.prompt_tokens + 70 * (w.completed > 0))
     assert main(["profile", *SMALL, "--batches", "1", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert "prompt tokens that are not the profile's; stop it" in said.err and "ended early" in said.out
+    assert "70 prompt tokens that are not the profile's; stop it" in capsys.readouterr().err
 
 
 def test_rows_with_hits_in_the_prefix_cache_are_refused(monkeypatch, tmp_path, capsys):

@@ -79,21 +79,21 @@ def _profile(stub, tmp_path, *flags):
 
 @slow
 def test_a_server_that_goes_in_mid_profile_costs_what_is_missing(gpu, tmp_path, capsys):
-    with serving(ServingStub(token_delay_s=0.005, dies_after=3)) as stub:
+    with serving(ServingStub(token_delay_s=0.005, dies_after=12)) as stub:
         assert _profile(stub, tmp_path, "--batches", "1", "2") == 2
         said = capsys.readouterr()
         assert "ended early, 3 points are kept" in said.out and said.err.count("\n") == 1
         stub.dies_after = None
         (folder,) = tmp_path.glob("profile-*")
         assert main(["profile", "--resume", str(folder)]) == 0
-    assert "2 points at 1 clock, 3 of 5 are there" in capsys.readouterr().out
+    assert "3 points more than the 3 that are there at 1 clock" in capsys.readouterr().out
 
 
 @slow
 def test_requests_of_somebody_else_on_a_server_are_said(gpu, tmp_path, capsys):
     with serving(ServingStub(token_delay_s=0.005, foreign=4)) as stub:
         assert _profile(stub, tmp_path, "--batches", "1") == 2
-    assert "another load is on the server: 4 requests" in capsys.readouterr().err
+    assert re.search("another load is on the server: at least [1-4] requests", capsys.readouterr().err)
 
 
 @slow
@@ -138,7 +138,7 @@ def test_a_profile_that_is_ended_gives_the_clocks_back(tmp_path, by, code):
             text=True,
         )
         for line in process.stdout:
-            if line.startswith("1/"):
+            if line.startswith("2/"):
                 break
         time.sleep(2.0)  # the next point is at its clock
         process.send_signal(by)

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -16,8 +17,9 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError
 from fuel_ray.live.node import GpuNode
 from fuel_ray.sim.loads import Load, Rows, Server
-from fuel_ray.sim.points import LONGEST_S, Point
+from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
 from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.windows import Measured, Windows
 from fuel_ray.types import Knobs, Requests, WindowMetrics
 from fuel_ray.workload.spec import drawn, parse_workload
 
@@ -26,16 +28,16 @@ _HITS = "prompts were found in the prefix cache, where none of ours is there twi
 _THROTTLED, _NEAR_CAP = 0.97, 0.9  # of the pinned clock, of the power limit
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Probe:
-    """What came of a point; neither row nor trace: ``refused`` says why."""
+    """What came of a point; where there is neither row nor trace, ``refused`` says why."""
 
     row: dict[str, Any] | None = None
     trace: RecordedRun | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # of the trace
     refused: str = ""
-    notes: list[str] = field(default_factory=list)  # what else there is to say
-    spent_s: float = 0.0
+    note: str = ""  # what else there is to say
+    spent_s: float = 0.0  # with what lies between two points
 
 
 def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) -> Probe:
@@ -44,21 +46,19 @@ def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) ->
     Raises:
         NodeError: the node is gone, or serves somebody else's requests too.
     """
-    found, load = Probe(), point.load(rows)
+    load = point.load(rows)
     if load is None:
-        found.refused = f"there was no window of {point.what}"
-        return found
+        return Probe(refused=f"there was no window of {point.what}")
+    began_s = time.monotonic()
     loop = build_loop(config, config.block_sizes[0], horizon_s=load.horizon_s, workload=load.workload)
     with contextlib.closing(loop.node):
         windows = _Watched(loop, point.clock_mhz, seed=config.seed, load=load)
-        try:
-            if load.measure is None:
-                _record(found, windows, load, config=config, server=server)
-            else:
-                _row(found, windows, point, load)
-        finally:
-            found.spent_s = sum(window.duration_s for window in windows.seen)
-    return found
+        if load.measure is None:
+            found = _record(windows, load, config=config, server=server)
+        else:
+            found = _row(windows, point, load.measure)
+    virtual_s = sum(window.duration_s for window in windows.seen) + CHANGE_S
+    return replace(found, spent_s=time.monotonic() - began_s if config.live_server else virtual_s)
 
 
 class _Watched:
@@ -66,9 +66,8 @@ class _Watched:
 
     def __init__(self, loop: ControlLoop, clock_mhz: int, *, seed: int, load: Load) -> None:
         self.loop, self.seed, self.seen = loop, seed, list[WindowMetrics]()
-        self.requests: Requests = drawn(
-            parse_workload(load.workload), load.horizon_s, seed=seed, random_start=False
-        )
+        workload = parse_workload(load.workload)
+        self.requests = drawn(workload, load.horizon_s, seed=seed, random_start=False)
         self._knobs = Knobs(loop.node.spec.batch_limits[-1], clock_mhz)
         self._ours = _Ours(self.requests)
 
@@ -86,17 +85,16 @@ class _Watched:
         words = [error for error in errors if error is not None]
         return f"{len(words)} of {len(errors)} requests failed: {words[0]}" if words else ""
 
+    def refused(self) -> str:
+        """Why they tell nothing, if so: requests failed, or prompts were cached, where none comes twice."""
+        preempted = any(window.preemptions for window in self.seen)  # such a request finds its own
+        hit = any(window.prefix_hit_rate for window in self.seen) and not preempted
+        return self.failed() or (_HITS if hit else "")
+
     @property
     def in_flight(self) -> int:
         """Our requests that have not ended."""
         return self._ours.in_flight
-
-    @property
-    def hits(self) -> bool:
-        """Whether prompts were found in the prefix cache, where none of ours is there twice."""
-        if any(window.preemptions for window in self.seen):
-            return False  # a preempted request finds its own
-        return any((window.prefix_hit_rate or 0.0) > 0.0 for window in self.seen)
 
     def _next(self, window: WindowMetrics) -> WindowMetrics:
         self.seen.append(window)
@@ -127,48 +125,41 @@ class _Ours:
         self._too_many = self._too_many + 1 if foreign > 0 else 0
         tokens = self._prompt_tokens - allowed
         if self._too_many >= _FOREIGN_WINDOWS or tokens > 0:
-            what = f"{foreign} requests" if foreign > 0 else f"{tokens} prompt tokens"
+            what = f"at least {foreign} requests" if foreign > 0 else f"{tokens} prompt tokens"
             raise NodeError(
                 f"another load is on the server: {what} that are not the profile's; stop it, and go on with "
                 "--resume"
             )
 
 
-def _row(found: Probe, windows: _Watched, point: Point, load: Load) -> None:
-    assert load.measure is not None
-    measured = load.measure(iter(windows))
-    found.refused = windows.failed() or (_HITS if windows.hits else "")
+def _row(windows: _Watched, point: Point, measure: Callable[[Windows], Measured]) -> Probe:
+    measured = measure(iter(windows))
+    if refused := windows.refused():
+        return Probe(refused=refused)
     if measured is None:
-        found.refused = found.refused or f"there was no window of {point.what}"
-    elif not found.refused:
-        found.row = {"phase": point.phase, "clock_mhz": point.clock_mhz, "point": point.name, **measured}
-        if (cost_s := _client_s(windows)) is not None:
-            found.row["client_s"] = cost_s
-        if throttled := _throttled(windows.loop, found.row):
-            found.notes.append(throttled)
+        return Probe(refused=f"there was no window of {point.what}")
+    row = {"phase": point.phase, "clock_mhz": point.clock_mhz, "point": point.name, **measured}
+    if (cost_s := _client_s(windows)) is not None:
+        row["client_s"] = cost_s
+    return Probe(row=row, note=_throttled(windows.loop, row))
 
 
-def _record(found: Probe, windows: _Watched, load: Load, *, config: ServingConfig, server: Server) -> None:
+def _record(windows: _Watched, load: Load, *, config: ServingConfig, server: Server) -> Probe:
     last_s = float(windows.requests.arrival_s.max(initial=0.0))
     for number, _ in enumerate(windows, start=1):
         if number > math.ceil(last_s) and not windows.in_flight:
             break
     node = windows.loop.node
     trace = recorded_run(windows.loop, windows.seen, node.take_records(), server.max_num_batched_tokens)
-    found.trace = replace(trace, prefix_caching=config.prefix_caching)
-    sent, ended = len(windows.requests), len(found.trace.requests)
-    found.facts = {"workload": load.workload, "horizon_s": load.horizon_s, "seed": config.seed}
-    found.facts["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    missing = len(windows.requests) - len(trace.requests)
+    if refused := windows.refused() or (f"{missing} requests did not end" if missing else ""):
+        return Probe(refused=refused, note=load.note)
+    facts = {"workload": load.workload, "horizon_s": load.horizon_s, "seed": config.seed}
+    facts["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
     if isinstance(node, GpuNode) and node.load is not None:
-        found.facts["late_sends"] = node.load.so_far().late_sends
-        found.facts["client_busy"] = round(node.load.busy_s / found.trace.duration_s, 3)
-    found.refused = windows.failed() or (_HITS if windows.hits else "")
-    if ended < sent:
-        found.refused = found.refused or f"{sent - ended} of {sent} requests did not end"
-    if found.refused:
-        found.trace = None
-    if load.note:
-        found.notes.append(load.note)
+        facts["late_sends"] = node.load.so_far().late_sends
+        facts["client_busy"] = round(node.load.busy_s / trace.duration_s, 3)
+    return Probe(trace=replace(trace, prefix_caching=config.prefix_caching), facts=facts, note=load.note)
 
 
 def _client_s(windows: _Watched) -> float | None:

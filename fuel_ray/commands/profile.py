@@ -19,7 +19,7 @@ from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json, write_json, write_lines
 from fuel_ray.sim.loads import Server
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.points import CHANGE_S, Lengths, Point, all_points, fitting, spread
+from fuel_ray.sim.points import CHANGE_S, WARM_UP, Lengths, Point, all_points, fitting, spread, warm_up
 from fuel_ray.sim.recorded import trace_text
 from fuel_ray.types import NodeSpec
 
@@ -74,23 +74,27 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
 def run(config: ProfileConfig) -> int:
     """Print a line per point, and write its row or its trace; what there is when stopped stays."""
     run_dir = config.resume or new_folder(config.out, "profile")
-    source = "measured" if config.live_server else f"modelled, pack {config.pack}"
-    facts = {**origin("profile"), "config": to_dict(config), "origin": source, "partial": True}
+    facts = _facts(config)
     path = run_dir / "profile.jsonl"
     make_folder(run_dir / "traces")
     rows = _rows_of(path)
-    with _kept_lines(path) as keep, served(replace(config, out=run_dir), config.block_sizes[0]) as there:
+    with (
+        _kept_lines(path, rows) as keep,
+        served(replace(config, out=run_dir), config.block_sizes[0]) as there,
+    ):
         spec, engine, server = _server(there)
-        facts |= {"gpu_name": spec.gpu_name, "model": spec.model, "engine": engine}
-        _check_same(run_dir, facts)
+        traces = there.traces and spec.num_kv_blocks is not None
+        if traces != there.traces:
+            print("no traces: the server's /metrics does not tell its number of KV blocks")
+        _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
         write_json(run_dir / "run.json", facts)
-        for found in _probes(there, server, rows, run_dir):
+        of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
+        for point, found in _probes(replace(there, traces=traces), server, rows, run_dir):
             if found.row is not None:
                 keep(json.dumps(found.row))
             if found.trace is not None:
-                of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
-                name = f"{found.facts['name']}.json"
-                write_or_keep(run_dir / "traces", {name: trace_text(found.trace, **found.facts, **of)})
+                text = trace_text(found.trace, **found.facts, **of, clock_mhz=point.clock_mhz)
+                write_or_keep(run_dir / "traces", {_trace_name(point): text})
     if not any(row["phase"] == "decode" for row in rows):
         raise NodeError(f"no requests that decode could be measured: see above; {path} is of no use")
     write_json(run_dir / "run.json", {**facts, "partial": False})
@@ -111,25 +115,28 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a profile that was interrupted; a torn last line is taken out of the file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = list[dict[str, Any]]()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ConfigError(f"--resume: {path} line {number}: not JSON: {error}") from error
-            write_lines(path, lines[:-1])
-    return rows
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if torn:
+        write_lines(path, lines)
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ConfigError(f"--resume: {path} is not JSON lines: {error}") from error
 
 
-def _check_same(run_dir: Path, facts: dict[str, Any]) -> None:
-    if not (run_dir / "run.json").exists():
-        return
-    began = read_json(run_dir / "run.json")
-    for name in ("gpu_name", "model", "engine"):
-        if began.get(name) not in (None, facts[name]):
-            raise ConfigError(f"--resume {run_dir}: it is of {name} {began[name]}, not {facts[name]}")
+def _facts(config: ProfileConfig) -> dict[str, Any]:
+    """What run.json says, of an interrupted profile what it said."""
+    if config.resume is not None:
+        return dict(read_json(config.resume / "run.json"))
+    source = "measured" if config.live_server else f"modelled, pack {config.pack}"
+    return {**origin("profile"), "config": to_dict(config), "origin": source, "partial": True}
+
+
+def _add(facts: dict[str, Any], config: ProfileConfig, **found: str) -> None:
+    """Raises ConfigError where the profile that goes on is of something else."""
+    for name, value in found.items():
+        if facts.setdefault(name, value) != value:
+            raise ConfigError(f"--resume {config.resume}: it is of {name} {facts[name]}, not {value}")
 
 
 def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
@@ -164,7 +171,7 @@ def _batched_tokens(config: ProfileConfig) -> int | None:
 
 def _probes(
     config: ProfileConfig, server: Server, rows: list[dict[str, Any]], run_dir: Path
-) -> Iterator[Probe]:
+) -> Iterator[tuple[Point, Probe]]:
     """Measure the points that are missing, with a line for each, and ``rows`` grown by them."""
     lengths = Lengths(config.batches, config.contexts, config.prompts, config.output_tokens, config.windows)
     lengths, left_out = fitting(lengths, server)
@@ -172,25 +179,30 @@ def _probes(
         print(f"left out: {what}", flush=True)
     if config.live_server and config.traces and not _batched_tokens(config):
         n = server.max_num_batched_tokens
-        print(f"taken as {n}, the pack's: --max-num-batched-tokens, of the server", flush=True)
+        print(f"the server's --max-num-batched-tokens is taken as {n}, the pack's: give it if it is not")
     token_s = load_pack(config.pack).perf.constants.prefill_token_s
     clocks_mhz = config.clocks_mhz or spread(server.clocks_mhz)
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
-    progress = _Progress([point for point in plan if not _is_there(point, rows, run_dir)])
-    progress.begin(len(plan), len(clocks_mhz))
+    missing = [point for point in plan if not _is_there(point, rows, run_dir)]
+    first = [warm_up(missing[0].clock_mhz, lengths, server)] if missing else []
+    progress = _Progress([*first, *missing])
+    progress.begin(len(plan) - len(missing), len(clocks_mhz))
     for point in progress.points:
-        found = probe(
-            config, point, [row for row in rows if row["clock_mhz"] == point.clock_mhz], server=server
-        )
-        found.facts |= {"name": f"{point.name}-{point.clock_mhz}", "clock_mhz": point.clock_mhz}
-        rows += [found.row] if found.row is not None else []
+        of_clock = [row for row in rows if row["clock_mhz"] == point.clock_mhz]
+        found = probe(config, point, of_clock, server=server)
         progress.measured(point, found)
-        yield found
+        if point.name != WARM_UP:
+            rows += [found.row] if found.row is not None else []
+            yield point, found
+
+
+def _trace_name(point: Point) -> str:
+    return f"{point.name}-{point.clock_mhz}.json"
 
 
 def _is_there(point: Point, rows: Sequence[dict[str, Any]], run_dir: Path) -> bool:
     if point.is_trace:
-        return (run_dir / "traces" / f"{point.name}-{point.clock_mhz}.json").exists()
+        return (run_dir / "traces" / _trace_name(point)).exists()
     return any((row.get("clock_mhz"), row.get("point")) == (point.clock_mhz, point.name) for row in rows)
 
 
@@ -201,22 +213,22 @@ class _Progress:
         self.points = tuple(points)
         self._done, self._spent_s, self._expected_s = 0, 0.0, 0.0
 
-    def begin(self, n: int, clocks: int) -> None:
-        """Before the first point; some of all ``n`` may be there."""
-        there = f", {n - len(self.points)} of {n} are there" if n > len(self.points) else ""
-        at = "1 clock" if clocks == 1 else f"{clocks} clocks"
-        print(f"{len(self.points)} points at {at}{there}: about {self._left_s() / 60:.1f} min", flush=True)
+    def begin(self, there: int, clocks: int) -> None:
+        """Before the first point; others may be there already."""
+        more = f" more than the {there} that are there" if there else ""
+        points = f"{len(self.points)} points{more} at {clocks} clock{'s' * (clocks > 1)}"
+        print(f"{points}: about {self._left_s() / 60:.1f} min", flush=True)
 
     def measured(self, point: Point, found: Probe) -> None:
         """After each point."""
         self._done += 1
-        self._spent_s += found.spent_s + CHANGE_S
+        self._spent_s += found.spent_s
         self._expected_s += point.expected_s + CHANGE_S
         whole_s = self._spent_s + self._left_s() * min(max(self._spent_s / self._expected_s, 0.5), 3.0)
         line = f"{self._done}/{len(self.points)}  {self._spent_s / 60:.1f} of about {whole_s / 60:.1f} min"
         print(f"{line}  {point.clock_mhz} MHz  {_told(point, found)}", flush=True)
-        for note in found.notes:
-            print(f"  {note}", flush=True)
+        if found.note:
+            print(f"  {found.note}", flush=True)
 
     def _left_s(self) -> float:
         return sum(point.expected_s + CHANGE_S for point in self.points[self._done :])
@@ -232,13 +244,13 @@ def _told(point: Point, found: Probe) -> str:
 
 
 @contextlib.contextmanager
-def _kept_lines(path: Path) -> Iterator[Callable[[str], None]]:
-    """Takes lines, which are in the file at once, and whole; where there is no room, elsewhere in the end.
+def _kept_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Callable[[str], None]]:
+    """Takes lines for the file of ``rows``, there at once, and whole; without room, elsewhere in the end.
 
     Raises:
         DiskError: they are elsewhere.
     """
-    log, lines, whole = StepLog(path), list[str](), False
+    log, lines, whole = StepLog(path), [json.dumps(row) for row in rows], False
 
     def keep(line: str) -> None:
         lines.append(line)

@@ -11,10 +11,11 @@ from functools import partial
 from itertools import product
 
 from fuel_ray.sim.loads import TRACES, Load, Rows, Server, prefills, sustained
-from fuel_ray.sim.windows import REPEATS, decode, idle
+from fuel_ray.sim.windows import REPEATS, decode, idle, passed
 
 LONGEST_S = 120  # in which a row's windows have to be there
 CHANGE_S = 0.6  # between two points: the load is stopped, the node given back and taken again
+WARM_UP = "warmup"
 LOWER_TRACES = ("mixed-few", "mixed-many", "load-high")  # at two more clocks
 _CLOCKS = 8  # from half of the highest clock to the highest
 _SETTLED_S = 1.4  # the first window is at the highest clock, and a change takes up to 0.2 s
@@ -85,6 +86,15 @@ def all_points(
         names = tuple(TRACES) if clock_mhz == clocks[0] else LOWER_TRACES if clock_mhz in lower else ()
         found += _traces(clock_mhz, names if traces else (), server=server)
     return tuple(found)
+
+
+def warm_up(clock_mhz: int, lengths: Lengths, server: Server) -> Point:
+    """Before the first: what a server compiles when it is needed takes its time here, in no row."""
+    longest = max(lengths.prompts)
+    outputs = min(300, server.max_model_len - 128, server.kv_tokens // 16)
+    requests = f"0.1@128/{outputs}*{min(8, server.max_num_seqs)}+2@{longest}/2+3@{longest}/2"
+    load = Load(f"listed:requests={requests}", LONGEST_S, partial(passed, n=4))
+    return Point(clock_mhz, WARM_UP, "warm-up", 5.0, lambda rows: load)
 
 
 def spread(clocks_mhz: Sequence[int]) -> tuple[int, ...]:

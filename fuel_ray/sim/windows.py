@@ -13,6 +13,11 @@ Measured = dict[str, Any] | None
 Windows = Iterator[WindowMetrics]
 
 
+def passed(windows: Windows, *, n: int) -> Measured:
+    """Nothing, after so many windows more than the first."""
+    return {"windows": len(list(islice(windows, n + 1)))}
+
+
 def idle(windows: Windows, *, n: int) -> Measured:
     """Of so many windows after the first."""
     _, *used = islice(windows, n + 1)
