@@ -7,7 +7,7 @@ from typing import Any
 
 from fuel_ray.build.live import LiveServer, server_endpoint
 from fuel_ray.build.nodes import build_spec
-from fuel_ray.errors import NodeError
+from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.server import served_model
 from fuel_ray.onboarding.config import SERVED, OnboardConfig
@@ -75,6 +75,7 @@ class Onboarding:
         own = {"pack": str(self.pack_path), "workload": self.workload, "node": "sim", "backend": "sim"}
         size, blocks = self.kv_block_size, facts["num_kv_blocks"]
         own |= {"block_sizes": (size,), "max_num_seqs": facts["batch_limits"][-1], "resume": None}
+        own |= {"gpu_clocks_mhz": self._common_clocks_mhz()}
         own |= {"limit_control": "on" if self.sets_limits else "off"}
         own |= {"kv_tokens": None if blocks is None else blocks * size}
         return replace(self.config, **(own | changes))
@@ -108,6 +109,15 @@ class Onboarding:
         server, self._server = self._server, None
         if server is not None:
             server.close()
+
+    def _common_clocks_mhz(self) -> tuple[int, ...]:
+        """Clocks of the twin: those that the server has too; all of the pack's if none of its may be set."""
+        if not self.sets_clocks:
+            return ()
+        pack = load_pack(str(self.pack_path))
+        if common := {*pack.gpu_clocks_mhz} & {*self.facts["gpu_clocks_mhz"]}:
+            return tuple(sorted(common))
+        raise ConfigError(f"the GPU has none of the clocks of {self.pack_path}, which was fitted to it")
 
     def _attachable(self) -> OnboardConfig:
         """With what a running server says of itself: its block size and its model."""
