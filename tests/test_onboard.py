@@ -161,6 +161,20 @@ def test_a_resumed_onboarding_keeps_its_settings(tmp_path, monkeypatch, capsys):
     assert "there is no onboard.json in it" in capsys.readouterr().err
 
 
+def test_a_load_that_is_changed_before_the_training_is_taken(tmp_path, monkeypatch):
+    ran = []
+
+    def noted(stage):
+        return replace(stage, run=lambda state: ran.append(stage.name) or {})
+
+    monkeypatch.setattr(stages, "STAGES", tuple(map(noted, STAGES[:6])))
+    folder = onboarded(tmp_path)
+    assert again(folder, "--workload", "steady:rate_rps=2") == 0
+    assert ran == [*(stage.name for stage in STAGES[:6]), "load", "slo"]
+    assert again(folder, "--slo-tpot-s", "0.1") == 0
+    assert ran[8:] == ["slo"]
+
+
 def test_a_training_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
     given, trained = [], train.run
 

@@ -97,17 +97,13 @@ def _said(state: Onboarding) -> list[str]:
     lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, load {state.workload}"]
     lines.append(f"{found['headline']}.")
     if state.config.node == "sim":
-        lines.append(
-            "The twin stood for a server in all of this: these lines are what your own would be like."
-        )
+        lines.append("The twin stood for a server in all of this: so would the lines of your own look.")
     elif live.server is None:
         lines.append(f"Start the server first, as it was here: {_serve(state)}")
     if policy_of(state).name != "recommended":
         lines.append(f"What is recommended, {found['best']}, is no policy folder; this is the trained one.")
     if not state.sets_clocks:
-        lines.append(
-            f"The clocks are not ours to set: 2 and 3 save nothing until they are. {HOW_TO_SET_CLOCKS}"
-        )
+        lines.append(f"Clocks are not ours to set: 2 and 3 save nothing until they are. {HOW_TO_SET_CLOCKS}")
     if live.server is not None and login_variable(live.server) in os.environ:
         lines.append("The login of --server is not written here: put it into the address again.")
     return lines
