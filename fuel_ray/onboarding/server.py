@@ -54,6 +54,8 @@ def look(state: Onboarding) -> dict[str, Any]:
         )
     if limits[0] == limits[-1]:
         print(f"its batch limit is not ours to set: policies choose the clock alone. {HOW_TO_SET_LIMITS}.")
+    if unknown := sorted({*state.config.clocks_mhz} - {*clocks_mhz}):
+        raise ConfigError(f"--clocks-mhz {unknown}: {clocks_mhz[0]} to {clocks_mhz[-1]} MHz may be set here")
     return found
 
 

@@ -15,6 +15,8 @@ from fuel_ray.onboarding.journal import Journal
 from fuel_ray.record import new_folder
 from fuel_ray.sim.pack import load_pack
 
+_SAME = ("model", "engine", "gpu_name", "kv_block_size")
+
 
 class Onboarding:
     """What the stages share. A server that is started lives from its first use to ``close``."""
@@ -58,7 +60,11 @@ class Onboarding:
         return bool(lowest < highest)
 
     def serving(self) -> OnboardConfig:
-        """Settings whose nodes are on the server, which is started if it is ours to start."""
+        """Settings whose nodes are on the server, which is started if it is ours to start.
+
+        Raises:
+            ConfigError: it is not the one that the onboarding began with.
+        """
         if self.config.node == "sim":
             return self.config
         if self._server is None:
@@ -66,6 +72,7 @@ class Onboarding:
             if config.live.server is None:
                 print(f"starting the server; its log is in {self.folder}", flush=True)
             self._server = LiveServer(config, config.block_sizes[0])
+            self._check_same()
         return self._server.config  # type: ignore[return-value]
 
     def twin(self, **changes: Any) -> OnboardConfig:
@@ -93,7 +100,7 @@ class Onboarding:
             name = spec.model
         return {
             "origin": "measured" if config.node == "live" else f"modelled, pack {config.pack}",
-            "url": config.live.server,
+            "url": self.config.live.server,
             "model": name,
             "engine": engine,
             "gpu_name": spec.gpu_name,
@@ -109,6 +116,13 @@ class Onboarding:
         server, self._server = self._server, None
         if server is not None:
             server.close()
+
+    def _check_same(self) -> None:
+        before = self.facts
+        found = self.look() if before else {}
+        if other := [name for name in _SAME if found.get(name) != before.get(name)]:
+            said = ", ".join(f"{name} {found[name]}, not {before[name]}" for name in other)
+            raise ConfigError(f"--resume {self.folder}: the server is another one: it has {said}")
 
     def _common_clocks_mhz(self) -> tuple[int, ...]:
         """Clocks of the twin: those that the server has too; all of the pack's if none of its may be set."""
