@@ -44,7 +44,7 @@ HOMES = {
     "safetensors": ("policies.learned",),
     "matplotlib": ("report.figures", "arena.figures"),
     "pandas": ("report",),
-    "tyro": ("flags", "commands"),
+    "tyro": ("flags", "commands", "onboarding.config"),
     "fsspec": ("record", "training.storage"),
     "yaml": ("cluster.ssh",),
     "pynvml": ("live.gpu.nvml",),

@@ -35,7 +35,7 @@ from fuel_ray.live.vllm.server import ServedModel, plain_name, served_model, ser
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.policies.packs import pack_here, pack_mismatch
-from fuel_ray.sim.pack import Pack
+from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
@@ -189,7 +189,8 @@ def _saving(folder: PolicyFolder | Rule, spec: NodeSpec) -> Callable[[StepRecord
 
 
 def _trained_on(folder: PolicyFolder) -> Pack | None:
-    pack = pack_here(folder.manifest)
+    own = folder.path / "pack.json"  # of a server's owner, which is nowhere else to be found
+    pack = load_pack(str(own)) if own.is_file() else pack_here(folder.manifest)
     return pack if pack is not None and pack.sha256 == folder.manifest.pack_sha256 else None
 
 

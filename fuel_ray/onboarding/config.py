@@ -10,13 +10,10 @@ from fuel_ray.commands.profile import ProfileConfig
 from fuel_ray.config import LearnConfig, LiveConfig, NodeKind
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed, value_of
-from fuel_ray.onboarding.journal import JOURNAL, is_done
+from fuel_ray.onboarding.journal import JOURNAL, OF_STAGE, is_done
 from fuel_ray.workload.spec import parse_workload
 
 SERVED = "what the server serves"  # in place of a model that was not named
-
-_SLO = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s", "slo_share")
-_BEFORE_TRAINING = ("workload", *_SLO)  # may change until something was learned for them
 
 Settings = TypeVar("Settings")
 
@@ -98,7 +95,7 @@ def _parsed(argv: list[str], *, prog: str) -> OnboardConfig:
     if folder is None:
         return parse_serving(OnboardConfig, argv, prog=prog, default=_default(argv))
     done = is_done(Path(folder), "train")
-    may_change = ("accept_fidelity", *(() if done else _BEFORE_TRAINING))
+    may_change = ("accept_fidelity", *(() if done else OF_STAGE["slo"]))
     base = OnboardConfig()
     return resumed(Path(folder), argv, prog=prog, base=base, may_change=may_change, file=JOURNAL)
 

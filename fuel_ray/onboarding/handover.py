@@ -10,6 +10,7 @@ from fuel_ray.commands import deploy
 from fuel_ray.disk import whole
 from fuel_ray.onboarding.server import HOW_TO_SET_CLOCKS
 from fuel_ray.onboarding.state import Onboarding
+from fuel_ray.vllm_plugin import LIMIT_FILE_VARIABLE
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 _STEPS = (
@@ -47,42 +48,62 @@ def write(state: Onboarding) -> dict[str, Any]:
 
 def policy_of(state: Onboarding) -> Path:
     """The recommended policy; the trained one where no policy is recommended."""
-    recommended = state.folder / "policies" / "recommended"
-    return recommended if recommended.exists() else state.folder / state.journal.found("train")["policy"]
+    folder = state.folder.absolute()
+    recommended = folder / "policies" / "recommended"
+    return recommended if recommended.exists() else folder / state.journal.found("train")["policy"]
 
 
 def _shared(state: Onboarding) -> list[str]:
+    """Flags of all three commands."""
     live = state.config.live
     words = ["--policy", str(policy_of(state)), "--server", live.server or _DEFAULT_URL]
     if uuids := state.facts["gpu_uuids"]:
         words += ["--gpu-ids", *uuids]
-    if live.limit_file is not None:
-        words += ["--limit-file", str(live.limit_file)]
     words += ["--max-num-seqs", str(state.facts["batch_limits"][-1])]
-    for flag, value in (("served-model", live.served_model), ("api-key-env", live.api_key_env),
-                        ("ca-file", live.ca_file), ("metrics-url", live.metrics_url)):  # fmt: skip
-        if value is not None:
-            words += [f"--{flag}", str(value)]
-    return [*words, "--out", str(state.folder)]
+    given = {
+        "limit-file": _limit_file(state),
+        "served-model": live.served_model,
+        "api-key-env": live.api_key_env,
+        "ca-file": live.ca_file,
+        "metrics-url": live.metrics_url,
+    }
+    for flag, value in given.items():
+        words += [] if value is None else [f"--{flag}", str(value)]
+    return [*words, "--out", str(state.folder.absolute())]
+
+
+def _limit_file(state: Onboarding) -> Path | None:
+    """The running server's, or one for a server that will be started."""
+    live = state.config.live
+    return live.limit_file if live.server is not None else state.folder.absolute() / "limit"
+
+
+def _serve(state: Onboarding) -> str:
+    """The command that starts the server as it was started here, on vLLM's own port."""
+    config, live = state.config, state.config.live
+    words = [*shlex.split(live.vllm), "serve", live.model, "--block-size", str(state.kv_block_size)]
+    words += ["--max-num-seqs", str(state.facts["batch_limits"][-1])]
+    if config.kv_tokens is not None:
+        words += ["--num-gpu-blocks-override", str(state.facts["num_kv_blocks"])]
+    if not config.prefix_caching:
+        words.append("--no-enable-prefix-caching")
+    variable = f"{LIMIT_FILE_VARIABLE}={shlex.quote(str(_limit_file(state)))}"
+    return f"{variable} {shlex.join([*words, *shlex.split(live.flags)])}"
 
 
 def _said(state: Onboarding) -> list[str]:
     """What a reader should know before the first line is run."""
     found, live = state.journal.found("recommend"), state.config.live
     lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, load {state.workload}"]
-    if state.config.node == "sim":
-        lines.append(
-            "The twin stood for a server in all of this: these lines are what your own would be like."
-        )
-    elif live.server is None:
-        lines.append("Start the server with the same flags first, and with FUEL_RAY_LIMIT_FILE=FILE in its")
-        lines.append("environment; give --limit-file FILE below to let the batch limit be set.")
     lines.append(f"{found['headline']}.")
+    if state.config.node == "sim":
+        lines.append("The twin stood for a server in all of this: so would the lines of your own look.")
+    elif live.server is None:
+        lines.append(f"Start the server first, as it was here: {_serve(state)}")
     if policy_of(state).name != "recommended":
         lines.append(f"What is recommended, {found['best']}, is no policy folder; this is the trained one.")
     if not state.sets_clocks:
-        lines.append("The clocks are not ours to set, so that 2 and 3 save nothing until they are:")
-        lines.append(HOW_TO_SET_CLOCKS)
+        lines.append(f"Clocks are not ours to set: 2 and 3 save nothing until they are. {HOW_TO_SET_CLOCKS}")
     if live.server is not None and login_variable(live.server) in os.environ:
         lines.append("The login of --server is not written here: put it into the address again.")
     return lines

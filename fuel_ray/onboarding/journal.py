@@ -11,6 +11,8 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.record import origin, read_json, write_json
 
 JOURNAL = "onboard.json"
+SLO = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s", "slo_share")
+OF_STAGE = {"load": ("workload",), "slo": ("workload", *SLO)}  # settings that may change until a training
 
 
 class Journal:
@@ -20,6 +22,8 @@ class Journal:
         self._path = folder / JOURNAL
         facts = read_json(self._path) if self._path.exists() else {**origin("onboard"), "stages": {}}
         self._facts: dict[str, Any] = facts | {"config": to_dict(config)}
+        for stage in _outdated(facts.get("config"), self._facts["config"]):
+            self._facts["stages"].pop(stage, None)
         self._write()
 
     def found(self, stage: str) -> dict[str, Any]:
@@ -51,6 +55,14 @@ class Journal:
 
     def _write(self) -> None:
         write_json(self._path, self._facts)
+
+
+def _outdated(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[str, ...]:
+    """Stages whose settings have changed since."""
+    if before is None:
+        return ()
+    changed = {name for name in now if before.get(name) != now[name]}
+    return tuple(stage for stage, names in OF_STAGE.items() if changed & {*names})
 
 
 def is_done(folder: Path, stage: str) -> bool:

@@ -1,5 +1,6 @@
 """What the twin says of the SLO, a policy that is trained on it, and whether that should be deployed."""
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def decide(state: Onboarding) -> dict[str, Any]:
     fastest = next(pair for pair in pairs if pair.policy == MAX_PERFORMANCE)
     if best.policy in (TUNED_STATIC, LOAD_TABLE):
         _save_as_folder(best, pairs, config)
+    if (folder := state.folder / "policies" / "recommended").exists():
+        shutil.copyfile(state.pack_path, folder / "pack.json")  # for a shadow to say what would be saved
     rows = [_row(pair, fastest) for pair in pairs]
     chosen = next(row for row in rows if row["policy"] == best.policy)
     found: dict[str, Any]

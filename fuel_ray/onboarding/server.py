@@ -15,6 +15,7 @@ from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
 from fuel_ray.onboarding.config import OnboardConfig
 from fuel_ray.onboarding.state import Onboarding
 
+LISTENS = 4  # what we sent ourselves may take a while to end
 LISTEN_S = 3.0  # in which a server without other traffic counts no request
 _TO_START = ("vLLM", "plug-in", "block sizes", "port")  # checks that matter only to a server that is started
 
@@ -53,6 +54,8 @@ def look(state: Onboarding) -> dict[str, Any]:
         )
     if limits[0] == limits[-1]:
         print(f"its batch limit is not ours to set: policies choose the clock alone. {HOW_TO_SET_LIMITS}.")
+    if unknown := sorted({*state.config.clocks_mhz} - {*clocks_mhz}):
+        raise ConfigError(f"--clocks-mhz {unknown}: {clocks_mhz[0]} to {clocks_mhz[-1]} MHz may be set here")
     return found
 
 
@@ -77,14 +80,15 @@ def require_alone(config: OnboardConfig) -> None:
     if config.node != "live" or config.live.server is None:
         return
     with contextlib.closing(MetricsClient(server_endpoint(config.live))) as client:
-        before = client.scrape()
-        time.sleep(LISTEN_S)
-        after = client.scrape()
-    if there := _foreign(before, after):
-        raise NodeError(
-            f"{config.live.server} serves other requests ({there}): a profile needs it alone. Take it out of "
-            "the load balancer, or start another one like it, and go on when it is quiet"
-        )
+        for _ in range(LISTENS):
+            before = client.scrape()
+            time.sleep(LISTEN_S)
+            if not (there := _foreign(before, client.scrape())):
+                return
+    raise NodeError(
+        f"{config.live.server} serves other requests ({there}): a profile needs it alone. Take it out of the "
+        "load balancer, or start another one like it, and go on when it is quiet"
+    )
 
 
 def _foreign(before: MetricsSnapshot, after: MetricsSnapshot) -> str:

@@ -76,10 +76,9 @@ def onboard(config: OnboardConfig) -> int:
 
 
 def _through(state: Onboarding) -> None:
-    last_on_server = max(number for number, stage in enumerate(STAGES) if stage.on_server)
     for number, stage in enumerate(STAGES):
         head = f"\n[{number + 1}/{len(STAGES)}] {stage.name}: {stage.what}"
-        if number > last_on_server:
+        if not any(later.on_server for later in STAGES[number:]):
             state.close()
         if state.journal.is_done(stage.name):
             print(f"{head}: done before")

@@ -7,13 +7,15 @@ from typing import Any
 
 from fuel_ray.build.live import LiveServer, server_endpoint
 from fuel_ray.build.nodes import build_spec
-from fuel_ray.errors import NodeError
+from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.server import served_model
 from fuel_ray.onboarding.config import SERVED, OnboardConfig
 from fuel_ray.onboarding.journal import Journal
 from fuel_ray.record import new_folder
 from fuel_ray.sim.pack import load_pack
+
+_SAME = ("model", "engine", "gpu_name", "kv_block_size")
 
 
 class Onboarding:
@@ -58,7 +60,11 @@ class Onboarding:
         return bool(lowest < highest)
 
     def serving(self) -> OnboardConfig:
-        """Settings whose nodes are on the server, which is started if it is ours to start."""
+        """Settings whose nodes are on the server, which is started if it is ours to start.
+
+        Raises:
+            ConfigError: it is not the one that the onboarding began with.
+        """
         if self.config.node == "sim":
             return self.config
         if self._server is None:
@@ -66,6 +72,7 @@ class Onboarding:
             if config.live.server is None:
                 print(f"starting the server; its log is in {self.folder}", flush=True)
             self._server = LiveServer(config, config.block_sizes[0])
+            self._check_same()
         return self._server.config  # type: ignore[return-value]
 
     def twin(self, **changes: Any) -> OnboardConfig:
@@ -75,6 +82,7 @@ class Onboarding:
         own = {"pack": str(self.pack_path), "workload": self.workload, "node": "sim", "backend": "sim"}
         size, blocks = self.kv_block_size, facts["num_kv_blocks"]
         own |= {"block_sizes": (size,), "max_num_seqs": facts["batch_limits"][-1], "resume": None}
+        own |= {"gpu_clocks_mhz": self._common_clocks_mhz()}
         own |= {"limit_control": "on" if self.sets_limits else "off"}
         own |= {"kv_tokens": None if blocks is None else blocks * size}
         return replace(self.config, **(own | changes))
@@ -92,7 +100,7 @@ class Onboarding:
             name = spec.model
         return {
             "origin": "measured" if config.node == "live" else f"modelled, pack {config.pack}",
-            "url": config.live.server,
+            "url": self.config.live.server,
             "model": name,
             "engine": engine,
             "gpu_name": spec.gpu_name,
@@ -108,6 +116,22 @@ class Onboarding:
         server, self._server = self._server, None
         if server is not None:
             server.close()
+
+    def _check_same(self) -> None:
+        before = self.facts
+        found = self.look() if before else {}
+        if other := [name for name in _SAME if found.get(name) != before.get(name)]:
+            said = ", ".join(f"{name} {found[name]}, not {before[name]}" for name in other)
+            raise ConfigError(f"--resume {self.folder}: the server is another one: it has {said}")
+
+    def _common_clocks_mhz(self) -> tuple[int, ...]:
+        """Clocks of the twin: those that the server has too; all of the pack's if none of its may be set."""
+        if not self.sets_clocks:
+            return ()
+        pack = load_pack(str(self.pack_path))
+        if common := {*pack.gpu_clocks_mhz} & {*self.facts["gpu_clocks_mhz"]}:
+            return tuple(sorted(common))
+        raise ConfigError(f"the GPU has none of the clocks of {self.pack_path}, which was fitted to it")
 
     def _attachable(self) -> OnboardConfig:
         """With what a running server says of itself: its block size and its model."""

@@ -53,7 +53,6 @@ def measure(state: Onboarding) -> dict[str, Any]:
 def fit(state: Onboarding) -> dict[str, Any]:
     """`fuel-ray calibrate`, into pack.json."""
     facts, path = state.facts, state.folder / "profile" / "profile.jsonl"
-    clocks_mhz = tuple(facts["gpu_clocks_mhz"])
     axis_from, modelled = _axis_from(state)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{facts['gpu_name']} {facts['model'].rpartition('/')[2]}".lower())
     calibrate.run(
@@ -69,7 +68,6 @@ def fit(state: Onboarding) -> dict[str, Any]:
             else facts["num_kv_blocks"] * state.kv_block_size,
             base=state.config.pack,
             clock_axis_from=axis_from,
-            clocks_mhz=_steps(clocks_mhz),
         )
     )
     pack = load_pack(str(state.pack_path))
@@ -124,9 +122,9 @@ def _verdict(outside: list[str]) -> str:
 
 def _poor(state: Onboarding, names: list[str]) -> str:
     return (
-        f"the twin is more than {POOR:g} times a bound off in {', '.join(names)}: what it says of a "
-        "policy cannot be trusted. Look whether something else ran at the same time and begin again, or go on with it: "
-        f"fuel-ray onboard --resume {state.folder} --accept-fidelity"
+        f"the twin is more than {POOR:g} times a bound off in {', '.join(names)}: what it says of a policy "
+        "cannot be trusted. Look whether something else ran at the same time and begin again, or go on with "
+        f"it: fuel-ray onboard --resume {state.folder} --accept-fidelity"
     )
 
 
@@ -159,15 +157,6 @@ def _axis_from(state: Onboarding) -> tuple[str | None, bool]:
         print(NO_SAVING.format(gpu=facts["gpu_name"]))
         return state.config.pack, False
     return None, True
-
-
-def _steps(clocks_mhz: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Lowest, highest and step of clocks that are evenly spread from the highest down; None of one clock."""
-    if len(clocks_mhz) < 2:
-        return None
-    step = clocks_mhz[-1] - clocks_mhz[-2]
-    lowest = min(c for c in clocks_mhz if (clocks_mhz[-1] - c) % step == 0)
-    return lowest, clocks_mhz[-1], step
 
 
 def _clocks(state: Onboarding) -> list[int]:

@@ -133,7 +133,7 @@ def _profile(folder: Path, found: Stages) -> Iterator[str]:
 
 
 def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
-    """Of the decode rows: each run of growing batches has one prompt length, in the same order at any clock."""
+    """Of the decode rows: each run of growing batches has one prompt length, in one order at any clock."""
     rows = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))]
     points: list[ProfilePoint] = []
     contexts: list[int] = []  # of the first clock

@@ -1,0 +1,284 @@
+"""Onboarding: the twin stands for the server, and training and judging are as short as they can be."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fuel_ray.cli import main
+from fuel_ray.codec import ActionGrid
+from fuel_ray.commands import deploy, train
+from fuel_ray.config import to_dict
+from fuel_ray.errors import ConfigError, NodeError
+from fuel_ray.live.vllm.metrics import parse_metrics
+from fuel_ray.onboarding import load, policy, server, stages, twin
+from fuel_ray.onboarding.config import OnboardConfig, parse
+from fuel_ray.onboarding.stages import STAGES, Stage
+from fuel_ray.policies.learned import read_policy
+from fuel_ray.record import new_folder
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.types import NodeSpec
+from fuel_ray.workload.spec import parse_workload
+from tests.fake_nvml import FakeGpu, FakeNvml
+from tests.policy_folders import write_policy
+from tests.stub_vllm import PAGE, Stub, serving
+
+SHORT = ["--node", "sim", "--workload", "steady:rate_rps=4", "--seeds", "2", "--validate-seconds", "30"]
+SHORT += ["--batches", "1", "8", "32", "--contexts", "128", "512", "--prompts", "512", "--windows", "1"]
+ONE_CLOCK = ["--gpu-clocks-mhz", "1980"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A training that writes a policy by hand, and episodes of a minute."""
+
+    def trained(config):
+        pack, folder = load_pack(config.pack), new_folder(config.out, "train")
+        write_policy(
+            folder / "policies" / f"block_{config.block_sizes[0]}",
+            grid=ActionGrid((config.max_num_seqs,), pack.gpu_clocks_mhz[:: len(pack.gpu_clocks_mhz) - 1]),
+            sizes=config.block_sizes,
+            model=pack.model,
+            gpu_name=pack.gpu_name,
+            engine=pack.engine,
+            pack=pack.name,
+            pack_sha256=pack.sha256,
+        )
+
+    judge = policy.recommend_config
+    shorter = {"seconds": 60, "tuning_seeds": 1, "workers": 1}
+    monkeypatch.setattr(train, "run", trained)
+    monkeypatch.setattr(policy, "recommend_config", lambda *given: replace(judge(*given), **shorter))
+    monkeypatch.setattr(policy, "EPISODE_S", 60)
+
+
+def onboarded(tmp_path, *words, code=0):
+    assert main(["onboard", *SHORT, "--out", str(tmp_path), *words]) == code
+    (folder,) = tmp_path.glob("onboard-*")
+    return folder
+
+
+def journal(folder):
+    return json.loads((folder / "onboard.json").read_text())["stages"]
+
+
+def again(folder, *words):
+    return main(["onboard", "--resume", str(folder), *words])
+
+
+def test_one_command_leads_from_a_server_to_commands_that_deploy_takes(tmp_path, capsys):
+    folder = onboarded(tmp_path, "--clocks-mhz", "1980", "1485", "990")
+    assert [stage["state"] for stage in journal(folder).values()] == ["done"] * len(STAGES)
+    left = ("pack.json", "validate.json", "traces", "profile", "train", "recommendation.json", "report.html")
+    assert all((folder / name).exists() for name in left)
+    lines = [line for line in (folder / "commands.sh").read_text().splitlines() if "fuel-ray deploy" in line]
+    found = [deploy.parse(shlex.split(line)[2:], prog="fuel-ray deploy") for line in lines]
+    assert [(config.shadow, config.canary) for config in found] == [(True, None), (False, 0.1), (False, None)]
+    assert all(config.policy == str(folder / "policies" / "recommended") for config in found)
+    page, said = (folder / "report.html").read_text(), capsys.readouterr().out
+    for text in ("modelled, not measured", "validate-1980", "about "):
+        assert text in said
+    assert "How far the twin is off" in page and "--canary 0.1" in page and "measured at 1980 MHz" in page
+
+
+def test_a_rule_that_is_recommended_can_be_deployed_and_never_leaves_its_knobs(tmp_path):
+    folder = onboarded(tmp_path, "--clocks-mhz", "1980", "1485", "990")
+    found = json.loads((folder / "recommendation.json").read_text())
+    assert found["best"] == "tuned_static"
+    made = read_policy(folder / "policies" / "recommended")
+    assert made.manifest.anchor.table.knobs == (made.manifest.tuned_static,)
+    assert f"at {made.manifest.tuned_static.gpu_clock_mhz} MHz" in found["how"]
+
+
+def test_without_the_privilege_the_saving_is_modelled_and_what_is_missing_is_said(tmp_path, capsys):
+    folder = onboarded(tmp_path, *ONE_CLOCK)
+    said = capsys.readouterr().out
+    assert said.count("clock-helper") >= 2 and "Nothing can be saved without the privilege" in said
+    found = json.loads((folder / "recommendation.json").read_text())
+    assert max(row["against_max"] for row in found["rows"]) == 1.0 > found["rows"][0]["against_max"]
+    assert any("not measured here" in note for note in found["notes"])
+
+
+def test_a_card_without_a_clock_axis_gets_a_twin_and_no_saving(tmp_path, capsys):
+    raw = json.loads(Path("fuel_ray/sim/packs/h100-qwen3-8b.json").read_text()) | {"gpu_name": "NVIDIA L4"}
+    (tmp_path / "l4.json").write_text(json.dumps(raw))
+    folder = onboarded(tmp_path, *ONE_CLOCK, "--pack", str(tmp_path / "l4.json"))
+    assert "no saving can be modelled" in capsys.readouterr().out
+    assert list(journal(folder))[-1] == "validate" and not (folder / "commands.sh").exists()
+    assert "no saving can be modelled" in (folder / "report.html").read_text()
+
+
+def test_an_slo_that_cannot_be_met_is_said_with_one_that_can(tmp_path, capsys):
+    folder = onboarded(tmp_path, *ONE_CLOCK, "--slo-tpot-s", "0.004", code=2)
+    said = capsys.readouterr().err
+    assert "cannot meet TTFT 1 s, TPOT 0.004 s for 95% of the requests" in said
+    assert journal(folder)["slo"]["state"] == "stopped" and "train" not in journal(folder)
+    assert "Stopped at slo" in (folder / "report.html").read_text()
+    offered = re.search(r"--slo-ttft-s \S+ --slo-tpot-s \S+", said).group().split()
+    assert again(folder, *offered) == 0
+    assert again(folder, "--slo-tpot-s", "0.05") == 2  # there is a policy for the other
+    assert "that run has slo_tpot_s" in capsys.readouterr().err
+
+
+def test_a_twin_that_is_far_off_ends_it_until_that_is_accepted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(twin, "BOUNDS", {name: 1e-9 for name in twin.BOUNDS})
+    folder = onboarded(tmp_path, *ONE_CLOCK, code=2)
+    assert "cannot be trusted" in capsys.readouterr().err
+    assert journal(folder)["validate"]["found"]["poor"]
+    assert again(folder) == 2
+    assert again(folder, "--accept-fidelity") == 0
+
+
+@pytest.mark.parametrize("at", range(len(STAGES)))
+def test_it_goes_on_with_the_stage_that_was_killed(tmp_path, monkeypatch, capsys, at):
+    ran = []
+
+    def made(number):
+        def run(state):
+            ran.append(number)
+            if number == at and ran.count(at) == 1:
+                raise KeyboardInterrupt
+            return {}
+
+        return replace(STAGES[number], run=run)
+
+    monkeypatch.setattr(stages, "STAGES", tuple(map(made, range(len(STAGES)))))
+    folder = onboarded(tmp_path, code=130)
+    assert f"--resume {folder}" in capsys.readouterr().out
+    assert again(folder, "--seeds", "2") == 0
+    assert ran == [*range(at + 1), *range(at, len(STAGES))]
+
+
+def test_a_resumed_onboarding_keeps_its_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "STAGES", ())
+    folder = onboarded(tmp_path)
+    assert again(folder, "--validate-seconds", "31") == 2
+    assert "that run has validate_seconds = 30, not 31" in capsys.readouterr().err
+    assert main(["onboard", "--resume", str(tmp_path)]) == 2
+    assert "there is no onboard.json in it" in capsys.readouterr().err
+
+
+def test_a_load_that_is_changed_before_the_training_is_taken(tmp_path, monkeypatch):
+    ran = []
+
+    def noted(stage):
+        return replace(stage, run=lambda state: ran.append(stage.name) or {})
+
+    monkeypatch.setattr(stages, "STAGES", tuple(map(noted, STAGES[:6])))
+    folder = onboarded(tmp_path)
+    assert again(folder, "--workload", "steady:rate_rps=2") == 0
+    assert ran == [*(stage.name for stage in STAGES[:6]), "load", "slo"]
+    assert again(folder, "--slo-tpot-s", "0.1") == 0
+    assert ran[8:] == ["slo"]
+
+
+def test_a_training_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
+    given, trained = [], train.run
+
+    def killed(config):
+        given.append(config.resume)
+        if config.resume is None:
+            new_folder(config.out, "train")
+            raise KeyboardInterrupt
+        trained(config)
+        (made,) = set(config.out.glob("train-*")) - {config.resume}
+        (made / "policies").rename(config.resume / "policies")
+
+    monkeypatch.setattr(train, "run", killed)
+    folder = onboarded(tmp_path, *ONE_CLOCK, code=130)
+    assert again(folder) == 0
+    assert given[0] is None and given[1].parent == folder
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give --server URL"),
+        (["--node", "sim", "--observe-minutes", "1"], "no traffic to read"),
+        (["--server", "h", "--observe-minutes", "1", "--workload", "steady"], "either named or read"),
+        (["--node", "sim", "--workload", "stedy"], "stedy"),
+        (["--node", "sim", "--block-sizes", "8", "16"], "one block size"),
+        (["--node", "ray", "--server", "h"], "own machine"),
+        (["--node", "sim", "--slo-share", "2"], "--slo-share"),
+        (["--node", "live"], "--live.model"),
+    ],
+)
+def test_wrong_settings_are_named(words, said):
+    with pytest.raises(ConfigError, match=said):
+        parse(words, prog="fuel-ray onboard")
+
+
+def test_the_short_names_are_those_of_the_live_settings():
+    words = ["--server", "h:1", "--gpu-ids", "0", "1", "--limit-file", "/run/limit"]
+    live = parse(words, prog="fuel-ray onboard").live
+    assert (live.server, live.gpu_ids, live.limit_file) == ("http://h:1", ("0", "1"), Path("/run/limit"))
+    assert parse(["--model", "m"], prog="fuel-ray onboard").live.model == "m"
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    assert main(["onboard", "--server", "http://127.0.0.1:9", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "http://127.0.0.1:9" in said and "--resume" in said
+
+
+def test_a_server_with_other_traffic_is_not_profiled(monkeypatch):
+    monkeypatch.setattr(server, "LISTEN_S", 0.05)
+    with serving(Stub()) as stub:
+        config = parse(["--server", stub.url], prog="fuel-ray onboard")
+        with pytest.raises(NodeError, match="30 run and 10 wait"):
+            server.require_alone(config)
+        stub.page = re.sub(r"(?m)^(vllm:num_requests_(?:running|waiting)\b.*) \S+$", r"\1 0.0", PAGE)
+        server.require_alone(config)
+
+
+def test_counters_become_a_load_with_its_rates_and_lengths():
+    begin = replace(parse_metrics(PAGE), running=0, waiting=0)
+    pages = [(0.0, begin)]
+    for at_s, ended, running in ((30.0, 30, 10), (60.0, 100, 0)):
+        counted = {"requests_succeeded": begin.requests_succeeded + ended}
+        counted |= {"prompt_tokens": begin.prompt_tokens + 300 * (ended + running)}
+        counted |= {"generation_tokens": begin.generation_tokens + 120 * ended}
+        pages.append((at_s, replace(begin, **counted, running=running)))
+    found = load.summary(pages)
+    assert found.rates == ((40 / 30, 30.0), (2.0, 30.0)) and found.requests == 100
+    assert (found.prompt_mean, found.output_mean) == (300, 120)
+    assert parse_workload(found.spec()).mean_rate_rps == pytest.approx(100 / 60, rel=0.01)
+    longer = replace(found, prompt_mean=9000.0, output_mean=3000.0)
+    prompt, output, *_ = load.mean_lengths(parse_workload(longer.spec()))
+    assert prompt > 5000 and output > 2000
+    with pytest.raises(ConfigError, match="no request came"):
+        load.summary([pages[0], pages[0][:1] + pages[0][1:] and (30.0, begin)])
+
+
+def test_traffic_is_read_before_anything_is_sent(tmp_path, monkeypatch, capsys):
+    """From pages of the server, which is then found to be busy."""
+    pages = iter([(0.0, 0), (30.0, 60)])
+    begin = parse_metrics(PAGE)
+
+    def read(config):
+        for at_s, ended in pages:
+            yield at_s, replace(begin, requests_succeeded=begin.requests_succeeded + ended)
+
+    order = []
+    monkeypatch.setattr(load, "_pages", read)
+    profile = Stage("profile", "measure", lambda c: 0.0, lambda state: order.append(state.workload) or {})
+    monkeypatch.setattr(stages, "STAGES", (STAGES[1], profile))
+    words = ["onboard", "--server", "http://h:1", "--observe-minutes", "1", "--out", str(tmp_path)]
+    assert main(words) == 0
+    assert order == ["piecewise:rates=2@30,prompt_mean=8,output_mean=4"]
+    assert "watching the real traffic of http://h:1 for 1 min" in capsys.readouterr().out
+    (path,) = tmp_path.glob("onboard-*/observed.json")
+    assert json.loads(path.read_text())["rates"] == [[2.0, 30.0]]
+
+
+def test_the_twin_of_a_server_without_a_limit_file_has_its_capacity_alone():
+    from fuel_ray.build.nodes import build_spec
+
+    config = replace(OnboardConfig(), node="sim", limit_control="off")
+    assert build_spec(config, 16).batch_limits == (128, 128)
+    assert to_dict(config)["limit_control"] == "off"
+    assert isinstance(build_spec(config, 16), NodeSpec)
