@@ -7,11 +7,12 @@ in ``_WIDTHS``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuel_ray.sim.calibrate import AXIS_CLOCKS, PrefillPoint, Profile, decode_step, with_shares
+from fuel_ray.errors import ConfigError
+from fuel_ray.sim.calibrate import AXIS_CLOCKS, PrefillPoint, Profile, decode_step, fit, with_shares
 from fuel_ray.sim.fidelity import Fidelity
 from fuel_ray.sim.pack import PerfModel
 from fuel_ray.sim.replay import RecordedRun, figures, measured_figures, predicted_latencies, relative_errors
@@ -27,12 +28,15 @@ _WIDTHS = {
     "graph_w": 0.2, "prefill_token_j": 0.3,
 }  # fmt: skip
 _WARM_UP_S = 1.0  # of each run is not fitted: a fresh server's first requests compile kernels
-_FIRST_STEPS = (0, 1000, 2000, 3000)  # draws of the host's delays that a fit averages over
+_DRAWS = (2, 8, 24)  # of the host's delays that a fit averages over: at least and at most for a run, for all
+_DRAW_STEPS = 1000
 _STEP = 0.04  # of a finite difference, as a logarithm
 _MOST = 0.3  # of a change in one iteration
 _ITERATIONS = 25
+_ROUNDS, _LOOKS = 4, (0.1, -0.1, 0.3, -0.3)
 _FOLDS = 6  # fits with runs left out, at most
 _LENGTHS = ((0, 128), (128, 256), (256, 900), (900, 2**31))  # classes of prompts, in tokens
+_HOST_BOUND = 1.15  # steps that take more than this times the shortest are the GPU's, if any are
 _REPEATS, _EVERY_S = 9, 2.0  # prompts that come one after another to an idle server
 _SATURATED = 4  # steps of waiting prompts, from which on their times tell how fast the GPU computes
 _ENGINE_TOKENS, _ENGINE_SEQS = 8192, 128  # of the server that was profiled; vLLM's defaults
@@ -41,19 +45,44 @@ _POOL_TOKENS = 2**20
 
 def refine(profile: Profile, runs: Sequence[RecordedRun], *, start: PerfModel) -> PerfModel:
     """The model that reproduces the profile and the runs, from one that was fitted to the profile."""
-    parameters = _parameters(profile, start)
+    start = _with_saturated(profile, start)
+    starts = [start, *_bound_by_host(profile, start)]
+    return min((_refined(profile, runs, start) for start in starts), key=lambda pair: pair[0])[1]
 
-    def model(x: np.ndarray) -> PerfModel:
-        return _moved(start, parameters, x)
+
+def _refined(profile: Profile, runs: Sequence[RecordedRun], start: PerfModel) -> tuple[float, PerfModel]:
+    """Sum of squares of what is left, and the model."""
+    parameters = _parameters(profile, start)
+    draws = int(np.clip(_DRAWS[2] // max(len(runs), 1), *_DRAWS[:2]))
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        perf = model(x)
+        perf = _moved(start, parameters, x)
         parts = [decode_residuals(profile, perf), prefill_residuals(profile, perf)]
-        parts += [run_residuals(run, perf) for run in runs]
+        parts += [run_residuals(run, perf, draws=draws) for run in runs]
         return np.concatenate([*parts, x])
 
-    widths = np.array([p.width for p in parameters])
-    return model(_least_squares(residuals, widths))
+    x = _least_squares(residuals, np.array([p.width for p in parameters]))
+    return _square(residuals(x)), _moved(start, parameters, x)
+
+
+def _bound_by_host(profile: Profile, start: PerfModel) -> Iterator[PerfModel]:
+    """A start whose small batches wait for the host: the GPU's time is that of the larger steps."""
+    launch_s = min(p.step_s for p in profile.decode)
+    larger = replace(profile, decode=tuple(p for p in profile.decode if p.step_s > _HOST_BOUND * launch_s))
+    try:
+        of_gpu = fit(larger, base=start)
+    except ConfigError:
+        return
+    if of_gpu.constants.decode_s < launch_s:
+        names = ("decode_s", "decode_seq_s", "decode_ctx_s", "graph_w", "graph_j", "graph_seq_j")
+        told = {name: getattr(of_gpu.constants, name) for name in names}
+        yield with_shares(start.replace(**told, launch_graph_s=launch_s), of=start)
+
+
+def _with_saturated(profile: Profile, start: PerfModel) -> PerfModel:
+    """The start with the time of a prompt token from prompts that wait for each other: no launch is in that."""
+    token_s = [2 * p.ttft_s / (p.clients * p.prompt_tokens) for p in profile.prefill if _is_saturated(p)]
+    return start.replace(prefill_token_s=min(token_s)) if token_s else start
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +126,41 @@ def _moved(start: PerfModel, parameters: Sequence[_Parameter], x: np.ndarray) ->
 
 
 def _least_squares(residuals: Callable[[np.ndarray], np.ndarray], widths: np.ndarray) -> np.ndarray:
-    x, damping = np.zeros(len(widths)), 0.1
-    now, steps, most = residuals(x), _STEP / widths, _MOST / widths
+    """Damped Gauss-Newton, and where it ends a look at each parameter alone: replays are not smooth."""
+    x, now = np.zeros(len(widths)), np.inf
+    for _ in range(_ROUNDS):
+        x = _gauss_newton(residuals, x, widths)
+        before, now = now, _square(residuals(x))
+        if now > 0.99 * before:
+            break
+        for move in (m * unit for m in _LOOKS for unit in np.diag(1 / widths)):
+            if (then := _square(residuals(x + move))) < now:
+                x, now = x + move, then
+    return x
+
+
+def _gauss_newton(
+    residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
+    damping, now, steps, most = 0.1, residuals(x), _STEP / widths, _MOST / widths
     for _ in range(_ITERATIONS):
         slope = np.array([(residuals(x + d) - residuals(x - d)) / (2 * d.max()) for d in np.diag(steps)]).T
-        square, before = slope.T @ slope, now @ now
+        square, before = slope.T @ slope, _square(now)
         while damping < 1e4:
             damped = square + damping * np.diag(np.diag(square))
             candidate = x - np.clip(np.linalg.solve(damped, slope.T @ now), -most, most)
             then = residuals(candidate)
-            if then @ then < before:
+            if _square(then) < before:
                 x, now, damping = candidate, then, max(damping / 4, 1e-3)
                 break
             damping *= 4
-        if now @ now > before * (1 - 1e-3):
+        if _square(now) > before * (1 - 1e-3):
             break
     return x
+
+
+def _square(residuals: np.ndarray) -> float:
+    return float(residuals @ residuals)
 
 
 def fidelity(name: str, run: RecordedRun, perf: PerfModel, *, left_out: bool) -> Fidelity:
@@ -151,7 +199,7 @@ def _prefill(p: PrefillPoint, perf: PerfModel) -> Iterator[float]:
         ttft_s = np.median(_ttfts_s(perf, p, np.arange(_REPEATS) * _EVERY_S))
         # Few are measured, and an idle host launches now faster, now slower than a busy one.
         yield float(np.log(ttft_s / p.ttft_s)) / (0.05 if _is_bound_by_arithmetic(perf, p) else 0.2)
-    elif p.clients * n >= _SATURATED * _ENGINE_TOKENS:
+    elif _is_saturated(p):
         ttft_s = np.median(_ttfts_s(perf, p, np.zeros(p.clients)))
         yield float(np.log(ttft_s / p.ttft_s)) / 0.04
     if p.energy_per_token_j is not None and n >= _ENGINE_TOKENS // 4:
@@ -160,6 +208,10 @@ def _prefill(p: PrefillPoint, perf: PerfModel) -> Iterator[float]:
             prompts, prompts * n, prompts * n, p.clock_mhz, prompts * n**2 / 2
         )
         yield (step_s * power_w / (prompts * n) / p.energy_per_token_j - 1) / 0.04
+
+
+def _is_saturated(p: PrefillPoint) -> bool:
+    return p.clients * p.prompt_tokens >= _SATURATED * _ENGINE_TOKENS
 
 
 def _ttfts_s(perf: PerfModel, p: PrefillPoint, arrival_s: np.ndarray) -> np.ndarray:
@@ -185,10 +237,10 @@ def _is_bound_by_arithmetic(perf: PerfModel, p: PrefillPoint) -> bool:
     return work_s > 1.3 * perf.constants.launch_eager_s
 
 
-def run_residuals(run: RecordedRun, perf: PerfModel) -> np.ndarray:
+def run_residuals(run: RecordedRun, perf: PerfModel, *, draws: int) -> np.ndarray:
     """Of the figures of a run, and of its requests one by one, which are worth a few figures together."""
-    draws = [_draw_residuals(run, perf, first_step) for first_step in _FIRST_STEPS]
-    return np.concatenate(draws) / len(draws) ** 0.5
+    each = [_draw_residuals(run, perf, k * _DRAW_STEPS) for k in range(draws)]
+    return np.concatenate(each) / draws**0.5
 
 
 def _draw_residuals(run: RecordedRun, perf: PerfModel, first_step: int) -> np.ndarray:
@@ -217,7 +269,19 @@ def _draw_residuals(run: RecordedRun, perf: PerfModel, first_step: int) -> np.nd
         if of.sum() >= 4:
             pair = [values[of] for values in ttft]
             figures.append(_ratio(np.median, pair) / _content(0.08, 0.4, int(of.sum())))
+    for of in _interrupted(run, warm & (run.requests.output_tokens > 1)):
+        if of.sum() >= 4:
+            figures.append(_ratio(np.mean, [values[of] for values in tpot]) / _content(0.007, 0.06, int(of.sum())))
     return np.concatenate([figures, _single(tpot, 0.03, 3), _single(ttft, 0.2, 2)])
+
+
+def _interrupted(run: RecordedRun, used: np.ndarray) -> Iterator[np.ndarray]:
+    """Thirds of the used requests by how often others arrived while they decoded, per token."""
+    arrival_s = run.requests.arrival_s
+    begin, end = (np.searchsorted(arrival_s, (arrival_s + t)[used]) for t in (run.ttft_s, run.e2e_s))
+    often = (end - begin) / run.requests.output_tokens[used]
+    order = np.argsort(np.argsort(often, kind="stable"), kind="stable") * 3 // max(len(often), 1)
+    yield from (order == third for third in range(3))
 
 
 def _content(model: float, request: float, n: int) -> float:
