@@ -2,12 +2,13 @@
 
 The profile is fitted first, on its own (``calibrate.fit``). From there every constant that a run feels moves
 where the rows of the profile and the replays of the runs agree best. Residuals are relative errors over the
-error that would be content. What nothing tells stays where it was: each change costs its square over the width
-in ``_WIDTHS``.
+error that would be content. What nothing tells stays where it was: a change costs its square over the widths
+below.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -32,9 +33,11 @@ _DRAW_STEPS = 1000
 _STEP = 0.04  # of a finite difference, as a logarithm
 _MOST = 0.3  # of a change in one iteration
 _ITERATIONS = 25
-_ROUNDS, _LOOKS = 4, (0.1, -0.1, 0.3, -0.3)
+_ROUNDS, _LOOKS = 3, (0.1, -0.1, 0.3, -0.3)
 _FOLDS = 6  # fits with runs left out, at most
 _LENGTHS = ((0, 128), (128, 256), (256, 900), (900, 2**31))  # classes of prompts, in tokens
+_SLOW, _SLOW_SHARE = 0.3, 0.4  # where a fit of a host whose speed changes begins
+_WANDER, _LONG = 0.06, 30  # from which on it does, and tokens of the requests that tell
 _HOST_BOUND = 1.15  # steps that take more than this times the shortest are the GPU's, if any are
 _REPEATS, _EVERY_S = 9, 2.0  # prompts that come one after another to an idle server
 _SATURATED = 4  # steps of waiting prompts, from which on their times tell how fast the GPU computes
@@ -43,10 +46,31 @@ _POOL_TOKENS = 2**20
 
 
 def refine(profile: Profile, runs: Sequence[RecordedRun], *, start: PerfModel) -> PerfModel:
-    """The model that reproduces the profile and the runs, from one that was fitted to the profile."""
+    """The model that reproduces the profile and the runs, from one that was fitted to the profile.
+
+    It is the best from up to three starts, between which no small steps lead: the GPU sets the time of every
+    step, the host that of small ones, and a host whose speed changes.
+    """
     start = _with_saturated(profile, start)
     starts = [start, *_bound_by_host(profile, start)]
-    return min((_refined(profile, runs, start) for start in starts), key=lambda pair: pair[0])[1]
+    fits = [_refined(profile, runs, start) for start in starts]
+    best = min(fits, key=_cost)
+    if any(wander(run, best[1]) > _WANDER for run in runs):
+        fits.append(_refined(profile, runs, _with_slow_host(profile, best[1])))
+    return min(fits, key=_cost)[1]
+
+
+def wander(run: RecordedRun, perf: PerfModel) -> float:
+    """Standard deviation of TPOT over its prediction, relative, from some ten requests to the next ten."""
+    _, ttft_s, e2e_s = predicted_latencies(run, perf)
+    used = (run.requests.output_tokens >= _LONG) & (run.requests.arrival_s >= _WARM_UP_S)
+    ratio = np.log((run.e2e_s - run.ttft_s)[used] / (e2e_s - ttft_s)[used])
+    groups = len(ratio) // 10
+    return float(ratio[: groups * 10].reshape(groups, 10).mean(axis=1).std()) if groups > 1 else 0.0
+
+
+def _cost(fitted: tuple[float, PerfModel]) -> float:
+    return fitted[0]
 
 
 def _refined(profile: Profile, runs: Sequence[RecordedRun], start: PerfModel) -> tuple[float, PerfModel]:
@@ -78,8 +102,20 @@ def _bound_by_host(profile: Profile, start: PerfModel) -> Iterator[PerfModel]:
         yield with_shares(start.replace(**told, launch_graph_s=launch_s), of=start)
 
 
+def _with_slow_host(profile: Profile, perf: PerfModel) -> PerfModel:
+    """A start whose launches take longer for some of the time, and as long as before on average."""
+    m = perf.constants
+    faster = {
+        name: getattr(m, name) / (1 + _SLOW * _SLOW_SHARE) for name in ("launch_pieces_s", "launch_eager_s")
+    }
+    launch_s = min(p.step_s for p in profile.decode)
+    decode_s = min(m.decode_s, 0.85 * launch_s)
+    start = perf.replace(host_slow=_SLOW, host_slow_share=_SLOW_SHARE, launch_graph_s=launch_s, **faster)
+    return with_shares(start.replace(decode_s=decode_s), of=perf)
+
+
 def _with_saturated(profile: Profile, start: PerfModel) -> PerfModel:
-    """The start with the time of a prompt token from prompts that wait for each other: no launch is in that."""
+    """The start with the time of a prompt token from prompts that wait for each other, without launches."""
     token_s = [2 * p.ttft_s / (p.clients * p.prompt_tokens) for p in profile.prefill if _is_saturated(p)]
     return start.replace(prefill_token_s=min(token_s)) if token_s else start
 
@@ -102,6 +138,8 @@ def _parameters(profile: Profile, start: PerfModel) -> tuple[_Parameter, ...]:
         _Parameter("graph_seq_j", 0.5, m.graph_w * max(m.decode_seq_s, m.decode_s / 500)),
         _Parameter("prefill_attention_s", 0.5, m.prefill_token_s / 50_000),
     ]
+    if m.host_slow > 0:
+        free += [_Parameter("host_slow", 0.2, 1.0), _Parameter("host_slow_share", 0.3, 1.0)]
     if len(profile.clocks_mhz) >= AXIS_CLOCKS:
         free += [
             _Parameter("clock_s", 0.2, m.decode_s),
@@ -275,6 +313,8 @@ def _draw_residuals(run: RecordedRun, perf: PerfModel, first_step: int) -> np.nd
         _ratio(np.mean, tpot) / _content(0.007, 0.08, n),
         _ratio(np.median, tpot) / _content(0.01, 0.1, n),
     ]
+    for share in (10, 90):
+        figures.append(_ratio(partial(np.percentile, q=share), tpot) / _content(0.015, 0.12, n))
     for low, high in _LENGTHS:
         of = (prompts > low) & (prompts <= high)
         if of.sum() >= 4:
@@ -282,7 +322,9 @@ def _draw_residuals(run: RecordedRun, perf: PerfModel, first_step: int) -> np.nd
             figures.append(_ratio(np.median, pair) / _content(0.08, 0.4, int(of.sum())))
     for of in _interrupted(run, warm & (run.requests.output_tokens > 1)):
         if of.sum() >= 4:
-            figures.append(_ratio(np.mean, [values[of] for values in tpot]) / _content(0.007, 0.06, int(of.sum())))
+            figures.append(
+                _ratio(np.mean, [values[of] for values in tpot]) / _content(0.007, 0.06, int(of.sum()))
+            )
     return np.concatenate([figures, _single(tpot, 0.03, 3), _single(ttft, 0.2, 2)])
 
 
