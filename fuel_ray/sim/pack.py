@@ -73,7 +73,9 @@ class Constants(NamedTuple):
     busy_cpu_util: float
     idle_cpu_w: float
     busy_cpu_w: float
-    # Of a host whose speed changes for a thousand steps at a time; older packs do not have it
+    # What older packs do not have: tokens of a step leave one by one, the newest request's last, and a host's
+    # speed may change for a thousand steps at a time
+    frontend_seq_s: float = 0.0  # by token of the step, beside frontend_out_s
     host_slow: float = 0.0  # by which share launches then take longer
     host_slow_share: float = 0.0  # of the steps
 

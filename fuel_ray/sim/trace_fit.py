@@ -40,6 +40,7 @@ _ITERATIONS = 25
 _ROUNDS, _LOOKS = 3, (0.1, -0.1, 0.3, -0.3)
 _FOLDS = 6  # fits with runs left out, at most
 _SLOW, _SLOW_SHARE = 0.3, 0.4  # where a fit of a host whose speed changes begins
+_FRONTEND_SEQ_S = 1e-4  # of tokens that leave one by one
 _WANDER, _LONG = 0.06, 30  # from which on it does, and tokens of the requests that tell
 _HOST_BOUND = 1.15  # steps that take more than this times the shortest are the GPU's, if any are
 
@@ -136,6 +137,7 @@ def _parameters(profile: Profile, start: PerfModel) -> tuple[_Parameter, ...]:
         _Parameter("graph_j", 0.2, step_j),
         _Parameter("graph_seq_j", 0.5, m.graph_w * max(m.decode_seq_s, m.decode_s / 500)),
         _Parameter("prefill_attention_s", 0.5, m.prefill_token_s / 50_000),
+        _Parameter("frontend_seq_s", 1.0, _FRONTEND_SEQ_S),
     ]
     if m.host_slow > 0:
         free += [_Parameter("host_slow", 0.2, 1.0), _Parameter("host_slow_share", 0.3, 1.0)]
