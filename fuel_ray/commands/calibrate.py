@@ -24,7 +24,7 @@ from fuel_ray.sim.pack import Fidelity, Pack, PerfModel, load_pack, pack_fields,
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 from fuel_ray.sim.recorded import read_trace, trace_facts
 from fuel_ray.sim.replay import RecordedRun
-from fuel_ray.sim.trace_fit import fidelity, fidelity_table, leave_out, refine
+from fuel_ray.sim.trace_fit import WANDER, fidelity, fidelity_table, leave_out, refine, wander
 
 _FACTS = ("gpu_name", "model", "engine", "power_cap_w")  # of a trace's info
 
@@ -135,6 +135,12 @@ def _fitted(
         rows += leave_out(profile, runs, start=start)
     time, power, _ = errors(perf, profile.decode)
     print(fidelity_table(rows))
+    for name, run in runs.items():
+        if (spread := wander(run, perf)) > WANDER:
+            print(
+                f"{name}: from ten requests to the next TPOT over its prediction varies by {spread:.0%}: "
+                "the host's speed changes, and the mean of another short run will differ"
+            )
     print(f"fitted with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average")
     return perf, rows
 

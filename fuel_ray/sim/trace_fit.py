@@ -41,7 +41,8 @@ _ROUNDS, _LOOKS = 3, (0.1, -0.1, 0.3, -0.3)
 _FOLDS = 6  # fits with runs left out, at most
 _SLOW, _SLOW_SHARE = 0.3, 0.4  # where a fit of a host whose speed changes begins
 _FRONTEND_SEQ_S = 1e-4  # of tokens that leave one by one
-_WANDER, _LONG = 0.06, 30  # from which on it does, and tokens of the requests that tell
+WANDER = 0.06  # from which on it does
+_LONG = 30  # tokens of the requests that tell
 _HOST_BOUND = 1.15  # steps that take more than this times the shortest are the GPU's, if any are
 
 
@@ -55,7 +56,7 @@ def refine(profile: Profile, runs: Sequence[RecordedRun], *, start: PerfModel) -
     starts = [start, *_bound_by_host(profile, start)]
     fits = [_refined(profile, runs, start) for start in starts]
     best = min(fits, key=_cost)
-    if any(wander(run, best[1]) > _WANDER for run in runs):
+    if any(wander(run, best[1]) > WANDER for run in runs):
         fits.append(_refined(profile, runs, _with_slow_host(profile, best[1])))
     return min(fits, key=_cost)[1]
 
