@@ -144,14 +144,14 @@ def test_calibrate_with_traces_takes_the_server_from_them_and_keeps_their_errors
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = json.loads(Path(TRACES[0]).read_text())
-    raw["info"] |= {"gpu_name": "NVIDIA H100 80GB HBM3", "model": "Qwen3-8B", "power_cap_w": 650.0}
+    raw["info"] |= {"gpu_name": "NVIDIA H100 80GB HBM3", "model": "Qwen3-8B shape", "power_cap_w": 650.0}
     (tmp_path / "named.json").write_text(json.dumps(raw))
     profile = write_profile(tmp_path / "p.jsonl", load_pack("h100-qwen3-8b").perf)
     out = tmp_path / "mine.json"
     traces = (str(tmp_path / "named.json"), TRACES[1])
     calibrate.run(CalibrateConfig(profile=(profile,), traces=traces, name="mine", out=str(out)))
     pack = load_pack(str(out))
-    assert (pack.gpu_name, pack.model) == ("NVIDIA H100 80GB HBM3", "Qwen3-8B")
+    assert (pack.gpu_name, pack.model) == ("NVIDIA H100 80GB HBM3", "Qwen3-8B shape")
     assert pack.perf.constants.power_cap_w == 650.0
     assert pack.kv_tokens == raw["info"]["num_kv_blocks"] * raw["info"]["block_size"]
     assert [(row.trace, row.left_out) for row in pack.fidelity] == [
@@ -166,6 +166,19 @@ def test_without_a_name_of_the_gpu_calibrate_asks_for_it(tmp_path: Path) -> None
     profile = write_profile(tmp_path / "p.jsonl", small_model())
     with pytest.raises(ConfigError, match="--gpu"):
         calibrate.run(CalibrateConfig(profile=(profile,), name="mine", out=str(tmp_path / "mine.json")))
+
+
+@pytest.mark.parametrize(("key", "other"), [("gpu_name", "NVIDIA H200"), ("origin", "modelled, pack x")])
+def test_traces_of_several_servers_are_refused(tmp_path: Path, key: str, other: str) -> None:
+    raw, paths = json.loads(Path(TRACES[0]).read_text()), []
+    for value in ("NVIDIA H100" if key == "gpu_name" else "measured", other):
+        paths.append(tmp_path / f"{len(paths)}.json")
+        paths[-1].write_text(json.dumps(raw | {"info": raw["info"] | {key: value}}))
+    config = CalibrateConfig(
+        profile=("none",), traces=tuple(map(str, paths)), name="mine", out=str(tmp_path / "mine.json")
+    )
+    with pytest.raises(ConfigError, match=f"their {key} is .*{other}"):
+        calibrate.run(config)
 
 
 def test_errors_of_a_pack_that_say_something_else_are_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fuel_ray.sim.recorded import read_trace, trace_facts
 from fuel_ray.sim.replay import RecordedRun
 from fuel_ray.sim.trace_fit import WANDER, fidelity, fidelity_table, leave_out, refine, wander
 
-_FACTS = ("gpu_name", "model", "engine", "power_cap_w")  # of a trace's info
+_FACTS = ("gpu_name", "model", "engine", "power_cap_w", "origin")  # of a trace's info
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,43 @@ class _Server:
     gpu_name: str
     model: str
     engine: str
+    origin: str  # of the traces
     power_cap_w: float | None
     kv_tokens: int | None
 
 
 def _server(config: CalibrateConfig) -> _Server:
     runs = dict(zip(_names(config.traces), map(read_trace, config.traces), strict=True))
-    facts = [trace_facts(path) for path in config.traces]
-    told = {key: next((f[key] for f in facts if f.get(key)), None) for key in _FACTS}
+    flags = {"gpu_name": config.gpu, "model": config.model, "engine": config.engine}
+    told = _told(config.traces, given=[key for key, value in flags.items() if value])
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
         raise ConfigError("--gpu NAME is needed: no trace names the GPU")
     return _Server(
         runs,
-        gpu_name=str(gpu_name),
-        model=config.model or str(told["model"] or "unknown"),
-        engine=config.engine or str(told["engine"] or "vLLM"),
+        gpu_name=gpu_name,
+        model=config.model or told["model"] or "unknown",
+        engine=config.engine or told["engine"] or "vLLM",
+        origin=told["origin"] or "measured",
         power_cap_w=config.power_cap_w or (float(told["power_cap_w"]) if told["power_cap_w"] else None),
         kv_tokens=config.kv_tokens
         or max((run.num_kv_blocks * run.kv_block_size for run in runs.values()), default=None),
     )
+
+
+def _told(paths: Sequence[str], *, given: Sequence[str]) -> dict[str, Any]:
+    """What the traces say of their server, beside what flags have given; None where none says it.
+
+    Raises:
+        ConfigError: they are of several servers, or some measured and some modelled.
+    """
+    facts, told = [trace_facts(path) for path in paths], dict[str, Any]()
+    for key in _FACTS:
+        said = list(dict.fromkeys(str(f[key]) for f in facts if f.get(key)))
+        if len(said) > 1 and key not in given:
+            raise ConfigError(f"--traces: their {key} is {', '.join(said)}; a pack is of one server")
+        told[key] = said[0] if said else None
+    return told
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -185,7 +202,9 @@ def _pack(
         **pack_fields(perf),
         "measured": _rows(profile) + with_traces,
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
-        "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}"],
+        "sources": [
+            f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}; traces {server.origin}"
+        ],
         "fidelity": [asdict(row) for row in rows],
     }
 
