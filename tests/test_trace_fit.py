@@ -181,6 +181,14 @@ def test_traces_of_several_servers_are_refused(tmp_path: Path, key: str, other: 
         calibrate.run(config)
 
 
+def test_a_power_cap_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    raw, path = json.loads(Path(TRACES[0]).read_text()), tmp_path / "bad.json"
+    path.write_text(json.dumps(raw | {"info": raw["info"] | {"power_cap_w": "much"}}))
+    config = CalibrateConfig(profile=("none",), traces=(str(path),), gpu="H100", name="mine", out="mine.json")
+    with pytest.raises(ConfigError, match="power_cap_w is much"):
+        calibrate.run(config)
+
+
 def test_errors_of_a_pack_that_say_something_else_are_refused(tmp_path: Path) -> None:
     source = Path(calibrate.__file__).parents[1] / "sim" / "packs" / "h100-qwen3-8b.json"
     path = tmp_path / "pack.json"

@@ -24,6 +24,7 @@ from fuel_ray.sim.pack import Fidelity, Pack, PerfModel, load_pack, pack_fields,
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 from fuel_ray.sim.recorded import read_trace, trace_facts
 from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.rows import Row
 from fuel_ray.sim.trace_fit import WANDER, fidelity, fidelity_table, leave_out, refine, wander
 
 _FACTS = ("gpu_name", "model", "engine", "power_cap_w", "origin")  # of a trace's info
@@ -101,6 +102,7 @@ class _Server:
 def _server(config: CalibrateConfig) -> _Server:
     runs = dict(zip(_names(config.traces), map(read_trace, config.traces), strict=True))
     flags = {"gpu_name": config.gpu, "model": config.model, "engine": config.engine}
+    flags["power_cap_w"] = config.power_cap_w and str(config.power_cap_w)
     told = _told(config.traces, given=[key for key, value in flags.items() if value])
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
@@ -111,7 +113,7 @@ def _server(config: CalibrateConfig) -> _Server:
         model=config.model or told["model"] or "unknown",
         engine=config.engine or told["engine"] or "vLLM",
         origin=told["origin"] or "measured",
-        power_cap_w=config.power_cap_w or (float(told["power_cap_w"]) if told["power_cap_w"] else None),
+        power_cap_w=config.power_cap_w or told["power_cap_w"],
         kv_tokens=config.kv_tokens
         or max((run.num_kv_blocks * run.kv_block_size for run in runs.values()), default=None),
     )
@@ -123,13 +125,20 @@ def _told(paths: Sequence[str], *, given: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: they are of several servers, or some measured and some modelled.
     """
-    facts, told = [trace_facts(path) for path in paths], dict[str, Any]()
+    rows, told = [Row(trace_facts(path), f"trace {path}: info") for path in paths], dict[str, Any]()
     for key in _FACTS:
-        said = list(dict.fromkeys(str(f[key]) for f in facts if f.get(key)))
+        read = Row.number if key.endswith("_w") else _text
+        said = list(dict.fromkeys(read(row, key) for row in rows if row.values.get(key) is not None))
         if len(said) > 1 and key not in given:
-            raise ConfigError(f"--traces: their {key} is {', '.join(said)}; a pack is of one server")
+            raise ConfigError(
+                f"--traces: their {key} is {', '.join(map(str, said))}; a pack is of one server"
+            )
         told[key] = said[0] if said else None
     return told
+
+
+def _text(row: Row, key: str) -> str:
+    return str(row.values[key])
 
 
 def _names(paths: Sequence[str]) -> list[str]:
