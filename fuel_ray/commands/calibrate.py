@@ -101,9 +101,8 @@ class _Server:
 
 def _server(config: CalibrateConfig) -> _Server:
     runs = dict(zip(_names(config.traces), map(read_trace, config.traces), strict=True))
-    flags = {"gpu_name": config.gpu, "model": config.model, "engine": config.engine}
-    flags["power_cap_w"] = config.power_cap_w and str(config.power_cap_w)
-    told = _told(config.traces, given=[key for key, value in flags.items() if value])
+    flags = (config.gpu, config.model, config.engine, config.power_cap_w, None)
+    told = _told(config.traces, given=[key for key, value in zip(_FACTS, flags, strict=True) if value])
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
         raise ConfigError("--gpu NAME is needed: no trace names the GPU")
@@ -130,9 +129,8 @@ def _told(paths: Sequence[str], *, given: Sequence[str]) -> dict[str, Any]:
         read = Row.number if key.endswith("_w") else _text
         said = list(dict.fromkeys(read(row, key) for row in rows if row.values.get(key) is not None))
         if len(said) > 1 and key not in given:
-            raise ConfigError(
-                f"--traces: their {key} is {', '.join(map(str, said))}; a pack is of one server"
-            )
+            differ = ", ".join(map(str, said))
+            raise ConfigError(f"--traces: their {key} is {differ}; a pack is of one server")
         told[key] = said[0] if said else None
     return told
 
