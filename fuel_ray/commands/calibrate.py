@@ -154,6 +154,7 @@ def _fitted(
         print(table(leave_one_out(profile, base=base)))
         return start, []
     perf = refine(profile, list(runs.values()), start=start)
+    perf = perf.replace(**pack_fields(perf)["perf"])  # as the file will have it: replays are sensitive
     rows = [fidelity(name, run, perf, left_out=False) for name, run in runs.items()]
     if len(runs) > 1:
         rows += leave_out(profile, runs, start=start)
@@ -196,6 +197,7 @@ def _pack(
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         limits[name] = max((getattr(run, name) for run in runs.values()), default=limits[name])
     requests = sum(len(run.requests) for run in runs.values())
+    of_traces = f"; traces {server.origin}" if runs else ""
     with_traces = f"; {len(runs)} traces of {requests} requests: {', '.join(runs)}" if runs else ""
     return {
         "name": config.name,
@@ -209,9 +211,7 @@ def _pack(
         **pack_fields(perf),
         "measured": _rows(profile) + with_traces,
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
-        "sources": [
-            f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}; traces {server.origin}"
-        ],
+        "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}{of_traces}"],
         "fidelity": [asdict(row) for row in rows],
     }
 
