@@ -20,15 +20,17 @@ from fuel_ray.sim.calibrate import (
     with_clock_axis,
     without_outliers,
 )
+from fuel_ray.sim.doubts import run_doubts
 from fuel_ray.sim.fidelity import Fidelity, fidelity_table
 from fuel_ray.sim.nearest import nearest_pack, same_architecture
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 from fuel_ray.sim.recorded import read_trace, trace_facts
 from fuel_ray.sim.replay import RecordedRun
-from fuel_ray.sim.trace_fit import fidelity, leave_out, refine
+from fuel_ray.sim.rows import Row
+from fuel_ray.sim.trace_fit import WANDER, fidelity, leave_out, refine, wander
 
-_FACTS = ("gpu_name", "model", "engine", "power_cap_w")  # of a trace's info
+_FACTS = ("gpu_name", "model", "engine", "power_cap_w", "origin")  # of a trace's info
 
 
 @dataclass(frozen=True)
@@ -94,26 +96,52 @@ class _Server:
     gpu_name: str
     model: str
     engine: str
+    origin: str  # of the traces
     power_cap_w: float | None
     kv_tokens: int | None
 
 
 def _server(config: CalibrateConfig) -> _Server:
     runs = dict(zip(_names(config.traces), map(read_trace, config.traces), strict=True))
-    facts = [trace_facts(path) for path in config.traces]
-    told = {key: next((f[key] for f in facts if f.get(key)), None) for key in _FACTS}
+    flags = (config.gpu, config.model, config.engine, config.power_cap_w, None)
+    for name, run in runs.items():
+        for line in run_doubts(run):
+            print(f"{name}: {line}")
+    told = _told(config.traces, given=[key for key, value in zip(_FACTS, flags, strict=True) if value])
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
         raise ConfigError("--gpu NAME is needed: no trace names the GPU")
     return _Server(
         runs,
-        gpu_name=str(gpu_name),
-        model=config.model or str(told["model"] or "unknown"),
-        engine=config.engine or str(told["engine"] or "vLLM"),
-        power_cap_w=config.power_cap_w or (float(told["power_cap_w"]) if told["power_cap_w"] else None),
+        gpu_name=gpu_name,
+        model=config.model or told["model"] or "unknown",
+        engine=config.engine or told["engine"] or "vLLM",
+        origin=told["origin"] or "measured",
+        power_cap_w=config.power_cap_w or told["power_cap_w"],
         kv_tokens=config.kv_tokens
         or max((run.num_kv_blocks * run.kv_block_size for run in runs.values()), default=None),
     )
+
+
+def _told(paths: Sequence[str], *, given: Sequence[str]) -> dict[str, Any]:
+    """What the traces say of their server, beside what flags have given; None where none says it.
+
+    Raises:
+        ConfigError: they are of several servers, or some measured and some modelled.
+    """
+    rows, told = [Row(trace_facts(path), f"trace {path}: info") for path in paths], dict[str, Any]()
+    for key in _FACTS:
+        read = Row.number if key.endswith("_w") else _text
+        said = list(dict.fromkeys(read(row, key) for row in rows if row.values.get(key) is not None))
+        if len(said) > 1 and key not in given:
+            differ = ", ".join(map(str, said))
+            raise ConfigError(f"--traces: their {key} is {differ}; a pack is of one server")
+        told[key] = said[0] if said else None
+    return told
+
+
+def _text(row: Row, key: str) -> str:
+    return str(row.values[key])
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -131,14 +159,19 @@ def _fitted(
         print(table(leave_one_out(profile, base=base)))
         return start, []
     perf = refine(profile, list(runs.values()), start=start)
+    perf = perf.replace(**pack_fields(perf)["perf"])  # as the file will have it: replays are sensitive
     rows = [fidelity(name, run, perf, left_out=False) for name, run in runs.items()]
     if len(runs) > 1:
         rows += leave_out(profile, runs, start=start)
     time, power, _ = errors(perf, profile.decode)
     print(fidelity_table(rows))
-    print(
-        f"fitted together with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average"
-    )
+    for name, run in runs.items():
+        if (spread := wander(run, perf)) > WANDER:
+            print(
+                f"{name}: from ten requests to the next TPOT over its prediction varies by {spread:.0%}: "
+                "the host's speed changes, and the mean of another short run will differ"
+            )
+    print(f"fitted with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average")
     return perf, rows
 
 
@@ -169,6 +202,7 @@ def _pack(
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         limits[name] = max((getattr(run, name) for run in runs.values()), default=limits[name])
     requests = sum(len(run.requests) for run in runs.values())
+    of_traces = f"; traces {server.origin}" if runs else ""
     with_traces = f"; {len(runs)} traces of {requests} requests: {', '.join(runs)}" if runs else ""
     return {
         "name": config.name,
@@ -183,7 +217,7 @@ def _pack(
         **({"clock_axis_from": shape.clock_axis_from or shape.name} if profiled < AXIS_CLOCKS else {}),
         "measured": _rows(profile) + with_traces,
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
-        "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}"],
+        "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}{of_traces}"],
         "fidelity": [asdict(row) for row in rows],
     }
 

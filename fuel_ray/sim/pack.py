@@ -68,6 +68,11 @@ class Constants(NamedTuple):
     busy_cpu_util: float
     idle_cpu_w: float
     busy_cpu_w: float
+    # What older packs do not have: tokens of a step leave one by one, the newest request's last, and a host's
+    # speed may change for a thousand steps at a time
+    frontend_seq_s: float = 0.0  # by token of the step, beside frontend_out_s
+    host_slow: float = 0.0  # by which share launches then take longer
+    host_slow_share: float = 0.0  # of the steps
 
 
 _CONSTANTS = frozenset(Constants._fields)
@@ -322,7 +327,7 @@ def _variant(raw: dict[str, Any], name: str) -> PerfModel:
 def _perf(raw: dict[str, Any], variant: dict[str, Any]) -> PerfModel:
     """The model under an axis, whose entries replace those of the nominal one."""
     tables = raw["clock_axis"] | variant.get("clock_axis", {})
-    constants = raw["perf"] | variant.get("perf", {})
+    constants = Constants._field_defaults | raw["perf"] | variant.get("perf", {})
     unknown = {*variant} - {"clock_axis", "perf"} | {*tables} - {*AXIS_TABLES} | {*constants} - _CONSTANTS
     if unknown:
         raise ValueError(f"it has no such entry: {', '.join(sorted(unknown))}")

@@ -256,7 +256,7 @@ def _complete_step(s: State, m: Constants) -> None:
     buffer = 1 - s.count[BUFFER]
     s.count[ON_GPU] = 0
     s.count[OUTPUT_TOKENS] += s.step[buffer, TOKENS_OUT]
-    delivered_s = s.clock[NOW] + m.frontend_out_s
+    delivered_s = s.clock[NOW] + m.frontend_out_s + m.frontend_seq_s * s.step[buffer, TOKENS_OUT]
     for k in range(s.step[buffer, EVENTS]):
         r = s.event[buffer, k] >> 2
         if s.event[buffer, k] & FIRST_EVENT:
