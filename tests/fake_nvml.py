@@ -14,6 +14,7 @@ class FakeGpu:
     uuid: str = "GPU-0"
     name: str = "NVIDIA H100 80GB HBM3"
     power_mw: int = 400_000
+    power_limit_mw: int = 700_000
     energy_mj: int | None = 5_000_000  # None: no counter
     gpu_percent: int = 90
     memory_percent: int = 40
@@ -121,6 +122,9 @@ class FakeNvml:
 
     def nvmlDeviceGetPowerUsage(self, gpu):  # noqa: N802
         return self._alive(gpu).power_mw
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, gpu):  # noqa: N802
+        return self._alive(gpu).power_limit_mw
 
     def nvmlDeviceGetTotalEnergyConsumption(self, gpu):  # noqa: N802
         gpu.calls.append("energy")

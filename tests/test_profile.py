@@ -1,25 +1,41 @@
 """Profiling a node: what is measured on the twin leads calibrate back to the twin."""
 
+import contextlib
+import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fuel_ray.build import probing
 from fuel_ray.cli import main
-from fuel_ray.commands import profile as verb
 from fuel_ray.errors import GpuError
+from fuel_ray.sim.loads import LOAD_S, TRACES, Server, chat, mixed
+from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.recorded import read_trace
+from fuel_ray.sim.replay import measured_figures, predicted_figures, relative_errors
 
 DATA = Path(__file__).parent / "data"
-CLOCKS = ("1980", "1740", "1500", "1245", "990")
+CLOCKS = (1980, 1845, 1695, 1560, 1410, 1275, 1125, 990)
+SMALL = ("--clocks-mhz", "1980", "--contexts", "128", "--prompts", "128", "2048")
+PROGRESS = re.compile(r"^(\d+)/(\d+)  ([\d.]+) of about ([\d.]+) min", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profile")
-    assert main(["profile", "--out", str(folder), "--clocks-mhz", *CLOCKS]) == 0
+def profiled(tmp_path_factory):
+    folder, said = tmp_path_factory.mktemp("profile"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(["profile", "--out", str(folder)]) == 0
     (path,) = folder.glob("profile-*/profile.jsonl")
-    return path
+    return path, said.getvalue()
+
+
+@pytest.fixture
+def profile(profiled):
+    return profiled[0]
 
 
 def test_a_pack_calibrated_to_a_profile_of_the_twin_is_the_twin(profile, tmp_path, capsys):
@@ -28,7 +44,7 @@ def test_a_pack_calibrated_to_a_profile_of_the_twin_is_the_twin(profile, tmp_pat
     assert main(["calibrate", "--profile", str(profile), *flags]) == 0
     assert "dropped" not in capsys.readouterr().out
     twin, again = load_pack("h100-qwen3-8b").perf, load_pack(str(out)).perf
-    for clock_mhz in map(int, CLOCKS):
+    for clock_mhz in CLOCKS:
         for n in (1, 8, 32, 96):
             expected_s, expected_w, _ = twin.step_cost(n, n * 700, 0, clock_mhz)
             step_s, power_w, _ = again.step_cost(n, n * 700, 0, clock_mhz)
@@ -40,7 +56,7 @@ def test_a_profile_says_where_it_was_taken(profile):
     rows = [json.loads(line) for line in profile.read_text().splitlines()]
     run = json.loads((profile.parent / "run.json").read_text())
     assert run["origin"] == "modelled, pack h100-qwen3-8b"
-    assert {row["clock_mhz"] for row in rows} == set(map(int, CLOCKS))
+    assert {row["clock_mhz"] for row in rows} == set(CLOCKS)
     assert {row["phase"] for row in rows} == {"idle", "decode", "prefill", "prefill_sustained"}
     lower, higher = ([r for r in rows if r["phase"] == "decode" and r["clock_mhz"] == c] for c in (990, 1980))
     assert all(
@@ -71,15 +87,15 @@ def test_the_twin_tells_what_another_h100_was_measured_to_do():
 
 
 def test_points_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch, tmp_path, capsys):
-    build, built = verb.build_loop, []
+    build, built = probing.build_loop, []
 
     def failing(*arguments, **named):
         built.append(named["workload"])
-        if len(built) == 4:
+        if len(built) == 5:
             raise GpuError("cannot read the power of GPU GPU-0: the GPU is lost")
         return build(*arguments, **named)
 
-    monkeypatch.setattr(verb, "build_loop", failing)
+    monkeypatch.setattr(probing, "build_loop", failing)
     assert main(["profile", "--clocks-mhz", "1980", "--out", str(tmp_path)]) == 2
     (path,) = tmp_path.glob("profile-*/profile.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -87,3 +103,120 @@ def test_points_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch,
     assert json.loads((path.parent / "run.json").read_text())["partial"]
     found = capsys.readouterr()
     assert f"ended early, 3 points are kept in {path}" in found.out and "the GPU is lost" in found.err
+
+
+def test_a_profile_says_how_long_it_takes_and_keeps_to_it(profiled):
+    """Virtual seconds, and what lies between two points on a real server: 6 min a clock, 30 for eight."""
+    said = profiled[1]
+    n, about = re.match(r"(\d+) points at 8 clocks: about ([\d.]+) min", said).groups()
+    lines = [[float(word) for word in found] for found in PROGRESS.findall(said)]
+    assert [line[0] for line in lines] == list(range(1, int(n) + 1))
+    assert lines[-1][2] == lines[-1][3] == pytest.approx(float(about), rel=0.15) and lines[-1][2] < 30
+    (first,) = (line for line in said.splitlines() if " 1980 MHz  load-high" in line)
+    assert float(PROGRESS.match(first).group(3)) < 6
+
+
+def test_the_twin_replays_the_traces_of_a_profile_of_itself(profile):
+    traces = {path.stem: path for path in (profile.parent / "traces").iterdir()}
+    lower = {f"{name}-{mhz}" for name in ("mixed-few", "mixed-many", "load-high") for mhz in (1410, 990)}
+    assert set(traces) == {f"{name}-1980" for name in TRACES} | lower
+    pack = load_pack("h100-qwen3-8b")
+    for name, path in traces.items():
+        run, info = read_trace(str(path)), json.loads(path.read_text())["info"]
+        assert info["origin"] == "modelled, pack h100-qwen3-8b" and {"workload", "seed", "date"} <= set(info)
+        assert run.clock_schedule[-1][1] == info["clock_mhz"] and info["horizon_s"] < LOAD_S + 2
+        errors = relative_errors(predicted_figures(run, pack), measured_figures(run))
+        assert abs(errors["energy"]) < 0.03 and abs(errors["tpot_mean"]) < 0.05, (name, errors)
+
+
+def _changed(monkeypatch, **changes):
+    """All windows with these changes, which are functions of the window."""
+    measure = SimulatedNode.measure
+
+    def other(node, duration_s):
+        window = measure(node, duration_s)
+        return replace(window, **{name: of(window) for name, of in changes.items()})
+
+    monkeypatch.setattr(SimulatedNode, "measure", other)
+
+
+def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tmp_path, capsys):
+    build, built = probing.build_loop, []
+
+    def stopped(*arguments, **named):
+        built.append(named["workload"])
+        if len(built) == 5:
+            raise KeyboardInterrupt
+        return build(*arguments, **named)
+
+    monkeypatch.setattr(probing, "build_loop", stopped)
+    flags = [*SMALL, "--batches", "1", "4", "--out", str(tmp_path)]
+    assert main(["profile", *flags]) == 130
+    (folder,) = tmp_path.glob("profile-*")
+    assert f"to go on: fuel-ray profile --resume {folder}" in capsys.readouterr().out
+    with (folder / "profile.jsonl").open("a") as file:
+        file.write('{"phase": "pre')
+    assert main(["profile", "--resume", str(folder), "--batches", "1", "8"]) == 2
+    assert "that run has batches = (1, 4)" in capsys.readouterr().err
+    assert main(["profile", "--resume", str(folder), "--batches", "1", "4"]) == 0
+    assert re.search(r"11 points more than the 3 that are there at 1 clock: about", capsys.readouterr().out)
+    names = [json.loads(line)["point"] for line in (folder / "profile.jsonl").read_text().splitlines()]
+    assert names == [
+        "idle",
+        "decode-1x128",
+        "decode-4x128",
+        "prefill-128",
+        "prefill-2048",
+        "prefill_sustained-2048",
+    ]
+    assert len(built) == 5 + 11 and not json.loads((folder / "run.json").read_text())["partial"]
+    assert len(list((folder / "traces").iterdir())) == len(TRACES)
+
+
+def test_another_load_on_the_server_ends_a_profile_and_is_said(monkeypatch, tmp_path, capsys):
+    _changed(monkeypatch, running=lambda w: w.running + 3, output_tokens=lambda w: w.output_tokens + 9)
+    assert main(["profile", *SMALL, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "another load is on the server: at least 3 requests that are not the profile's" in said.err
+
+
+def test_prompts_of_somebody_else_are_noticed_though_they_never_wait(monkeypatch, tmp_path, capsys):
+    _changed(monkeypatch, prompt_tokens=lambda w: w.prompt_tokens + 70 * (w.completed > 0))
+    assert main(["profile", *SMALL, "--batches", "1", "--out", str(tmp_path)]) == 2
+    assert "70 prompt tokens that are not the profile's; stop it" in capsys.readouterr().err
+
+
+def test_rows_with_hits_in_the_prefix_cache_are_refused(monkeypatch, tmp_path, capsys):
+    _changed(monkeypatch, prefix_hit_rate=lambda w: 0.4 if w.running else None)
+    flags = ["--batches", "1", "--no-traces", "--out", str(tmp_path)]
+    assert main(["profile", *SMALL, *flags]) == 2
+    said = capsys.readouterr()
+    assert "skipped: prompts were found in the prefix cache" in said.out
+    assert "no requests that decode could be measured" in said.err
+
+
+def test_what_the_server_cannot_take_is_left_out_and_said(tmp_path, capsys):
+    flags = ["--kv-tokens", "2000", "--clocks-mhz", "1980", "--batches", "1", "--out", str(tmp_path)]
+    assert main(["profile", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "left out: prompts of 4096 tokens: the server takes" in said and "load-high: " in said
+    assert main(["profile", *flags, "--kv-tokens", "200"]) == 2
+    assert "a profile needs at least 256 of both" in capsys.readouterr().err
+
+
+SERVER = Server((1980,), max_num_seqs=128, max_model_len=8192, kv_tokens=400_000, max_num_batched_tokens=8192)
+
+
+def test_a_load_is_no_faster_than_the_client_bears():
+    rows = [
+        {"phase": "decode", "b": n, "itl": 0.002 + n * 2e-5, "client_s": 80e-6}
+        for n in (1, 8, 16, 32, 64, 128)
+    ]
+    rows.append({"phase": "prefill", "n_in": 2048, "ttft_p50": 0.03})
+    load = chat(rows, begin_s=0.1, server=SERVER, share=0.65)
+    (rate_rps,) = re.findall(r"\+([\d.]+)@", load.workload)
+    assert (
+        float(rate_rps) * 220 == pytest.approx(6_250, rel=0.01) and "the client would be what is" in load.note
+    )
+    assert not chat(rows, begin_s=0.1, server=SERVER, share=0.05).note
+    assert "*8+" in mixed(rows, begin_s=0.1, server=SERVER, most=48).workload  # 16 / 2.3 ms are too many

@@ -141,6 +141,14 @@ def test_lengths_stay_within_their_limits():
     assert requests.prompt_tokens.mean() == pytest.approx(512, rel=0.03)
 
 
+def test_listed_requests_come_as_they_are_written_and_once():
+    requests = generate("listed:requests=2.5@1024/4+0@128/500*2", 60)
+    assert list(requests.arrival_s) == [0, 0, 2.5] and list(requests.prompt_tokens) == [128, 128, 1024]
+    assert (
+        list(requests.output_tokens) == [500, 500, 4] and len(generate("listed:requests=0@1/1+3@1/1", 3)) == 1
+    )
+
+
 def test_fixed_lengths_are_all_equal():
     requests = generate("steady:lengths=fixed,prompt_mean=100,output_mean=7", 20)
     assert set(requests.prompt_tokens) == {100} and set(requests.output_tokens) == {7}
@@ -330,6 +338,8 @@ def test_a_replay_caps_prompts_and_their_prefixes(tmp_path):
         ("piecewise:rates=2@60+x@30", "'x@30'"),
         ("piecewise:rates=2", "'2'"),
         ("piecewise:rates=0@60", "all 0"),
+        ("listed:requests=0@5/0", "requests has '0@5/0'"),
+        ("listed", "SECOND@PROMPT_TOKENS"),
         ("azure", "path=FILE"),
         ("azure:path=/no/such/file", "/no/such/file"),
         ("azure-conv:lengths=fixed", "one of rate_scale, max_prompt_tokens"),

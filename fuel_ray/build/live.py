@@ -74,11 +74,8 @@ class LiveServer:
 
     def facts(self) -> tuple[NodeSpec, str]:
         """What its nodes are, and the engine's name and version."""
-        server = server_endpoint(self.config.live)
-        with _gpus(self.config) as gpus, contextlib.closing(MetricsClient(server)) as client:
-            blocks = _num_kv_blocks(client, self._kv_block_size)
-            spec = _spec(self.config, self._kv_block_size, gpus, num_kv_blocks=blocks)
-        return spec, f"vllm {server_version(server) or 'of an unknown version'}"
+        spec, engine, _ = server_facts(self.config, self._kv_block_size)
+        return spec, engine
 
     def revive(self) -> None:
         """Start the server again if it was started here and has died.
@@ -132,6 +129,19 @@ def live_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     """
     with _gpus(config) as gpus:
         return _spec(config, kv_block_size, gpus, num_kv_blocks=None)
+
+
+def server_facts(config: ServingConfig, kv_block_size: int) -> tuple[NodeSpec, str, int | None]:
+    """A running server's node, its engine and version, and its max_model_len where it says it.
+
+    Raises:
+        NodeError: it does not answer.
+    """
+    server, live = server_endpoint(config.live), config.live
+    with _gpus(config) as gpus, contextlib.closing(MetricsClient(server)) as client:
+        spec = _spec(config, kv_block_size, gpus, num_kv_blocks=_num_kv_blocks(client, kv_block_size))
+    model = served_model(server, name=live.served_model, like=live.model)
+    return spec, f"vllm {server_version(server) or 'of an unknown version'}", model.max_model_len
 
 
 def server_endpoint(live: LiveConfig) -> Endpoint:

@@ -2,27 +2,33 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fuel_ray.build.nodes import build_loop, build_spec, served
+from fuel_ray.address import flag_value
+from fuel_ray.build.live import server_facts
+from fuel_ray.build.nodes import build_spec, served
+from fuel_ray.build.probing import Probe, probe
 from fuel_ray.config import ServingConfig, to_dict
-from fuel_ray.control import ControlLoop
 from fuel_ray.disk import write_or_keep
-from fuel_ray.errors import ConfigError
-from fuel_ray.flags import parse_serving
-from fuel_ray.record import StepLog, new_folder, origin, write_json
-from fuel_ray.sim.profile import LONGEST_S, points, spread
-from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
+from fuel_ray.errors import ConfigError, NodeError
+from fuel_ray.flags import parse_serving, resumed, value_of
+from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json, write_json, write_lines
+from fuel_ray.sim.loads import Server
+from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.points import CHANGE_S, WARM_UP, Lengths, Point, all_points, fitting, spread, warm_up
+from fuel_ray.sim.recorded import trace_text
+from fuel_ray.types import NodeSpec
+
+_SHORTEST = 256  # max_model_len, below which there is no window of requests that decode
 
 
 @dataclass(frozen=True)
 class ProfileConfig(ServingConfig):
-    """Measure decode steps, prefills and idle power of a node, for `fuel-ray calibrate`."""
+    """Measure decode steps, prefills, idle power and short loads of a node, for `fuel-ray calibrate`."""
 
     kv_tokens: int | None = None
     """Size of the KV pool in tokens, of a server that is started too; None: the pack's or server's own."""
@@ -41,10 +47,18 @@ class ProfileConfig(ServingConfig):
     the server's --max-model-len."""
     windows: int = 3
     """Windows of 1 s per decode point."""
+    traces: bool = True
+    """Record loads as traces too: mixed steps, short prompts, many streams, chat at two rates."""
+    max_num_batched_tokens: int | None = None
+    """Of the server, for the traces, as vllm serve has it; None: the pack's."""
+    resume: Path | None = None
+    """Folder of an interrupted profile to go on with."""
 
 
 def parse(argv: list[str], *, prog: str) -> ProfileConfig:
-    """Settings from flags."""
+    """Settings from flags; with --resume, those of that profile, which flags may repeat but not change."""
+    if folder := value_of(argv, "--resume"):
+        return resumed(Path(folder), argv, prog=prog, base=ProfileConfig(), may_change=())
     config = parse_serving(ProfileConfig, argv, prog=prog, default=ProfileConfig())
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a profile is of one server, give one block size")
@@ -58,34 +72,185 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
 
 
 def run(config: ProfileConfig) -> int:
-    """Print a line per point as it is measured, and write profile.jsonl; what there is when stopped stays."""
-    size = config.block_sizes[0]
-    run_dir = new_folder(config.out, "profile")
-    source = "measured" if config.live_server else f"modelled, pack {config.pack}"
-    facts = {**origin("profile"), "config": to_dict(config), "origin": source, "partial": True}
+    """Print a line per point, and write its row or its trace; what there is when stopped stays."""
+    run_dir = config.resume or new_folder(config.out, "profile")
+    facts = _facts(config)
     path = run_dir / "profile.jsonl"
-    with _kept_lines(path) as keep, served(replace(config, out=run_dir), size) as there:
-        spec = build_spec(there, size)
-        facts |= {"gpu_name": spec.gpu_name, "model": spec.model}
+    make_folder(run_dir / "traces")
+    rows = _rows_of(path)
+    with (
+        _kept_lines(path, rows) as keep,
+        served(replace(config, out=run_dir), config.block_sizes[0]) as there,
+    ):
+        spec, engine, server = _server(there)
+        traces = there.traces and spec.num_kv_blocks is not None
+        if traces != there.traces:
+            print("no traces: the server's /metrics does not tell its number of KV blocks")
+        _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
         write_json(run_dir / "run.json", facts)
-        for row in _rows(there, spec):
-            print(" ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
-            keep(json.dumps(row))
+        of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
+        for point, found in _probes(replace(there, traces=traces), server, rows, run_dir):
+            if found.row is not None:
+                keep(json.dumps(found.row))
+            if found.trace is not None:
+                text = trace_text(found.trace, **found.facts, **of, clock_mhz=point.clock_mhz)
+                write_or_keep(run_dir / "traces", {_trace_name(point): text})
+    if not any(row["phase"] == "decode" for row in rows):
+        raise NodeError(f"no requests that decode could be measured: see above; {path} is of no use")
     write_json(run_dir / "run.json", {**facts, "partial": False})
-    print(
-        f"\nwrote {path}; next: fuel-ray calibrate --profile {path} --name NAME --gpu {spec.gpu_name!r} ..."
-    )
+    _say_next(run_dir, spec)
     return 0
 
 
+def _say_next(run_dir: Path, spec: NodeSpec) -> None:
+    path, traces = run_dir / "profile.jsonl", sorted((run_dir / "traces").glob("*.json"))
+    and_traces = f" --traces {run_dir}/traces/*.json" if traces else ""
+    print(
+        f"\nwrote {path} and {len(traces)} traces; next: fuel-ray calibrate --profile {path}{and_traces} "
+        f"--name NAME --gpu {spec.gpu_name!r} ..."
+    )
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a profile that was interrupted; a torn last line is taken out of the file."""
+    if not path.exists():
+        return []
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if torn:
+        write_lines(path, lines)
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ConfigError(f"--resume: {path} is not JSON lines: {error}") from error
+
+
+def _facts(config: ProfileConfig) -> dict[str, Any]:
+    """What run.json says, of an interrupted profile what it said."""
+    if config.resume is not None:
+        return dict(read_json(config.resume / "run.json"))
+    source = "measured" if config.live_server else f"modelled, pack {config.pack}"
+    return {**origin("profile"), "config": to_dict(config), "origin": source, "partial": True}
+
+
+def _add(facts: dict[str, Any], config: ProfileConfig, **found: str) -> None:
+    """Raises ConfigError where the profile that goes on is of something else."""
+    for name, value in found.items():
+        if facts.setdefault(name, value) != value:
+            raise ConfigError(f"--resume {config.resume}: it is of {name} {facts[name]}, not {value}")
+
+
+def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
+    """The node, its engine, and what bounds its loads.
+
+    Raises:
+        ConfigError: its max_model_len is too small for a profile.
+    """
+    size, pack = config.block_sizes[0], load_pack(config.pack)
+    if config.live_server:
+        spec, engine, longest = server_facts(config, size)
+    else:
+        spec, engine, longest = build_spec(config, size), pack.engine, pack.max_model_len
+    server = Server(
+        clocks_mhz=spec.gpu_clocks_mhz,
+        max_num_seqs=spec.batch_limits[-1],
+        max_model_len=longest or pack.max_model_len,
+        kv_tokens=((spec.num_kv_blocks or 0) - 1) * size if spec.num_kv_blocks else pack.kv_tokens,
+        max_num_batched_tokens=_batched_tokens(config) or pack.max_num_batched_tokens,
+    )
+    if min(server.max_model_len, server.kv_tokens) < _SHORTEST:
+        found = f"max_model_len {server.max_model_len}, KV pool {server.kv_tokens} tokens"
+        raise ConfigError(f"{spec.name}: {found}: a profile needs at least {_SHORTEST} of both")
+    return spec, engine, server
+
+
+def _batched_tokens(config: ProfileConfig) -> int | None:
+    """What the settings say of it: a server does not tell."""
+    flag = flag_value(shlex.split(config.live.flags), "--max-num-batched-tokens") or ""
+    return config.max_num_batched_tokens or (int(flag) if flag.isdigit() else None)
+
+
+def _probes(
+    config: ProfileConfig, server: Server, rows: list[dict[str, Any]], run_dir: Path
+) -> Iterator[tuple[Point, Probe]]:
+    """Measure the points that are missing, with a line for each, and ``rows`` grown by them."""
+    lengths = Lengths(config.batches, config.contexts, config.prompts, config.output_tokens, config.windows)
+    lengths, left_out = fitting(lengths, server)
+    for what in left_out:
+        print(f"left out: {what}", flush=True)
+    if config.live_server and config.traces and not _batched_tokens(config):
+        n = server.max_num_batched_tokens
+        print(f"the server's --max-num-batched-tokens is taken as {n}, the pack's: give it if it is not")
+    token_s = load_pack(config.pack).perf.constants.prefill_token_s
+    clocks_mhz = config.clocks_mhz or spread(server.clocks_mhz)
+    plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
+    missing = [point for point in plan if not _is_there(point, rows, run_dir)]
+    first = [warm_up(missing[0].clock_mhz, lengths, server)] if missing else []
+    progress = _Progress([*first, *missing])
+    progress.begin(len(plan) - len(missing), len(clocks_mhz))
+    for point in progress.points:
+        of_clock = [row for row in rows if row["clock_mhz"] == point.clock_mhz]
+        found = probe(config, point, of_clock, server=server)
+        progress.measured(point, found)
+        if point.name != WARM_UP:
+            rows += [found.row] if found.row is not None else []
+            yield point, found
+
+
+def _trace_name(point: Point) -> str:
+    return f"{point.name}-{point.clock_mhz}.json"
+
+
+def _is_there(point: Point, rows: Sequence[dict[str, Any]], run_dir: Path) -> bool:
+    if point.is_trace:
+        return (run_dir / "traces" / _trace_name(point)).exists()
+    return any((row.get("clock_mhz"), row.get("point")) == (point.clock_mhz, point.name) for row in rows)
+
+
+class _Progress:
+    """Says how long it will take before it begins, and at each point what is left."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.points = tuple(points)
+        self._done, self._spent_s, self._expected_s = 0, 0.0, 0.0
+
+    def begin(self, there: int, clocks: int) -> None:
+        """Before the first point; others may be there already."""
+        more = f" more than the {there} that are there" if there else ""
+        points = f"{len(self.points)} points{more} at {clocks} clock{'s' * (clocks > 1)}"
+        print(f"{points}: about {self._left_s() / 60:.1f} min", flush=True)
+
+    def measured(self, point: Point, found: Probe) -> None:
+        """After each point."""
+        self._done += 1
+        self._spent_s += found.spent_s
+        self._expected_s += point.expected_s + CHANGE_S
+        whole_s = self._spent_s + self._left_s() * min(max(self._spent_s / self._expected_s, 0.5), 3.0)
+        line = f"{self._done}/{len(self.points)}  {self._spent_s / 60:.1f} of about {whole_s / 60:.1f} min"
+        print(f"{line}  {point.clock_mhz} MHz  {_told(point, found)}", flush=True)
+        if found.note:
+            print(f"  {found.note}", flush=True)
+
+    def _left_s(self) -> float:
+        return sum(point.expected_s + CHANGE_S for point in self.points[self._done :])
+
+
+def _told(point: Point, found: Probe) -> str:
+    if found.row is not None:
+        figures = {k: v for k, v in found.row.items() if k not in ("clock_mhz", "point", "client_s")}
+        return " ".join(f"{key}={_short(value)}" for key, value in figures.items())
+    if found.trace is not None:
+        return f"{point.name}: {len(found.trace.requests)} requests, {found.trace.duration_s:.0f} s"
+    return f"skipped: {found.refused}"
+
+
 @contextlib.contextmanager
-def _kept_lines(path: Path) -> Iterator[Callable[[str], None]]:
-    """Takes lines, which are in the file at once, and whole; where there is no room, elsewhere in the end.
+def _kept_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Callable[[str], None]]:
+    """Takes lines for the file of ``rows``, there at once, and whole; without room, elsewhere in the end.
 
     Raises:
         DiskError: they are elsewhere.
     """
-    log, lines, whole = StepLog(path), list[str](), False
+    log, lines, whole = StepLog(path), [json.dumps(row) for row in rows], False
 
     def keep(line: str) -> None:
         lines.append(line)
@@ -98,37 +263,11 @@ def _kept_lines(path: Path) -> Iterator[Callable[[str], None]]:
         log.close()
         if lines and not whole:
             print(f"ended early, {len(lines)} points are kept in {path}", flush=True)
+            print(f"to go on: fuel-ray profile --resume {path.parent}", flush=True)
         if log.lost_lines:
             with contextlib.suppress(OSError):
                 path.unlink()  # a line of it may be torn
             write_or_keep(path.parent, {path.name: "".join(f"{line}\n" for line in lines)})
-
-
-def _rows(config: ProfileConfig, spec: NodeSpec) -> Iterator[dict[str, Any]]:
-    measured_at = partial(
-        points,
-        batches=[n for n in config.batches if n <= spec.batch_limits[-1]],
-        contexts=config.contexts,
-        prompts=config.prompts,
-        output_tokens=config.output_tokens,
-        windows=config.windows,
-    )
-    clocks_mhz = sorted(config.clocks_mhz or spread(spec.gpu_clocks_mhz), reverse=True)
-    for point in chain.from_iterable(map(measured_at, clocks_mhz)):
-        loop = build_loop(config, spec.kv_block_size, horizon_s=float(LONGEST_S), workload=point.workload)
-        with contextlib.closing(loop.node):
-            row = point.row(_windows(loop, point.clock_mhz, seed=config.seed))
-        if row is None:
-            print(f"skipped: there was no window of {point.what}", flush=True)
-        else:
-            yield row
-
-
-def _windows(loop: ControlLoop, clock_mhz: int, *, seed: int) -> Iterator[WindowMetrics]:
-    """The windows of a node that has just been given its load, at a clock, without a batch limit."""
-    yield loop.reset(seed=seed)
-    for _ in range(LONGEST_S):
-        yield loop.step(Knobs(loop.node.spec.batch_limits[-1], clock_mhz)).metrics
 
 
 def _short(value: Any) -> str:

@@ -82,6 +82,16 @@ class GpuNode:
         """The server as it was started."""
         return self._spec
 
+    @property
+    def load(self) -> LoadGenerator | None:
+        """What sends this episode's requests, if this node does."""
+        return self._load
+
+    @property
+    def power_limit_w(self) -> float | None:
+        """Of all its GPUs, as it is set; None where one does not say."""
+        return self._gpus.power_limit_w()
+
     def reset(self, *, seed: int) -> None:
         """Begin a new load, if this node sends one, and forget old samples."""
         self._stop_load()

@@ -22,6 +22,7 @@ from fuel_ray.workload.lengths import (
     Resampled,
     SharedPrefixes,
 )
+from fuel_ray.workload.listed import Listed, listed
 from fuel_ray.workload.mixed import Mixed
 from fuel_ray.workload.options import Options, as_number
 from fuel_ray.workload.synthetic import Synthetic
@@ -68,7 +69,7 @@ def parse_workload(text: str) -> Workload:
     Raises:
         ConfigError: a name, key or value is wrong, or a trace file cannot be read.
     """
-    name, names = text.strip().partition(":")[0], (*_ARRIVALS, "mixed", *_SHIPPED, *FORMATS)
+    name, names = text.strip().partition(":")[0], (*_ARRIVALS, "mixed", "listed", *_SHIPPED, *FORMATS)
     if name not in names and (code := reference(text.strip())):
         found: Workload = made(code, needs=_NEEDS, **Options(text, name=code).values())
         return found
@@ -78,6 +79,8 @@ def parse_workload(text: str) -> Workload:
         workload = _replay(options)
     elif name == "mixed":
         workload = Mixed(options.text, options.number("high_rps", 13, low=0.001, high=10_000))
+    elif name == "listed":
+        workload = _listed(options)
     elif name in _ARRIVALS:
         arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
         workload = Synthetic(options.text, arrivals, lengths, prefixes)
@@ -86,6 +89,14 @@ def parse_workload(text: str) -> Workload:
         raise ConfigError(f"workload {name!r} is unknown; one of {allowed}")
     options.refuse_the_rest()
     return workload
+
+
+def _listed(options: Options) -> Listed:
+    try:
+        return listed(options.text, options.text_of("requests") or "")
+    except ValueError as error:
+        form = "SECOND@PROMPT_TOKENS/OUTPUT_TOKENS*COUNT, joined by +, as in 0@128/500*8+2.5@1024/4"
+        raise options.error(f"requests has {str(error)!r}; {form}") from error
 
 
 def _steady(options: Options) -> Arrivals:

@@ -211,6 +211,11 @@ class Gpus(AbstractContextManager["Gpus"]):
         values_mj = _all(self._each("energy counter", _energy_mj))
         return None if values_mj is None else sum(values_mj) / 1000
 
+    def power_limit_w(self) -> float | None:
+        """The sum of the limits in force; None where a card does not say."""
+        values_mw = _all(self._each("power limit", _power_limit_mw))
+        return None if values_mw is None else sum(values_mw) / 1000
+
     def lacking(self) -> dict[str, tuple[str, ...]]:
         """UUIDs of the cards that do not give a reading at this moment, by the reading."""
         values = {name: self._each(name, read) for name, read in READINGS.items()}
@@ -322,6 +327,10 @@ def _driver_version() -> str:
 
 def _power_mw(handle: Handle) -> int:
     return pynvml.nvmlDeviceGetPowerUsage(handle)
+
+
+def _power_limit_mw(handle: Handle) -> int:
+    return pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
 
 
 def _energy_mj(handle: Handle) -> int | None:

@@ -90,6 +90,7 @@ class LoadGenerator:
         self._start_s = math.nan
         self._over_s: float | None = None
         self._fault: BaseException | None = None
+        self._busy_s = 0.0
         self._cancel: Callable[[], object]  # known once it is looping
         self._looping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load-generator", daemon=True)
@@ -112,6 +113,13 @@ class LoadGenerator:
         """Whether the load is over within ``timeout_s``."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    @property
+    def busy_s(self) -> float:
+        """CPU time of its thread so far; near the time that has passed, it is the load that is measured."""
+        if not self._thread.is_alive() or self._thread.ident is None:
+            return self._busy_s
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
 
     def take(self) -> LoadProgress:
         """What ended since the last ``take``, and what is in flight.
@@ -151,6 +159,7 @@ class LoadGenerator:
                 asyncio.run(self._send_all())
         except Exception as fault:  # of our own; a thread cannot raise, so the next caller does
             self._fault = fault
+        self._busy_s = time.thread_time()
         self._over_s = time.monotonic()
 
     async def _send_all(self) -> None:

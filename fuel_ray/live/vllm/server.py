@@ -281,6 +281,7 @@ class ServedModel:
     name: str  # by which requests ask for it
     root: str  # what it was started from
     is_adapter: bool
+    max_model_len: int | None = None  # tokens of a prompt and its output; None: it does not say
 
     def fits(self, model: str) -> bool:
         """Whether it is known as that, folders and owners aside."""
@@ -293,7 +294,12 @@ def served_models(server: str | Endpoint) -> list[ServedModel]:
 
     def read(answer: Any) -> list[ServedModel]:
         return [
-            ServedModel(str(entry["id"]), str(entry.get("root") or entry["id"]), bool(entry.get("parent")))
+            ServedModel(
+                str(entry["id"]),
+                str(entry.get("root") or entry["id"]),
+                bool(entry.get("parent")),
+                int(entry["max_model_len"]) if entry.get("max_model_len") else None,
+            )
             for entry in answer["data"]
         ]
 

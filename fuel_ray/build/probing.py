@@ -1,0 +1,184 @@
+"""One point of a profile, measured on a node: its row or its trace, and what speaks against it."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.build.nodes import build_loop
+from fuel_ray.build.recording import recorded_run
+from fuel_ray.config import ServingConfig
+from fuel_ray.control import ControlLoop
+from fuel_ray.errors import NodeError
+from fuel_ray.live.node import GpuNode
+from fuel_ray.sim.loads import Load, Rows, Server
+from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
+from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.windows import Measured, Windows
+from fuel_ray.types import Knobs, Requests, WindowMetrics
+from fuel_ray.workload.spec import drawn, parse_workload
+
+_FOREIGN_WINDOWS = 2  # in a row that more requests than ours run or wait
+_HITS = "prompts were found in the prefix cache, where none of ours is there twice: another load shares it"
+_THROTTLED, _NEAR_CAP = 0.97, 0.9  # of the pinned clock, of the power limit
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What came of a point; where there is neither row nor trace, ``refused`` says why."""
+
+    row: dict[str, Any] | None = None
+    trace: RecordedRun | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # of the trace
+    refused: str = ""
+    note: str = ""  # what else there is to say
+    spent_s: float = 0.0  # with what lies between two points
+
+
+def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) -> Probe:
+    """Measure a point on a node of its own, which is given back.
+
+    Raises:
+        NodeError: the node is gone, or serves somebody else's requests too.
+    """
+    load = point.load(rows)
+    if load is None:
+        return Probe(refused=f"there was no window of {point.what}")
+    began_s = time.monotonic()
+    loop = build_loop(config, config.block_sizes[0], horizon_s=load.horizon_s, workload=load.workload)
+    with contextlib.closing(loop.node):
+        windows = _Watched(loop, point.clock_mhz, seed=config.seed, load=load)
+        if load.measure is None:
+            found = _record(windows, load, config=config, server=server)
+        else:
+            found = _row(windows, point, load.measure)
+    virtual_s = sum(window.duration_s for window in windows.seen) + CHANGE_S
+    return replace(found, spent_s=time.monotonic() - began_s if config.live_server else virtual_s)
+
+
+class _Watched:
+    """The windows of a node that has just been given its load, at a clock, without a batch limit."""
+
+    def __init__(self, loop: ControlLoop, clock_mhz: int, *, seed: int, load: Load) -> None:
+        self.loop, self.seed, self.seen = loop, seed, list[WindowMetrics]()
+        workload = parse_workload(load.workload)
+        self.requests = drawn(workload, load.horizon_s, seed=seed, random_start=False)
+        self._knobs = Knobs(loop.node.spec.batch_limits[-1], clock_mhz)
+        self._ours = _Ours(self.requests)
+
+    def __iter__(self) -> Iterator[WindowMetrics]:
+        yield self._next(self.loop.reset(seed=self.seed))
+        for _ in range(LONGEST_S):
+            if self.failed():
+                return
+            yield self._next(self.loop.step(self._knobs).metrics)
+
+    def failed(self) -> str:
+        """What became of requests that were refused or cut short."""
+        node = self.loop.node
+        errors = node.load.so_far().errors if isinstance(node, GpuNode) and node.load else ()
+        words = [error for error in errors if error is not None]
+        return f"{len(words)} of {len(errors)} requests failed: {words[0]}" if words else ""
+
+    def refused(self) -> str:
+        """Why they tell nothing, if so: requests failed, or prompts were cached, where none comes twice."""
+        preempted = any(window.preemptions for window in self.seen)  # such a request finds its own
+        hit = any(window.prefix_hit_rate for window in self.seen) and not preempted
+        return self.failed() or (_HITS if hit else "")
+
+    @property
+    def in_flight(self) -> int:
+        """Our requests that have not ended."""
+        return self._ours.in_flight
+
+    def _next(self, window: WindowMetrics) -> WindowMetrics:
+        self.seen.append(window)
+        self._ours.check(window)
+        return window
+
+
+class _Ours:
+    """Our own requests, against which a server's counters are held."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._prompts = np.concatenate([[0], np.cumsum(requests.prompt_tokens)])
+        self.in_flight = 0
+        self._sent, self._prompt_tokens, self._too_many = 0, 0, 0
+        self._first = True  # in which the load before may still be ending
+
+    def check(self, window: WindowMetrics) -> None:
+        """Raises NodeError where somebody else's requests are served too."""
+        self._sent += window.arrivals
+        most = self.in_flight + window.arrivals
+        self.in_flight = most - window.completed
+        allowed = int(self._prompts[min(self._sent, len(self._prompts) - 1)])
+        self._prompt_tokens += 0 if window.preemptions else window.prompt_tokens
+        if self._first:
+            self._prompt_tokens, self._first = min(self._prompt_tokens, allowed), False
+        worked = window.prompt_tokens + window.output_tokens > 0  # else a gauge is not of now
+        foreign = window.running + window.waiting - most if worked else 0
+        self._too_many = self._too_many + 1 if foreign > 0 else 0
+        tokens = self._prompt_tokens - allowed
+        if self._too_many >= _FOREIGN_WINDOWS or tokens > 0:
+            what = f"at least {foreign} requests" if foreign > 0 else f"{tokens} prompt tokens"
+            raise NodeError(
+                f"another load is on the server: {what} that are not the profile's; stop it, and go on with "
+                "--resume"
+            )
+
+
+def _row(windows: _Watched, point: Point, measure: Callable[[Windows], Measured]) -> Probe:
+    measured = measure(iter(windows))
+    if refused := windows.refused():
+        return Probe(refused=refused)
+    if measured is None:
+        return Probe(refused=f"there was no window of {point.what}")
+    row = {"phase": point.phase, "clock_mhz": point.clock_mhz, "point": point.name, **measured}
+    if (cost_s := _client_s(windows)) is not None:
+        row["client_s"] = cost_s
+    return Probe(row=row, note=_throttled(windows.loop, row))
+
+
+def _record(windows: _Watched, load: Load, *, config: ServingConfig, server: Server) -> Probe:
+    last_s = float(windows.requests.arrival_s.max(initial=0.0))
+    for number, _ in enumerate(windows, start=1):
+        if number > math.ceil(last_s) and not windows.in_flight:
+            break
+    node = windows.loop.node
+    trace = recorded_run(windows.loop, windows.seen, node.take_records(), server.max_num_batched_tokens)
+    missing = len(windows.requests) - len(trace.requests)
+    if refused := windows.refused() or (f"{missing} requests did not end" if missing else ""):
+        return Probe(refused=refused, note=load.note)
+    facts = {"workload": load.workload, "horizon_s": load.horizon_s, "seed": config.seed}
+    facts["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    if isinstance(node, GpuNode) and node.load is not None:
+        facts["late_sends"] = node.load.so_far().late_sends
+        facts["client_busy"] = round(node.load.busy_s / trace.duration_s, 3)
+    return Probe(trace=replace(trace, prefix_caching=config.prefix_caching), facts=facts, note=load.note)
+
+
+def _client_s(windows: _Watched) -> float | None:
+    """CPU time of the client per token that came."""
+    node = windows.loop.node
+    tokens = sum(window.output_tokens for window in windows.seen)
+    if not isinstance(node, GpuNode) or node.load is None or not tokens:
+        return None
+    return node.load.busy_s / tokens
+
+
+def _throttled(loop: ControlLoop, row: dict[str, Any]) -> str:
+    """What slowed the clock, if it was not the power limit."""
+    node, clock_mhz = loop.node, row["clock_mhz"]
+    limit_w = node.power_limit_w if isinstance(node, GpuNode) else None
+    sm_mhz, power_w = row.get("sm_mhz", clock_mhz), row.get("power_w", 0.0)
+    if limit_w is None or sm_mhz >= _THROTTLED * clock_mhz or power_w >= _NEAR_CAP * limit_w:
+        return ""
+    return (
+        f"throttled: {sm_mhz:.0f} MHz in place of {clock_mhz} at {power_w:.0f} W of {limit_w:.0f}: "
+        "the GPU is hot, or something else holds its clock"
+    )
