@@ -2,7 +2,9 @@
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,20 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.sim.calibrate import (
     AXIS_CLOCKS,
     Profile,
+    errors,
     fit,
     leave_one_out,
     table,
     with_clock_axis,
     without_outliers,
 )
-from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, same_architecture
+from fuel_ray.sim.pack import Fidelity, Pack, PerfModel, load_pack, pack_fields, same_architecture
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
+from fuel_ray.sim.recorded import read_trace, trace_facts
+from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.trace_fit import fidelity, fidelity_table, leave_out, refine
+
+_FACTS = ("gpu_name", "model", "engine", "power_cap_w")  # of a trace's info
 
 
 @dataclass(frozen=True)
@@ -29,21 +37,24 @@ class CalibrateConfig:
     """Profile files: JSON lines with decode, prefill and idle rows."""
     name: str
     """Name of the pack."""
-    gpu: str
-    """GPU as NVML names it."""
     out: str
     """Pack file to write; must end in .json."""
-    model: str = "unknown"
+    traces: tuple[str, ...] = ()
+    """Trace files of the same server, as `fuel-ray profile` and `benchmark --save-trace` write them: launch
+    times, front end and mixed steps are fitted to them, too."""
+    gpu: str | None = None
+    """GPU as NVML names it; by default as the traces name it, like the next four."""
+    model: str | None = None
     """Model that was served."""
-    engine: str = "vLLM"
+    engine: str | None = None
     """Engine and version that served it."""
     power_cap_w: float | None = None
-    """Power limit of the GPU in W; by default the highest power of the profile."""
+    """Power limit of the GPU in W; by default the highest power of the profile where no trace has it."""
     clocks_mhz: tuple[int, int, int] | None = None
     """Supported SM clocks: lowest, highest, step; by default from the lowest profiled one, or half of
     the highest, in steps of 15."""
     kv_tokens: int | None = None
-    """Size of the KV pool in tokens; by default the base pack's."""
+    """Size of the KV pool in tokens; by default the base pack's where no trace has it."""
     base: str = "h100-qwen3-8b"
     """Pack that gives what the profile does not tell: front end, limits, CPU."""
     clock_axis_from: str | None = None
@@ -55,15 +66,18 @@ def run(config: CalibrateConfig) -> int:
     """Write the pack and print its leave-one-out errors."""
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out {config.out} must end in .json")
-    base, shape = load_pack(config.base), load_pack(config.clock_axis_from or same_architecture(config.gpu))
+    server = _server(config)
+    base, shape = (
+        load_pack(config.base),
+        load_pack(config.clock_axis_from or same_architecture(server.gpu_name)),
+    )
     profile = read_profile(config.profile)
-    cap_w = config.power_cap_w or max(point.power_w for point in profile.decode)
+    cap_w = server.power_cap_w or max(point.power_w for point in profile.decode)
     start = with_clock_axis(base.perf, of=shape.perf).replace(power_cap_w=cap_w)
     profile, dropped = without_outliers(profile, base=start)
     for point in dropped:
         print(f"dropped, more than 30 % off any fit: {point}")
-    raw = _pack(config, profile, fit(profile, base=start), base=base, shape=shape)
-    print(table(leave_one_out(profile, base=start)))
+    raw = _pack(config, server, profile, *_fitted(profile, server.runs, base=start), base=base, shape=shape)
     with whole(Path(os.path.realpath(config.out))) as file:  # a user's link stays one
         file.write(json.dumps(raw, indent=2) + "\n")
     load_pack(config.out)
@@ -71,34 +85,109 @@ def run(config: CalibrateConfig) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """What flags or else traces tell of the server."""
+
+    runs: dict[str, RecordedRun]
+    gpu_name: str
+    model: str
+    engine: str
+    power_cap_w: float | None
+    kv_tokens: int | None
+
+
+def _server(config: CalibrateConfig) -> _Server:
+    runs = dict(zip(_names(config.traces), map(read_trace, config.traces), strict=True))
+    facts = [trace_facts(path) for path in config.traces]
+    told = {key: next((f[key] for f in facts if f.get(key)), None) for key in _FACTS}
+    gpu_name = config.gpu or told["gpu_name"]
+    if not gpu_name:
+        raise ConfigError("--gpu NAME is needed: no trace names the GPU")
+    return _Server(
+        runs,
+        gpu_name=str(gpu_name),
+        model=config.model or str(told["model"] or "unknown"),
+        engine=config.engine or str(told["engine"] or "vLLM"),
+        power_cap_w=config.power_cap_w or (float(told["power_cap_w"]) if told["power_cap_w"] else None),
+        kv_tokens=config.kv_tokens
+        or max((run.num_kv_blocks * run.kv_block_size for run in runs.values()), default=None),
+    )
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The files' names, with the folders above where two have the same."""
+    stems = [Path(path).stem for path in paths]
+    return [path if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)]
+
+
+def _fitted(
+    profile: Profile, runs: dict[str, RecordedRun], *, base: PerfModel
+) -> tuple[PerfModel, list[Fidelity]]:
+    """The model and what it gets wrong of the runs; errors are printed."""
+    start = fit(profile, base=base)
+    if not runs:
+        print(table(leave_one_out(profile, base=base)))
+        return start, []
+    perf = refine(profile, list(runs.values()), start=start)
+    rows = [fidelity(name, run, perf, left_out=False) for name, run in runs.items()]
+    if len(runs) > 1:
+        rows += leave_out(profile, runs, start=start)
+    time, power, _ = errors(perf, profile.decode)
+    print(fidelity_table(rows))
+    print(
+        f"fitted together with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average"
+    )
+    return perf, rows
+
+
 def _pack(
-    config: CalibrateConfig, profile: Profile, perf: PerfModel, *, base: Pack, shape: Pack
+    config: CalibrateConfig,
+    server: _Server,
+    profile: Profile,
+    perf: PerfModel,
+    rows: Sequence[Fidelity],
+    *,
+    base: Pack,
+    shape: Pack,
 ) -> dict[str, Any]:
-    clocks, profiled = config.clocks_mhz or _clocks(profile), len(profile.clocks_mhz)
+    clocks, profiled, runs = config.clocks_mhz or _clocks(profile), len(profile.clocks_mhz), server.runs
     lowest, highest, step = clocks
     if not (0 < lowest <= highest and step > 0 and (highest - lowest) % step == 0):
         raise ConfigError(f"--clocks-mhz {clocks}: lowest, highest and a step that leads from one to it")
+    from_base = "CPU" if runs else "front end, launch times, mixed steps, CPU"
     transferred = {
         f"clock axis, all of it modelled, from {shape.name} ({shape.gpu_name})": profiled < AXIS_CLOCKS,
         f"streaming by clock from {shape.name} ({shape.gpu_name})": profiled >= AXIS_CLOCKS,
-        f"prefill from {base.name}": not profile.prefill,
-        f"front end, CPU and what else the profile does not tell from {base.name}": True,
+        f"prefill from {base.name}": not (profile.prefill or runs),
+        f"{from_base} and what else was not measured from {base.name}": True,
     }
-    limits = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+    limits = {
+        name: getattr(base, name) for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+    }
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        limits[name] = max((getattr(run, name) for run in runs.values()), default=limits[name])
+    requests = sum(len(run.requests) for run in runs.values())
+    with_traces = f"; {len(runs)} traces of {requests} requests: {', '.join(runs)}" if runs else ""
     return {
         "name": config.name,
-        "gpu_name": config.gpu,
+        "gpu_name": server.gpu_name,
         "architecture": shape.architecture,
-        "model": config.model,
-        "engine": config.engine,
+        "model": server.model,
+        "engine": server.engine,
         "gpu_clocks_mhz": {"min": lowest, "max": highest, "step": step},
-        **{name: getattr(base, name) for name in limits},
-        "kv_tokens": config.kv_tokens or base.kv_tokens,
+        **limits,
+        "kv_tokens": server.kv_tokens or base.kv_tokens,
         **pack_fields(perf),
-        "measured": f"{len(profile.decode)} decode and {len(profile.prefill)} prefill rows",
+        "measured": _rows(profile) + with_traces,
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
-        "sources": ["fuel-ray calibrate"],
+        "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}"],
+        "fidelity": [asdict(row) for row in rows],
     }
+
+
+def _rows(profile: Profile) -> str:
+    return f"{len(profile.decode)} decode and {len(profile.prefill)} prefill rows"
 
 
 def _clocks(profile: Profile) -> tuple[int, int, int]:

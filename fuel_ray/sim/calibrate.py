@@ -86,7 +86,7 @@ def fit(profile: Profile, *, base: PerfModel) -> PerfModel:
     axis = _idle_axis(profile, _scaled(base, highest_mhz))
     idle_w = profile.idle_w if profile.idle_w is not None else base.constants.idle_w
     model = PerfModel(base.constants._replace(max_clock_mhz=highest_mhz, idle_w=idle_w), axis)
-    model = _with_shares(_fit_times(at_highest, model), of=base)
+    model = with_shares(_fit_times(at_highest, model), of=base)
     model = _fit_energy(at_highest, _fit_times(points, model))
     if len(profile.clocks_mhz) >= AXIS_CLOCKS:
         model = _fit_switched(points, model)
@@ -97,7 +97,7 @@ def with_clock_axis(model: PerfModel, *, of: PerfModel) -> PerfModel:
     """The model on another GPU's clock axis: its tables, and the shares of a step that they act on."""
     names = ("hbm_w", "prefill_clock_share")
     taken = {name: getattr(of.constants, name) for name in names}
-    return _with_shares(replace(model, axis=_scaled(of, model.constants.max_clock_mhz)), of=of).replace(
+    return with_shares(replace(model, axis=_scaled(of, model.constants.max_clock_mhz)), of=of).replace(
         **taken
     )
 
@@ -168,12 +168,18 @@ def table(errors: Sequence[LeftOut]) -> str:
 
 def errors(model: PerfModel, points: Sequence[DecodePoint]) -> tuple[float, float, float]:
     """Mean absolute relative errors of time, power and energy."""
-    costs = [model.step_cost(p.seqs, p.seqs * p.context_tokens, 0, p.clock_mhz) for p in points]
-    time, power = np.array(
-        [(c[0] / p.step_s, c[1] / p.power_w) for c, p in zip(costs, points, strict=True)]
-    ).T
+    steps = [decode_step(model, p) for p in points]
+    time, power = np.array([(s / p.step_s, w / p.power_w) for (s, w), p in zip(steps, points, strict=True)]).T
     errors = np.abs([time - 1, power - 1, time * power - 1])
     return tuple(errors.mean(axis=1).tolist())
+
+
+def decode_step(model: PerfModel, p: DecodePoint) -> tuple[float, float]:
+    """Time (s) and power (W) of such a step in steady state; it takes no less than the host to launch it."""
+    work_s, power_w, _ = model.step_cost(p.seqs, p.seqs * p.context_tokens, 0, p.clock_mhz)
+    step_s = max(work_s, model.constants.launch_graph_s)
+    stall_w = model.at(p.clock_mhz).stall_w
+    return step_s, stall_w + (power_w - stall_w) * work_s / step_s
 
 
 def _scaled(base: PerfModel, highest_mhz: float) -> ClockAxis:
@@ -223,7 +229,7 @@ def _fit_times(points: Sequence[DecodePoint], model: PerfModel) -> PerfModel:
     return model.replace(**{"decode_ctx_s": 0.0} | fitted)
 
 
-def _with_shares(model: PerfModel, *, of: PerfModel) -> PerfModel:
+def with_shares(model: PerfModel, *, of: PerfModel) -> PerfModel:
     """The model with the shares of a step's time that stream and that the clock scales in another one."""
     m, shares = model.constants, of.constants
     return model.replace(

@@ -162,6 +162,19 @@ class PerfModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How far the prediction of a recorded run was off, as fractions by which it is too high."""
+
+    trace: str  # name of the run
+    requests: int
+    left_out: bool  # the constants were fitted without it
+    energy: float
+    tpot_mean: float
+    e2e_mean: float
+    ttft_p50: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pack:
     """A calibration pack: a performance model, the server it was fitted on, and where it comes from."""
 
@@ -182,6 +195,7 @@ class Pack:
     clock_axis_notes: str = ""  # which comparison hangs on which part of the axis, in a sentence or two
     clock_axis: str = NOMINAL  # which of the clock axes that the data allow
     other_axes: tuple[tuple[str, PerfModel], ...] = ()
+    fidelity: tuple[Fidelity, ...] = ()  # on recorded runs, those that were fitted and those left out
 
     @property
     def clock_axes(self) -> tuple[str, ...]:
@@ -289,6 +303,7 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
         perf=_perf(raw, {}),
         sha256=digest,
         other_axes=tuple(axes.items()),
+        fidelity=tuple(Fidelity(**row) for row in raw.get("fidelity", [])),
     )
 
 

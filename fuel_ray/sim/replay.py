@@ -37,12 +37,12 @@ class RecordedRun:
 
 def measured_figures(run: RecordedRun) -> dict[str, float]:
     """Energy (J), mean power (W) and latencies (s) as measured, named as in ``FIGURES``."""
-    return _figures(run, run.energy_j, run.ttft_s, run.e2e_s)
+    return figures(run, run.energy_j, run.ttft_s, run.e2e_s)
 
 
 def predicted_figures(run: RecordedRun, pack: Pack) -> dict[str, float]:
     """The same figures when the run's requests arrive at a simulated server under the run's knobs."""
-    return _figures(run, *predicted_latencies(run, pack.perf))
+    return figures(run, *predicted_latencies(run, pack.perf))
 
 
 def predicted_latencies(
@@ -73,6 +73,18 @@ def predicted_latencies(
     return energy_j, latency_s[:, rules.FIRST_TOKEN], latency_s[:, rules.FINISH]
 
 
+def figures(run: RecordedRun, energy_j: float, ttft_s: np.ndarray, e2e_s: np.ndarray) -> dict[str, float]:
+    """Figures of the run's requests with another energy and other latencies, named as in ``FIGURES``."""
+    outputs = run.requests.output_tokens
+    several = outputs > 1
+    tpot_s = (e2e_s - ttft_s)[several] / (outputs[several] - 1)
+    values = {"energy": energy_j, "mean_power": energy_j / run.duration_s}
+    for name, values_s in (("ttft", ttft_s), ("tpot", tpot_s), ("e2e", e2e_s)):
+        p50_s, p99_s = np.percentile(values_s, (50, 99)).tolist()
+        values |= {f"{name}_mean": float(values_s.mean()), f"{name}_p50": p50_s, f"{name}_p99": p99_s}
+    return values
+
+
 def relative_errors(predicted: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
     """Fractions by which the prediction is too high."""
     return {name: predicted[name] / measured[name] - 1.0 for name in FIGURES}
@@ -90,14 +102,3 @@ def _periods(run: RecordedRun) -> Iterator[tuple[float, int, int | None]]:
 
 def _at(schedule: tuple[tuple[float, int], ...], at_s: float) -> int | None:
     return next((value for begin_s, value in reversed(schedule) if begin_s <= at_s), None)
-
-
-def _figures(run: RecordedRun, energy_j: float, ttft_s: np.ndarray, e2e_s: np.ndarray) -> dict[str, float]:
-    outputs = run.requests.output_tokens
-    several = outputs > 1
-    tpot_s = (e2e_s - ttft_s)[several] / (outputs[several] - 1)
-    figures = {"energy": energy_j, "mean_power": energy_j / run.duration_s}
-    for name, values_s in (("ttft", ttft_s), ("tpot", tpot_s), ("e2e", e2e_s)):
-        p50_s, p99_s = np.percentile(values_s, (50, 99)).tolist()
-        figures |= {f"{name}_mean": float(values_s.mean()), f"{name}_p50": p50_s, f"{name}_p99": p99_s}
-    return figures
