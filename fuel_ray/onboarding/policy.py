@@ -55,12 +55,8 @@ def learn(state: Onboarding) -> dict[str, Any]:
     """`fuel-ray train` on the twin, into train/; a training that was interrupted is gone on with."""
     begun = sorted(state.folder.glob("train-*"))
     config = settings(TrainVerbConfig, state.twin(), resume=begun[-1] if begun else None)
-    if begun:
+    with into(state.folder, "train", begun):
         train.run(config)
-        begun[-1].rename(state.folder / "train")
-    else:
-        with into(state.folder, "train"):
-            train.run(config)
     return {"policy": str(_trained(state).relative_to(state.folder)), "steps": config.steps}
 
 

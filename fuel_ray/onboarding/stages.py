@@ -24,9 +24,14 @@ class Stage:
     on_server: bool = False
 
 
+_FIRST_CLOCK_S, _NEXT_CLOCK_S = 330.0, 200.0  # of a profile, which says itself what it will take
+
+
 def _profile_s(config: OnboardConfig) -> float:
-    per_clock_s = (len(config.batches) * len(config.contexts) + len(config.prompts)) * 10.0
-    return 15.0 if config.node == "sim" else per_clock_s * (len(config.clocks_mhz) or 8)
+    if config.node == "sim":
+        return 30.0
+    clocks = len(config.clocks_mhz) or (8 if config.live.clock_control == "on" else 1)
+    return _FIRST_CLOCK_S + (clocks - 1) * _NEXT_CLOCK_S
 
 
 def _validate_s(config: OnboardConfig) -> float:

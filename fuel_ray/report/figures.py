@@ -170,7 +170,7 @@ def profile_and_model(points: Sequence[ProfilePoint]) -> str:
             axes.xaxis.set_major_formatter(ScalarFormatter())
         keys = [_key(color=ink, linewidth=3, label=f"{clock:.0f} MHz") for clock, ink in inks.items()]
         marks = zip(contexts, cycle(_MARKERS), strict=False)
-        keys += [_key(color="#30343b", marker=m, ls="", label=f"about {c} tokens each") for c, m in marks]
+        keys += [_key(color="#30343b", marker=m, ls="", label=f"prompts of {c} tokens") for c, m in marks]
         figure.legend(handles=keys, loc="outside right center")
 
     return _draw(paint, height_in=3.6)

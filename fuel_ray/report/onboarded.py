@@ -133,23 +133,16 @@ def _profile(folder: Path, found: Stages) -> Iterator[str]:
 
 
 def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
-    """Of the decode rows: each run of growing batches has one prompt length, in one order at any clock."""
+    """Of the decode rows, whose points are named by batch and prompt tokens, as in decode-8x128."""
     rows = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))]
     points: list[ProfilePoint] = []
-    contexts: list[int] = []  # of the first clock
-    at, batch, clock_mhz = -1, 0, 0.0
-    for row in rows:
-        if row.get("phase") != "decode":
-            continue
-        before, clock_mhz = clock_mhz, float(row.get("clock_mhz", row.get("sm_mhz")))
-        at = 0 if clock_mhz != before else at + (row["b"] <= batch)
-        if at == len(contexts):
-            contexts.append(round(row["ctx_mid"]))
-        batch = row["b"]
-        clock_in_pack = min(clock_mhz, perf.constants.max_clock_mhz)
-        step_s, power_w, _ = perf.step_cost(batch, batch * row["ctx_mid"], 0, clock_in_pack)
+    for row in (row for row in rows if row.get("phase") == "decode"):
+        clock_mhz, batch = float(row["clock_mhz"]), row["b"]
+        known_mhz = min(clock_mhz, perf.constants.max_clock_mhz)
+        step_s, power_w, _ = perf.step_cost(batch, batch * row["ctx_mid"], 0, known_mhz)
         measured = (row["itl"], step_s), (row["power_w"], power_w)
-        points.append(ProfilePoint(clock_mhz, contexts[at], batch, *measured))
+        context = int(str(row["point"]).rpartition("x")[2])
+        points.append(ProfilePoint(clock_mhz, context, batch, *measured))
     return points
 
 
