@@ -167,7 +167,7 @@ def profile_and_model(points: Sequence[ProfilePoint]) -> str:
                 axes.plot(batches, [measured for measured, _ in values], marker, color=inks[clock], ms=4.5)
         for axes, name in zip(panels, ("decode step (ms)", "power (W)"), strict=True):
             axes.set(xlabel="requests that decode together", ylabel=name, xscale="log", ylim=(0, None))
-            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_major_formatter("{x:.0f}")
         keys = [_key(color=ink, linewidth=3, label=f"{clock:.0f} MHz") for clock, ink in inks.items()]
         marks = zip(contexts, cycle(_MARKERS), strict=False)
         keys += [_key(color="#30343b", marker=m, ls="", label=f"about {c} tokens each") for c, m in marks]
