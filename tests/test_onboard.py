@@ -81,7 +81,9 @@ def test_one_command_leads_from_a_server_to_commands_that_deploy_takes(tmp_path,
     page, said = (folder / "report.html").read_text(), capsys.readouterr().out
     for text in ("modelled, not measured", "validate-1980", "about "):
         assert text in said
-    assert "How far the twin is off" in page and "--canary 0.1" in page and "measured at 1980 MHz" in page
+    assert (
+        "How far the twin is off" in page and "--canary 0.1" in page and "of the stand-in at 1980 MHz" in page
+    )
 
 
 def test_a_rule_that_is_recommended_can_be_deployed_and_never_leaves_its_knobs(tmp_path):

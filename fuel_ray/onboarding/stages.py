@@ -53,7 +53,7 @@ STAGES = (
     Stage("calibrate", "fit the server's twin to the profile", lambda c: 10.0, twin.fit),
     Stage("validate", "compare the twin with a fresh load", _validate_s, twin.compare, True),
     Stage("slo", "ask the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
-    Stage("train", "train a policy on the twin", lambda c: 60.0 + c.steps / 600.0, policy.learn),
+    Stage("train", "train a policy on the twin", lambda c: 90.0 + c.steps / 500.0, policy.learn),
     Stage(
         "recommend", "compare it with what could be had without it", lambda c: 15.0 * c.seeds, policy.decide
     ),

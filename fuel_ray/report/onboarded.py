@@ -55,7 +55,8 @@ def _sections(folder: Path, journal: Mapping[str, Any]) -> Iterator[str]:
         yield from _profile(folder, found)
     if rows := found.get("validate", {}).get("rows"):
         yield heading("How far the twin is off")
-        yield from _fidelity(found["validate"], rows)
+        measured = found["server"]["origin"] == "measured"
+        yield from _fidelity(found["validate"], rows, told="measured" if measured else "of the stand-in")
     if load := found.get("load"):
         yield heading("The load and the SLO")
         yield key_values(_load(load, found.get("slo", {})))
@@ -146,10 +147,10 @@ def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
     return points
 
 
-def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Iterator[str]:
+def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]], *, told: str) -> Iterator[str]:
     head = [Cell("figure", style="text")]
     for row in rows:
-        head += [Cell(f"measured at {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
+        head += [Cell(f"{told} at {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
     body = [[_figure_name(name, found), *_errors(name, rows, found)] for name in rows[0]["errors"]]
     yield table(head, [body])
     requests = " and ".join(str(row["requests"]) for row in rows)
