@@ -97,6 +97,19 @@ def test_a_connection_dropped_before_the_first_byte_is_tried_once_more(drops, fa
     assert sum(error is not None for error in result.errors) == failed
 
 
+def test_the_client_says_what_it_costs_while_it_runs_and_afterwards():
+    requests = _requests(4, output_tokens=30)
+    with serving(Stub()) as stub:
+        load = LoadGenerator(stub.url, requests, prompts=_prompts(requests), model="tiny")
+        assert load.busy_s == 0.0
+        load.start()
+        while not load.take().ended:
+            time.sleep(0.01)
+        running_s = load.busy_s
+        assert load.wait(20.0)
+    assert 0.0 < running_s <= load.busy_s < load.result().duration_s
+
+
 def test_late_sends_are_counted():
     with serving(Stub()) as stub:
         requests = _requests(3, gap_s=0.001)

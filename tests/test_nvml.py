@@ -40,7 +40,7 @@ def test_power_and_energy_are_summed_and_shares_are_means(nvml):
     )
     with Gpus() as gpus:
         reading = gpus.read()
-        assert (reading.power_w, gpus.energy_j()) == (500.5, 2.0)
+        assert (reading.power_w, gpus.energy_j(), gpus.power_limit_w()) == (500.5, 2.0, 1400.0)
         assert (reading.gpu_util, reading.mem_util, reading.sm_clock_mhz) == (0.75, 0.4, 1490)
 
 

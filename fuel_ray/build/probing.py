@@ -139,7 +139,7 @@ def _row(windows: _Watched, point: Point, measure: Callable[[Windows], Measured]
     if measured is None:
         return Probe(refused=f"there was no window of {point.what}")
     row = {"phase": point.phase, "clock_mhz": point.clock_mhz, "point": point.name, **measured}
-    if (cost_s := _client_s(windows)) is not None:
+    if point.phase == "decode" and (cost_s := _client_s(windows)) is not None:
         row["client_s"] = cost_s
     return Probe(row=row, note=_throttled(windows.loop, row))
 

@@ -42,9 +42,8 @@ class ProfileConfig(ServingConfig):
     """Prompt tokens of the requests that decode."""
     prompts: tuple[int, ...] = (128, 512, 2048, 4096)
     """Prompt tokens of the prefills."""
-    output_tokens: int = 2048
-    """Tokens that a decoding request may have before its point is measured; with the prompt it has to fit
-    the server's --max-model-len."""
+    output_tokens: int = 4096
+    """Tokens that a decoding request may have before its point is measured; no more than the server takes."""
     windows: int = 3
     """Windows of 1 s per decode point."""
     traces: bool = True

@@ -9,7 +9,8 @@ from fuel_ray.sim.windows import REPEATS, Measured, Windows, prefill
 
 Rows = Sequence[Mapping[str, Any]]
 
-CLIENT_CHUNKS_PER_S = 8000.0  # with which a client's loop is half busy, where nothing was measured of it
+# with which a client's thread is half busy, where no row tells: benchmarks/client_load.py
+CLIENT_CHUNKS_PER_S = 12_000.0
 LOAD_S = 30.0  # of arrivals of the open-loop loads
 _BEHIND_S = 1.5  # from the start of the decoding requests to the first that comes to them
 _SUSTAINED_S = 5.0  # how long many prompts wait for each other

@@ -91,6 +91,7 @@ class LoadGenerator:
         self._over_s: float | None = None
         self._fault: BaseException | None = None
         self._busy_s = 0.0
+        self._busy_clock: int | None = None
         self._cancel: Callable[[], object]  # known once it is looping
         self._looping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load-generator", daemon=True)
@@ -117,9 +118,10 @@ class LoadGenerator:
     @property
     def busy_s(self) -> float:
         """CPU time of its thread so far; near the time that has passed, it is the load that is measured."""
-        if not self._thread.is_alive() or self._thread.ident is None:
-            return self._busy_s
-        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+        if self._busy_clock is not None:
+            with suppress(OSError):  # the thread has ended
+                return time.clock_gettime(self._busy_clock)
+        return self._busy_s
 
     def take(self) -> LoadProgress:
         """What ended since the last ``take``, and what is in flight.
@@ -154,12 +156,13 @@ class LoadGenerator:
         )
 
     def _run(self) -> None:
+        self._busy_clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
             with suppress(asyncio.CancelledError):  # by stop()
                 asyncio.run(self._send_all())
         except Exception as fault:  # of our own; a thread cannot raise, so the next caller does
             self._fault = fault
-        self._busy_s = time.thread_time()
+        self._busy_s, self._busy_clock = time.thread_time(), None
         self._over_s = time.monotonic()
 
     async def _send_all(self) -> None:
