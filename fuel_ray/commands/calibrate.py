@@ -135,9 +135,7 @@ def _fitted(
         rows += leave_out(profile, runs, start=start)
     time, power, _ = errors(perf, profile.decode)
     print(fidelity_table(rows))
-    print(
-        f"fitted together with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average"
-    )
+    print(f"fitted with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average")
     return perf, rows
 
 

@@ -175,9 +175,14 @@ def errors(model: PerfModel, points: Sequence[DecodePoint]) -> tuple[float, floa
 
 
 def decode_step(model: PerfModel, p: DecodePoint) -> tuple[float, float]:
-    """Time (s) and power (W) of such a step in steady state; it takes no less than the host to launch it."""
+    """Time (s) and power (W) of such a step in steady state; it takes no less than the host to launch it.
+
+    Where the host's speed changes, a point is short enough to be of one of its speeds, the nearer one.
+    """
+    m = model.constants
     work_s, power_w, _ = model.step_cost(p.seqs, p.seqs * p.context_tokens, 0, p.clock_mhz)
-    step_s = max(work_s, model.constants.launch_graph_s)
+    speeds = (1.0, 1.0 + m.host_slow)
+    step_s = min((max(work_s, m.launch_graph_s * s) for s in speeds), key=lambda s: abs(s - p.step_s))
     stall_w = model.at(p.clock_mhz).stall_w
     return step_s, stall_w + (power_w - stall_w) * work_s / step_s
 

@@ -73,6 +73,9 @@ class Constants(NamedTuple):
     busy_cpu_util: float
     idle_cpu_w: float
     busy_cpu_w: float
+    # Of a host whose speed changes for a thousand steps at a time; older packs do not have it
+    host_slow: float = 0.0  # by which share launches then take longer
+    host_slow_share: float = 0.0  # of the steps
 
 
 _CONSTANTS = frozenset(Constants._fields)
@@ -321,7 +324,7 @@ def _variant(raw: dict[str, Any], name: str) -> PerfModel:
 def _perf(raw: dict[str, Any], variant: dict[str, Any]) -> PerfModel:
     """The model under an axis, whose entries replace those of the nominal one."""
     tables = raw["clock_axis"] | variant.get("clock_axis", {})
-    constants = raw["perf"] | variant.get("perf", {})
+    constants = Constants._field_defaults | raw["perf"] | variant.get("perf", {})
     unknown = {*variant} - {"clock_axis", "perf"} | {*tables} - {*AXIS_TABLES} | {*constants} - _CONSTANTS
     if unknown:
         raise ValueError(f"it has no such entry: {', '.join(sorted(unknown))}")

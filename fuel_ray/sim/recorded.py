@@ -1,10 +1,10 @@
 """Recorded runs of a real server, as trace files: JSON objects with ``info`` and ``requests``.
 
 Each request has ``n_in`` and ``n_out`` in tokens, ``start`` on any clock, ``ttft`` and ``e2e``, in s.
-``info`` has ``secs`` and the ``energy_j`` in them, from ``begin`` on the requests' clock (by default the first
-start), the schedules ``[[second, value], ...]`` of batch limit and, where it was not the highest, clock in
-MHz, and what the server is: ``block_size``, ``num_kv_blocks``, ``max_num_seqs``, ``max_num_batched_tokens``.
-What else it says is for people.
+``info`` has ``secs`` and the ``energy_j`` in them, from ``begin`` on the requests' clock (by default the
+first start), the schedules ``[[second, value], ...]`` of batch limit and, where it was not the highest, clock
+in MHz, and what the server is: ``block_size``, ``num_kv_blocks``, ``max_num_seqs``,
+``max_num_batched_tokens``. What else it says is for people.
 """
 
 import json

@@ -2,19 +2,27 @@
 
 The profile is fitted first, on its own (``calibrate.fit``). From there every constant that a run feels moves
 where the rows of the profile and the replays of the runs agree best. Residuals are relative errors over the
-error that would be content. What nothing tells stays where it was: each change costs its square over the width
-in ``_WIDTHS``.
+error that would be content. What nothing tells stays where it was: a change costs its square over the widths
+below.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fuel_ray.sim.calibrate import AXIS_CLOCKS, PrefillPoint, Profile, decode_step, with_shares
+from fuel_ray.errors import ConfigError
+from fuel_ray.sim.calibrate import AXIS_CLOCKS, Profile, fit, with_shares
+from fuel_ray.sim.fit_residuals import (
+    WARM_UP_S,
+    decode_residuals,
+    is_saturated,
+    prefill_residuals,
+    run_residuals,
+    token_s,
+)
 from fuel_ray.sim.pack import Fidelity, PerfModel
 from fuel_ray.sim.replay import RecordedRun, figures, measured_figures, predicted_latencies, relative_errors
-from fuel_ray.types import Requests
 
 # How far a constant may well be from where the profile alone puts it: logarithms of the ratio.
 _WIDTHS = {
@@ -25,34 +33,90 @@ _WIDTHS = {
     "mixed_token_s": 0.7, "prefill_token_s": 0.5,
     "graph_w": 0.2, "prefill_token_j": 0.3,
 }  # fmt: skip
-_WARM_UP_S = 1.0  # of each run is not fitted: a fresh server's first requests compile kernels
-_FIRST_STEPS = (0, 1000, 2000, 3000)  # draws of the host's delays that a fit averages over
+_DRAWS = (2, 8, 24)  # of the host's delays that a fit averages over: at least and at most for a run, for all
 _STEP = 0.04  # of a finite difference, as a logarithm
 _MOST = 0.3  # of a change in one iteration
 _ITERATIONS = 25
+_ROUNDS, _LOOKS = 3, (0.1, -0.1, 0.3, -0.3)
 _FOLDS = 6  # fits with runs left out, at most
-_LENGTHS = ((0, 128), (128, 256), (256, 900), (900, 2**31))  # classes of prompts, in tokens
-_REPEATS, _EVERY_S = 9, 2.0  # prompts that come one after another to an idle server
-_SATURATED = 4  # steps of waiting prompts, from which on their times tell how fast the GPU computes
-_ENGINE_TOKENS, _ENGINE_SEQS = 8192, 128  # of the server that was profiled; vLLM's defaults
-_POOL_TOKENS = 2**20
+_SLOW, _SLOW_SHARE = 0.3, 0.4  # where a fit of a host whose speed changes begins
+_WANDER, _LONG = 0.06, 30  # from which on it does, and tokens of the requests that tell
+_HOST_BOUND = 1.15  # steps that take more than this times the shortest are the GPU's, if any are
 
 
 def refine(profile: Profile, runs: Sequence[RecordedRun], *, start: PerfModel) -> PerfModel:
-    """The model that reproduces the profile and the runs, from one that was fitted to the profile."""
-    parameters = _parameters(profile, start)
+    """The model that reproduces the profile and the runs, from one that was fitted to the profile.
 
-    def model(x: np.ndarray) -> PerfModel:
-        return _moved(start, parameters, x)
+    It is the best from up to three starts, between which no small steps lead: the GPU sets the time of every
+    step, the host that of small ones, and a host whose speed changes.
+    """
+    start = _with_saturated(profile, start)
+    starts = [start, *_bound_by_host(profile, start)]
+    fits = [_refined(profile, runs, start) for start in starts]
+    best = min(fits, key=_cost)
+    if any(wander(run, best[1]) > _WANDER for run in runs):
+        fits.append(_refined(profile, runs, _with_slow_host(profile, best[1])))
+    return min(fits, key=_cost)[1]
+
+
+def wander(run: RecordedRun, perf: PerfModel) -> float:
+    """Standard deviation of TPOT over its prediction, relative, from some ten requests to the next ten."""
+    _, ttft_s, e2e_s = predicted_latencies(run, perf)
+    used = (run.requests.output_tokens >= _LONG) & (run.requests.arrival_s >= WARM_UP_S)
+    ratio = np.log((run.e2e_s - run.ttft_s)[used] / (e2e_s - ttft_s)[used])
+    groups = len(ratio) // 10
+    return float(ratio[: groups * 10].reshape(groups, 10).mean(axis=1).std()) if groups > 1 else 0.0
+
+
+def _cost(fitted: tuple[float, PerfModel]) -> float:
+    return fitted[0]
+
+
+def _refined(profile: Profile, runs: Sequence[RecordedRun], start: PerfModel) -> tuple[float, PerfModel]:
+    """Sum of squares of what is left, and the model."""
+    parameters = _parameters(profile, start)
+    draws = int(np.clip(_DRAWS[2] // max(len(runs), 1), *_DRAWS[:2]))
 
     def residuals(x: np.ndarray) -> np.ndarray:
-        perf = model(x)
+        perf = _moved(start, parameters, x)
         parts = [decode_residuals(profile, perf), prefill_residuals(profile, perf)]
-        parts += [run_residuals(run, perf) for run in runs]
+        parts += [run_residuals(run, perf, draws=draws) for run in runs]
         return np.concatenate([*parts, x])
 
-    widths = np.array([p.width for p in parameters])
-    return model(_least_squares(residuals, widths))
+    x = _least_squares(residuals, np.array([p.width for p in parameters]))
+    return _square(residuals(x)), _moved(start, parameters, x)
+
+
+def _bound_by_host(profile: Profile, start: PerfModel) -> Iterator[PerfModel]:
+    """A start whose small batches wait for the host: the GPU's time is that of the larger steps."""
+    launch_s = min(p.step_s for p in profile.decode)
+    larger = replace(profile, decode=tuple(p for p in profile.decode if p.step_s > _HOST_BOUND * launch_s))
+    try:
+        of_gpu = fit(larger, base=start)
+    except ConfigError:
+        return
+    if of_gpu.constants.decode_s < launch_s:
+        names = ("decode_s", "decode_seq_s", "decode_ctx_s", "graph_w", "graph_j", "graph_seq_j")
+        told = {name: getattr(of_gpu.constants, name) for name in names}
+        yield with_shares(start.replace(**told, launch_graph_s=launch_s), of=start)
+
+
+def _with_slow_host(profile: Profile, perf: PerfModel) -> PerfModel:
+    """A start whose launches take longer for some of the time, and as long as before on average."""
+    m = perf.constants
+    faster = {
+        name: getattr(m, name) / (1 + _SLOW * _SLOW_SHARE) for name in ("launch_pieces_s", "launch_eager_s")
+    }
+    launch_s = min(p.step_s for p in profile.decode)
+    decode_s = min(m.decode_s, 0.85 * launch_s)
+    start = perf.replace(host_slow=_SLOW, host_slow_share=_SLOW_SHARE, launch_graph_s=launch_s, **faster)
+    return with_shares(start.replace(decode_s=decode_s), of=perf)
+
+
+def _with_saturated(profile: Profile, start: PerfModel) -> PerfModel:
+    """The start with the time of a prompt token from prompts that wait for each other, without launches."""
+    saturated = [p for p in profile.prefill if is_saturated(p) and p.clock_mhz == profile.clocks_mhz[-1]]
+    return start.replace(prefill_token_s=token_s(saturated)) if saturated else start
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +137,8 @@ def _parameters(profile: Profile, start: PerfModel) -> tuple[_Parameter, ...]:
         _Parameter("graph_seq_j", 0.5, m.graph_w * max(m.decode_seq_s, m.decode_s / 500)),
         _Parameter("prefill_attention_s", 0.5, m.prefill_token_s / 50_000),
     ]
+    if m.host_slow > 0:
+        free += [_Parameter("host_slow", 0.2, 1.0), _Parameter("host_slow_share", 0.3, 1.0)]
     if len(profile.clocks_mhz) >= AXIS_CLOCKS:
         free += [
             _Parameter("clock_s", 0.2, m.decode_s),
@@ -96,22 +162,41 @@ def _moved(start: PerfModel, parameters: Sequence[_Parameter], x: np.ndarray) ->
 
 
 def _least_squares(residuals: Callable[[np.ndarray], np.ndarray], widths: np.ndarray) -> np.ndarray:
-    x, damping = np.zeros(len(widths)), 0.1
-    now, steps, most = residuals(x), _STEP / widths, _MOST / widths
+    """Damped Gauss-Newton, and where it ends a look at each parameter alone: replays are not smooth."""
+    x, now = np.zeros(len(widths)), np.inf
+    for _ in range(_ROUNDS):
+        x = _gauss_newton(residuals, x, widths)
+        before, now = now, _square(residuals(x))
+        if now > 0.99 * before:
+            break
+        for move in (m * unit for m in _LOOKS for unit in np.diag(1 / widths)):
+            if (then := _square(residuals(x + move))) < now:
+                x, now = x + move, then
+    return x
+
+
+def _gauss_newton(
+    residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
+    damping, now, steps, most = 0.1, residuals(x), _STEP / widths, _MOST / widths
     for _ in range(_ITERATIONS):
         slope = np.array([(residuals(x + d) - residuals(x - d)) / (2 * d.max()) for d in np.diag(steps)]).T
-        square, before = slope.T @ slope, now @ now
+        square, before = slope.T @ slope, _square(now)
         while damping < 1e4:
             damped = square + damping * np.diag(np.diag(square))
             candidate = x - np.clip(np.linalg.solve(damped, slope.T @ now), -most, most)
             then = residuals(candidate)
-            if then @ then < before:
+            if _square(then) < before:
                 x, now, damping = candidate, then, max(damping / 4, 1e-3)
                 break
             damping *= 4
-        if now @ now > before * (1 - 1e-3):
+        if _square(now) > before * (1 - 1e-3):
             break
     return x
+
+
+def _square(residuals: np.ndarray) -> float:
+    return float(residuals @ residuals)
 
 
 def fidelity(name: str, run: RecordedRun, perf: PerfModel, *, left_out: bool) -> Fidelity:
@@ -140,105 +225,3 @@ def fidelity_table(rows: Sequence[Fidelity]) -> str:
         how = "left out of the fit" if row.left_out else "fitted"
         lines.append(f"{row.trace:>24} {row.requests:>8} {values}   {how}")
     return "\n".join(lines)
-
-
-def decode_residuals(profile: Profile, perf: PerfModel) -> np.ndarray:
-    """Of step times and powers of the decode rows, two each."""
-    values = []
-    for p in profile.decode:
-        step_s, power_w = decode_step(perf, p)
-        values += [(step_s / p.step_s - 1) / 0.02, (power_w / p.power_w - 1) / 0.04]
-    return np.clip(values, -4, 4)
-
-
-def prefill_residuals(profile: Profile, perf: PerfModel) -> np.ndarray:
-    """Of the TTFTs of single prompts and of many that wait, and of the energy of the latter."""
-    return np.array([value for p in profile.prefill for value in _prefill(p, perf)])
-
-
-def _prefill(p: PrefillPoint, perf: PerfModel) -> Iterator[float]:
-    n = p.prompt_tokens
-    if p.clients == 1:
-        ttft_s = np.median(_ttfts_s(perf, p, np.arange(_REPEATS) * _EVERY_S))
-        # Few are measured, and an idle host launches now faster, now slower than a busy one.
-        yield float(np.log(ttft_s / p.ttft_s)) / (0.05 if _is_bound_by_arithmetic(perf, p) else 0.2)
-    elif p.clients * n >= _SATURATED * _ENGINE_TOKENS:
-        ttft_s = np.median(_ttfts_s(perf, p, np.zeros(p.clients)))
-        yield float(np.log(ttft_s / p.ttft_s)) / 0.04
-    if p.energy_per_token_j is not None and n >= _ENGINE_TOKENS // 4:
-        prompts = max(1, _ENGINE_TOKENS // n)
-        step_s, power_w, _ = perf.step_cost(
-            prompts, prompts * n, prompts * n, p.clock_mhz, prompts * n**2 / 2
-        )
-        yield (step_s * power_w / (prompts * n) / p.energy_per_token_j - 1) / 0.04
-
-
-def _ttfts_s(perf: PerfModel, p: PrefillPoint, arrival_s: np.ndarray) -> np.ndarray:
-    each = np.ones(len(arrival_s), np.int64)
-    run = RecordedRun(
-        requests=Requests(arrival_s, each * p.prompt_tokens, each, -each, each * 0),
-        duration_s=float(arrival_s[-1]) + _EVERY_S,
-        energy_j=0.0,
-        ttft_s=arrival_s,
-        e2e_s=arrival_s,
-        kv_block_size=16,
-        num_kv_blocks=_POOL_TOKENS // 16,
-        max_num_seqs=_ENGINE_SEQS,
-        max_num_batched_tokens=_ENGINE_TOKENS,
-        limit_schedule=(),
-        clock_schedule=((0.0, round(p.clock_mhz)),),
-    )
-    return predicted_latencies(run, perf)[1]
-
-
-def _is_bound_by_arithmetic(perf: PerfModel, p: PrefillPoint) -> bool:
-    work_s, _, _ = perf.step_cost(1, p.prompt_tokens, p.prompt_tokens, p.clock_mhz, p.prompt_tokens**2 / 2)
-    return work_s > 1.3 * perf.constants.launch_eager_s
-
-
-def run_residuals(run: RecordedRun, perf: PerfModel) -> np.ndarray:
-    """Of the figures of a run, and of its requests one by one, which are worth a few figures together."""
-    draws = [_draw_residuals(run, perf, first_step) for first_step in _FIRST_STEPS]
-    return np.concatenate(draws) / len(draws) ** 0.5
-
-
-def _draw_residuals(run: RecordedRun, perf: PerfModel, first_step: int) -> np.ndarray:
-    energy_j, ttft_s, e2e_s = predicted_latencies(run, perf, first_step=first_step)
-    warm = run.requests.arrival_s >= _WARM_UP_S
-    prompts, outputs = run.requests.prompt_tokens[warm], run.requests.output_tokens[warm]
-    ttft, e2e = (ttft_s[warm], run.ttft_s[warm]), (e2e_s[warm], run.e2e_s[warm])
-    several = outputs > 1
-    tpot = [(b - a)[several] / (outputs[several] - 1) for a, b in zip(ttft, e2e, strict=True)]
-    n = len(prompts)
-    figures = [(energy_j / run.energy_j - 1) / 0.01]
-    figures += [
-        _ratio(np.mean, e2e) / _content(0.01, 0.08, n),
-        _ratio(np.median, e2e) / _content(0.015, 0.1, n),
-    ]
-    figures += [
-        _ratio(np.mean, ttft) / _content(0.05, 0.4, n),
-        _ratio(np.median, ttft) / _content(0.03, 0.4, n),
-    ]
-    figures += [
-        _ratio(np.mean, tpot) / _content(0.007, 0.08, n),
-        _ratio(np.median, tpot) / _content(0.01, 0.1, n),
-    ]
-    for low, high in _LENGTHS:
-        of = (prompts > low) & (prompts <= high)
-        if of.sum() >= 4:
-            pair = [values[of] for values in ttft]
-            figures.append(_ratio(np.median, pair) / _content(0.08, 0.4, int(of.sum())))
-    return np.concatenate([figures, _single(tpot, 0.03, 3), _single(ttft, 0.2, 2)])
-
-
-def _content(model: float, request: float, n: int) -> float:
-    """The error that would be content: of the model's form, and of as few requests as that."""
-    return float(np.hypot(model, request / n**0.5))
-
-
-def _ratio(statistic: Callable[[np.ndarray], float], pair: Sequence[np.ndarray]) -> float:
-    return float(statistic(pair[0]) / statistic(pair[1]) - 1)
-
-
-def _single(pair: Sequence[np.ndarray], scale: float, most: float) -> np.ndarray:
-    return np.clip(np.log(pair[0] / pair[1]) / scale, -most, most) * (3 / max(len(pair[0]), 1)) ** 0.5
