@@ -28,6 +28,7 @@ from tests.stub_vllm import PAGE, Stub, serving
 
 SHORT = ["--node", "sim", "--workload", "steady:rate_rps=4", "--seeds", "2", "--validate-seconds", "30"]
 SHORT += ["--batches", "1", "8", "32", "--contexts", "128", "512", "--prompts", "512", "--windows", "1"]
+SHORT += ["--no-traces"]
 ONE_CLOCK = ["--gpu-clocks-mhz", "1980"]
 
 

@@ -16,7 +16,7 @@ SHORT = [
     *("--output-tokens", "400", "--windows", "2", "--validate-seconds", "10", "--accept-fidelity"),
     *("--workload", LOAD, "--live.vocab-size", "500", "--max-num-seqs", "32", "--seeds", "2"),
     *("--slo-ttft-s", "20", "--slo-tpot-s", "5", "--steps", "24", "--train.iterations", "2"),
-    *("--train.episode-steps", "8", "--train.fragment-steps", "5", "--train.batch-size", "4"),
+    *("--no-traces", "--train.episode-steps", "8", "--train.fragment-steps", "5", "--train.batch-size", "4"),
 ]
 
 
