@@ -38,11 +38,17 @@ def _validate_s(config: OnboardConfig) -> float:
     return 1.0 if config.node == "sim" else 2.0 * (config.validate_seconds + 10.0)
 
 
+def _server_s(config: OnboardConfig) -> float:
+    if config.node == "sim":
+        return 1.0
+    return 120.0 if config.live.server is None else 10.0
+
+
 STAGES = (
     Stage(
         "server",
         "look at this host and at the server",
-        lambda c: 10.0 if c.live.server else 120.0,
+        _server_s,
         server.look,
         True,
     ),
