@@ -56,7 +56,9 @@ STAGES = (
         "load", "name the load that the policy is for", lambda c: 60.0 * (c.observe_minutes or 0.0), load.find
     ),
     Stage("profile", "measure the server's steps, prefills and idle power", _profile_s, twin.measure, True),
-    Stage("calibrate", "fit the server's twin to the profile", lambda c: 10.0, twin.fit),
+    Stage(
+        "calibrate", "fit the server's twin to the profile", lambda c: 240.0 if c.traces else 10.0, twin.fit
+    ),
     Stage("validate", "compare the twin with a fresh load", _validate_s, twin.compare, True),
     Stage("slo", "ask the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
     Stage("train", "train a policy on the twin", lambda c: 90.0 + c.steps / 500.0, policy.learn),
