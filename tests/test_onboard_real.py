@@ -16,15 +16,15 @@ SHORT = [
     *("--output-tokens", "400", "--windows", "2", "--validate-seconds", "10", "--accept-fidelity"),
     *("--workload", LOAD, "--live.vocab-size", "500", "--max-num-seqs", "32", "--seeds", "2"),
     *("--slo-ttft-s", "20", "--slo-tpot-s", "5", "--steps", "24", "--train.iterations", "2"),
-    *("--train.episode-steps", "8", "--train.fragment-steps", "5", "--train.batch-size", "4"),
+    *("--no-traces", "--train.episode-steps", "8", "--train.fragment-steps", "5", "--train.batch-size", "4"),
 ]
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A card whose clocks may not be set here, and whose energy is that of its power."""
+    """A card whose energy is that of its power."""
     found = FakeGpu(uuid="GPU-0", energy_mj=None)
-    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(found, privileged=False))
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(found))
     return found
 
 
@@ -35,7 +35,7 @@ def stages(folder):
 def test_a_server_that_is_started_is_onboarded_and_stopped(model, gpu, tmp_path, capsys):  # noqa: F811
     flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
     words = ["--model", str(model), "--live.vllm", f"{BIN}/vllm", "--live.flags=" + " ".join(flags)]
-    words += ["--block-sizes", "32", "--out", str(tmp_path)]
+    words += ["--block-sizes", "32", "--live.clock-control", "off", "--out", str(tmp_path)]
     assert main(["onboard", *words, *SHORT]) == 0
     (folder,) = tmp_path.glob("onboard-*")
     found = stages(folder)
@@ -57,6 +57,7 @@ def test_a_running_server_is_onboarded_and_its_shadow_command_works(model, gpu, 
         assert main(["onboard", *words, *SHORT]) == 0
         (folder,) = tmp_path.glob("onboard-*")
         assert stages(folder)["server"]["found"]["kv_block_size"] == 32
+        assert gpu.locked_mhz is None and "reset" in gpu.calls  # clocks were set, and given back
         lines = (folder / "commands.sh").read_text().splitlines()
         (shadow,) = (line for line in lines if line.endswith("--shadow"))
         assert main([*shlex.split(shadow)[1:], "--max-steps", "2"]) == 0

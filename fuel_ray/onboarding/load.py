@@ -75,7 +75,7 @@ def find(state: Onboarding) -> dict[str, Any]:
     facts |= {"prompt_mean": observed.prompt_mean, "output_mean": observed.output_mean}
     write_json(state.folder / "observed.json", {"workload": spec, **facts, "rates": observed.rates})
     lengths = f"{observed.prompt_mean:.0f} prompt and {observed.output_mean:.0f} output tokens on average"
-    print(f"{observed.requests} requests, {lengths}; that lengths are lognormal is taken\nworkload: {spec}")
+    print(f"{observed.requests} requests, {lengths}; taken to be lognormal\nworkload: {spec}")
     return {"workload": spec, **facts}
 
 

@@ -55,12 +55,8 @@ def learn(state: Onboarding) -> dict[str, Any]:
     """`fuel-ray train` on the twin, into train/; a training that was interrupted is gone on with."""
     begun = sorted(state.folder.glob("train-*"))
     config = settings(TrainVerbConfig, state.twin(), resume=begun[-1] if begun else None)
-    if begun:
+    with into(state.folder, "train", begun):
         train.run(config)
-        begun[-1].rename(state.folder / "train")
-    else:
-        with into(state.folder, "train"):
-            train.run(config)
     return {"policy": str(_trained(state).relative_to(state.folder)), "steps": config.steps}
 
 
@@ -106,7 +102,8 @@ def _headline(chosen: dict[str, Any], best: Pair) -> str:
     band = chosen["band_against_max"]
     span = "" if band is None else f" ({1 - band[1]:.1%} to {1 - band[0]:.1%} over the clock axes)"
     saving = f"{1 - chosen['against_max']:.1%}{span} of the energy that maximum performance uses"
-    return f"{label(best.policy)} would save {saving}: modelled, not measured"
+    name = "The trained policy" if best.fitted is not None else label(best.policy).capitalize()
+    return f"{name} would save {saving}: modelled, not measured"
 
 
 def _notes(state: Onboarding, chosen: dict[str, Any]) -> list[str]:

@@ -24,20 +24,31 @@ class Stage:
     on_server: bool = False
 
 
+_FIRST_CLOCK_S, _NEXT_CLOCK_S = 330.0, 200.0  # of a profile, which says itself what it will take
+
+
 def _profile_s(config: OnboardConfig) -> float:
-    per_clock_s = (len(config.batches) * len(config.contexts) + len(config.prompts)) * 10.0
-    return 15.0 if config.node == "sim" else per_clock_s * (len(config.clocks_mhz) or 8)
+    if config.node == "sim":
+        return 30.0
+    clocks = len(config.clocks_mhz) or (8 if config.live.clock_control == "on" else 1)
+    return _FIRST_CLOCK_S + (clocks - 1) * _NEXT_CLOCK_S
 
 
 def _validate_s(config: OnboardConfig) -> float:
     return 1.0 if config.node == "sim" else 2.0 * (config.validate_seconds + 10.0)
 
 
+def _server_s(config: OnboardConfig) -> float:
+    if config.node == "sim":
+        return 1.0
+    return 120.0 if config.live.server is None else 10.0
+
+
 STAGES = (
     Stage(
         "server",
         "look at this host and at the server",
-        lambda c: 10.0 if c.live.server else 120.0,
+        _server_s,
         server.look,
         True,
     ),
@@ -45,10 +56,12 @@ STAGES = (
         "load", "name the load that the policy is for", lambda c: 60.0 * (c.observe_minutes or 0.0), load.find
     ),
     Stage("profile", "measure the server's steps, prefills and idle power", _profile_s, twin.measure, True),
-    Stage("calibrate", "fit the server's twin to the profile", lambda c: 10.0, twin.fit),
+    Stage(
+        "calibrate", "fit the server's twin to the profile", lambda c: 240.0 if c.traces else 10.0, twin.fit
+    ),
     Stage("validate", "compare the twin with a fresh load", _validate_s, twin.compare, True),
     Stage("slo", "ask the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
-    Stage("train", "train a policy on the twin", lambda c: 60.0 + c.steps / 600.0, policy.learn),
+    Stage("train", "train a policy on the twin", lambda c: 90.0 + c.steps / 500.0, policy.learn),
     Stage(
         "recommend", "compare it with what could be had without it", lambda c: 15.0 * c.seeds, policy.decide
     ),

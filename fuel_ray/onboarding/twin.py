@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +41,26 @@ _LOWER = 0.65  # of the highest clock: the other one at which it is compared
 
 
 def measure(state: Onboarding) -> dict[str, Any]:
-    """`fuel-ray profile`, into profile/."""
+    """`fuel-ray profile`, into profile/; one that was interrupted is gone on with."""
     config = state.serving()
     require_alone(config)
-    with into(state.folder, "profile"):
-        profile.run(settings(ProfileConfig, config))
+    begun = sorted(state.folder.glob("profile-*"))
+    with into(state.folder, "profile", begun):
+        profile.run(settings(ProfileConfig, config, resume=begun[-1] if begun else None))
     found = read_profile([str(state.folder / "profile" / "profile.jsonl")])
     return {"clocks_mhz": found.clocks_mhz, "decode": len(found.decode), "prefill": len(found.prefill)}
 
 
 def fit(state: Onboarding) -> dict[str, Any]:
-    """`fuel-ray calibrate`, into pack.json."""
+    """`fuel-ray calibrate`, on profile and traces, into pack.json."""
     facts, path = state.facts, state.folder / "profile" / "profile.jsonl"
+    traces = sorted((state.folder / "profile" / "traces").glob("*.json"))
     axis_from, modelled = _axis_from(state)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{facts['gpu_name']} {facts['model'].rpartition('/')[2]}".lower())
     calibrate.run(
         CalibrateConfig(
             profile=(str(path),),
+            traces=tuple(map(str, traces)),
             name=f"own-{name}",
             gpu=facts["gpu_name"],
             out=str(state.pack_path),
@@ -108,12 +111,10 @@ def compare(state: Onboarding) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def into(folder: Path, verb: str) -> Iterator[None]:
-    """Give the new folder that a verb makes in the block the verb's plain name."""
-    before = {*folder.glob(f"{verb}-*")}
+def into(folder: Path, verb: str, begun: Sequence[Path] = ()) -> Iterator[None]:
+    """Give the folder that a verb makes in the block, or goes on with, the verb's plain name."""
     yield
-    (made,) = {*folder.glob(f"{verb}-*")} - before
-    os.replace(made, folder / verb)
+    os.replace(begun[-1] if begun else max(folder.glob(f"{verb}-*")), folder / verb)
 
 
 def _verdict(outside: list[str]) -> str:

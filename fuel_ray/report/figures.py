@@ -154,6 +154,7 @@ def profile_and_model(points: Sequence[ProfilePoint]) -> str:
     shown = [clocks[round(i * (len(clocks) - 1) / 3)] for i in range(4)] if len(clocks) > 4 else clocks
     inks = dict(zip(shown, _CLOCK_COLORS, strict=False))
     contexts = sorted({point.context for point in points})
+    ticks = sorted({point.batch for point in points})
 
     def paint(figure: Figure) -> None:
         panels = figure.subplots(1, 2)
@@ -167,10 +168,11 @@ def profile_and_model(points: Sequence[ProfilePoint]) -> str:
                 axes.plot(batches, [measured for measured, _ in values], marker, color=inks[clock], ms=4.5)
         for axes, name in zip(panels, ("decode step (ms)", "power (W)"), strict=True):
             axes.set(xlabel="requests that decode together", ylabel=name, xscale="log", ylim=(0, None))
-            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.set_xticks(ticks, list(map(str, ticks)))
+            axes.minorticks_off()  # their labels need TeX's words
         keys = [_key(color=ink, linewidth=3, label=f"{clock:.0f} MHz") for clock, ink in inks.items()]
         marks = zip(contexts, cycle(_MARKERS), strict=False)
-        keys += [_key(color="#30343b", marker=m, ls="", label=f"about {c} tokens each") for c, m in marks]
+        keys += [_key(color="#30343b", marker=m, ls="", label=f"prompts of {c} tokens") for c, m in marks]
         figure.legend(handles=keys, loc="outside right center")
 
     return _draw(paint, height_in=3.6)

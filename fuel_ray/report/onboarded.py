@@ -55,7 +55,8 @@ def _sections(folder: Path, journal: Mapping[str, Any]) -> Iterator[str]:
         yield from _profile(folder, found)
     if rows := found.get("validate", {}).get("rows"):
         yield heading("How far the twin is off")
-        yield from _fidelity(found["validate"], rows)
+        measured = found["server"]["origin"] == "measured"
+        yield from _fidelity(found["validate"], rows, told="measured" if measured else "of the stand-in")
     if load := found.get("load"):
         yield heading("The load and the SLO")
         yield key_values(_load(load, found.get("slo", {})))
@@ -133,30 +134,23 @@ def _profile(folder: Path, found: Stages) -> Iterator[str]:
 
 
 def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
-    """Of the decode rows: each run of growing batches has one prompt length, in one order at any clock."""
+    """Of the decode rows, whose points are named by batch and prompt tokens, as in decode-8x128."""
     rows = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))]
     points: list[ProfilePoint] = []
-    contexts: list[int] = []  # of the first clock
-    at, batch, clock_mhz = -1, 0, 0.0
-    for row in rows:
-        if row.get("phase") != "decode":
-            continue
-        before, clock_mhz = clock_mhz, float(row.get("clock_mhz", row.get("sm_mhz")))
-        at = 0 if clock_mhz != before else at + (row["b"] <= batch)
-        if at == len(contexts):
-            contexts.append(round(row["ctx_mid"]))
-        batch = row["b"]
-        clock_in_pack = min(clock_mhz, perf.constants.max_clock_mhz)
-        step_s, power_w, _ = perf.step_cost(batch, batch * row["ctx_mid"], 0, clock_in_pack)
+    for row in (row for row in rows if row.get("phase") == "decode"):
+        clock_mhz, batch = float(row["clock_mhz"]), row["b"]
+        known_mhz = min(clock_mhz, perf.constants.max_clock_mhz)
+        step_s, power_w, _ = perf.step_cost(batch, batch * row["ctx_mid"], 0, known_mhz)
         measured = (row["itl"], step_s), (row["power_w"], power_w)
-        points.append(ProfilePoint(clock_mhz, contexts[at], batch, *measured))
+        context = int(str(row["point"]).rpartition("x")[2])
+        points.append(ProfilePoint(clock_mhz, context, batch, *measured))
     return points
 
 
-def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Iterator[str]:
+def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]], *, told: str) -> Iterator[str]:
     head = [Cell("figure", style="text")]
     for row in rows:
-        head += [Cell(f"measured at {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
+        head += [Cell(f"{told} at {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
     body = [[_figure_name(name, found), *_errors(name, rows, found)] for name in rows[0]["errors"]]
     yield table(head, [body])
     requests = " and ".join(str(row["requests"]) for row in rows)
