@@ -72,7 +72,7 @@ def test_machines_get_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["packs", "--json", edited(tmp_path, fidelity=ROWS)]) == 0
     (mine,) = json.loads(capsys.readouterr().out)
     assert mine["fidelity"] == ROWS and mine["perf"]["idle_w"] == 133 and "sha256" in mine
-    assert mine["clock_axes"][0] == "nominal" and mine["settings"][0]["rest_w"] == 89
+    assert mine["clock_axes"][0] == "nominal" and mine["settings"][0]["rest_w"] == 80
 
 
 def test_a_fidelity_table_of_other_columns_is_malformed(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_a_setting_saves_while_no_request_is_there_and_nothing_under_load() -> N
 def test_under_a_setting_all_axes_rest_at_one_power_and_steps_cost_the_same(axis: str) -> None:
     plain = load_pack(PACK.name, axis).perf
     under = load_pack(f"{PACK.name}:{SETTING}", axis).perf
-    assert (plain.at(1980).rest_w, under.at(1980).rest_w) == (133, 89)
-    assert under.at(1080).rest_w == min(89, plain.at(1080).idle_w)
+    assert (plain.at(1980).rest_w, under.at(1980).rest_w) == (133, 80)
+    assert under.at(1080).rest_w == min(80, plain.at(1080).idle_w)
     assert under.at(1980)._replace(rest_w=133) == plain.at(1980)
     assert under.step_cost(8, 4000, 0, 1500) == plain.step_cost(8, 4000, 0, 1500)
 
