@@ -82,7 +82,7 @@ def test_a_server_that_waits_for_its_host_is_recovered_at_rates_that_were_not_se
     truth = small_model()
     profile, seen = profile_of(truth), [run_of(truth, 3, seed=1), run_of(truth, 8, seed=2)]
     of_profile = fit(profile, base=load_pack("h100-qwen3-8b").perf)
-    found = trace_fit.refine(profile, seen, start=of_profile)
+    found = trace_fit.refine(profile, seen, start=of_profile).perf
     assert found.constants.launch_graph_s == pytest.approx(2e-3, rel=0.05)
     assert found.constants.decode_s < 1.75e-3
     limits = {"energy": 0.03, "tpot_mean": 0.05, "e2e_mean": 0.05, "ttft_p50": 0.15}
@@ -118,7 +118,7 @@ def test_a_burst_without_outputs_has_residuals() -> None:
     run = run_of(small_model(), 8, seed=4)
     at_once = replace(run.requests, arrival_s=run.requests.arrival_s * 0, output_tokens=np.ones(96, np.int64))
     burst = replace(run, requests=at_once)
-    assert np.isfinite(run_residuals(burst, small_model(), draws=1)).all()
+    assert np.isfinite(run_residuals(burst, draws=1)(small_model())).all()
 
 
 def test_packs_without_a_slow_host_predict_what_they_did() -> None:
