@@ -162,6 +162,35 @@ def test_calibrate_with_traces_takes_the_server_from_them_and_keeps_their_errors
     assert "left out of the fit" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick")
+def test_held_out_traces_are_predicted_only_and_probes_are_not_left_out(tmp_path: Path) -> None:
+    raw = json.loads(Path(TRACES[0]).read_text())
+    gpu = {"gpu_name": "NVIDIA H100 80GB HBM3"}
+    for name, more in (("load", {}), ("probe", {"workload": "listed:requests=0.1@16/4"}), ("other", {})):
+        info = raw["info"] | gpu | more | {"engine": "VLLM 1" if name == "other" else "vllm 1"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(raw | {"info": info}))
+    load, probe, other = (str(tmp_path / f"{name}.json") for name in ("load", "probe", "other"))
+    out, profile = tmp_path / "mine.json", write_profile(tmp_path / "p.jsonl", small_model())
+    config = CalibrateConfig(profile=(profile,), traces=(load, probe), name="mine", out=str(out))
+    calibrate.run(replace(config, held_out=(other,)))
+    pack = load_pack(str(out))
+    rows = [("load", False), ("probe", False), ("load", True), ("other", True)]
+    assert [(row.trace, row.left_out) for row in pack.fidelity] == rows
+    assert "2 traces" in pack.measured and "other" not in pack.measured
+    with pytest.raises(ConfigError, match="twice"):
+        calibrate.run(replace(config, held_out=(load,)))
+
+
+def test_a_probe_weighs_less_than_a_load_in_ttft_only() -> None:
+    load = run_of(small_model(), 8, seed=4)
+    slower = small_model().replace(frontend_in_s=10e-3)
+    probe = replace(load, info={"workload": "burst:count=96"})
+    of_load, of_probe = (run_residuals(run, draws=1)(slower) for run in (load, probe))
+    ratio = of_load[3:5] / of_probe[3:5]  # mean and median TTFT
+    assert ratio == pytest.approx(3)
+    assert of_load[:3] == pytest.approx(of_probe[:3])
+
+
 def test_without_a_name_of_the_gpu_calibrate_asks_for_it(tmp_path: Path) -> None:
     profile = write_profile(tmp_path / "p.jsonl", small_model())
     with pytest.raises(ConfigError, match="--gpu"):

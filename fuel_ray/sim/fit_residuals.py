@@ -20,6 +20,7 @@ _ENGINE_TOKENS, _ENGINE_SEQS = 8192, 128  # of the server that was profiled; vLL
 _ARITHMETIC = 1.15  # prompts that take less than this times their tokens' least time are bound by arithmetic
 _DRAW_STEPS = 1000
 _FEW = 4  # requests
+_PROBE_DOUBT = 3.0  # of a probe's TTFTs
 _PLACED = ("listed:", "burst:")  # workloads whose arrivals are not drawn
 _SINGLE = {"tpot": (0.03, 3.0), "ttft": (0.2, 2.0)}  # of one request: content error, and at most so many
 _Latencies = Mapping[str, np.ndarray]
@@ -152,10 +153,12 @@ def _figures(run: RecordedRun, measured: _Latencies, several: np.ndarray) -> Ite
     figures += [("tpot", every, np.mean, 0.007, 0.08), ("tpot", every, _median, 0.01, 0.1)]
     figures += [("tpot", every, partial(_quantile, q=q), 0.015, 0.12) for q in (0.1, 0.9)]
     figures += [("tpot", third, np.mean, 0.007, 0.06) for third in _interrupted(run, several)]
+    # A probe's few prompts, sent at set times, tell less of TTFT than those of a load, which is what counts.
+    doubt = {"ttft": 1.0 if is_load(run) else _PROBE_DOUBT}
     for name, of, statistic, model, request in figures:
         values = measured[name][of]
         if len(values) >= (1 if of is every else _FEW):
-            content = float(np.hypot(model, request / len(values) ** 0.5))
+            content = doubt.get(name, 1.0) * float(np.hypot(model, request / len(values) ** 0.5))
             yield _Figure(name, of, statistic, float(statistic(values)), content)
 
 

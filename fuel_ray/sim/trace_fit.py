@@ -35,8 +35,7 @@ _WIDTHS = {
     "mixed_token_s": 0.7, "prefill_token_s": 0.5,
     "graph_w": 0.2, "prefill_token_j": 0.3,
 }  # fmt: skip
-_DRAWS = (1, 8, 24)  # of the host's delays that a fit averages over: at least and at most for a run, for all
-_REQUESTS = 1000  # that are enough in the draws of a run
+_DRAWS = (2, 8, 24)  # of the host's delays that a fit averages over: at least and at most for a run, for all
 _STEP = 0.04  # of a finite difference, as a logarithm
 _MOST = 0.3  # of a change in one iteration
 _ITERATIONS, _AGAIN = 25, 6  # of a fit, of one more with some runs left out
@@ -92,7 +91,8 @@ def _refined(
 ) -> Refined:
     """The fit from a start, or in few iterations from where another one ended."""
     parameters = _parameters(profile, start)
-    of_runs = [run_residuals(run, draws=_draws(run, of=runs)) for run in runs]
+    draws = int(np.clip(_DRAWS[2] // max(len(runs), 1), *_DRAWS[:2]))
+    of_runs = [run_residuals(run, draws=draws) for run in runs]
 
     def residuals(x: np.ndarray) -> np.ndarray:
         perf = _moved(start, parameters, x)
@@ -106,12 +106,6 @@ def _refined(
         else _gauss_newton(residuals, x, widths, iterations=_AGAIN)
     )
     return Refined(_moved(start, parameters, found), _square(residuals(found)), start, found)
-
-
-def _draws(run: RecordedRun, *, of: Sequence[RecordedRun]) -> int:
-    """Of the host's delays that a fit averages over; many requests are many draws."""
-    least, most, total = _DRAWS
-    return int(np.clip(min(total // len(of), _REQUESTS // len(run.requests)), least, most))
 
 
 def _bound_by_host(profile: Profile, start: PerfModel) -> Iterator[PerfModel]:
