@@ -24,7 +24,7 @@ from fuel_ray.sim.calibrate import (
 from fuel_ray.sim.doubts import run_doubts
 from fuel_ray.sim.fidelity import Fidelity, fidelity_table
 from fuel_ray.sim.nearest import nearest_pack, same_architecture
-from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields
+from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, variant_fields
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 from fuel_ray.sim.recorded import read_trace, trace_facts
 from fuel_ray.sim.replay import RecordedRun
@@ -220,7 +220,11 @@ def _pack(
         limits[name] = max((getattr(run, name) for run in runs.values()), default=limits[name])
     requests = sum(len(run.requests) for run in runs.values())
     of_traces = f"; traces {server.origin}" if runs else ""
-    with_traces = f"; {len(runs)} traces of {requests} requests: {', '.join(runs)}" if runs else ""
+    with_traces = (
+        f"; {len(runs)} trace{'s' * (len(runs) > 1)} of {requests} requests: {', '.join(runs)}"
+        if runs
+        else ""
+    )
     return {
         "name": config.name,
         "gpu_name": server.gpu_name,
@@ -231,12 +235,20 @@ def _pack(
         **limits,
         "kv_tokens": server.kv_tokens or base.kv_tokens,
         **pack_fields(perf),
-        **({"clock_axis_from": shape.clock_axis_from or shape.name} if profiled < AXIS_CLOCKS else {}),
+        **(_axis_of(shape, perf) if profiled < AXIS_CLOCKS else {}),
         "measured": _rows(profile) + with_traces,
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
         "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}{of_traces}"],
         "fidelity": [asdict(row) for row in rows],
     }
+
+
+def _axis_of(shape: Pack, perf: PerfModel) -> dict[str, Any]:
+    """Where the clock axis is from, and the other axes that are as likely there."""
+    others = {name: with_clock_axis(perf, of=shape.with_axis(name).perf) for name in shape.clock_axes[1:]}
+    notes = {"clock_axis_notes": shape.clock_axis_notes} if others else {}
+    variants = {"clock_axis_variants": variant_fields(perf, others)} if others else {}
+    return {"clock_axis_from": shape.clock_axis_from or shape.name, **notes, **variants}
 
 
 def _rows(profile: Profile) -> str:
