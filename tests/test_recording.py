@@ -290,6 +290,15 @@ def test_a_trace_under_a_clock_that_the_pack_lacks_is_said():
     assert "its max_num_seqs is 256, the pack's 128" in doubts
 
 
+@pytest.mark.parametrize(("at_once", "said"), [(30, []), (0, ["at least 20 of 40 requests were sent late"])])
+def test_requests_that_are_due_at_once_are_no_late_sends_of_a_slow_client(at_once, said):
+    run = read_trace(TRACES[0])
+    requests = run.requests.part(slice(40))
+    arrival_s = np.maximum(np.arange(40.0), at_once)
+    run = replace(run, requests=replace(requests, arrival_s=arrival_s), info={"late_sends": 20})
+    assert [line.partition(":")[0] for line in run_doubts(run)] == said
+
+
 def test_an_error_is_beyond_its_bound_on_either_side_and_an_unknown_one_is_not():
     errors = {"energy": None, "tpot_mean": -0.06, "e2e_mean": 0.05, "ttft_p50": 0.2}
     assert beyond_bounds(errors) == {"tpot_mean": -0.06, "ttft_p50": 0.2}
