@@ -80,6 +80,21 @@ def test_a_fidelity_table_of_other_columns_is_malformed(tmp_path: Path) -> None:
         load_pack(edited(tmp_path, fidelity=[{"trace": "a"}]))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fidelity": [ROWS[0] | {"energy": "x"}]},
+        {"fidelity": [ROWS[0] | {"requests": None}]},
+        {"settings": {"A=1": {"rest_w": None, "source": "x"}}},
+    ],
+)
+def test_a_pack_whose_tables_have_no_numbers_is_malformed(
+    change: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["packs", edited(tmp_path, **change)]) == 2
+    assert "malformed" in capsys.readouterr().err
+
+
 # The choice
 
 

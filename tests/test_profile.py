@@ -105,6 +105,17 @@ def test_points_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch,
     assert f"ended early, 3 points are kept in {path}" in found.out and "the GPU is lost" in found.err
 
 
+@pytest.mark.parametrize("rows", ["[1]\n", '{"phase": "idle"}\n', "null\n", "x\n", None])
+def test_a_profile_that_is_none_cannot_be_gone_on_with(rows, profile, tmp_path, capsys):
+    (tmp_path / "run.json").write_text((profile.parent / "run.json").read_text())
+    if rows is None:
+        (tmp_path / "profile.jsonl").mkdir()
+    else:
+        (tmp_path / "profile.jsonl").write_text(rows)
+    assert main(["profile", "--resume", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_profile_says_how_long_it_takes_and_keeps_to_it(profiled):
     """Virtual seconds, and what lies between two points on a real server: 6 min a clock, 30 for eight."""
     said = profiled[1]

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,6 +289,35 @@ def test_a_trace_under_a_clock_that_the_pack_lacks_is_said():
     doubts = list(pack_doubts(run, load_pack("h100-qwen3-8b")))
     assert any(line.startswith("it was measured at 2100 MHz, and the pack has") for line in doubts)
     assert "its max_num_seqs is 256, the pack's 128" in doubts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"secs": 1e300},
+        {"begin": -1e18},
+        {"max_num_seqs": 10**12},
+        {"num_kv_blocks": 10**18},
+        {"max_num_batched_tokens": 10**30},
+        {"limit_schedule": [[0, 10**30]]},
+        {"limit_schedule": [["nan", 3]]},
+        {"clock_schedule": [[0, 10**30]]},
+    ],
+)
+def test_a_trace_of_absurd_numbers_is_refused(change, tmp_path, capsys):
+    raw = json.loads(Path(TRACES[0]).read_text())
+    (tmp_path / "t.json").write_text(json.dumps(raw | {"info": raw["info"] | change}))
+    assert main(["validate", str(tmp_path / "t.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("at_once", "said"), [(30, []), (0, ["at least 20 of 40 requests were sent late"])])
+def test_requests_that_are_due_at_once_are_no_late_sends_of_a_slow_client(at_once, said):
+    run = read_trace(TRACES[0])
+    requests = run.requests.part(slice(40))
+    arrival_s = np.maximum(np.arange(40.0), at_once)
+    run = replace(run, requests=replace(requests, arrival_s=arrival_s), info={"late_sends": 20})
+    assert [line.partition(":")[0] for line in run_doubts(run)] == said
 
 
 def test_an_error_is_beyond_its_bound_on_either_side_and_an_unknown_one_is_not():

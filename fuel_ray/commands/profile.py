@@ -114,13 +114,16 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a profile that was interrupted; a torn last line is taken out of the file."""
     if not path.exists():
         return []
-    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {path} is not JSON lines: {error}") from error
+    if not all(isinstance(row, dict) and {"phase", "clock_mhz", "point"} <= set(row) for row in rows):
+        raise ConfigError(f"--resume: {path} is not a profile: a row lacks phase, clock_mhz or point")
     if torn:
         write_lines(path, lines)
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ConfigError(f"--resume: {path} is not JSON lines: {error}") from error
+    return rows
 
 
 def _facts(config: ProfileConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.clock_axis import AtClock, ClockAxis
-from fuel_ray.sim.fidelity import Fidelity
+from fuel_ray.sim.fidelity import ERRORS, Fidelity
 
 FORMAT = 2  # of pack files
 NOMINAL = "nominal"
@@ -322,9 +322,18 @@ def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:
         perf=_perf(raw, {}),
         sha256=digest,
         other_axes=tuple(axes.items()),
-        fidelity=tuple(Fidelity(**row) for row in raw.get("fidelity", ())),
-        settings=tuple(Setting(name, **entry) for name, entry in dict(raw.get("settings", {})).items()),
+        fidelity=tuple(map(_fidelity, raw.get("fidelity", ()))),
+        settings=tuple(_setting(name, **entry) for name, entry in dict(raw.get("settings", {})).items()),
     )
+
+
+def _fidelity(row: dict[str, Any]) -> Fidelity:
+    errors = {name: None if row[name] is None else float(row[name]) for name in ERRORS}
+    return Fidelity(**row | errors | {"trace": str(row["trace"]), "requests": int(row["requests"])})
+
+
+def _setting(name: str, *, rest_w: Any, source: Any) -> Setting:
+    return Setting(name, rest_w=float(rest_w), source=str(source))
 
 
 def _variant(raw: dict[str, Any], name: str) -> PerfModel:

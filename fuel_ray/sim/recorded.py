@@ -23,6 +23,10 @@ from fuel_ray.sim.rows import Row
 from fuel_ray.types import Requests
 
 
+_MOST = 10**7  # requests, tokens or blocks of a server, and MHz
+_LONGEST_S = 1e6
+
+
 def read_trace(path: str) -> RecordedRun:
     """A recorded run from a trace file.
 
@@ -95,23 +99,25 @@ def _run(info: Row, rows: Sequence[Row]) -> RecordedRun:
     ttft_s, e2e_s = (np.array([row.number(key) for row in rows]) for key in ("ttft", "e2e"))
     if (e2e_s < ttft_s).any() or not (e2e_s > ttft_s)[n_out > 1].any():
         raise ValueError("a request must have ttft <= e2e, and one of several tokens ttft < e2e")
-    block_size, num_kv_blocks = info.whole("block_size"), info.whole("num_kv_blocks")
+    block_size, num_kv_blocks = (info.whole(key, most=_MOST) for key in ("block_size", "num_kv_blocks"))
     pool, longest = (num_kv_blocks - 1) * block_size, (n_in + n_out).max()
     if longest > pool:
         raise ValueError(f"a request of {longest} tokens does not fit into the KV pool of {pool} tokens")
     begin_s = info.number("begin", above=-math.inf) if "begin" in info.values else start_s[0]
     if begin_s > start_s[0]:
         raise ValueError(f"info: begin is {begin_s}, after the first request's start {start_s[0]}")
+    if start_s[-1] - begin_s > _LONGEST_S:
+        raise ValueError(f"a request starts {start_s[-1] - begin_s:g} s after the beginning")
     return RecordedRun(
         requests=Requests(start_s - begin_s, n_in, n_out, np.full(len(rows), -1), np.zeros_like(n_in)),
-        duration_s=info.number("secs"),
+        duration_s=info.number("secs", most=_LONGEST_S),
         energy_j=None if info.values.get("energy_j", 0) is None else info.number("energy_j"),
         ttft_s=ttft_s,
         e2e_s=e2e_s,
         kv_block_size=block_size,
         num_kv_blocks=num_kv_blocks,
-        max_num_seqs=info.whole("max_num_seqs"),
-        max_num_batched_tokens=info.whole("max_num_batched_tokens"),
+        max_num_seqs=info.whole("max_num_seqs", most=_MOST),
+        max_num_batched_tokens=info.whole("max_num_batched_tokens", most=_MOST),
         limit_schedule=_schedule("limit_schedule", info.values["limit_schedule"]),
         clock_schedule=_schedule("clock_schedule", info.values.get("clock_schedule", [])),
         prefix_caching=bool(info.values.get("prefix_caching", True)),
@@ -130,8 +136,13 @@ _OF_THE_RUN = frozenset(
 def _schedule(name: str, raw: Any) -> tuple[tuple[float, int], ...]:
     """Every (second, value), as it is written; what nobody set is at its highest."""
     entries = [(float(second), value) for second, value in raw] if isinstance(raw, list) else []
-    valid = all(type(value) is int and value > 0 for _, value in entries)
+    valid = all(type(value) is int and 0 < value <= _MOST for _, value in entries)
     seconds = [second for second, _ in entries]
-    if not isinstance(raw, list) or not valid or seconds != sorted(seconds) or min(seconds, default=0) < 0:
+    if (
+        not isinstance(raw, list)
+        or not valid
+        or seconds != sorted(seconds)
+        or not all(0 <= s < math.inf for s in seconds)
+    ):
         raise ValueError(f"{name} must be a list of [second, whole number] with ascending seconds from 0")
     return tuple(entries)
