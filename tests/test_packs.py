@@ -52,7 +52,7 @@ def test_a_pack_in_full_has_its_fidelity_by_trace_and_its_constants(
 ) -> None:
     assert main(["packs", edited(tmp_path, fidelity=ROWS, clock_axis_from="h100-qwen3-8b")]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "1 traces, that the fit had not seen: energy within 2.1%, mean TPOT within 3.0%, median" in text
+    assert "1 trace not seen by the fit: energy within 2.1%, mean TPOT within 3.0%, median" in text
     assert "b.json 80 -2.1% +3.0% unknown +11.0% left out of the fit" in text and "a.json 90 +20.0%" in text
     assert "idle_w 133" in text and "the axis of h100-qwen3-8b" in text and PACK.measured in text
     assert f"--pack mine:{SETTING} 80 W without requests; 53 W less" in text
