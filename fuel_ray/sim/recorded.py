@@ -22,7 +22,6 @@ from fuel_ray.sim.replay import RecordedRun
 from fuel_ray.sim.rows import Row
 from fuel_ray.types import Requests
 
-
 _MOST = 10**7  # requests, tokens or blocks of a server, and MHz
 _LONGEST_S = 1e6
 
