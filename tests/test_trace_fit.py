@@ -15,8 +15,8 @@ from fuel_ray.sim.calibrate import DecodePoint, PrefillPoint, Profile, decode_st
 from fuel_ray.sim.fit_residuals import run_residuals
 from fuel_ray.sim.pack import PerfModel, load_pack
 from fuel_ray.sim.perf_model import HOST_STEPS, launch_cost
-from fuel_ray.sim.recorded import read_trace
-from fuel_ray.sim.replay import RecordedRun, figures, measured_figures, predicted_latencies, relative_errors
+from fuel_ray.sim.recorded import RecordedRun, read_trace
+from fuel_ray.sim.replay import figures, measured_figures, predicted_latencies, relative_errors
 from fuel_ray.types import Requests
 
 DATA = Path(__file__).parent / "data"

@@ -15,7 +15,7 @@ from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.facts import Cards, server_facts
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
-from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.recorded import RecordedRun
 from fuel_ray.types import NodeSpec
 
 

@@ -18,7 +18,7 @@ from fuel_ray.errors import NodeError
 from fuel_ray.live.node import GpuNode
 from fuel_ray.sim.loads import Load, Rows, Server
 from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
-from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.recorded import RecordedRun
 from fuel_ray.sim.windows import Measured, Windows
 from fuel_ray.types import Knobs, Requests, WindowMetrics
 from fuel_ray.workload.spec import drawn, parse_workload

@@ -9,7 +9,7 @@ import numpy as np
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError
 from fuel_ray.live.vllm.facts import assumed
-from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.recorded import RecordedRun
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetrics
 
 _DRAIN_WINDOWS = 120  # after the last arrival

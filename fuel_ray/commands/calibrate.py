@@ -26,8 +26,7 @@ from fuel_ray.sim.fidelity import Fidelity, fidelity_table
 from fuel_ray.sim.nearest import nearest_pack, same_architecture
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, variant_fields
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
-from fuel_ray.sim.recorded import read_trace, trace_facts
-from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.recorded import RecordedRun, read_trace, trace_facts
 from fuel_ray.sim.rows import Row
 from fuel_ray.sim.trace_fit import WANDER, fidelity, leave_out, refine, wander
 

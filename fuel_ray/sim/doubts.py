@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.sim.pack import Pack
-from fuel_ray.sim.replay import RecordedRun
+from fuel_ray.sim.recorded import RecordedRun
 
 _FAILED = 0.01  # shares of the requests that are too many
 _LATE = 0.01

@@ -9,7 +9,8 @@ import numpy as np
 
 from fuel_ray.sim.calibrate import PrefillPoint, Profile, decode_step
 from fuel_ray.sim.pack import PerfModel
-from fuel_ray.sim.replay import RecordedRun, predicted_latencies
+from fuel_ray.sim.recorded import RecordedRun
+from fuel_ray.sim.replay import predicted_latencies
 from fuel_ray.types import Requests
 
 WARM_UP_S = 1.0  # of each run is not fitted: a fresh server's first requests compile kernels

@@ -11,19 +11,38 @@ the highest, clock in MHz, and what the server is: ``block_size``, ``num_kv_bloc
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fuel_ray.errors import ConfigError
-from fuel_ray.sim.replay import RecordedRun
 from fuel_ray.sim.rows import Row
 from fuel_ray.types import Requests
 
 _MOST = 10**7  # requests, tokens or blocks of a server, and MHz
 _LONGEST_S = 1e6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordedRun:
+    """One run of a real server: what was sent and what was measured."""
+
+    requests: Requests  # arrival_s counts from the beginning, in ascending order
+    duration_s: float
+    energy_j: float | None  # in duration_s; None: not measured
+    ttft_s: np.ndarray  # in the order of requests, like the next
+    e2e_s: np.ndarray
+    kv_block_size: int  # tokens
+    num_kv_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    limit_schedule: tuple[tuple[float, int], ...]  # (second, batch limit), ascending from 0
+    clock_schedule: tuple[tuple[float, int], ...] = ()  # (second, MHz), ascending from 0; none: the highest
+    prefix_caching: bool = True
+    info: Mapping[str, Any] = field(default_factory=dict)  # what else the file says of it
 
 
 def read_trace(path: str) -> RecordedRun:

@@ -1,41 +1,20 @@
 """What the simulated server predicts for a recorded run, beside what was measured."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import count, pairwise
-from typing import Any
 
 import numpy as np
 
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.pack import Pack, PerfModel
+from fuel_ray.sim.recorded import RecordedRun
 from fuel_ray.sim.scheduler import Engine, advance, new_state
-from fuel_ray.types import Requests
 
 _LATENCIES = [f"{name}_{figure}" for name in ("ttft", "tpot", "e2e") for figure in ("mean", "p50", "p99")]
 FIGURES = ("energy", "mean_power", *_LATENCIES)
 BOUNDS = {"energy": 0.03, "tpot_mean": 0.05, "e2e_mean": 0.05, "ttft_p50": 0.15}  # of a twin to be trusted
 
 _DRAIN_STEP_S = 10.0  # how often the replay looks whether all requests have finished
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RecordedRun:
-    """One run of a real server: what was sent and what was measured."""
-
-    requests: Requests  # arrival_s counts from the beginning, in ascending order
-    duration_s: float
-    energy_j: float | None  # in duration_s; None: not measured
-    ttft_s: np.ndarray  # in the order of requests, like the next
-    e2e_s: np.ndarray
-    kv_block_size: int  # tokens
-    num_kv_blocks: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    limit_schedule: tuple[tuple[float, int], ...]  # (second, batch limit), ascending from 0
-    clock_schedule: tuple[tuple[float, int], ...] = ()  # (second, MHz), ascending from 0; none: the highest
-    prefix_caching: bool = True
-    info: Mapping[str, Any] = field(default_factory=dict)  # what else the file says of it
 
 
 def measured_figures(run: RecordedRun) -> dict[str, float | None]:

@@ -24,7 +24,8 @@ from fuel_ray.sim.fit_residuals import (
     token_s,
 )
 from fuel_ray.sim.pack import PerfModel
-from fuel_ray.sim.replay import RecordedRun, figures, measured_figures, predicted_latencies, relative_errors
+from fuel_ray.sim.recorded import RecordedRun
+from fuel_ray.sim.replay import figures, measured_figures, predicted_latencies, relative_errors
 
 # How far a constant may well be from where the profile alone puts it: logarithms of the ratio.
 _WIDTHS = {
