@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from fuel_ray.cli import main
+from fuel_ray.commands import profile
 from fuel_ray.errors import ConfigError
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
@@ -210,6 +211,18 @@ def test_a_live_evaluation_writes_a_trace_per_episode(stub, tmp_path, monkeypatc
     assert run.limit_schedule == () and run.clock_schedule == ((0.0, 1980),)  # the limit was not ours
     assert run.info["origin"] == "measured" and run.info["foreign_requests"] == 2
     assert "at least 2 requests of somebody else" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "tokens"), [([], 2000), (["--max-num-batched-tokens", "4096"], 4096)])
+def test_a_profile_has_the_servers_tokens_per_step_and_not_its_packs(flags, tokens, stub, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr(
+        "fuel_ray.live.vllm.facts.server_flags", lambda port: ("--max-num-batched-tokens=2k",)
+    )
+    live = ["--node", "live", "--live.server", stub.url, "--live.model", "tiny", "--block-sizes", "32"]
+    spec, engine, server = profile._server(profile.parse([*live, *flags], prog="fuel-ray profile"))
+    assert server.max_num_batched_tokens == spec.server.max_num_batched_tokens == tokens
+    assert engine == spec.server.engine  # as a benchmark's trace has it
 
 
 def test_a_live_nodes_load_begins_with_its_energy(stub, monkeypatch):
