@@ -160,7 +160,6 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
         max_num_seqs=spec.batch_limits[-1],
         max_model_len=longest or pack.max_model_len,
         kv_tokens=((spec.num_kv_blocks or 0) - 1) * size if spec.num_kv_blocks else pack.kv_tokens,
-        max_num_batched_tokens=spec.server.max_num_batched_tokens if spec.server else 0,
     )
     if min(server.max_model_len, server.kv_tokens) < _SHORTEST:
         found = f"max_model_len {server.max_model_len}, KV pool {server.kv_tokens} tokens"
@@ -185,7 +184,7 @@ def _probes(
     progress.begin(len(plan) - len(missing), len(clocks_mhz))
     for point in progress.points:
         of_clock = [row for row in rows if row["clock_mhz"] == point.clock_mhz]
-        found = probe(config, point, of_clock, server=server)
+        found = probe(config, point, of_clock)
         progress.measured(point, found)
         if point.name != WARM_UP:
             rows += [found.row] if found.row is not None else []
