@@ -273,6 +273,21 @@ def test_fewer_clocks_take_the_axis_of_the_same_architecture(
     for share in (0.6, 0.8, 1.0):
         ours, theirs = pack.perf.axis.read(1980 * share), shape.perf.axis.read(top_mhz * share)
         assert ours == pytest.approx(theirs, rel=1e-3)
+    assert pack.clock_axes == shape.clock_axes
+
+
+def test_axes_that_are_taken_along_say_of_the_own_step_what_they_say_of_their_own(tmp_path: Path) -> None:
+    assert calibrated(tmp_path, (1980,), "--gpu", "NVIDIA H200") == 0
+    pack, shape = load_pack(str(tmp_path / "mine.json")), load_pack("h100-qwen3-8b")
+    assert pack.clock_axis_notes == shape.clock_axis_notes
+    for name in ("clocked", "streaming-more", "high", "prefill-0.65"):
+        ours, theirs = (of.with_axis(name).perf.constants for of in (pack, shape))
+        assert ours.stream_s / ours.decode_s == pytest.approx(theirs.stream_s / theirs.decode_s, rel=1e-3)
+        assert ours.clock_s / ours.decode_s == pytest.approx(theirs.clock_s / theirs.decode_s, rel=1e-3)
+        assert ours.prefill_clock_share == theirs.prefill_clock_share
+        assert ours.decode_s == pack.perf.constants.decode_s
+    assert calibrated(tmp_path, (1080, 1500, 1980), "--gpu", "NVIDIA H200") == 0
+    assert load_pack(str(tmp_path / "mine.json")).clock_axes == ("nominal",)
 
 
 def test_the_axis_of_a_pack_that_is_named_is_taken(tmp_path: Path) -> None:

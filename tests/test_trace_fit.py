@@ -82,7 +82,7 @@ def test_a_server_that_waits_for_its_host_is_recovered_at_rates_that_were_not_se
     truth = small_model()
     profile, seen = profile_of(truth), [run_of(truth, 3, seed=1), run_of(truth, 8, seed=2)]
     of_profile = fit(profile, base=load_pack("h100-qwen3-8b").perf)
-    found = trace_fit.refine(profile, seen, start=of_profile)
+    found = trace_fit.refine(profile, seen, start=of_profile).perf
     assert found.constants.launch_graph_s == pytest.approx(2e-3, rel=0.05)
     assert found.constants.decode_s < 1.75e-3
     limits = {"energy": 0.03, "tpot_mean": 0.05, "e2e_mean": 0.05, "ttft_p50": 0.15}
@@ -118,7 +118,7 @@ def test_a_burst_without_outputs_has_residuals() -> None:
     run = run_of(small_model(), 8, seed=4)
     at_once = replace(run.requests, arrival_s=run.requests.arrival_s * 0, output_tokens=np.ones(96, np.int64))
     burst = replace(run, requests=at_once)
-    assert np.isfinite(run_residuals(burst, small_model(), draws=1)).all()
+    assert np.isfinite(run_residuals(burst, draws=1)(small_model())).all()
 
 
 def test_packs_without_a_slow_host_predict_what_they_did() -> None:
@@ -160,6 +160,35 @@ def test_calibrate_with_traces_takes_the_server_from_them_and_keeps_their_errors
     assert all(abs(row.tpot_mean) < 0.2 and row.requests > 100 for row in pack.fidelity)
     assert "2 traces" in pack.measured and "mixed steps" not in pack.transferred
     assert "left out of the fit" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_held_out_traces_are_predicted_only_and_probes_are_not_left_out(tmp_path: Path) -> None:
+    raw = json.loads(Path(TRACES[0]).read_text())
+    gpu = {"gpu_name": "NVIDIA H100 80GB HBM3"}
+    for name, more in (("load", {}), ("probe", {"workload": "listed:requests=0.1@16/4"}), ("other", {})):
+        info = raw["info"] | gpu | more | {"engine": "VLLM 1" if name == "other" else "vllm 1"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(raw | {"info": info}))
+    load, probe, other = (str(tmp_path / f"{name}.json") for name in ("load", "probe", "other"))
+    out, profile = tmp_path / "mine.json", write_profile(tmp_path / "p.jsonl", small_model())
+    config = CalibrateConfig(profile=(profile,), traces=(load, probe), name="mine", out=str(out))
+    calibrate.run(replace(config, held_out=(other,)))
+    pack = load_pack(str(out))
+    rows = [("load", False), ("probe", False), ("load", True), ("other", True)]
+    assert [(row.trace, row.left_out) for row in pack.fidelity] == rows
+    assert "2 traces" in pack.measured and "other" not in pack.measured
+    with pytest.raises(ConfigError, match="twice"):
+        calibrate.run(replace(config, held_out=(load,)))
+
+
+def test_a_probe_weighs_less_than_a_load_in_ttft_only() -> None:
+    load = run_of(small_model(), 8, seed=4)
+    slower = small_model().replace(frontend_in_s=10e-3)
+    probe = replace(load, info={"workload": "burst:count=96"})
+    of_load, of_probe = (run_residuals(run, draws=1)(slower) for run in (load, probe))
+    ratio = of_load[3:5] / of_probe[3:5]  # mean and median TTFT
+    assert ratio == pytest.approx(3)
+    assert of_load[:3] == pytest.approx(of_probe[:3])
 
 
 def test_without_a_name_of_the_gpu_calibrate_asks_for_it(tmp_path: Path) -> None:

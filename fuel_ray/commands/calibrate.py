@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fuel_ray.sim.calibrate import (
 from fuel_ray.sim.doubts import run_doubts
 from fuel_ray.sim.fidelity import Fidelity, fidelity_table
 from fuel_ray.sim.nearest import nearest_pack, same_architecture
-from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields
+from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, variant_fields
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
 from fuel_ray.sim.recorded import RecordedRun, read_trace, trace_facts
 from fuel_ray.sim.rows import Row
@@ -45,6 +46,8 @@ class CalibrateConfig:
     traces: tuple[str, ...] = ()
     """Trace files of the same server, as `fuel-ray profile` and `benchmark --save-trace` write them: launch
     times, front end and mixed steps are fitted to them, too."""
+    held_out: tuple[str, ...] = ()
+    """Trace files of the same server that are predicted only: nothing is fitted to them."""
     gpu: str | None = None
     """GPU as NVML names it; by default as the traces name it, like the next four."""
     model: str | None = None
@@ -79,7 +82,7 @@ def run(config: CalibrateConfig) -> int:
     profile, dropped = without_outliers(profile, base=start)
     for point in dropped:
         print(f"dropped, more than 30 % off any fit: {point}")
-    raw = _pack(config, server, profile, *_fitted(profile, server.runs, base=start), base=base, shape=shape)
+    raw = _pack(config, server, profile, *_fitted(profile, server, base=start), base=base, shape=shape)
     with whole(Path(os.path.realpath(config.out))) as file:  # a user's link stays one
         file.write(json.dumps(raw, indent=2) + "\n")
     load_pack(config.out)
@@ -92,6 +95,7 @@ class _Server:
     """What flags or else traces tell of the server."""
 
     runs: dict[str, RecordedRun]
+    held_out: dict[str, RecordedRun]
     gpu_name: str
     model: str
     engine: str
@@ -101,24 +105,29 @@ class _Server:
 
 
 def _server(config: CalibrateConfig) -> _Server:
-    runs = dict(zip(_names(config.traces), map(read_trace, config.traces), strict=True))
+    paths = (*config.traces, *config.held_out)
+    both = dict(zip(_names(paths), map(read_trace, paths), strict=True))
+    if len(both) < len(paths):
+        raise ConfigError("--traces, --held-out: a trace is there twice")
     flags = (config.gpu, config.model, config.engine, config.power_cap_w, None)
-    for name, run in runs.items():
+    for name, run in both.items():
         for line in run_doubts(run):
             print(f"{name}: {line}")
-    told = _told(config.traces, given=[key for key, value in zip(_FACTS, flags, strict=True) if value])
+    told = _told(paths, given=[key for key, value in zip(_FACTS, flags, strict=True) if value])
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
         raise ConfigError("--gpu NAME is needed: no trace names the GPU")
+    runs = dict(islice(both.items(), len(config.traces)))
     return _Server(
         runs,
+        {name: run for name, run in both.items() if name not in runs},
         gpu_name=gpu_name,
         model=config.model or told["model"] or "unknown",
         engine=config.engine or told["engine"] or "vLLM",
         origin=told["origin"] or "measured",
         power_cap_w=config.power_cap_w or told["power_cap_w"],
         kv_tokens=config.kv_tokens
-        or max((run.num_kv_blocks * run.kv_block_size for run in runs.values()), default=None),
+        or max((run.num_kv_blocks * run.kv_block_size for run in both.values()), default=None),
     )
 
 
@@ -131,10 +140,11 @@ def _told(paths: Sequence[str], *, given: Sequence[str]) -> dict[str, Any]:
     rows, told = [Row(trace_facts(path), f"trace {path}: info") for path in paths], dict[str, Any]()
     for key in _FACTS:
         read = Row.number if key.endswith("_w") else _text
-        said = list(dict.fromkeys(read(row, key) for row in rows if row.values.get(key) is not None))
+        every = [read(row, key) for row in rows if row.values.get(key) is not None]
+        said = list({str(one).casefold(): one for one in every}.values())  # vllm and vLLM are one
         if len(said) > 1 and key not in given:
             differ = ", ".join(map(str, said))
-            raise ConfigError(f"--traces: their {key} is {differ}; a pack is of one server")
+            raise ConfigError(f"--traces, --held-out: their {key} is {differ}; a pack is of one server")
         told[key] = said[0] if said else None
     return told
 
@@ -149,20 +159,27 @@ def _names(paths: Sequence[str]) -> list[str]:
     return [path if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)]
 
 
-def _fitted(
-    profile: Profile, runs: dict[str, RecordedRun], *, base: PerfModel
-) -> tuple[PerfModel, list[Fidelity]]:
+def _fitted(profile: Profile, server: _Server, *, base: PerfModel) -> tuple[PerfModel, list[Fidelity]]:
     """The model and what it gets wrong of the runs; errors are printed."""
-    start = fit(profile, base=base)
-    if not runs:
+    start, runs, left_out = fit(profile, base=base), server.runs, list[Fidelity]()
+    if runs:
+        fitted = refine(profile, list(runs.values()), start=start)
+        left_out = list(leave_out(profile, runs, fitted=fitted)) if len(runs) > 1 else []
+        start = fitted.perf
+    else:
         print(table(leave_one_out(profile, base=base)))
-        return start, []
-    perf = refine(profile, list(runs.values()), start=start)
-    perf = perf.replace(**pack_fields(perf)["perf"])  # as the file will have it: replays are sensitive
-    rows = [fidelity(name, run, perf, left_out=False) for name, run in runs.items()]
-    if len(runs) > 1:
-        rows += leave_out(profile, runs, start=start)
-    time, power, _ = errors(perf, profile.decode)
+    perf = start.replace(**pack_fields(start)["perf"])  # as the file will have it: replays are sensitive
+    rows = [fidelity(name, run, perf, left_out=False) for name, run in runs.items()] + left_out
+    rows += [fidelity(name, run, perf, left_out=True) for name, run in server.held_out.items()]
+    _say_errors(profile, runs | server.held_out, perf, rows)
+    return perf, rows
+
+
+def _say_errors(
+    profile: Profile, runs: dict[str, RecordedRun], perf: PerfModel, rows: Sequence[Fidelity]
+) -> None:
+    if not runs:
+        return
     print(fidelity_table(rows))
     for name, run in runs.items():
         if (spread := wander(run, perf)) > WANDER:
@@ -170,8 +187,8 @@ def _fitted(
                 f"{name}: from ten requests to the next TPOT over its prediction varies by {spread:.0%}: "
                 "the host's speed changes, and the mean of another short run will differ"
             )
+    time, power, _ = errors(perf, profile.decode)
     print(f"fitted with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average")
-    return perf, rows
 
 
 def _pack(
@@ -202,7 +219,11 @@ def _pack(
         limits[name] = max((getattr(run, name) for run in runs.values()), default=limits[name])
     requests = sum(len(run.requests) for run in runs.values())
     of_traces = f"; traces {server.origin}" if runs else ""
-    with_traces = f"; {len(runs)} traces of {requests} requests: {', '.join(runs)}" if runs else ""
+    with_traces = (
+        f"; {len(runs)} trace{'s' * (len(runs) > 1)} of {requests} requests: {', '.join(runs)}"
+        if runs
+        else ""
+    )
     return {
         "name": config.name,
         "gpu_name": server.gpu_name,
@@ -213,12 +234,20 @@ def _pack(
         **limits,
         "kv_tokens": server.kv_tokens or base.kv_tokens,
         **pack_fields(perf),
-        **({"clock_axis_from": shape.clock_axis_from or shape.name} if profiled < AXIS_CLOCKS else {}),
+        **(_axis_of(shape, perf) if profiled < AXIS_CLOCKS else {}),
         "measured": _rows(profile) + with_traces,
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
         "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}{of_traces}"],
         "fidelity": [asdict(row) for row in rows],
     }
+
+
+def _axis_of(shape: Pack, perf: PerfModel) -> dict[str, Any]:
+    """Where the clock axis is from, and the other axes that are as likely there."""
+    others = {name: with_clock_axis(perf, of=shape.with_axis(name).perf) for name in shape.clock_axes[1:]}
+    notes = {"clock_axis_notes": shape.clock_axis_notes} if others else {}
+    variants = {"clock_axis_variants": variant_fields(perf, others)} if others else {}
+    return {"clock_axis_from": shape.clock_axis_from or shape.name, **notes, **variants}
 
 
 def _rows(profile: Profile) -> str:

@@ -110,8 +110,8 @@ def _within(rows: Sequence[Fidelity]) -> str:
         for name, label in ERRORS.items()
         if (known := [abs(error) for row in held_out or rows if (error := getattr(row, name)) is not None])
     ]
-    kind = "that the fit had not seen" if held_out else "all of them seen by the fit"
-    return f"{len(held_out or rows)} traces, {kind}: {', '.join(found) or 'errors unknown'}"
+    n, kind = len(held_out or rows), "not seen by the fit" if held_out else "seen by the fit"
+    return f"{n} trace{'s' * (n > 1)} {kind}: {', '.join(found) or 'errors unknown'}"
 
 
 def _joined(values: Mapping[str, float]) -> str:

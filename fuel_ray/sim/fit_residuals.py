@@ -1,6 +1,7 @@
 """What a model gets wrong of a profile and of recorded runs, over the errors that would be content."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,12 @@ _REPEATS, _EVERY_S = 9, 2.0  # prompts that come one after another to an idle se
 _SATURATED = 4  # steps of waiting prompts, from which on their times tell how fast the GPU computes
 _ENGINE_TOKENS, _ENGINE_SEQS = 8192, 128  # of the server that was profiled; vLLM's defaults
 _ARITHMETIC = 1.15  # prompts that take less than this times their tokens' least time are bound by arithmetic
-_POOL_TOKENS = 2**20
 _DRAW_STEPS = 1000
 _FEW = 4  # requests
-_Pair = Sequence[np.ndarray]  # predicted and measured
+_PROBE_DOUBT = 3.0  # of a probe's TTFTs
+_PLACED = ("listed:", "burst:")  # workloads whose arrivals are not drawn
+_SINGLE = {"tpot": (0.03, 3.0), "ttft": (0.2, 2.0)}  # of one request: content error, and at most so many
+_Latencies = Mapping[str, np.ndarray]
 _Statistic = Callable[[np.ndarray], Any]
 
 
@@ -45,10 +48,29 @@ def token_s(points: Iterable[PrefillPoint]) -> float:
     return min(p.ttft_s / p.prompt_tokens / (p.clients / 2 if is_saturated(p) else 1) for p in points)
 
 
-def run_residuals(run: RecordedRun, perf: PerfModel, *, draws: int) -> np.ndarray:
+def run_residuals(run: RecordedRun, *, draws: int) -> Callable[[PerfModel], np.ndarray]:
     """Of the figures of a run, and of its requests one by one, which are worth a few figures together."""
-    each = [_draw_residuals(run, perf, k * _DRAW_STEPS) for k in range(draws)]
-    return np.concatenate(each) / draws**0.5
+    several = np.flatnonzero(_warm(run) & (run.requests.output_tokens > 1))
+    measured = _latencies(run, several, run.ttft_s, run.e2e_s)
+    parts = tuple(_figures(run, measured, several))
+
+    def total(perf: PerfModel) -> np.ndarray:
+        return np.concatenate([draw(perf, k * _DRAW_STEPS) for k in range(draws)]) / draws**0.5
+
+    def draw(perf: PerfModel, first_step: int) -> np.ndarray:
+        energy_j, ttft_s, e2e_s = predicted_latencies(run, perf, first_step=first_step)
+        predicted = _latencies(run, several, ttft_s, e2e_s)
+        values = [] if run.energy_j is None else [(energy_j / run.energy_j - 1) / 0.01]
+        values += [part.error(predicted) for part in parts]
+        single = (_single(predicted[name], measured[name], *of) for name, of in _SINGLE.items())
+        return np.concatenate([values, *single])
+
+    return total
+
+
+def is_load(run: RecordedRun) -> bool:
+    """Whether requests came as users send them, and not when and as long as a probe wants them."""
+    return not str(run.info.get("workload", "")).startswith(_PLACED)
 
 
 def is_saturated(p: PrefillPoint) -> bool:
@@ -86,7 +108,7 @@ def _ttfts_s(perf: PerfModel, p: PrefillPoint, arrival_s: np.ndarray) -> np.ndar
         ttft_s=arrival_s,
         e2e_s=arrival_s,
         kv_block_size=16,
-        num_kv_blocks=_POOL_TOKENS // 16,
+        num_kv_blocks=len(arrival_s) * (p.prompt_tokens // 16 + 2),
         max_num_seqs=_ENGINE_SEQS,
         max_num_batched_tokens=_ENGINE_TOKENS,
         limit_schedule=(),
@@ -95,28 +117,50 @@ def _ttfts_s(perf: PerfModel, p: PrefillPoint, arrival_s: np.ndarray) -> np.ndar
     return predicted_latencies(run, perf)[1]
 
 
-def _draw_residuals(run: RecordedRun, perf: PerfModel, first_step: int) -> np.ndarray:
-    energy_j, ttft_s, e2e_s = predicted_latencies(run, perf, first_step=first_step)
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """A statistic of some of the requests' latencies, as measured, and the error that would be content."""
+
+    latency: str
+    of: np.ndarray | slice
+    statistic: _Statistic
+    measured: float
+    content: float
+
+    def error(self, predicted: _Latencies) -> float:
+        return (self.statistic(predicted[self.latency][self.of]) / self.measured - 1) / self.content
+
+
+def _warm(run: RecordedRun) -> np.ndarray:
     warm = run.requests.arrival_s >= WARM_UP_S
-    if warm.sum() < _FEW:  # a burst
-        warm = np.full(len(warm), True)
-    several = warm & (run.requests.output_tokens > 1)
-    tokens = run.requests.output_tokens[several] - 1
-    ttft, e2e = (ttft_s, run.ttft_s), (e2e_s, run.e2e_s)
-    tpot = [(b - a)[several] / tokens for a, b in zip(ttft, e2e, strict=True)]
-    ttft, e2e = (ttft_s[warm], run.ttft_s[warm]), (e2e_s[warm], run.e2e_s[warm])
-    values = [] if run.energy_j is None else [(energy_j / run.energy_j - 1) / 0.01]
-    values += [_error(np.mean, e2e, 0.01, 0.08), _error(np.median, e2e, 0.015, 0.1)]
-    values += [_error(np.mean, ttft, 0.05, 0.4), _error(np.median, ttft, 0.03, 0.4)]
-    prompts = run.requests.prompt_tokens[warm]
+    return warm if warm.sum() >= _FEW else np.full(len(warm), True)  # else it is a burst
+
+
+def _latencies(run: RecordedRun, several: np.ndarray, ttft_s: np.ndarray, e2e_s: np.ndarray) -> _Latencies:
+    warm, tokens = _warm(run), run.requests.output_tokens[several] - 1
+    return {"ttft": ttft_s[warm], "e2e": e2e_s[warm], "tpot": (e2e_s - ttft_s)[several] / tokens}
+
+
+def _figures(run: RecordedRun, measured: _Latencies, several: np.ndarray) -> Iterator[_Figure]:
+    """What counts of a run: its statistics with the errors of the model's form and of one request."""
+    every = slice(None)
+    figures: list[tuple[str, np.ndarray | slice, _Statistic, float, float]] = [
+        ("e2e", every, np.mean, 0.01, 0.08), ("e2e", every, _median, 0.015, 0.1),
+        ("ttft", every, np.mean, 0.05, 0.4), ("ttft", every, _median, 0.03, 0.4),
+    ]  # fmt: skip
+    prompts = run.requests.prompt_tokens[_warm(run)]
     for low, high in _LENGTHS:
-        values += _of_some(np.median, ttft, (prompts > low) & (prompts <= high), 0.08, 0.4)
-    if several.any():
-        values += [_error(np.mean, tpot, 0.007, 0.08), _error(np.median, tpot, 0.01, 0.1)]
-        values += [_error(partial(np.percentile, q=q), tpot, 0.015, 0.12) for q in (10, 90)]
-        for of in _interrupted(run, several):
-            values += _of_some(np.mean, tpot, of, 0.007, 0.06)
-    return np.concatenate([values, _single(tpot, 0.03, 3), _single(ttft, 0.2, 2)])
+        figures.append(("ttft", np.flatnonzero((prompts > low) & (prompts <= high)), _median, 0.08, 0.4))
+    figures += [("tpot", every, np.mean, 0.007, 0.08), ("tpot", every, _median, 0.01, 0.1)]
+    figures += [("tpot", every, partial(_quantile, q=q), 0.015, 0.12) for q in (0.1, 0.9)]
+    figures += [("tpot", third, np.mean, 0.007, 0.06) for third in _interrupted(run, several)]
+    # A probe's few prompts, sent at set times, tell less of TTFT than those of a load, which is what counts.
+    doubt = {"ttft": 1.0 if is_load(run) else _PROBE_DOUBT}
+    for name, of, statistic, model, request in figures:
+        values = measured[name][of]
+        if len(values) >= (1 if of is every else _FEW):
+            content = doubt.get(name, 1.0) * float(np.hypot(model, request / len(values) ** 0.5))
+            yield _Figure(name, of, statistic, float(statistic(values)), content)
 
 
 def _interrupted(run: RecordedRun, used: np.ndarray) -> Iterator[np.ndarray]:
@@ -125,19 +169,19 @@ def _interrupted(run: RecordedRun, used: np.ndarray) -> Iterator[np.ndarray]:
     begin, end = (np.searchsorted(arrival_s, (arrival_s + t)[used]) for t in (run.ttft_s, run.e2e_s))
     often = (end - begin) / run.requests.output_tokens[used]
     order = np.argsort(np.argsort(often, kind="stable"), kind="stable") * 3 // max(len(often), 1)
-    yield from (order == third for third in range(3))
+    yield from (np.flatnonzero(order == third) for third in range(3))
 
 
-def _of_some(statistic: _Statistic, pair: _Pair, of: np.ndarray, model: float, request: float) -> list[float]:
-    """The error of some of the requests, if they are not too few."""
-    return [_error(statistic, [values[of] for values in pair], model, request)] if of.sum() >= _FEW else []
+def _median(values: np.ndarray) -> float:
+    return _quantile(values, q=0.5)
 
 
-def _error(statistic: _Statistic, pair: _Pair, model: float, request: float) -> float:
-    """Error over what would be content: of the model's form, and of as few requests as that."""
-    error = float(statistic(pair[0]) / statistic(pair[1]) - 1)
-    return error / float(np.hypot(model, request / len(pair[0]) ** 0.5))
+def _quantile(values: np.ndarray, *, q: float) -> float:
+    """As ``np.quantile``, which takes five times as long for a few hundred values."""
+    ordered, at = np.sort(values), q * (len(values) - 1)
+    low, high = ordered[int(at)], ordered[min(int(at) + 1, len(values) - 1)]
+    return float(low + (high - low) * (at - int(at)))
 
 
-def _single(pair: _Pair, scale: float, most: float) -> np.ndarray:
-    return np.clip(np.log(pair[0] / pair[1]) / scale, -most, most) * (3 / max(len(pair[0]), 1)) ** 0.5
+def _single(predicted: np.ndarray, measured: np.ndarray, scale: float, most: float) -> np.ndarray:
+    return (np.log(predicted / measured) / scale).clip(-most, most) * (3 / max(len(measured), 1)) ** 0.5

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import resources
@@ -279,6 +280,19 @@ def pack_fields(perf: PerfModel) -> dict[str, Any]:
     rounded = {name: float(f"{value:.5g}") for name, value in perf.constants._asdict().items()}
     axis = {name: [float(f"{value:.5g}") for value in getattr(perf.axis, name)] for name in AXIS_TABLES}
     return {"format": FORMAT, "perf": rounded, "clock_axis": axis}
+
+
+def variant_fields(perf: PerfModel, others: Mapping[str, PerfModel]) -> dict[str, Any]:
+    """What a pack file says of the model under other clock axes: the entries that differ."""
+    own, variants = pack_fields(perf), dict[str, Any]()
+    for name, other in others.items():
+        found = pack_fields(other)
+        differ = {
+            part: {key: value for key, value in found[part].items() if value != own[part][key]}
+            for part in ("clock_axis", "perf")
+        }
+        variants[name] = {part: entries for part, entries in differ.items() if entries}
+    return variants
 
 
 def _check_format(name_or_path: str, found: Any) -> None:

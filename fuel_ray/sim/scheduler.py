@@ -100,8 +100,9 @@ def new_state(requests: Requests, engine: Engine) -> State:
     slot = np.zeros((slots, 4), np.int64)
     slot[:, FREE_SLOT] = np.arange(slots)
     block = np.zeros((blocks + 1, 4), np.int64)
-    block[:, PREVIOUS] = np.roll(np.arange(blocks + 1), 1)
-    block[:, FOLLOWING] = np.roll(np.arange(blocks + 1), -1)
+    block[:, PREVIOUS] = np.arange(-1, blocks)
+    block[:, FOLLOWING] = np.arange(1, blocks + 2)
+    block[0, PREVIOUS], block[blocks, FOLLOWING] = blocks, 0
     block[:, CONTENT] = NO_CONTENT
     count = np.zeros(19, np.int64)
     count[FREE_BLOCKS], count[FREE_SLOTS] = blocks, slots

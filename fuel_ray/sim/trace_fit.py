@@ -17,6 +17,7 @@ from fuel_ray.sim.fidelity import Fidelity
 from fuel_ray.sim.fit_residuals import (
     WARM_UP_S,
     decode_residuals,
+    is_load,
     is_saturated,
     prefill_residuals,
     run_residuals,
@@ -38,7 +39,7 @@ _WIDTHS = {
 _DRAWS = (2, 8, 24)  # of the host's delays that a fit averages over: at least and at most for a run, for all
 _STEP = 0.04  # of a finite difference, as a logarithm
 _MOST = 0.3  # of a change in one iteration
-_ITERATIONS = 25
+_ITERATIONS, _AGAIN = 25, 6  # of a fit, of one more with some runs left out
 _ROUNDS, _LOOKS = 3, (0.1, -0.1, 0.3, -0.3)
 _FOLDS = 6  # fits with runs left out, at most
 _SLOW, _SLOW_SHARE = 0.3, 0.4  # where a fit of a host whose speed changes begins
@@ -48,7 +49,17 @@ _LONG = 30  # tokens of the requests that tell
 _HOST_BOUND = 1.15  # steps that take more than this times the shortest are the GPU's, if any are
 
 
-def refine(profile: Profile, runs: Sequence[RecordedRun], *, start: PerfModel) -> PerfModel:
+@dataclass(frozen=True, slots=True, eq=False)
+class Refined:
+    """A fitted model, and where the fit came from, for another one from there."""
+
+    perf: PerfModel
+    cost: float  # sum of squares of what is left
+    start: PerfModel
+    x: np.ndarray  # how far from the start, in widths
+
+
+def refine(profile: Profile, runs: Sequence[RecordedRun], *, start: PerfModel) -> Refined:
     """The model that reproduces the profile and the runs, from one that was fitted to the profile.
 
     It is the best from up to three starts, between which no small steps lead: the GPU sets the time of every
@@ -58,9 +69,9 @@ def refine(profile: Profile, runs: Sequence[RecordedRun], *, start: PerfModel) -
     starts = [start, *_bound_by_host(profile, start)]
     fits = [_refined(profile, runs, start) for start in starts]
     best = min(fits, key=_cost)
-    if any(wander(run, best[1]) > WANDER for run in runs):
-        fits.append(_refined(profile, runs, _with_slow_host(profile, best[1])))
-    return min(fits, key=_cost)[1]
+    if any(wander(run, best.perf) > WANDER for run in runs):
+        fits.append(_refined(profile, runs, _with_slow_host(profile, best.perf)))
+    return min(fits, key=_cost)
 
 
 def wander(run: RecordedRun, perf: PerfModel) -> float:
@@ -72,23 +83,30 @@ def wander(run: RecordedRun, perf: PerfModel) -> float:
     return float(ratio[: groups * 10].reshape(groups, 10).mean(axis=1).std()) if groups > 1 else 0.0
 
 
-def _cost(fitted: tuple[float, PerfModel]) -> float:
-    return fitted[0]
+def _cost(fitted: Refined) -> float:
+    return fitted.cost
 
 
-def _refined(profile: Profile, runs: Sequence[RecordedRun], start: PerfModel) -> tuple[float, PerfModel]:
-    """Sum of squares of what is left, and the model."""
+def _refined(
+    profile: Profile, runs: Sequence[RecordedRun], start: PerfModel, *, x: np.ndarray | None = None
+) -> Refined:
+    """The fit from a start, or in few iterations from where another one ended."""
     parameters = _parameters(profile, start)
     draws = int(np.clip(_DRAWS[2] // max(len(runs), 1), *_DRAWS[:2]))
+    of_runs = [run_residuals(run, draws=draws) for run in runs]
 
     def residuals(x: np.ndarray) -> np.ndarray:
         perf = _moved(start, parameters, x)
         parts = [decode_residuals(profile, perf), prefill_residuals(profile, perf)]
-        parts += [run_residuals(run, perf, draws=draws) for run in runs]
-        return np.concatenate([*parts, x])
+        return np.concatenate([*parts, *(of_run(perf) for of_run in of_runs), x])
 
-    x = _least_squares(residuals, np.array([p.width for p in parameters]))
-    return _square(residuals(x)), _moved(start, parameters, x)
+    widths = np.array([p.width for p in parameters])
+    found = (
+        _least_squares(residuals, widths)
+        if x is None
+        else _gauss_newton(residuals, x, widths, iterations=_AGAIN)
+    )
+    return Refined(_moved(start, parameters, found), _square(residuals(found)), start, found)
 
 
 def _bound_by_host(profile: Profile, start: PerfModel) -> Iterator[PerfModel]:
@@ -170,7 +188,7 @@ def _least_squares(residuals: Callable[[np.ndarray], np.ndarray], widths: np.nda
     """Damped Gauss-Newton, and where it ends a look at each parameter alone: replays are not smooth."""
     x, now = np.zeros(len(widths)), np.inf
     for _ in range(_ROUNDS):
-        x = _gauss_newton(residuals, x, widths)
+        x = _gauss_newton(residuals, x, widths, iterations=_ITERATIONS)
         before, now = now, _square(residuals(x))
         if now > 0.99 * before:
             break
@@ -181,10 +199,10 @@ def _least_squares(residuals: Callable[[np.ndarray], np.ndarray], widths: np.nda
 
 
 def _gauss_newton(
-    residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray, widths: np.ndarray
+    residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray, widths: np.ndarray, *, iterations: int
 ) -> np.ndarray:
     damping, now, steps, most = 0.1, residuals(x), _STEP / widths, _MOST / widths
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         slope = np.array([(residuals(x + d) - residuals(x - d)) / (2 * d.max()) for d in np.diag(steps)]).T
         square, before = slope.T @ slope, _square(now)
         while damping < 1e4:
@@ -212,9 +230,14 @@ def fidelity(name: str, run: RecordedRun, perf: PerfModel, *, left_out: bool) ->
     return Fidelity(name, len(run.requests), left_out, *(errors[name] for name in names))
 
 
-def leave_out(profile: Profile, runs: Mapping[str, RecordedRun], *, start: PerfModel) -> Iterator[Fidelity]:
-    """Errors of each run's prediction by a model fitted without it, and of many without others too."""
-    for fold in range(min(len(runs), _FOLDS)):
-        left_out = list(runs)[fold::_FOLDS]
-        perf = refine(profile, [run for name, run in runs.items() if name not in left_out], start=start)
+def leave_out(profile: Profile, runs: Mapping[str, RecordedRun], *, fitted: Refined) -> Iterator[Fidelity]:
+    """Errors of each load's prediction by a model fitted without it, and of many without others too.
+
+    Probes are a fit's ground, no load to be predicted. The fits begin where the one to all runs ended.
+    """
+    loads = [name for name, run in runs.items() if is_load(run)]
+    for fold in range(min(len(loads), _FOLDS)):
+        left_out = loads[fold::_FOLDS]
+        others = [run for name, run in runs.items() if name not in left_out]
+        perf = _refined(profile, others, fitted.start, x=fitted.x).perf
         yield from (fidelity(name, runs[name], perf, left_out=True) for name in left_out)

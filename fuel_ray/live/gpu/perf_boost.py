@@ -5,8 +5,9 @@ from pathlib import Path
 
 VARIABLE = "CUDA_DISABLE_PERF_BOOST"
 MEASURED = (
-    "two H200s whose server was idle drew 79 to 80 W with it and 122 to 124 W without (vLLM 0.20.2, 8B, "
-    "driver 580, n = 3 each); at 4 requests/s and more no difference was seen"
+    "an H100 whose server was idle drew 73 to 75 W with it and 121 to 130 W without, two H200s 79 to 80 W "
+    "and 122 to 124 W (vLLM 0.20.2, 8B, driver 580, n = 3 each); at 1 request/s 4 to 10 % less, p99 TTFT "
+    "some 30 ms longer; from 4 requests/s on no difference was seen"
 )
 
 
