@@ -50,6 +50,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     _COUNT: "steps seeds kv_tokens nodes_per_trial node_failures max_num_seqs gpu_clocks_mhz live_seconds "
     "grid_clock_step_mhz grid_batch_limits live.vocab_size guard.max_waiting guard.floor_mhz max_steps "
     "guard.max_step_mhz guard.switches_per_minute episodes steps_per_episode batches contexts prompts "
+    "max_num_batched_tokens live.max_num_batched_tokens "
     "output_tokens windows num_prompts random_input_len random_output_len vocab_size",
     _SHARE: "grid_lowest_clock_share train.gamma train.priority train.epsilon_initial train.epsilon_final",
     _STEP_SIZE: "train.lr train.epsilon_share train.lr_final_share",

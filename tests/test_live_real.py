@@ -195,7 +195,7 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.glob("sweep-*")
     run = json.loads((folder / "run.json").read_text())
-    assert list(run["unsupported"]) == ["8"] and run["engine"].startswith("vllm 0.")
+    assert list(run["unsupported"]) == ["8"] and run["engine"].startswith("vLLM 0.")
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
     assert {row["policy"] for row in rows} == {"max_performance", "tuned_static", "load_table", "dqn"}
     assert all(float(row["energy_j_per_request"]) > 0 for row in rows)

@@ -90,7 +90,7 @@ def test_a_sweep_starts_each_server_once_and_says_so(folder, kind):
     assert "serve  block" in text and "starting" in text
     (run_dir,) = folder.glob("results/sweep-*")
     facts = json.loads((run_dir / "run.json").read_text())
-    assert list(facts["unsupported"]) == ["8"] and facts["engine"] == "vllm 0.32.0"
+    assert list(facts["unsupported"]) == ["8"] and facts["engine"] == "vLLM 0.32.0"
     rows = list(csv.DictReader((run_dir / "summary.csv").read_text().splitlines()))
     assert {row["block_size"] for row in rows} == {"16", "32"} and len(rows) == 8
 

@@ -47,6 +47,8 @@ for modules in without:
     gone = set(modules)
     kept = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in gone}
     ours = [n for n in sys.modules if n.startswith("fuel_ray.") and n != "fuel_ray.errors"]
+    if "fuel_ray.env" in ours:
+        sys.modules["gymnasium"].registry.pop("fuel_ray/Serving-v0", None)  # it registers itself again
     for name in [*kept, *ours]:
         del sys.modules[name]
     for line in lines:

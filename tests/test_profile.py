@@ -15,6 +15,7 @@ from fuel_ray.errors import GpuError
 from fuel_ray.sim.loads import LOAD_S, TRACES, Server, chat, mixed
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.points import Lengths, fitting
 from fuel_ray.sim.recorded import read_trace
 from fuel_ray.sim.replay import measured_figures, predicted_figures, relative_errors
 
@@ -116,6 +117,12 @@ def test_a_profile_that_is_none_cannot_be_gone_on_with(rows, profile, tmp_path, 
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_batches_beyond_the_servers_capacity_are_left_out_and_one_is_measured():
+    lengths = Lengths(batches=(256,), contexts=(128,), prompts=(128,), output_tokens=512, windows=3)
+    found, left_out = fitting(lengths, SERVER)
+    assert found.batches == (128,) and left_out == ("256 requests together: the server takes 128",)
+
+
 def test_a_profile_says_how_long_it_takes_and_keeps_to_it(profiled):
     """Virtual seconds, and what lies between two points on a real server: 6 min a clock, 30 for eight."""
     said = profiled[1]
@@ -215,7 +222,7 @@ def test_what_the_server_cannot_take_is_left_out_and_said(tmp_path, capsys):
     assert "a profile needs at least 256 of both" in capsys.readouterr().err
 
 
-SERVER = Server((1980,), max_num_seqs=128, max_model_len=8192, kv_tokens=400_000, max_num_batched_tokens=8192)
+SERVER = Server((1980,), max_num_seqs=128, max_model_len=8192, kv_tokens=400_000)
 
 
 def test_a_load_is_no_faster_than_the_client_bears():

@@ -63,7 +63,7 @@ def test_a_profile_of_a_real_server_is_fitted(model, gpu, tmp_path, capsys):  # 
     for trace in traces:
         info, run = json.loads(trace.read_text())["info"], read_trace(str(trace))
         assert (
-            info["origin"] == "measured" and info["engine"].startswith("vllm 0.") and info["client_busy"] < 1
+            info["origin"] == "measured" and info["engine"].startswith("vLLM 0.") and info["client_busy"] < 1
         )
         assert measured_figures(run)["mean_power"] == pytest.approx(400, rel=0.05)
     out = tmp_path / "pack.json"

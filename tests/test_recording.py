@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from fuel_ray.cli import main
+from fuel_ray.commands import profile
 from fuel_ray.errors import ConfigError
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.load.loadgen import LoadGenerator
@@ -212,6 +213,18 @@ def test_a_live_evaluation_writes_a_trace_per_episode(stub, tmp_path, monkeypatc
     assert "at least 2 requests of somebody else" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "tokens"), [([], 2000), (["--max-num-batched-tokens", "4096"], 4096)])
+def test_a_profile_has_the_servers_tokens_per_step_and_not_its_packs(flags, tokens, stub, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
+    monkeypatch.setattr(
+        "fuel_ray.live.vllm.facts.server_flags", lambda port: ("--max-num-batched-tokens=2k",)
+    )
+    live = ["--node", "live", "--live.server", stub.url, "--live.model", "tiny", "--block-sizes", "32"]
+    spec, engine, _ = profile._server(profile.parse([*live, *flags], prog="fuel-ray profile"))
+    assert spec.server.max_num_batched_tokens == tokens
+    assert engine == spec.server.engine  # as a benchmark's trace has it
+
+
 def test_a_live_nodes_load_begins_with_its_energy(stub, monkeypatch):
     gpu = CountingGpu()
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(gpu))
@@ -318,6 +331,12 @@ def test_requests_that_are_due_at_once_are_no_late_sends_of_a_slow_client(at_onc
     arrival_s = np.maximum(np.arange(40.0), at_once)
     run = replace(run, requests=replace(requests, arrival_s=arrival_s), info={"late_sends": 20})
     assert [line.partition(":")[0] for line in run_doubts(run)] == said
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(1, 1), (2, 0), (4, 0)])
+def test_energy_of_some_of_the_servers_gpus_is_said(gpus, said):
+    run = replace(read_trace(TRACES[0]), info={"gpus": gpus, "tensor_parallel_size": 2})
+    assert sum("its energy is of 1 GPU(s)" in line for line in run_doubts(run)) == said
 
 
 def test_an_error_is_beyond_its_bound_on_either_side_and_an_unknown_one_is_not():

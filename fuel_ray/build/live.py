@@ -30,7 +30,7 @@ from fuel_ray.live.vllm.facts import Cards, server_facts
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.parallel import gpus_used
-from fuel_ray.live.vllm.server import VllmServer, served_model, server_version
+from fuel_ray.live.vllm.server import VllmServer, served_model
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import NodeSpec, ServerFacts
 from fuel_ray.workload.spec import Workload, drawn
@@ -143,9 +143,11 @@ def node_facts(config: ServingConfig, kv_block_size: int) -> tuple[NodeSpec, str
     """
     server, live = server_endpoint(config.live), config.live
     with _gpus(config) as gpus, contextlib.closing(MetricsClient(server)) as client:
-        spec = _spec(config, kv_block_size, gpus, _cache(client, kv_block_size))
+        cache = _cache(client, kv_block_size)
+        spec = _spec(config, kv_block_size, gpus, cache)
+        facts = _facts(config, server, cache, gpus, None)
     model = served_model(server, name=live.served_model, like=live.model)
-    return spec, f"vllm {server_version(server) or 'of an unknown version'}", model.max_model_len
+    return replace(spec, server=facts), facts.engine, model.max_model_len
 
 
 def server_endpoint(live: LiveConfig) -> Endpoint:

@@ -16,7 +16,7 @@ from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError
 from fuel_ray.live.node import GpuNode
-from fuel_ray.sim.loads import Load, Rows, Server
+from fuel_ray.sim.loads import Load, Rows
 from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
 from fuel_ray.sim.recorded import RecordedRun
 from fuel_ray.sim.windows import Measured, Windows
@@ -40,7 +40,7 @@ class Probe:
     spent_s: float = 0.0  # with what lies between two points
 
 
-def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) -> Probe:
+def probe(config: ServingConfig, point: Point, rows: Rows) -> Probe:
     """Measure a point on a node of its own, which is given back.
 
     Raises:
@@ -54,7 +54,7 @@ def probe(config: ServingConfig, point: Point, rows: Rows, *, server: Server) ->
     with contextlib.closing(loop.node):
         windows = _Watched(loop, point.clock_mhz, seed=config.seed, load=load)
         if load.measure is None:
-            found = _record(windows, load, config=config, server=server)
+            found = _record(windows, load, config=config)
         else:
             found = _row(windows, point, load.measure)
     virtual_s = sum(window.duration_s for window in windows.seen) + CHANGE_S
@@ -144,13 +144,13 @@ def _row(windows: _Watched, point: Point, measure: Callable[[Windows], Measured]
     return Probe(row=row, note=_throttled(windows.loop, row))
 
 
-def _record(windows: _Watched, load: Load, *, config: ServingConfig, server: Server) -> Probe:
+def _record(windows: _Watched, load: Load, *, config: ServingConfig) -> Probe:
     last_s = float(windows.requests.arrival_s.max(initial=0.0))
     for number, _ in enumerate(windows, start=1):
         if number > math.ceil(last_s) and not windows.in_flight:
             break
     node = windows.loop.node
-    trace = recorded_run(windows.loop, windows.seen, node.take_records(), server.max_num_batched_tokens)
+    trace = recorded_run(windows.loop, windows.seen, node.take_records())
     missing = len(windows.requests) - len(trace.requests)
     if refused := windows.refused() or (f"{missing} requests did not end" if missing else ""):
         return Probe(refused=refused, note=load.note)
@@ -159,7 +159,7 @@ def _record(windows: _Watched, load: Load, *, config: ServingConfig, server: Ser
     if isinstance(node, GpuNode) and node.load is not None:
         facts["late_sends"] = node.load.so_far().late_sends
         facts["client_busy"] = round(node.load.busy_s / trace.duration_s, 3)
-    return Probe(trace=replace(trace, prefix_caching=config.prefix_caching), facts=facts, note=load.note)
+    return Probe(trace=trace, facts=facts, note=load.note)
 
 
 def _client_s(windows: _Watched) -> float | None:

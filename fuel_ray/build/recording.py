@@ -15,9 +15,7 @@ from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, WindowMetr
 _DRAIN_WINDOWS = 120  # after the last arrival
 
 
-def record(
-    loop: ControlLoop, knobs: Knobs, *, seed: int, windows: int, max_num_batched_tokens: int
-) -> RecordedRun:
+def record(loop: ControlLoop, knobs: Knobs, *, seed: int, windows: int) -> RecordedRun:
     """Serve the node's load under the knobs for so many windows, and on until nothing runs or waits.
 
     Raises:
@@ -28,21 +26,12 @@ def record(
         if len(measured) == windows + _DRAIN_WINDOWS:
             raise NodeError(f"{loop.node.spec.name}: requests run on {_DRAIN_WINDOWS} windows after the last")
         measured.append(loop.step(knobs).metrics)
-    return recorded_run(loop, measured, loop.node.take_records(), max_num_batched_tokens)
+    return recorded_run(loop, measured, loop.node.take_records())
 
 
-def recorded_run(
-    loop: ControlLoop,
-    windows: Sequence[WindowMetrics],
-    records: RequestRecords,
-    max_num_batched_tokens: int | None = None,
-) -> RecordedRun:
-    """What was measured from a reset on; requests without an end are left out and counted.
-
-    ``max_num_batched_tokens`` is of the node's server by default.
-    """
+def recorded_run(loop: ControlLoop, windows: Sequence[WindowMetrics], records: RequestRecords) -> RecordedRun:
+    """What was measured from a reset on; requests without an end are left out and counted."""
     spec = loop.node.spec
-    tokens = max_num_batched_tokens or (spec.server.max_num_batched_tokens if spec.server else 0)
     ends_s = np.cumsum([window.duration_s for window in windows])
     limits = (
         [window.knobs.batch_limit for window in windows]
@@ -61,7 +50,7 @@ def recorded_run(
         kv_block_size=spec.kv_block_size,
         num_kv_blocks=spec.num_kv_blocks or 0,
         max_num_seqs=spec.server.max_num_seqs if spec.server else spec.batch_limits[-1],
-        max_num_batched_tokens=tokens,
+        max_num_batched_tokens=spec.server.max_num_batched_tokens if spec.server else 0,
         limit_schedule=_changes(ends_s, limits),
         clock_schedule=_changes(ends_s, clocks),
         prefix_caching=spec.server is None or spec.server.prefix_caching,

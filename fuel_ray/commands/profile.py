@@ -2,13 +2,11 @@
 
 import contextlib
 import json
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fuel_ray.address import flag_value
 from fuel_ray.build.live import node_facts
 from fuel_ray.build.nodes import build_spec, served
 from fuel_ray.build.probing import Probe, probe
@@ -16,6 +14,7 @@ from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.disk import write_or_keep
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.flags import parse_serving, resumed, value_of
+from fuel_ray.live.vllm.facts import assumed
 from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json, write_json, write_lines
 from fuel_ray.sim.loads import Server
 from fuel_ray.sim.pack import load_pack
@@ -49,7 +48,7 @@ class ProfileConfig(ServingConfig):
     traces: bool = True
     """Record loads as traces too: mixed steps, short prompts, many streams, chat at two rates."""
     max_num_batched_tokens: int | None = None
-    """Of the server, for the traces, as vllm serve has it; None: the pack's."""
+    """Of the server, for the traces, as vllm serve has it; None: what can be found out, else its default."""
     resume: Path | None = None
     """Folder of an interrupted profile to go on with."""
 
@@ -61,6 +60,8 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
     config = parse_serving(ProfileConfig, argv, prog=prog, default=ProfileConfig())
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a profile is of one server, give one block size")
+    tokens = config.max_num_batched_tokens or config.live.max_num_batched_tokens
+    config = replace(config, live=replace(config.live, max_num_batched_tokens=tokens))
     if config.node == "ray" and config.live_server:
         raise ConfigError("--node ray: a profile is of this machine's server; run it there with --node live")
     clocks = build_spec(config, config.block_sizes[0]).gpu_clocks_mhz
@@ -83,6 +84,8 @@ def run(config: ProfileConfig) -> int:
     ):
         spec, engine, server = _server(there)
         traces = there.traces and spec.num_kv_blocks is not None
+        for fact in assumed(spec.server) if traces and spec.server else ():
+            print(f"assumed of the server, for the traces: {fact}")
         if traces != there.traces:
             print("no traces: the server's /metrics does not tell its number of KV blocks")
         _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
@@ -157,18 +160,11 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
         max_num_seqs=spec.batch_limits[-1],
         max_model_len=longest or pack.max_model_len,
         kv_tokens=((spec.num_kv_blocks or 0) - 1) * size if spec.num_kv_blocks else pack.kv_tokens,
-        max_num_batched_tokens=_batched_tokens(config) or pack.max_num_batched_tokens,
     )
     if min(server.max_model_len, server.kv_tokens) < _SHORTEST:
         found = f"max_model_len {server.max_model_len}, KV pool {server.kv_tokens} tokens"
         raise ConfigError(f"{spec.name}: {found}: a profile needs at least {_SHORTEST} of both")
     return spec, engine, server
-
-
-def _batched_tokens(config: ProfileConfig) -> int | None:
-    """What the settings say of it: a server does not tell."""
-    flag = flag_value(shlex.split(config.live.flags), "--max-num-batched-tokens") or ""
-    return config.max_num_batched_tokens or (int(flag) if flag.isdigit() else None)
 
 
 def _probes(
@@ -179,9 +175,6 @@ def _probes(
     lengths, left_out = fitting(lengths, server)
     for what in left_out:
         print(f"left out: {what}", flush=True)
-    if config.live_server and config.traces and not _batched_tokens(config):
-        n = server.max_num_batched_tokens
-        print(f"the server's --max-num-batched-tokens is taken as {n}, the pack's: give it if it is not")
     token_s = load_pack(config.pack).perf.constants.prefill_token_s
     clocks_mhz = config.clocks_mhz or spread(server.clocks_mhz)
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
@@ -191,7 +184,7 @@ def _probes(
     progress.begin(len(plan) - len(missing), len(clocks_mhz))
     for point in progress.points:
         of_clock = [row for row in rows if row["clock_mhz"] == point.clock_mhz]
-        found = probe(config, point, of_clock, server=server)
+        found = probe(config, point, of_clock)
         progress.measured(point, found)
         if point.name != WARM_UP:
             rows += [found.row] if found.row is not None else []

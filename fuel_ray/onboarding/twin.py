@@ -190,12 +190,11 @@ def _fresh_load(state: Onboarding) -> str:
 def _record(state: Onboarding, config: OnboardConfig, load: str, clock_mhz: int) -> Path:
     """The load, served at a clock, as a trace file."""
     size, seconds = config.block_sizes[0], config.validate_seconds
-    budget = load_pack(config.pack).max_num_batched_tokens
     loop = build_loop(config, size, horizon_s=float(seconds), workload=load)
     with contextlib.closing(loop.node):
         spec = loop.node.spec
         knobs = Knobs(spec.batch_limits[-1], clock_mhz)
-        run = record(loop, knobs, seed=config.seed + 1, windows=seconds, max_num_batched_tokens=budget)
+        run = record(loop, knobs, seed=config.seed + 1, windows=seconds)
     make_folder(state.folder / "traces")
     path = state.folder / "traces" / f"validate-{clock_mhz}.json"
     facts: Mapping[str, Any] = {

@@ -30,8 +30,11 @@ def run_doubts(run: RecordedRun) -> Iterator[str]:
         yield f"{cached:.0%} of the prompt tokens were found in the prefix cache: a replay computes them"
     if (gap_s := _number(run, "unmeasured_s")) > _GAP_S:
         yield f"{gap_s:.1f} s of it were not measured: its energy and its schedules are not of all of it"
+    gpus, used = _number(run, "gpus"), _number(run, "tensor_parallel_size")
     if run.energy_j is None:
         yield "no energy was measured"
+    elif 0 < gpus < used:
+        yield f"its energy is of {gpus:.0f} GPU(s), and the server uses at least {used:.0f}: name all of them"
     assumed = run.info.get("assumed") or []
     if isinstance(assumed, list) and assumed:
         yield f"{', '.join(map(str, assumed))}: assumed, nobody said them"

@@ -28,7 +28,6 @@ class Server:
     max_num_seqs: int
     max_model_len: int  # tokens
     kv_tokens: int
-    max_num_batched_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

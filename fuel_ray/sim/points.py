@@ -62,13 +62,17 @@ def fitting(lengths: Lengths, server: Server) -> tuple[Lengths, tuple[str, ...]]
     long = [f"contexts of {n} tokens" for n in lengths.contexts if n not in contexts]
     long += [f"prompts of {n} tokens" for n in lengths.prompts if n not in prompts]
     left_out = [f"{what}: the server takes {longest} with their output" for what in long]
+    left_out += [
+        f"{n} requests together: the server takes {server.max_num_seqs}"
+        for n in lengths.batches
+        if n > server.max_num_seqs
+    ]
     batches = tuple(n for n in lengths.batches if n <= server.max_num_seqs)
     found = replace(
         lengths,
-        batches=batches,
+        batches=batches or (server.max_num_seqs,),
         contexts=contexts or (longest // 4,),
         prompts=prompts or (longest // 2,),
-        output_tokens=lengths.output_tokens,
     )
     return found, tuple(left_out)
 
