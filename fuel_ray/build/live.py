@@ -74,10 +74,9 @@ class LiveServer:
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
 
-    def facts(self) -> tuple[NodeSpec, str]:
-        """What its nodes are, and the engine's name and version."""
-        spec, engine, _ = node_facts(self.config, self._kv_block_size)
-        return spec, engine
+    def facts(self) -> tuple[NodeSpec, str, int | None]:
+        """What its nodes are, the engine's name and version, and its max_model_len where it says it."""
+        return node_facts(self.config, self._kv_block_size)
 
     def revive(self) -> None:
         """Start the server again if it was started here and has died.
@@ -143,7 +142,9 @@ def node_facts(config: ServingConfig, kv_block_size: int) -> tuple[NodeSpec, str
     """
     server, live = server_endpoint(config.live), config.live
     with _gpus(config) as gpus, contextlib.closing(MetricsClient(server)) as client:
-        spec = _spec(config, kv_block_size, gpus, _cache(client, kv_block_size))
+        cache = _cache(client, kv_block_size)
+        spec = _spec(config, kv_block_size, gpus, cache)
+        spec = replace(spec, server=_facts(config, server, cache, gpus, None))
     model = served_model(server, name=live.served_model, like=live.model)
     return spec, f"vllm {server_version(server) or 'of an unknown version'}", model.max_model_len
 
