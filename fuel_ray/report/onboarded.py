@@ -128,12 +128,12 @@ def _server(server: Mapping[str, Any]) -> dict[str, Any]:
         if len(clocks) > 1
         else f"{clocks[0]} MHz; not ours to set: observe-only",
         "batch limit": "may be set" if limits[0] < limits[-1] else "not ours to set",
-        "max_num_batched_tokens": str(server.get("max_num_batched_tokens") or "?"),
+        "tokens a step": str(server.get("max_num_batched_tokens") or "?"),
         "longest request": f"{server.get('max_model_len') or '?'} tokens",
         "prefix caching": _ON[server.get("prefix_caching")],
         **({"assumed": "; ".join(server["assumed"])} if server.get("assumed") else {}),
         **({"idle power": server["idle_power"]} if server.get("idle_power") else {}),
-        "origin of all figures": server["origin"],
+        "these facts": server["origin"],
     }
 
 
@@ -209,7 +209,7 @@ def _figure_name(name: str) -> str:
 def _amount(name: str, value: float) -> str:
     if (unit := _UNITS.get(name)) is not None:
         return f"{value:,.0f} {unit}"
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _errors(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any]) -> Iterator[Cell]:
@@ -224,7 +224,7 @@ def _errors(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any]) 
 
 
 def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {"load": load["workload"], "which is": load.get("about"), "where it is from": load["origin"]}
+    facts = {"load": load["workload"], "which is": load.get("about"), "from": load["origin"]}
     facts = {name: value for name, value in facts.items() if value}
     if not slo:
         return facts
@@ -233,12 +233,12 @@ def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
     whom = "on average" if share is None else f"for {percent(share)} of the requests"
     facts["SLO"] = f"{', '.join(limits)}, {whom}"
     if slo.get("default"):
-        facts["where that is from"] = _DEFAULT_SLO
+        facts["SLO from"] = _DEFAULT_SLO
     reached = ", ".join(f"{name.upper()} {value_s:.3g} s" for name, value_s in slo["reached"].items())
     attained = (
         f"{percent(slo['attained'])} within it" if share is not None else "met" if slo["met"] else "missed"
     )
-    facts["at the highest clock, modelled"] = f"{attained}; {reached}"
+    facts["highest clock"] = f"modelled: {attained}; {reached}"
     return facts
 
 
