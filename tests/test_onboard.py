@@ -10,16 +10,17 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
-from fuel_ray.commands import deploy, train
+from fuel_ray.commands import deploy, profile, train
 from fuel_ray.config import to_dict
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.vllm.metrics import parse_metrics
-from fuel_ray.onboarding import load, policy, server, stages, twin
+from fuel_ray.onboarding import load, policy, server, stages
 from fuel_ray.onboarding.config import OnboardConfig, parse
 from fuel_ray.onboarding.stages import STAGES, Stage
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import new_folder
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.replay import BOUNDS
 from fuel_ray.types import NodeSpec
 from fuel_ray.workload.spec import parse_workload
 from tests.fake_nvml import FakeGpu, FakeNvml
@@ -127,7 +128,8 @@ def test_an_slo_that_cannot_be_met_is_said_with_one_that_can(tmp_path, capsys):
 
 
 def test_a_twin_that_is_far_off_ends_it_until_that_is_accepted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(twin, "BOUNDS", {name: 1e-9 for name in twin.BOUNDS})
+    for name in BOUNDS:
+        monkeypatch.setitem(BOUNDS, name, 1e-9)
     folder = onboarded(tmp_path, *ONE_CLOCK, code=2)
     assert "cannot be trusted" in capsys.readouterr().err
     assert journal(folder)["validate"]["found"]["poor"]
@@ -194,6 +196,44 @@ def test_a_training_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
     folder = onboarded(tmp_path, *ONE_CLOCK, code=130)
     assert again(folder) == 0
     assert given[0] is None and given[1].parent == folder
+
+
+def test_a_server_that_is_gone_in_mid_profile_is_said_and_its_profile_gone_on_with(
+    tmp_path, monkeypatch, capsys
+):
+    measured, seen = profile.probe, []
+
+    def gone(config, point, *given, **named):
+        if len(seen) == 4:
+            seen.append("gone")
+            raise NodeError("the server does not answer")
+        seen.append(point.name)
+        return measured(config, point, *given, **named)
+
+    monkeypatch.setattr(profile, "probe", gone)
+    monkeypatch.setattr(stages, "STAGES", STAGES[:3])
+    folder = onboarded(tmp_path, *ONE_CLOCK, code=2)
+    assert f"does not answer. To go on then: fuel-ray onboard --resume {folder}" in capsys.readouterr().err
+    assert journal(folder)["profile"]["state"] == "stopped"
+    assert again(folder) == 0
+    again_from = seen.index("gone") + 1
+    assert not {*seen[1 : again_from - 1]} & {*seen[again_from + 1 :]}  # but the warm-up
+
+
+def test_a_load_whose_requests_the_server_refuses_is_said_before_it_is_profiled(tmp_path, capsys):
+    raw = json.loads(Path("fuel_ray/sim/packs/h100-qwen3-8b.json").read_text()) | {"max_model_len": 1024}
+    (tmp_path / "short.json").write_text(json.dumps(raw))
+    folder = onboarded(tmp_path, *ONE_CLOCK, "--pack", str(tmp_path / "short.json"), code=2)
+    assert "the server takes 1024 in all (max_model_len)" in capsys.readouterr().err
+    assert [*journal(folder)] == ["server", "load"]
+
+
+def test_a_default_load_and_an_slo_that_leaves_room_are_said(tmp_path, capsys):
+    folder = onboarded(tmp_path, *ONE_CLOCK)
+    page, said = (folder / "report.html").read_text(), capsys.readouterr().out
+    for text in ("the default; name yours by --slo-ttft-s", "The SLO leaves room", "requests/s on average"):
+        assert text in said and text in page
+    assert "0.0" in page and "−0.0" not in page
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def told(tmp_path):
 def test_a_server_that_is_started_gets_the_gpu_that_is_measured(cards, tmp_path):
     server = LiveServer(config(tmp_path, "2"), 16)
     try:
-        spec, _ = server.facts()
+        spec, _, _ = server.facts()
         assert told(tmp_path) == ["GPU-c PCI_BUS_ID"] and spec.gpu_uuids == server.config.live.gpu_ids
     finally:
         server.close()

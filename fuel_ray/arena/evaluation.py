@@ -89,8 +89,8 @@ def _saving(*pair: Mapping[int, Mapping[str, Any]]) -> str:
     if ratio is None:
         return "-"
     if ratio.low is None or ratio.high is None:
-        return f"{1 - ratio.mean:+.1%}"
-    return f"{1 - ratio.mean:+.1%} ({1 - ratio.high:+.1%}..{1 - ratio.low:+.1%})"
+        return f"{1 - ratio.mean:+z.1%}"
+    return f"{1 - ratio.mean:+z.1%} ({1 - ratio.high:+z.1%}..{1 - ratio.low:+z.1%})"
 
 
 def evaluate_block_size(

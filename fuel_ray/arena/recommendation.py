@@ -229,12 +229,12 @@ def _refused(best: Pair, static: Pair, share: float | None) -> str:
     axis = max(ratios, key=lambda name: ratios[name], default="")
     if not ratios or ratios[axis] <= 1.0:
         return ""
-    return f"under the clock axis {axis} {ratios[axis] - 1:+.1%} against tuned static there"
+    return f"under the clock axis {axis} {ratios[axis] - 1:+z.1%} against tuned static there"
 
 
 def _band(pair: Pair, other: Pair) -> str:
     band = pair.band_against(other)
-    return "" if band is None else f" [{band[0] - 1:+.1%}..{band[1] - 1:+.1%}]"
+    return "" if band is None else f" [{band[0] - 1:+z.1%}..{band[1] - 1:+z.1%}]"
 
 
 def _meets(pair: Pair, static: Pair, share: float | None) -> bool:
@@ -257,5 +257,5 @@ def _named(pair: Pair) -> str:
 
 def _percent(ratio: Interval) -> str:
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.mean - 1:+.1%}"
-    return f"{ratio.mean - 1:+.1%} ({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
+        return f"{ratio.mean - 1:+z.1%}"
+    return f"{ratio.mean - 1:+z.1%} ({ratio.low - 1:+z.1%} to {ratio.high - 1:+z.1%})"

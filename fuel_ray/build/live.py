@@ -74,10 +74,9 @@ class LiveServer:
             self._opened = opened.pop_all()
         self.config = replace(config, live=live)
 
-    def facts(self) -> tuple[NodeSpec, str]:
-        """What its nodes are, and the engine's name and version."""
-        spec, engine, _ = node_facts(self.config, self._kv_block_size)
-        return spec, engine
+    def facts(self) -> tuple[NodeSpec, str, int | None]:
+        """What its nodes are, the engine's name and version, and its max_model_len where it says it."""
+        return node_facts(self.config, self._kv_block_size)
 
     def revive(self) -> None:
         """Start the server again if it was started here and has died.

@@ -85,7 +85,7 @@ def _verdict(result: Result) -> str:
         bounds = ", ".join(f"{name} {bound:.0%}" for name, bound in BOUNDS.items() if name not in unknown)
         return f"verdict: within the bounds ({bounds}){but}"
     beyond = ", ".join(
-        f"{name} {error:+.1%} (bound {BOUNDS[name]:.0%})" for name, error in result["beyond"].items()
+        f"{name} {error:+z.1%} (bound {BOUNDS[name]:.0%})" for name, error in result["beyond"].items()
     )
     return f"verdict: beyond the bounds: {beyond}{but}"
 
@@ -112,4 +112,4 @@ def _known(value: float | None, form: str) -> str:
 
 
 def _error(value: float | None) -> str:
-    return f"{_known(value, '+.1%'):>8}"
+    return f"{_known(value, '+z.1%'):>8}"

@@ -169,7 +169,7 @@ class Recorder:
     def _saving(self, s: dict[str, Any]) -> str:
         saved_j, shadow = s["saved_j_modelled"], self._facts["config"]["shadow"]
         reference_j = s["energy_j"] if shadow else s["energy_j"] + saved_j
-        share = f" ({saved_j / reference_j:+.1%})" if reference_j else ""
+        share = f" ({saved_j / reference_j:+z.1%})" if reference_j else ""
         would = "would have saved" if shadow else "saved"
         return f"the policy {would} {saved_j:.0f} J{share} over maximum performance (modelled)"
 
@@ -186,9 +186,11 @@ def _trial_text(found: dict[str, Any]) -> str:
         if change is None:
             parts.append(f"{what}: too few blocks")
         elif change["low"] is None:
-            parts.append(f"{what} {change['mean']:+.1%}")
+            parts.append(f"{what} {change['mean']:+z.1%}")
         else:
-            parts.append(f"{what} {change['mean']:+.1%} (95 %: {change['low']:+.1%}..{change['high']:+.1%})")
+            parts.append(
+                f"{what} {change['mean']:+z.1%} (95 %: {change['low']:+z.1%}..{change['high']:+z.1%})"
+            )
     return "; ".join(parts)
 
 

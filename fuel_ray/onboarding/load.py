@@ -20,6 +20,7 @@ from fuel_ray.record import write_json
 from fuel_ray.workload.lengths import OUTPUT_TOKENS, PROMPT_TOKENS
 from fuel_ray.workload.spec import Workload, parse_workload
 
+DEFAULT = "the default, as nobody named a load; name yours by --workload or --observe-minutes"
 _SEGMENT_S = 30.0  # at least, of one rate
 _SEGMENTS = 40  # at most
 _LOST = 3  # pages in a row without an answer, after which the watch ends
@@ -56,13 +57,10 @@ def find(state: Onboarding) -> dict[str, Any]:
     """
     config = state.config
     if config.observe_minutes is None:
-        said = (
-            ""
-            if config.workload != OnboardConfig().workload
-            else " (give yours: --workload, --observe-minutes)"
-        )
-        print(f"named: {config.workload}{said}")
-        return {"workload": config.workload, "origin": "named"}
+        origin = DEFAULT if config.workload == OnboardConfig().workload else "named"
+        print(f"{config.workload} ({origin}): {about(config.workload)}")
+        _require_room(state, config.workload)
+        return {"workload": config.workload, "origin": origin, "about": about(config.workload)}
     config = _observed_config(state)
     print(
         f"watching the real traffic of {config.live.server} for {config.observe_minutes:g} min, by its own "
@@ -76,7 +74,31 @@ def find(state: Onboarding) -> dict[str, Any]:
     write_json(state.folder / "observed.json", {"workload": spec, **facts, "rates": observed.rates})
     lengths = f"{observed.prompt_mean:.0f} prompt and {observed.output_mean:.0f} output tokens on average"
     print(f"{observed.requests} requests, {lengths}; taken to be lognormal\nworkload: {spec}")
-    return {"workload": spec, **facts}
+    _require_room(state, spec)
+    return {"workload": spec, **facts, "about": about(spec)}
+
+
+def about(spec: str) -> str:
+    """A load in a line."""
+    workload = parse_workload(spec)
+    prompt, output, longest_prompt, longest_output = mean_lengths(workload)
+    return (
+        f"{workload.mean_rate_rps:.3g} requests/s on average, {prompt:.0f} prompt and {output:.0f} output "
+        f"tokens (at most {longest_prompt} and {longest_output})"
+    )
+
+
+def _require_room(state: Onboarding, spec: str) -> None:
+    """Raises ConfigError where the server would refuse the longest requests of a load."""
+    room = state.facts.get("max_model_len")
+    _, _, prompt, output = mean_lengths(parse_workload(spec))
+    if room and prompt + output > room:
+        raise ConfigError(
+            f"the load {spec} has requests of up to {prompt} prompt and {output} output tokens, and the "
+            f"server takes {room} in all (max_model_len). Name a load that fits, as by {spec}"
+            f"{',' if ':' in spec else ':'}max_prompt_tokens={room // 2},max_output_tokens={room // 4}: "
+            f"fuel-ray onboard --resume {state.folder} --workload ..."
+        )
 
 
 def summary(pages: Sequence[Page]) -> Observed:

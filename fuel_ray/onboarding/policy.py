@@ -20,10 +20,12 @@ from fuel_ray.policies.anchor import WEIGHTS, Anchor
 from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.record import make_folder, write_json
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.types import RequestRecords, Slo
 
+DEFAULT_SLO = "the default; name yours by --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 _ASKED = "asked"
 _SEEDS = 3
 _ROOM = 1.05  # above what is reached, for an SLO that is offered instead
@@ -47,7 +49,9 @@ def check_slo(state: Onboarding) -> dict[str, Any]:
     found |= {"energy_j_per_request": score.energy_j_per_request, "seeds": seeds, "seconds": EPISODE_S}
     limits = ", ".join(f"{name.upper()} {limit_s:g} s" for name, limit_s in slo.limits_s.items())
     whom = "on average" if slo.share is None else f"for {slo.share:.0%} of the requests"
-    print(f"SLO: {limits} {whom}; by the twin at its highest clock {_attained(found)} (modelled)")
+    found["default"] = slo == OnboardConfig().slo
+    named = f" ({DEFAULT_SLO})" if found["default"] else ""
+    print(f"SLO: {limits} {whom}{named}; by the twin at its highest clock {_attained(found)} (modelled)")
     return found if met else found | {"stop": _cannot(state, found, limits, whom)}
 
 
@@ -73,7 +77,8 @@ def decide(state: Onboarding) -> dict[str, Any]:
     chosen = next(row for row in rows if row["policy"] == best.policy)
     found: dict[str, Any]
     found = {"sentence": sentence, "best": best.policy, "how": best.how, "rows": rows, "seeds": config.seeds}
-    found |= {"headline": _headline(chosen, best), "notes": _notes(state, chosen)}
+    notes = [*_room(pairs, chosen, config), *_notes(state)]
+    found |= {"headline": _headline(chosen, best), "notes": notes}
     print("\n".join((found["headline"], *found["notes"])))
     write_json(state.folder / "recommendation.json", found)
     return found
@@ -106,7 +111,22 @@ def _headline(chosen: dict[str, Any], best: Pair) -> str:
     return f"{name} would save {saving}: modelled, not measured"
 
 
-def _notes(state: Onboarding, chosen: dict[str, Any]) -> list[str]:
+def _room(pairs: list[Pair], chosen: dict[str, Any], config: RecommendConfig) -> list[str]:
+    """That nothing is left to choose, where it is so."""
+    fitted = next((pair.fitted for pair in pairs if pair.fitted is not None), None)
+    if fitted is None or chosen["policy"] != TUNED_STATIC:
+        return []
+    lowest_mhz = min(config.gpu_clocks_mhz or load_pack(config.pack).gpu_clocks_mhz)
+    if fitted.static.gpu_clock_mhz != lowest_mhz or not chosen["met"]:
+        return []
+    return [
+        f"The SLO leaves room: {lowest_mhz} MHz, the twin's lowest clock, suffices for it under this load "
+        f"({chosen['attained']:.1%} of the requests are within it), and a policy has nothing to choose. Look "
+        "whether load and SLO are yours: at a higher load or a tighter SLO it has"
+    ]
+
+
+def _notes(state: Onboarding) -> list[str]:
     """What stands between that and the saving."""
     notes = []
     if not state.sets_clocks:
@@ -114,11 +134,14 @@ def _notes(state: Onboarding, chosen: dict[str, Any]) -> list[str]:
             "Nothing can be saved without the privilege to set clocks, which this process lacks or was told "
             f"not to use; the figure is what the twin says of it. {HOW_TO_SET_CLOCKS}"
         )
+    if (idle := state.facts.get("idle_power")) and "_BOOST=1: " in idle:
+        notes.append(f"Idle power needs no privilege. {idle}")
     if not state.sets_limits:
         notes.append(f"The batch limit is left alone in all of this. {HOW_TO_SET_LIMITS}")
     transferred = state.journal.found("calibrate")["transferred"]
     if "clock axis" in transferred:
-        notes.append(f"How time and power depend on the clock was not measured here: {transferred}")
+        axis = next(part for part in transferred.split("; ") if "clock axis" in part)
+        notes.append(f"How time and power depend on the clock was not measured here: {axis}")
     return notes
 
 

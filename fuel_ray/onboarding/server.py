@@ -36,9 +36,11 @@ def look(state: Onboarding) -> dict[str, Any]:
     Raises:
         ConfigError: something that is needed is missing.
     """
-    if state.config.node == "live" and show("", list(_checks(state.config))):
+    checks = list(_checks(state.config)) if state.config.node == "live" else []
+    if checks and show("", checks):
         raise ConfigError("something that is needed is missing: see the lines with FAIL")
     found = state.look()
+    found["idle_power"] = next((_line(check) for check in checks if check.what == "idle power"), None)
     clocks_mhz, limits = found["gpu_clocks_mhz"], found["batch_limits"]
     blocks = "" if found["num_kv_blocks"] is None else f", {found['num_kv_blocks']} KV blocks"
     print(
@@ -46,8 +48,8 @@ def look(state: Onboarding) -> dict[str, Any]:
         end="",
     )
     print(f"block size {found['kv_block_size']}{blocks}, capacity {limits[-1]} requests")
-    if state.config.max_num_seqs is None and state.config.live.server is not None:
-        print(f"its --max-num-seqs is taken to be {limits[-1]}; say it by --max-num-seqs if it is another")
+    if lines := _assumed(state, found):
+        print("\n".join(lines))
     if len(clocks_mhz) == 1:
         print(
             f"observe-only: its clocks are not ours to set, {clocks_mhz[0]} MHz is taken. {HOW_TO_SET_CLOCKS}"
@@ -57,6 +59,24 @@ def look(state: Onboarding) -> dict[str, Any]:
     if unknown := sorted({*state.config.clocks_mhz} - {*clocks_mhz}):
         raise ConfigError(f"--clocks-mhz {unknown}: {clocks_mhz[0]} to {clocks_mhz[-1]} MHz may be set here")
     return found
+
+
+def _assumed(state: Onboarding, found: dict[str, Any]) -> list[str]:
+    """What the server does not tell, and what is taken for it."""
+    lines = []
+    if any(line.startswith("max_num_seqs") for line in found["assumed"]):
+        lines.append(f"its --max-num-seqs is taken to be {found['batch_limits'][-1]}, which it does not tell")
+    if state.config.max_num_batched_tokens is None:
+        lines += [line for line in found["assumed"] if line.startswith("max_num_batched_tokens")]
+    return [f"{line}: say it by --{flag} if it is another" for line in lines for flag in (_flag(line),)]
+
+
+def _flag(line: str) -> str:
+    return "max-num-seqs" if "max-num-seqs" in line else "max-num-batched-tokens"
+
+
+def _line(check: Check) -> str:
+    return check.found if check.remedy is None else f"{check.found}: {check.remedy}"
 
 
 def _checks(config: OnboardConfig) -> Iterator[Check]:

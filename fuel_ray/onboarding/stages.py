@@ -3,10 +3,10 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fuel_ray.errors import ConfigError, FuelRayError, NodeError
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError, NodeError
 from fuel_ray.onboarding import handover, load, policy, server, twin
 from fuel_ray.onboarding.config import OnboardConfig
 from fuel_ray.onboarding.state import Onboarding
@@ -81,10 +81,13 @@ def onboard(config: OnboardConfig) -> int:
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to go on: fuel-ray onboard --resume {state.folder}", flush=True)
         raise
+    except DiskError as error:
+        raise DiskError(f"{error}. To go on then: fuel-ray onboard --resume {state.folder}") from error
     except NodeError as error:
         raise NodeError(f"{error}. To go on then: fuel-ray onboard --resume {state.folder}") from error
     finally:
-        print(f"\nreport     {write_onboarding(state.folder)}", flush=True)
+        with contextlib.suppress(OSError):  # of a full disk, which has been said if it ended a stage
+            print(f"\nreport     {write_onboarding(state.folder)}", flush=True)
     return 0
 
 
@@ -96,12 +99,20 @@ def _through(state: Onboarding) -> None:
         if state.journal.is_done(stage.name):
             print(f"{head}: done before")
         else:
-            print(f"{head} ({_minutes(stage.seconds(state.config))})", flush=True)
+            print(f"{head} ({_minutes(stage.seconds(_seen(state)))})", flush=True)
             _one(state, stage)
         if end := state.journal.found(stage.name).get("end"):
             print(f"\nthis is the end of what can be done here: {end}")
             return
     print(f"\nto deploy  {state.folder / 'commands.sh'}")
+
+
+def _seen(state: Onboarding) -> OnboardConfig:
+    """The settings, without the clocks that the server's stage has found not to be ours."""
+    config = state.config
+    if not state.facts.get("gpu_clocks_mhz") or state.sets_clocks:
+        return config
+    return replace(config, live=replace(config.live, clock_control="off"))
 
 
 def _one(state: Onboarding, stage: Stage) -> None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fuel_ray.build.live import LiveServer, server_endpoint
+from fuel_ray.build.live import LiveServer, node_facts, server_endpoint
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.errors import ConfigError, NodeError
+from fuel_ray.live.vllm.facts import ASSUMED, assumed
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.server import served_model
 from fuel_ray.onboarding.config import SERVED, OnboardConfig
@@ -91,13 +92,15 @@ class Onboarding:
         """What the server is, by itself and by its GPUs."""
         config = self.serving()
         if isinstance(self._server, LiveServer):
-            spec, engine = self._server.facts()
+            spec, engine, longest = self._server.facts()
             name = served_model(
                 server_endpoint(config.live), name=config.live.served_model, like=config.live.model
             ).name
         else:
-            spec, engine = build_spec(config, config.block_sizes[0]), load_pack(config.pack).engine
+            pack = load_pack(config.pack)
+            spec, engine, longest = build_spec(config, config.block_sizes[0]), pack.engine, pack.max_model_len
             name = spec.model
+        server = spec.server
         return {
             "origin": "measured" if config.node == "live" else f"modelled, pack {config.pack}",
             "url": self.config.live.server,
@@ -109,6 +112,11 @@ class Onboarding:
             "num_kv_blocks": spec.num_kv_blocks,
             "batch_limits": spec.batch_limits,
             "gpu_clocks_mhz": spec.gpu_clocks_mhz,
+            "max_model_len": longest,
+            "max_num_batched_tokens": config.max_num_batched_tokens
+            or (server and server.max_num_batched_tokens),
+            "prefix_caching": server and server.prefix_caching,
+            "assumed": [] if server is None else assumed(server),
         }
 
     def close(self) -> None:
@@ -146,4 +154,12 @@ class Onboarding:
         model = live.model
         if model == SERVED:
             model = served_model(endpoint, name=live.served_model).root
-        return replace(self.config, block_sizes=(cache.block_size,), live=replace(live, model=model))
+        config = replace(self.config, block_sizes=(cache.block_size,), live=replace(live, model=model))
+        return replace(config, max_num_seqs=config.max_num_seqs or _told_capacity(config))
+
+
+def _told_capacity(config: OnboardConfig) -> int | None:
+    """The running server's --max-num-seqs, where its flags or its pages tell it."""
+    facts = node_facts(config, config.block_sizes[0])[0].server
+    told = facts is not None and not dict(facts.sources).get("max_num_seqs", ASSUMED).startswith(ASSUMED)
+    return facts.max_num_seqs if facts is not None and told else None

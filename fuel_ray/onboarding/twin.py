@@ -22,15 +22,21 @@ from fuel_ray.onboarding.server import require_alone
 from fuel_ray.onboarding.state import Onboarding
 from fuel_ray.record import make_folder
 from fuel_ray.sim.calibrate import AXIS_CLOCKS
+from fuel_ray.sim.doubts import pack_doubts, run_doubts
 from fuel_ray.sim.nearest import same_architecture
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.sim.profile import read_profile
 from fuel_ray.sim.recorded import read_trace, trace_text
-from fuel_ray.sim.replay import measured_figures, predicted_figures, relative_errors
+from fuel_ray.sim.replay import (
+    BOUNDS,
+    beyond_bounds,
+    measured_figures,
+    predicted_figures,
+    relative_errors,
+)
 from fuel_ray.types import Knobs
 from fuel_ray.workload.spec import parse_workload
 
-BOUNDS = {"energy": 0.03, "tpot_mean": 0.05, "e2e_mean": 0.05, "ttft_p50": 0.15}  # of relative errors
 POOR = 3.0  # times a bound, beyond which a twin is no ground to decide on
 NO_SAVING = (
     "no saving can be modelled: the clock of {gpu} is not ours to set, and no shipped pack has the clock "
@@ -45,8 +51,11 @@ def measure(state: Onboarding) -> dict[str, Any]:
     config = state.serving()
     require_alone(config)
     begun = sorted(state.folder.glob("profile-*"))
+    tokens = state.facts.get("max_num_batched_tokens")
     with into(state.folder, "profile", begun):
-        profile.run(settings(ProfileConfig, config, resume=begun[-1] if begun else None))
+        resume = begun[-1] if begun else None
+        profile.run(settings(ProfileConfig, config, resume=resume, max_num_batched_tokens=tokens))
+    print(f"onboard goes on with that by itself; it is now in {state.folder / 'profile'}")
     found = read_profile([str(state.folder / "profile" / "profile.jsonl")])
     return {"clocks_mhz": found.clocks_mhz, "decode": len(found.decode), "prefill": len(found.prefill)}
 
@@ -90,8 +99,9 @@ def compare(state: Onboarding) -> dict[str, Any]:
     paths = [_record(state, config, load, clock_mhz) for clock_mhz in _clocks(state)]
     validate.run(ValidateConfig(traces=tuple(map(str, paths)), pack=str(state.pack_path)))
     rows = [{"trace": str(path.relative_to(state.folder)), **_figures(state, path)} for path in paths]
-    outside = {name for row in rows for name, error in row["errors"].items() if _share(name, error) > 1.0}
-    poor = {name for row in rows for name, error in row["errors"].items() if _share(name, error) > POOR}
+    beyond = [beyond_bounds(row["errors"]) for row in rows]
+    outside = {name for errors in beyond for name in errors}
+    poor = {name for errors in beyond for name, e in errors.items() if abs(e) > POOR * BOUNDS[name]}
     found: dict[str, Any] = {
         "workload": load,
         "bounds": BOUNDS,
@@ -101,8 +111,6 @@ def compare(state: Onboarding) -> dict[str, Any]:
     }
     with whole(state.folder / "validate.json") as file:
         file.write(json.dumps(found, indent=2))
-    bounds = ", ".join(f"{name} {bound:.0%}" for name, bound in BOUNDS.items())
-    print(f"the twin is {_verdict(found['outside'])} its bounds ({bounds})")
     if poor and not config.accept_fidelity:
         return found | {"stop": _poor(state, found["poor"])}
     if not state.journal.found("calibrate")["clock_axis_modelled"]:
@@ -117,21 +125,12 @@ def into(folder: Path, verb: str, begun: Sequence[Path] = ()) -> Iterator[None]:
     os.replace(begun[-1] if begun else max(folder.glob(f"{verb}-*")), folder / verb)
 
 
-def _verdict(outside: list[str]) -> str:
-    return f"outside, in {', '.join(outside)}," if outside else "within"
-
-
 def _poor(state: Onboarding, names: list[str]) -> str:
     return (
         f"the twin is more than {POOR:g} times a bound off in {', '.join(names)}: what it says of a policy "
         "cannot be trusted. Look whether something else ran at the same time and begin again, or go on with "
         f"it: fuel-ray onboard --resume {state.folder} --accept-fidelity"
     )
-
-
-def _share(name: str, error: float | None) -> float:
-    """An error as a multiple of its bound; 0 where there is none."""
-    return 0.0 if error is None or name not in BOUNDS else abs(error) / BOUNDS[name]
 
 
 def _figures(state: Onboarding, path: Path) -> dict[str, Any]:
@@ -143,6 +142,7 @@ def _figures(state: Onboarding, path: Path) -> dict[str, Any]:
         "measured": measured,
         "predicted": predicted,
         "errors": relative_errors(predicted, measured),
+        "doubts": [*run_doubts(run), *pack_doubts(run, pack)],
     }
 
 

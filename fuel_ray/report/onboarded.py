@@ -1,7 +1,7 @@
 """The page of an onboarding: the server, its twin and how well it fits, the policy, the commands to copy."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from fuel_ray.report.figures import ProfilePoint, profile_and_model
 from fuel_ray.report.page import Cell, code, figure, heading, page, paragraph, table, tile, tiles
 from fuel_ray.report.tables import change, key_values
 from fuel_ray.report.text import percent
+from fuel_ray.sim.fidelity import ERRORS, Fidelity
 from fuel_ray.sim.pack import PerfModel, load_pack
 
 _KNOWN = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)
+_ON = {True: "on", False: "off", None: "?"}
 _UNITS = {"energy": "J", "mean_power": "W"}
+_FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{}, 99th percentile"}
 _PROFILE = (
     "Points: decode steps as they were {origin}. Lines: the fitted twin at the same points. Energy per token "
     "is the product of the two, by the requests that share it."
@@ -24,6 +27,11 @@ _FIDELITY = (
     "One load that was not fitted, with another seed and rate than the profile's; the twin was given the "
     "same arrivals. Positive: the twin says too much. Errors of one draw: {requests} requests per clock."
 )
+_FITTED = (
+    "How far the twin is off the loads of its own profile. Those left out of a fit say what it does on a "
+    "load that it has not seen; each may be the only one that tells a part of it."
+)
+_DEFAULT_SLO = "the default; name yours by --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 _POLICIES = (
     "Modelled: the twin under your load, {seeds} held-out seeds, the same arrivals for all; in small print "
     "the 95 % interval, or where the pack has several clock axes, the lowest to the highest. Only the canary "
@@ -102,7 +110,8 @@ def _tiles(found: Stages) -> Iterator[str]:
         for name in ("energy", "tpot_mean"):
             worst = max((row["errors"][name] or 0.0 for row in fidelity), key=abs)
             note = f"bound {percent(bounds[name])}"
-            yield tile(_signed(worst), name=f"the twin's error in {name}", note=note, bad=name in outside)
+            what = f"the twin's error in {_figure_name(name)}"
+            yield tile(_signed(worst), name=what, note=note, bad=name in outside)
 
 
 def _server(server: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +128,12 @@ def _server(server: Mapping[str, Any]) -> dict[str, Any]:
         if len(clocks) > 1
         else f"{clocks[0]} MHz; not ours to set: observe-only",
         "batch limit": "may be set" if limits[0] < limits[-1] else "not ours to set",
-        "figures of it": server["origin"],
+        "tokens a step": str(server.get("max_num_batched_tokens") or "?"),
+        "longest request": f"{server.get('max_model_len') or '?'} tokens",
+        "prefix caching": _ON[server.get("prefix_caching")],
+        **({"assumed": "; ".join(server["assumed"])} if server.get("assumed") else {}),
+        **({"idle power": server["idle_power"]} if server.get("idle_power") else {}),
+        "these facts": server["origin"],
     }
 
 
@@ -131,6 +145,24 @@ def _profile(folder: Path, found: Stages) -> Iterator[str]:
     fitted = found.get("calibrate", {})
     notes = {name: fitted[name] for name in ("pack", "measured", "transferred") if name in fitted}
     yield key_values(notes)
+    if rows := load_pack(str(folder / "pack.json")).fidelity:
+        yield paragraph(_FITTED, style="soft")
+        yield _pack_fidelity(rows)
+
+
+def _pack_fidelity(rows: Sequence[Fidelity]) -> str:
+    head = [Cell("load of the profile", style="text"), Cell("requests")]
+    head += [*map(Cell, ERRORS.values()), Cell("", style="text")]
+    body = [
+        [
+            Cell(row.trace, style="text"),
+            Cell(str(row.requests)),
+            *(Cell("–" if (e := getattr(row, name)) is None else _signed(e)) for name in ERRORS),
+            Cell("left out of the fit" if row.left_out else "fitted", style="text"),
+        ]
+        for row in rows
+    ]
+    return table(head, [body])
 
 
 def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
@@ -151,41 +183,62 @@ def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]], *, told: 
     head = [Cell("figure", style="text")]
     for row in rows:
         head += [Cell(f"{told} at {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
-    body = [[_figure_name(name, found), *_errors(name, rows, found)] for name in rows[0]["errors"]]
+    body = [[_figure_cell(name, found), *_errors(name, rows, found)] for name in rows[0]["errors"]]
     yield table(head, [body])
+    for row in rows:
+        for doubt in row.get("doubts", []):
+            yield paragraph(f"Doubt, at {row['clock_mhz']} MHz: {doubt}.")
     requests = " and ".join(str(row["requests"]) for row in rows)
     yield paragraph(f"{found['workload']}. {_FIDELITY.format(requests=requests)}", style="soft")
 
 
-def _figure_name(name: str, found: Mapping[str, Any]) -> Cell:
+def _figure_cell(name: str, found: Mapping[str, Any]) -> Cell:
     bound = found["bounds"].get(name)
     note = "" if bound is None else f"bound {percent(bound)}"
-    return Cell(name.replace("_", " "), note, style="text")
+    return Cell(_figure_name(name), note, style="text")
+
+
+def _figure_name(name: str) -> str:
+    """As people write it: tpot_mean is mean TPOT."""
+    what, _, which = name.partition("_")
+    if which not in _FIGURES or what == "mean":
+        return name.replace("_", " ")
+    return _FIGURES[which].format(what if what == "e2e" else what.upper())
+
+
+def _amount(name: str, value: float) -> str:
+    if (unit := _UNITS.get(name)) is not None:
+        return f"{value:,.0f} {unit}"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _errors(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any]) -> Iterator[Cell]:
-    unit, bound = _UNITS.get(name, "s"), found["bounds"].get(name)
+    bound = found["bounds"].get(name)
     for row in rows:
         for source in ("measured", "predicted"):
             value = row[source][name]
-            yield Cell("–" if value is None else f"{value:.4g} {unit}")
+            yield Cell("–" if value is None else _amount(name, value))
         error = row["errors"][name]
         outside = bound is not None and error is not None and abs(error) > bound
         yield Cell("–" if error is None else _signed(error), style="bad" if outside else "")
 
 
 def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {"load": load["workload"], "where it is from": load["origin"]}
+    facts = {"load": load["workload"], "which is": load.get("about"), "from": load["origin"]}
+    facts = {name: value for name, value in facts.items() if value}
     if not slo:
         return facts
     limits = [f"{name.upper()} {slo['slo'][f'{name}_s']:g} s" for name in slo["reached"]]
     share = slo["slo"]["share"]
-    facts["SLO"] = f"{', '.join(limits)}, {'on average' if share is None else f'for {percent(share)}'}"
+    whom = "on average" if share is None else f"for {percent(share)} of the requests"
+    facts["SLO"] = f"{', '.join(limits)}, {whom}"
+    if slo.get("default"):
+        facts["SLO from"] = _DEFAULT_SLO
     reached = ", ".join(f"{name.upper()} {value_s:.3g} s" for name, value_s in slo["reached"].items())
     attained = (
         f"{percent(slo['attained'])} within it" if share is not None else "met" if slo["met"] else "missed"
     )
-    facts["at the highest clock, modelled"] = f"{attained}; {reached}"
+    facts["highest clock"] = f"modelled: {attained}; {reached}"
     return facts
 
 
@@ -241,4 +294,4 @@ def _stages(stages: Stages) -> str:
 
 
 def _signed(error: float) -> str:
-    return f"{100 * error:+.1f} %".replace("-", "−")
+    return f"{100 * error:+z.1f} %".replace("-", "−")

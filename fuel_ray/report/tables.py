@@ -93,7 +93,7 @@ def span(interval: Interval, form: Callable[[float], str]) -> str:
 
 def change(ratio: float) -> str:
     """A ratio as a relative change: 0.9 -> "−10.0 %"."""
-    return f"{100 * (ratio - 1):+.1f} %".replace("-", "−")
+    return f"{100 * (ratio - 1):+z.1f} %".replace("-", "−")
 
 
 def chosen_pairs(run: Run) -> str:

@@ -26,6 +26,6 @@ def fidelity_table(rows: Sequence[Fidelity]) -> str:
 
 
 def _line(row: Fidelity) -> str:
-    errors = ("unknown" if (e := getattr(row, name)) is None else f"{e:+.1%}" for name in ERRORS)
+    errors = ("unknown" if (e := getattr(row, name)) is None else f"{e:+z.1%}" for name in ERRORS)
     how = "left out of the fit" if row.left_out else "fitted"
     return f"{row.trace:>24} {row.requests:>8}" + "".join(f" {error:>11}" for error in errors) + f"   {how}"
