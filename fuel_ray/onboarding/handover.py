@@ -21,7 +21,7 @@ _STEPS = (
     ),
     (
         "canary",
-        "2. Canary: it rules in a tenth of the time, drawn by chance, and its energy is compared with the rest.",
+        "2. Canary: it rules in a tenth of the time, drawn by chance; the rest is compared with it.",
         ("--canary", "0.1"),
     ),
     ("live", "3. Live: it rules until it is stopped; then the driver and the server do again.", ()),
