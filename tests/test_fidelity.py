@@ -1,6 +1,7 @@
 """The packs, the replay of recorded traces and the calibration from a profile."""
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from fuel_ray.sim.replay import FIGURES, measured_figures, predicted_figures, re
 DATA = Path(__file__).parent / "data"
 # Recorded on one H100 under vLLM 0.20.2; the second with a pool of 32,000 tokens, block size 64, 12 req/s
 TRACES = [str(DATA / "h100_trace_16_open5.json"), str(DATA / "h100_trace_64_openkv12.json")]
+
+PACKS = Path(str(resources.files("fuel_ray.sim"))) / "packs"
 
 
 @pytest.mark.parametrize("path", TRACES)
@@ -111,8 +114,11 @@ def test_a_missing_trace_is_refused() -> None:
         validate.run(ValidateConfig(traces=("nowhere.json",)))
 
 
-def test_the_packs_that_are_shipped() -> None:
-    assert pack_names() == ("a100-llama31-8b", "h100-qwen3-8b", "v100s-qwen7b-int4")
+def test_every_pack_of_a_server_that_we_measured_says_how_far_off_it_is() -> None:
+    hopper = [name for name in pack_names() if name.startswith(("h100", "h200"))]
+    assert set(pack_names()) - set(hopper) == {"a100-llama31-8b", "v100s-qwen7b-int4"}
+    for pack in map(load_pack, hopper):
+        assert pack.fidelity and "our own measurement" in Path(f"{PACKS}/{pack.name}.json").read_text()
 
 
 @pytest.mark.parametrize("name", pack_names())
