@@ -18,7 +18,8 @@ from fuel_ray.types import Node, NodeSpec
 SIM_START_S = 60.0  # Ray starts a process, which imports and compiles
 
 Kept = TypeVar("Kept", bound=ServingConfig)
-Answer = tuple[NodeSpec, str] | UnsupportedError  # what a node is and its engine, or why there is none
+# What a node is, its engine and its max_model_len, or why there is none
+Answer = tuple[NodeSpec, str, int | None] | UnsupportedError
 
 
 def remote_node(

@@ -51,9 +51,9 @@ def resolve(config: Learning, *, run: str, at_once: int | None = None) -> Iterat
     with kept_servers(config, run=run, at_once=at_once, nodes_each=each) as (kept, answers):
         refused = {size: str(found) for size, found in answers.items() if isinstance(found, UnsupportedError)}
         known = {size: found for size, found in answers.items() if not isinstance(found, UnsupportedError)}
-        served = replace(twinned(kept, [spec for spec, _ in known.values()]), block_sizes=tuple(known))
+        served = replace(twinned(kept, [spec for spec, *_ in known.values()]), block_sizes=tuple(known))
         setups = {}
-        for size, (raw, engine) in known.items():
+        for size, (raw, engine, _) in known.items():
             spec = replace(raw, gpu_clocks_mhz=served.gpu_clocks_mhz)
             setups[size] = Setup(spec, build_codec(served, spec), engine)
         yield Resolved(served, setups, refused)
