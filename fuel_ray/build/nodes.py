@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
-from fuel_ray.build.live import ACTOR, LiveServer, live_node, live_spec
+from fuel_ray.build.live import ACTOR, LiveServer, live_node, live_spec, node_facts
 from fuel_ray.build.objective import build_objective
 from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
@@ -75,6 +75,18 @@ def build_spec(config: ServingConfig, kv_block_size: int) -> NodeSpec:
     if config.live_server:
         return live_spec(config, kv_block_size)
     return build_node(twin_of(config), kv_block_size, horizon_s=1.0).spec
+
+
+def described(config: ServingConfig, kv_block_size: int) -> tuple[NodeSpec, str, int | None]:
+    """What a node is, its engine and version, and its max_model_len where that is said.
+
+    Raises:
+        NodeError: the server of a live one does not answer.
+    """
+    if config.live_server:
+        return node_facts(config, kv_block_size)
+    pack = load_pack(config.pack)
+    return build_spec(config, kv_block_size), pack.engine, pack.max_model_len
 
 
 def twinned(config: Settings, specs: Iterable[NodeSpec]) -> Settings:

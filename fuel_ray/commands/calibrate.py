@@ -26,7 +26,7 @@ from fuel_ray.sim.fidelity import Fidelity, fidelity_table
 from fuel_ray.sim.nearest import nearest_pack, same_architecture
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, variant_fields
 from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
-from fuel_ray.sim.recorded import RecordedRun, read_trace, trace_facts
+from fuel_ray.sim.recorded import RecordedRun, read_trace
 from fuel_ray.sim.rows import Row
 from fuel_ray.sim.trace_fit import WANDER, fidelity, leave_out, refine, wander
 
@@ -113,7 +113,10 @@ def _server(config: CalibrateConfig) -> _Server:
     for name, run in both.items():
         for line in run_doubts(run):
             print(f"{name}: {line}")
-    told = _told(paths, given=[key for key, value in zip(_FACTS, flags, strict=True) if value])
+    infos = [
+        Row(dict(run.info), f"trace {path}: info") for path, run in zip(paths, both.values(), strict=True)
+    ]
+    told = _told(infos, given=[key for key, value in zip(_FACTS, flags, strict=True) if value])
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
         raise ConfigError("--gpu NAME is needed: no trace names the GPU")
@@ -131,13 +134,13 @@ def _server(config: CalibrateConfig) -> _Server:
     )
 
 
-def _told(paths: Sequence[str], *, given: Sequence[str]) -> dict[str, Any]:
+def _told(rows: Sequence[Row], *, given: Sequence[str]) -> dict[str, Any]:
     """What the traces say of their server, beside what flags have given; None where none says it.
 
     Raises:
         ConfigError: they are of several servers, or some measured and some modelled.
     """
-    rows, told = [Row(trace_facts(path), f"trace {path}: info") for path in paths], dict[str, Any]()
+    told = dict[str, Any]()
     for key in _FACTS:
         read = Row.number if key.endswith("_w") else _text
         every = [read(row, key) for row in rows if row.values.get(key) is not None]

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fuel_ray.build.live import node_facts
-from fuel_ray.build.nodes import build_spec, served
+from fuel_ray.build.nodes import build_spec, described, served
 from fuel_ray.build.probing import Probe, probe
 from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.disk import write_or_keep
@@ -151,10 +150,7 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
         ConfigError: its max_model_len is too small for a profile.
     """
     size, pack = config.block_sizes[0], load_pack(config.pack)
-    if config.live_server:
-        spec, engine, longest = node_facts(config, size)
-    else:
-        spec, engine, longest = build_spec(config, size), pack.engine, pack.max_model_len
+    spec, engine, longest = described(config, size)
     server = Server(
         clocks_mhz=spec.gpu_clocks_mhz,
         max_num_seqs=spec.batch_limits[-1],

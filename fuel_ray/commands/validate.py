@@ -10,8 +10,8 @@ import tyro
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.doubts import pack_doubts, run_doubts
-from fuel_ray.sim.pack import NOMINAL, load_pack
-from fuel_ray.sim.recorded import read_trace
+from fuel_ray.sim.pack import NOMINAL, Pack, load_pack
+from fuel_ray.sim.recorded import RecordedRun, read_trace
 from fuel_ray.sim.replay import (
     BOUNDS,
     FIGURES,
@@ -44,25 +44,29 @@ def run(config: ValidateConfig) -> int:
     if not config.traces:
         raise ConfigError("validate needs at least one trace file")
     pack = load_pack(config.pack, config.clock_axis)
-    results: list[dict[str, Any]] = []
-    for path, trace in [(path, read_trace(path)) for path in config.traces]:
-        measured, predicted = measured_figures(trace), predicted_figures(trace, pack)
-        errors = relative_errors(predicted, measured)
-        results.append(
-            {
-                "trace": path,
-                "predicted": predicted,
-                "measured": measured,
-                "errors": errors,
-                "beyond": beyond_bounds(errors),
-                "warnings": [*run_doubts(trace), *pack_doubts(trace, pack)],
-            }
-        )
-    if config.json:
-        print(json.dumps(results, indent=2))
-    else:
-        print("\n\n".join([*map(_table, results), *_means(results)]))
+    traces = {path: read_trace(path) for path in config.traces}
+    results = [compared(path, traces[path], pack) for path in config.traces]
+    print(json.dumps(results, indent=2) if config.json else text(results))
     return 0
+
+
+def compared(path: str, trace: RecordedRun, pack: Pack) -> dict[str, Any]:
+    """What was measured in a recorded run, what the pack predicts of it, and what speaks against either."""
+    measured, predicted = measured_figures(trace), predicted_figures(trace, pack)
+    errors = relative_errors(predicted, measured)
+    return {
+        "trace": path,
+        "predicted": predicted,
+        "measured": measured,
+        "errors": errors,
+        "beyond": beyond_bounds(errors),
+        "warnings": [*run_doubts(trace), *pack_doubts(trace, pack)],
+    }
+
+
+def text(results: Sequence[Result]) -> str:
+    """The comparisons for people, with a verdict each, and their means."""
+    return "\n\n".join([*map(_table, results), *_means(results)])
 
 
 def _table(result: Result) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from fuel_ray.address import server_url
 from fuel_ray.build.live import server_endpoint
 from fuel_ray.errors import ConfigError, NodeError
+from fuel_ray.live.foreign_load import came
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.metrics import MetricsSnapshot, difference
 from fuel_ray.onboarding.config import OnboardConfig
@@ -112,8 +113,7 @@ def summary(pages: Sequence[Page]) -> Observed:
         counted = difference(before, after, after_s - before_s)
         if counted.restarted:
             continue
-        there = after.running + after.waiting - before.running - before.waiting
-        arrivals = max(0, counted.requests_succeeded + there)
+        arrivals = max(0, came(before, after, counted))
         rates.append((arrivals / counted.seconds, counted.seconds))
         arrived, ended = arrived + arrivals, ended + counted.requests_succeeded
         prompt_tokens += counted.prompt_tokens

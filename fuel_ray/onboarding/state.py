@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fuel_ray.build.live import LiveServer, node_facts, server_endpoint
-from fuel_ray.build.nodes import build_spec
+from fuel_ray.build.nodes import described
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.vllm.facts import ASSUMED, assumed
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
@@ -91,15 +91,12 @@ class Onboarding:
     def look(self) -> dict[str, Any]:
         """What the server is, by itself and by its GPUs."""
         config = self.serving()
-        if isinstance(self._server, LiveServer):
-            spec, engine, longest = self._server.facts()
+        spec, engine, longest = described(config, config.block_sizes[0])
+        name = spec.model
+        if config.node == "live":
             name = served_model(
                 server_endpoint(config.live), name=config.live.served_model, like=config.live.model
             ).name
-        else:
-            pack = load_pack(config.pack)
-            spec, engine, longest = build_spec(config, config.block_sizes[0]), pack.engine, pack.max_model_len
-            name = spec.model
         server = spec.server
         return {
             "origin": "measured" if config.node == "live" else f"modelled, pack {config.pack}",

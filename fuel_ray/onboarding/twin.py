@@ -13,7 +13,6 @@ from fuel_ray.build.recording import record
 from fuel_ray.commands import calibrate, profile, validate
 from fuel_ray.commands.calibrate import CalibrateConfig
 from fuel_ray.commands.profile import ProfileConfig
-from fuel_ray.commands.validate import ValidateConfig
 from fuel_ray.disk import whole
 from fuel_ray.errors import ConfigError
 from fuel_ray.onboarding.config import OnboardConfig, settings
@@ -22,18 +21,11 @@ from fuel_ray.onboarding.server import require_alone
 from fuel_ray.onboarding.state import Onboarding
 from fuel_ray.record import make_folder
 from fuel_ray.sim.calibrate import AXIS_CLOCKS
-from fuel_ray.sim.doubts import pack_doubts, run_doubts
 from fuel_ray.sim.nearest import same_architecture
-from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.sim.profile import read_profile
-from fuel_ray.sim.recorded import read_trace, trace_text
-from fuel_ray.sim.replay import (
-    BOUNDS,
-    beyond_bounds,
-    measured_figures,
-    predicted_figures,
-    relative_errors,
-)
+from fuel_ray.sim.recorded import RecordedRun, read_trace, trace_text
+from fuel_ray.sim.replay import BOUNDS
 from fuel_ray.types import Knobs
 from fuel_ray.workload.spec import parse_workload
 
@@ -97,9 +89,11 @@ def compare(state: Onboarding) -> dict[str, Any]:
     load = _fresh_load(state)
     print(f"load: {load}, seed {config.seed + 1}, {config.validate_seconds} s; it was not fitted")
     paths = [_record(state, config, load, clock_mhz) for clock_mhz in _clocks(state)]
-    validate.run(ValidateConfig(traces=tuple(map(str, paths)), pack=str(state.pack_path)))
-    rows = [{"trace": str(path.relative_to(state.folder)), **_figures(state, path)} for path in paths]
-    beyond = [beyond_bounds(row["errors"]) for row in rows]
+    pack, runs = load_pack(str(state.pack_path)), [read_trace(str(path)) for path in paths]
+    results = [validate.compared(str(path), run, pack) for path, run in zip(paths, runs, strict=True)]
+    print(validate.text(results))
+    rows = [_row(state, run, pack, result) for run, result in zip(runs, results, strict=True)]
+    beyond = [result["beyond"] for result in results]
     outside = {name for errors in beyond for name in errors}
     poor = {name for errors in beyond for name, e in errors.items() if abs(e) > POOR * BOUNDS[name]}
     found: dict[str, Any] = {
@@ -133,16 +127,14 @@ def _poor(state: Onboarding, names: list[str]) -> str:
     )
 
 
-def _figures(state: Onboarding, path: Path) -> dict[str, Any]:
-    run, pack = read_trace(str(path)), load_pack(str(state.pack_path))
-    measured, predicted = measured_figures(run), predicted_figures(run, pack)
+def _row(state: Onboarding, run: RecordedRun, pack: Pack, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison as validate.json has it."""
     return {
+        "trace": str(Path(result["trace"]).relative_to(state.folder)),
         "clock_mhz": run.clock_schedule[-1][1] if run.clock_schedule else pack.gpu_clocks_mhz[-1],
         "requests": len(run.requests),
-        "measured": measured,
-        "predicted": predicted,
-        "errors": relative_errors(predicted, measured),
-        "doubts": [*run_doubts(run), *pack_doubts(run, pack)],
+        **{name: result[name] for name in ("measured", "predicted", "errors")},
+        "doubts": result["warnings"],
     }
 
 

@@ -64,12 +64,6 @@ def read_trace(path: str) -> RecordedRun:
         raise ConfigError(f"trace {path}: malformed: {error}") from error
 
 
-def trace_facts(path: str) -> dict[str, Any]:
-    """What a trace file's ``info`` says, for people too; read the trace first."""
-    info: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8-sig"))["info"]
-    return info
-
-
 def trace_text(run: RecordedRun, **facts: Any) -> str:
     """The trace file of a run, which ``read_trace`` reads; ``facts`` are what else its ``info`` says.
 
