@@ -33,6 +33,7 @@ from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.metrics import MetricsSnapshot
 from fuel_ray.live.vllm.server import ServedModel, plain_name, served_model, server_version
 from fuel_ray.objective import Energy
+from fuel_ray.policies.anchor import knobs_of
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.policies.packs import pack_here, pack_mismatch
 from fuel_ray.sim.pack import Pack, load_pack
@@ -244,11 +245,12 @@ def _mismatches(
         yield f"it was trained for {manifest.engine}, the server's version is not known (it has no /version)"
     elif plain_name(manifest.engine) != plain_name(f"vLLM {engine}"):
         yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
-    anchored = () if manifest.anchor is None else manifest.anchor.table.knobs
-    highest = max(grid.batch_limits[-1], *(knobs.batch_limit for knobs in anchored), 0)
+    anchor = manifest.anchor
+    limits, clocks_mhz = ((), ()) if anchor is None else knobs_of(anchor.rule)
+    highest = max(*grid.batch_limits, *limits)
     if highest > spec.batch_limits[-1]:
         yield f"its highest batch limit is {highest}, the server's {spec.batch_limits[-1]}"
-    clocks = {*grid.gpu_clocks_mhz, *(knobs.gpu_clock_mhz for knobs in anchored)}
+    clocks = {*grid.gpu_clocks_mhz, *clocks_mhz}
     missing = sorted(clocks - set(spec.gpu_clocks_mhz))
     if missing and len(spec.gpu_clocks_mhz) > 1:
         yield f"the GPU does not support its clocks {', '.join(map(str, missing))} MHz"

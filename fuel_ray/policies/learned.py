@@ -17,8 +17,10 @@ from fuel_ray.drift import Range
 from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.outside import reference
 from fuel_ray.policies.anchor import Anchor, GridAnchor
+from fuel_ray.policies.compiled import network_parts, untethered
 from fuel_ray.policies.network import Head, folded, q_values
-from fuel_ray.policies.static import are_counts
+from fuel_ray.policies.rules import server_of
+from fuel_ray.policies.static import Compiled, are_counts
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 FORMAT = 1
@@ -93,7 +95,7 @@ class LearnedPolicy:
         self._encoder = Encoder(codec, spec)
         self._actions = _actions(codec.grid, spec)
         self.anchor = anchor  # what it is kept near
-        self._anchored = None if anchor is None else GridAnchor(anchor, codec.grid)
+        self._anchored = None if anchor is None else GridAnchor(anchor, codec.grid, spec, codec.slo)
 
     @property
     def priced(self) -> bool:
@@ -122,6 +124,16 @@ class LearnedPolicy:
             return self.act(observation)
         base = self._anchored.decide(window)
         return self._anchored.decode(self._best(observation, self._anchored.penalty(base)), base)
+
+    def compiled(self, spec: NodeSpec) -> Compiled | None:
+        """None where the network or the anchor is of a kind that cannot be compiled."""
+        parts = network_parts(self._arrays, self.codec, self._spec)
+        own = untethered(self.codec.grid) if self._anchored is None else self._anchored.compiled(spec)
+        if parts is None or own is None or len(self._actions) < len(self.codec.grid):
+            return None
+        base, _ = own
+        weight = 0.0 if self.anchor is None else self.anchor.weight
+        return base._replace(**parts, per_100_mhz=weight), server_of(spec, self.codec.slo)
 
     def observe(self, window: WindowMetrics) -> np.ndarray:
         """What it sees of a window: (features,) float32."""

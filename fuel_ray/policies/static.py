@@ -1,5 +1,6 @@
 """Rules whose knobs are tuned beforehand: the same ones always, or by the load."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from fuel_ray.averages import ArrivalRate, smoothed_rates
-from fuel_ray.types import Knobs, WindowMetrics
+from fuel_ray.sim.program import RATE_RPS, TABLE, Program, Server, program
+from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 
 
 @runtime_checkable
@@ -17,6 +19,17 @@ class Planned(Protocol):
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Batch limits and clocks for the windows of 1 s after each of those with these arrivals."""
+
+
+Compiled = tuple[Program, Server]
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """A policy that a twin may run compiled, at a third of the time."""
+
+    def compiled(self, spec: NodeSpec) -> Compiled | None:
+        """Its decisions on a node as a program; None where they cannot be one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,22 @@ class LoadTable:
     def decide(self, window: WindowMetrics) -> Knobs:
         row = bisect_left(self.rates_rps, self._arrival_rate.update(window))
         return self.knobs[min(row, len(self.knobs) - 1)]
+
+    def compiled(self, spec: NodeSpec) -> Compiled | None:
+        limits = {knobs.batch_limit for knobs in self.knobs}
+        if len(limits) > 1:
+            return None
+        capacity, highest_mhz = float(spec.batch_limits[-1]), float(spec.gpu_clocks_mhz[-1])
+        server = Server(capacity, 0.0, math.inf, math.inf, highest_mhz)  # it looks at nothing but arrivals
+        mhz = np.array([[float(knobs.gpu_clock_mhz)] for knobs in self.knobs])
+        return program(
+            base=TABLE,
+            x=RATE_RPS,
+            x_knots=np.array(self.rates_rps, float),
+            mhz=mhz,
+            stepped=True,
+            batch_limit=limits.pop(),
+        ), server
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = np.minimum(np.searchsorted(self.rates_rps, smoothed_rates(arrivals)), len(self.knobs) - 1)

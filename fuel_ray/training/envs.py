@@ -68,7 +68,9 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
         steps=config.train.episode_steps,
         failures=patience(config),
         codecs=codecs,
-        anchor=None if anchor is None else GridAnchor(anchor, codecs[0].grid),
+        anchor=None
+        if anchor is None
+        else GridAnchor(anchor, codecs[0].grid, loops[0].node.spec, codecs[0].slo),
         shadows=shadows,
     )
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuel_ray.control import ControlLoop
-from fuel_ray.policies.static import Planned, Static
+from fuel_ray.policies.compiled import room
+from fuel_ray.policies.static import Compilable, Planned, Static
+from fuel_ray.sim.closed_loop import play
 from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.sim.program import Program, Server
 from fuel_ray.tuning.clock_search import Trace, trace_of
 from fuel_ray.tuning.episodes import DRAIN_S, HELD_OUT_SEED, Episode, run_episode
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
@@ -77,8 +80,19 @@ class Runs:
     def _fast(self, policy: Policy, seed: int) -> Played | None:
         """The same without looking at windows, for a policy that need not; None for any other."""
         node = self.loop.node
-        if not isinstance(policy, Planned) or not isinstance(node, SimulatedNode) or self.loop.guarded:
+        if not isinstance(node, SimulatedNode) or self.loop.guarded:
             return None
+        if isinstance(policy, Planned):
+            return self._planned(policy, node, seed)
+        found = policy.compiled(node.spec) if isinstance(policy, Compilable) else None
+        if found is None:
+            return None
+        node.reset(seed=seed)
+        arrivals = node.arrivals_to_come(int(self._seconds) + DRAIN_S)
+        energy_j, _, _ = run_program(node, *found, windows=len(arrivals), at_least=int(self._seconds))
+        return energy_j, arrivals[: len(energy_j)], node.take_records()
+
+    def _planned(self, policy: Planned, node: SimulatedNode, seed: int) -> Played:
         node.reset(seed=seed)
         arrivals = node.arrivals_to_come(int(self._seconds) + DRAIN_S)
         limits, clocks_mhz = policy.plan(arrivals[:-1])
@@ -89,6 +103,16 @@ class Runs:
             at_least=int(self._seconds),
         )
         return energy_j, arrivals[: len(energy_j)], node.take_records()
+
+
+def run_program(
+    node: SimulatedNode, p: Program, server: Server, *, windows: int, at_least: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Let a program control a node that was reset: energy (J), batch limits and clocks (MHz) per window."""
+    energy_j, limits, rows = np.zeros(windows), np.zeros(windows, np.int64), np.zeros(windows, np.int64)
+    s, e, m, clocks = node.inside
+    ran = play(s, e, m, clocks, p, server, *room(p), at_least, energy_j, limits, rows)
+    return energy_j[:ran], limits[:ran], np.array(node.spec.gpu_clocks_mhz)[rows[:ran]]
 
 
 def held_out(loop: ControlLoop, seeds: int, *, seconds: float, slos: Mapping[str, Slo]) -> list[Runs]:
