@@ -190,9 +190,7 @@ def _between(knots: np.ndarray, value: float) -> tuple[int, float]:
 
 
 @_compiled
-def _predicted_mhz(
-    p: Program, sight: np.ndarray, server: Server, m: Constants, clocks: np.ndarray
-) -> float:
+def _predicted_mhz(p: Program, sight: np.ndarray, server: Server, m: Constants, clocks: np.ndarray) -> float:
     """The clock of least predicted energy per token among those whose token gap keeps the limit."""
     requests = max(sight[IN_SYSTEM], 1.0)
     if sight[IN_SYSTEM] == 0.0 and sight[RATE_RPS] < _IDLE_RPS:
