@@ -1,13 +1,24 @@
 """A GPU server in virtual time, behind the Node protocol."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.sim import scheduler as rules
-from fuel_ray.sim.pack import Pack
+from fuel_ray.sim.pack import Constants, Pack
 from fuel_ray.sim.scheduler import Engine, State, advance, advance_windows, new_state
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, ServerFacts, WindowMetrics
 from fuel_ray.workload.spec import Workload, drawn
+
+
+class Inside(NamedTuple):
+    """What ``advance`` takes, as a node holds it; the state changes as the node is measured."""
+
+    state: State
+    engine: Engine
+    constants: Constants
+    clock_table: np.ndarray  # an ``AtClock`` as a row per clock that may be chosen, ascending
 
 
 class SimulatedNode:
@@ -75,6 +86,15 @@ class SimulatedNode:
     def spec(self) -> NodeSpec:
         """The simulated server."""
         return self._spec
+
+    @property
+    def inside(self) -> Inside:
+        """The engine itself, for compiled searches.
+
+        Raises:
+            NodeError: the node was not reset.
+        """
+        return Inside(self._running(), self._engine, self._constants, self._clock_table)
 
     def reset(self, *, seed: int) -> None:
         """Draw new requests and start idle at time 0 with maximum performance."""
