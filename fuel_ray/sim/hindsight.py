@@ -128,4 +128,7 @@ def _serve(e: Episode, s: State, knobs: np.ndarray, begin: int, end: int) -> flo
 
 @njit(cache=True)
 def _is_over(e: Episode, s: State, windows: int) -> bool:
-    return windows >= e.at_least and s.count[RUNNING] + s.count[PREEMPTED] + s.count[ARRIVED] == s.count[ADMITTED]
+    return (
+        windows >= e.at_least
+        and s.count[RUNNING] + s.count[PREEMPTED] + s.count[ARRIVED] == s.count[ADMITTED]
+    )

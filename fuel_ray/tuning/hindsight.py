@@ -1,0 +1,167 @@
+"""The least energy that is known for exactly these arrivals: schedules of policies, improved in hindsight."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fuel_ray.errors import ConfigError
+from fuel_ray.sim.hindsight import Moves, episode_of, improve, outcome
+from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.sim.snapshot import limits_of, new_copy
+from fuel_ray.tuning.episodes import DRAIN_S
+from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.search import LIMITS_SCARCE
+from fuel_ray.types import Policy, Slo
+
+MOST_PRICES = 4
+ENOUGH = 5e-4  # of the Lagrangian: a round of passes that gains less is the last
+_ROUNDS = 4
+_SEGMENTS_S = (20, 10, 5)  # of the passes of a round
+_HORIZON_S = 20  # after a segment: what a move changes later than that has no sign
+_PLACES = (-1, -2, -4, -8, 1, 2, 4, 8)  # among the GPU's clocks
+_FIRST_PRICE = 2.0  # by the energy of a request
+_STEEP = 2.0  # misses fall about as the square root of the price rises
+_WIDEST = 8.0  # step between prices
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A schedule for one seed and what comes of it."""
+
+    knobs: np.ndarray  # (windows, 2) batch limit, index of the clock
+    energy_j: float
+    requests: int
+    met: int
+
+    def lagrangian(self, price_j: float) -> float:
+        """Energy with a price on every miss, in J."""
+        return self.energy_j + price_j * (self.requests - self.met)
+
+
+class Hindsight:
+    """One seed's arrivals, to be searched at several prices of a miss."""
+
+    def __init__(self, runs: Runs, slo: Slo) -> None:
+        """Draw the arrivals of the only seed of ``runs``.
+
+        Raises:
+            ConfigError: the node is not a simulated one.
+        """
+        node, (seed,) = runs.loop.node, runs.seeds
+        if not isinstance(node, SimulatedNode):
+            raise ConfigError(f"{node.spec.name}: only a simulated node can be searched in hindsight")
+        node.reset(seed=seed)
+        self._windows, self._clocks_mhz = int(runs.seconds) + DRAIN_S, node.spec.gpu_clocks_mhz
+        self._episode = episode_of(node.inside, limits_of(slo), at_least=int(runs.seconds))
+        self._state, self._branch = new_copy(node.inside.state), new_copy(node.inside.state)
+        lowest, highest = node.spec.batch_limits
+        limits = {limit for limit in LIMITS_SCARCE if lowest <= limit < highest} | {highest}
+        self._batch_limits = np.array(sorted(limits) if lowest < highest else [], np.int64)
+
+    def chosen(self, schedule: np.ndarray) -> Found:
+        """What comes of a batch limit and a clock (MHz) per window, the last ones to the end."""
+        rows = schedule[np.minimum(np.arange(self._windows), len(schedule) - 1)]
+        clocks = np.searchsorted(self._clocks_mhz, rows[:, 1])
+        return self._served(np.stack([rows[:, 0], clocks], axis=1).astype(np.int64))
+
+    def cheapest(self, price_j: float, starts: Sequence[Found]) -> Found:
+        """The least Lagrangian found, from the best of ``starts`` and never above it."""
+        best = min(starts, key=lambda start: start.lagrangian(price_j))
+        for number in range(_ROUNDS):
+            before = best
+            for segment_s in _SEGMENTS_S:
+                found = self._improved(best, price_j, segment_s, shifted=number % 2 == 1)
+                best = min(best, found, key=lambda one: one.lagrangian(price_j))
+            if best.lagrangian(price_j) > (1.0 - ENOUGH) * before.lagrangian(price_j):
+                break
+        return best
+
+    def _improved(self, found: Found, price_j: float, segment_s: int, *, shifted: bool) -> Found:
+        """What a pass makes of a schedule."""
+        knobs = found.knobs.copy()
+        moves = Moves(np.array(_PLACES), self._batch_limits, segment_s, _HORIZON_S)
+        offset = segment_s // 2 if shifted else 0
+        improve(self._episode, self._state, self._branch, knobs, moves, price_j, offset)
+        return self._served(knobs)
+
+    def _served(self, knobs: np.ndarray) -> Found:
+        return Found(knobs, *outcome(self._episode, self._state, knobs))
+
+
+def schedules_of(policy: Policy, alone: Sequence[Runs]) -> list[np.ndarray]:
+    """The batch limit and clock (MHz) in force in each window of each seed: (windows, 2) per seed."""
+    episodes = [runs.episode(policy, seed) for runs in alone for seed in runs.seeds]
+    return [np.array([(w.knobs.batch_limit, w.knobs.gpu_clock_mhz) for w in e.windows]) for e in episodes]
+
+
+def hindsight_points(
+    alone: Sequence[Runs],
+    slo: str,
+    schedules: Mapping[str, Sequence[np.ndarray]],
+    attained: tuple[float, float],
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Points of least energy around a range of attainment, to be mixed: the bound is their lower hull.
+
+    Each has energy, requests and requests that met the SLO per seed. Those with ``price_j``, one price over
+    all seeds, were searched, from what every policy chose on the very seed; the policies' own points follow,
+    without a price, so that none lies below the hull. None at all where means have to meet the SLO.
+    """
+    limits = alone[0].slos[slo]
+    if limits.share is None:
+        return []
+    seeds = [Hindsight(runs, limits) for runs in alone]
+    starts = {
+        name: [s.chosen(own) for s, own in zip(seeds, per, strict=True)] for name, per in schedules.items()
+    }
+    known = [list(per_seed) for per_seed in zip(*starts.values(), strict=True)]
+    prices: dict[float, float] = {}  # and what was attained
+    price_j: float | None = _FIRST_PRICE * min(_energy(per_seed) for per_seed in starts.values())
+    while price_j is not None:
+        found = [seed.cheapest(price_j, own) for seed, own in zip(seeds, known, strict=True)]
+        for own, best in zip(known, found, strict=True):
+            own.append(best)
+        prices[price_j] = _attained(found)
+        at = f"{_energy(found):.2f} J/request, {prices[price_j]:.4f} of SLO"
+        say(f"hindsight at {price_j:.1f} J a miss: {at}")
+        price_j = next_price(prices, attained)
+    searched = {p: [min(own, key=lambda f: f.lagrangian(p)) for own in known] for p in sorted(prices)}
+    return [_point(price_j, found) for price_j, found in searched.items()] + [
+        _point(None, found) for found in starts.values()
+    ]
+
+
+def next_price(tried: Mapping[float, float], attained: tuple[float, float]) -> float | None:
+    """The price to search at next, given what was attained at others; None: enough are known.
+
+    Prices are added below and above until they bracket the range, and one in the middle.
+    """
+    if len(tried) >= MOST_PRICES:
+        return None
+    lowest, highest = min(tried), max(tried)
+    if tried[lowest] > attained[0]:
+        return lowest / _factor(1.0 - attained[0], 1.0 - tried[lowest])
+    if tried[highest] < attained[1]:
+        return highest * _factor(1.0 - tried[highest], 1.0 - attained[1])
+    return (lowest * highest) ** 0.5 if len(tried) == 2 else None
+
+
+def _factor(more: float, fewer: float) -> float:
+    """Of the price, beyond that by which misses fall so far."""
+    return float(np.clip(1.5 * (more / max(fewer, 1e-9)) ** _STEEP, 1.5, _WIDEST))
+
+
+def _energy(found: Sequence[Found]) -> float:
+    return sum(f.energy_j for f in found) / max(sum(f.requests for f in found), 1)
+
+
+def _attained(found: Sequence[Found]) -> float:
+    return sum(f.met for f in found) / max(sum(f.requests for f in found), 1)
+
+
+def _point(price_j: float | None, found: Sequence[Found]) -> dict[str, Any]:
+    columns = {name: [getattr(f, name) for f in found] for name in ("energy_j", "requests", "met")}
+    return {"price_j": price_j, **columns}
