@@ -134,6 +134,22 @@ def hindsight_points(
     ]
 
 
+def below(points: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Policies, by their held-out rows, whose Lagrangian is below the bound's at a price: there is none.
+
+    ``points`` are ``hindsight_points``. Whoever is named here makes them no bound.
+    """
+    searched = [(p["price_j"], _priced(p, p["price_j"])) for p in points if p["price_j"] is not None]
+    found = []
+    for name in dict.fromkeys(row["policy"] for row in rows):
+        own = [row for row in rows if row["policy"] == name]
+        met = [row["slo_attainment"] * row["requests"] for row in own]
+        point = {key: [row[key] for row in own] for key in ("energy_j", "requests")} | {"met": met}
+        if any(_priced(point, price_j) < bound_j * (1.0 - 1e-9) for price_j, bound_j in searched):
+            found.append(name)
+    return found
+
+
 def next_price(tried: Mapping[float, float], attained: tuple[float, float]) -> float | None:
     """The price to search at next, given what was attained at others; None: enough are known.
 
@@ -147,6 +163,10 @@ def next_price(tried: Mapping[float, float], attained: tuple[float, float]) -> f
     if tried[highest] < attained[1]:
         return highest * _factor(1.0 - tried[highest], 1.0 - attained[1])
     return (lowest * highest) ** 0.5 if len(tried) == 2 else None
+
+
+def _priced(point: Mapping[str, Any], price_j: float) -> float:
+    return float(sum(point["energy_j"]) + price_j * (sum(point["requests"]) - sum(point["met"])))
 
 
 def _factor(more: float, fewer: float) -> float:
