@@ -46,9 +46,9 @@ def test_every_pass_that_is_kept_lowers_the_lagrangian(alone, monkeypatch):
     start, kept = seed.chosen(schedules_of(POLICIES["slow"], alone)[0]), []
     improved = Hindsight._improved
 
-    def watched(self, found, price_j, *args, **more):
+    def watched(self, found, price_j, **more):
         kept.append(found.lagrangian(price_j))
-        return improved(self, found, price_j, *args, **more)
+        return improved(self, found, price_j, **more)
 
     monkeypatch.setattr(Hindsight, "_improved", watched)
     best = seed.cheapest(100.0, [start])
@@ -67,7 +67,7 @@ def test_a_pass_that_makes_it_worse_is_thrown_away(alone, monkeypatch):
 
 
 def test_no_policy_is_below_the_bound_and_whoever_were_is_named(alone, monkeypatch):
-    monkeypatch.setattr(hindsight, "_ROUNDS", 1)
+    monkeypatch.setattr(hindsight, "_PASSES", 3)
     rows = [
         {
             "policy": name, "energy_j": episode.totals.energy_j, "requests": episode.totals.arrivals,

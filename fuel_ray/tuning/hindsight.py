@@ -16,12 +16,13 @@ from fuel_ray.tuning.search import LIMITS_SCARCE
 from fuel_ray.types import Policy, Slo
 
 MOST_PRICES = 4
-ENOUGH = 5e-4  # of the Lagrangian: a round of passes that gains less is the last
-_ROUNDS = 4
-_SEGMENTS_S = (20, 10, 5)  # of the passes of a round
-_HORIZON_S = 20  # after a segment: what a move changes later than that has no sign
-_PLACES = (-1, -2, -4, -8, 1, 2, 4, 8)  # among the GPU's clocks
-_FIRST_PRICE = 2.0  # by the energy of a request
+ENOUGH = 5e-4  # of the Lagrangian: the second pass in a row that gains less is the last
+_PASSES = 12
+_SEGMENT_S = 5
+_SHIFT_S = 2  # from pass to pass
+_HORIZON_S = 6  # after a segment: with longer ones chance decides, and less is found
+_PLACES = (-20, -8, -4, -2, -1, 1, 2, 4, 8, 20)  # among the GPU's clocks
+_FIRST_PRICE = 1.0  # by the energy of a request
 _STEEP = 2.0  # misses fall about as the square root of the price rises
 _WIDEST = 8.0  # step between prices
 
@@ -68,22 +69,20 @@ class Hindsight:
 
     def cheapest(self, price_j: float, starts: Sequence[Found]) -> Found:
         """The least Lagrangian found, from the best of ``starts`` and never above it."""
-        best = min(starts, key=lambda start: start.lagrangian(price_j))
-        for number in range(_ROUNDS):
-            before = best
-            for segment_s in _SEGMENTS_S:
-                found = self._improved(best, price_j, segment_s, shifted=number % 2 == 1)
-                best = min(best, found, key=lambda one: one.lagrangian(price_j))
-            if best.lagrangian(price_j) > (1.0 - ENOUGH) * before.lagrangian(price_j):
+        best, in_vain = min(starts, key=lambda start: start.lagrangian(price_j)), 0
+        for number in range(_PASSES):
+            found = self._improved(best, price_j, shift_s=number * _SHIFT_S % _SEGMENT_S)
+            gain = 1.0 - found.lagrangian(price_j) / best.lagrangian(price_j)
+            best, in_vain = found if gain > 0 else best, in_vain + 1 if gain < ENOUGH else 0
+            if in_vain > 1:
                 break
         return best
 
-    def _improved(self, found: Found, price_j: float, segment_s: int, *, shifted: bool) -> Found:
+    def _improved(self, found: Found, price_j: float, *, shift_s: int) -> Found:
         """What a pass makes of a schedule."""
         knobs = found.knobs.copy()
-        moves = Moves(np.array(_PLACES), self._batch_limits, segment_s, _HORIZON_S)
-        offset = segment_s // 2 if shifted else 0
-        improve(self._episode, self._state, self._branch, knobs, moves, price_j, offset)
+        moves = Moves(np.array(_PLACES), self._batch_limits, _SEGMENT_S, _HORIZON_S)
+        improve(self._episode, self._state, self._branch, knobs, moves, price_j, shift_s)
         return self._served(knobs)
 
     def _served(self, knobs: np.ndarray) -> Found:
