@@ -1,13 +1,16 @@
 """The search in hindsight is a bound: it begins at what policies chose and never leaves it for worse."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from fuel_ray.arena.cell import _hindsight, held_out_rows
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import ConfigError
+from fuel_ray.policies.catalogue import LOAD_TABLE
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.tuning import hindsight
@@ -19,7 +22,7 @@ TIGHT = Slo(ttft_s=0.5, tpot_s=0.014)
 POLICIES = {
     "fastest": Static(Knobs(128, 1980)),
     "slow": Static(Knobs(24, 1200)),
-    "table": LoadTable([4.0, 8.0], [Knobs(32, 1200), Knobs(48, 1500), Knobs(64, 1980)]),
+    LOAD_TABLE: LoadTable([4.0, 8.0], [Knobs(32, 1200), Knobs(48, 1500), Knobs(64, 1980)]),
 }
 
 
@@ -60,7 +63,7 @@ def test_every_pass_that_is_kept_lowers_the_lagrangian(alone, monkeypatch):
 
 def test_a_pass_that_makes_it_worse_is_thrown_away(alone, monkeypatch):
     seed = Hindsight(alone[0], TIGHT)
-    start = seed.chosen(schedules_of(POLICIES["table"], alone)[0])
+    start = seed.chosen(schedules_of(POLICIES[LOAD_TABLE], alone)[0])
     worst = seed.chosen(np.array([[1, 1980]]))
     monkeypatch.setattr(Hindsight, "_improved", lambda self, *args, **more: worst)
     assert seed.cheapest(1_000.0, [start]) is start
@@ -68,16 +71,9 @@ def test_a_pass_that_makes_it_worse_is_thrown_away(alone, monkeypatch):
 
 def test_no_policy_is_below_the_bound_and_whoever_were_is_named(alone, monkeypatch):
     monkeypatch.setattr(hindsight, "_PASSES", 3)
-    rows = [
-        {
-            "policy": name, "energy_j": episode.totals.energy_j, "requests": episode.totals.arrivals,
-            "slo_attainment": float(episode.records.meets(TIGHT).mean()),
-        }
-        for name, policy in POLICIES.items()
-        for episode in (runs.episode(policy, runs.seeds[0]) for runs in alone)
-    ]  # fmt: skip
-    schedules = {name: schedules_of(policy, alone) for name, policy in POLICIES.items()}
-    points = hindsight_points(alone, "tight", schedules, (0.9, 0.95))
+    rows = [row for name, policy in POLICIES.items() for row in held_out_rows(name, policy, alone, "tight")]
+    points = _hindsight(alone, "tight", POLICIES, rows)
+    assert points == json.loads(json.dumps(points))
     searched = [point for point in points if point["price_j"] is not None]
     assert 2 <= len(searched) <= hindsight.MOST_PRICES
     assert [len(point["energy_j"]) for point in points] == [2] * (len(searched) + len(POLICIES))
