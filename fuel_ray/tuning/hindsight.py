@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.search import LIMITS_SCARCE
 from fuel_ray.types import Policy, Slo
 
-MOST_PRICES = 4
+PRICES = 4
 ENOUGH = 5e-4  # of the Lagrangian: the second pass in a row that gains less is the last
 _PASSES = 12
 _SEGMENT_S = 5
@@ -152,16 +153,18 @@ def below(points: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 def next_price(tried: Mapping[float, float], attained: tuple[float, float]) -> float | None:
     """The price to search at next, given what was attained at others; None: enough are known.
 
-    Prices are added below and above until they bracket the range, and one in the middle.
+    Prices are added below and above until they bracket the range, and then where two are furthest apart in
+    attainment.
     """
-    if len(tried) >= MOST_PRICES:
+    if len(tried) >= PRICES:
         return None
     lowest, highest = min(tried), max(tried)
-    if tried[lowest] > attained[0]:
+    if tried[lowest] >= attained[0]:
         return lowest / _factor(1.0 - attained[0], 1.0 - tried[lowest])
     if tried[highest] < attained[1]:
         return highest * _factor(1.0 - tried[highest], 1.0 - attained[1])
-    return (lowest * highest) ** 0.5 if len(tried) == 2 else None
+    lower, upper = max(pairwise(sorted(tried)), key=lambda pair: tried[pair[1]] - tried[pair[0]])
+    return float((lower * upper) ** 0.5)
 
 
 def _priced(point: Mapping[str, Any], price_j: float) -> float:
