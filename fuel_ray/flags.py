@@ -58,7 +58,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     (1.0, 86_400.0): "live.request_timeout_s live.start_timeout_s seconds",
     (0, 2**31 - 1): "seed miss_price_j",
     (0.05, 3600.0): "interval_s",
-    (1.0, 3600.0): "canary_block_s oracle_segment_s",
+    (1.0, 3600.0): "canary_block_s",
     (0.001, 0.5): "canary",
     (1, 65_535): "metrics_port port",
     (1, 10_000): "tuning_seeds",

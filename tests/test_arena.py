@@ -26,7 +26,7 @@ from fuel_ray.policies.catalogue import TUNED_STATIC as STATIC
 from fuel_ray.policies.catalogue import Contender
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.learned import Manifest, load_policy, save_policy
-from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import Trace
@@ -338,7 +338,6 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
         ["--scenarios", "storm"], ["--slos", "loose"], ["--seeds", "0"], ["--tuning-seeds", "9"],
         ["--policies", "nowhere"], ["--resume", "nowhere"], ["--workers", "0"], ["--seconds", "1"],
         ["--block-sizes", "16", "32"], ["--tune-share", "1.5"], ["--axis-seeds", "-1"],
-        ["--oracle-segment-s", "0"],
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(flags, capsys):
@@ -490,7 +489,6 @@ def test_a_generalist_sees_many_loads_slos_and_prices():
     [
         Static(Knobs(40, 1500)),
         LoadTable([3.0, 8.0], [Knobs(32, 990), Knobs(48, 1305), Knobs(64, 1980)]),
-        ClockSchedule((1980, 990, 1500), segment_s=17.0, batch_limit=24),
     ],
 )
 def test_a_planned_policy_gives_the_same_trace_as_window_by_window(policy):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.arena.axes import axis_rows, on_other_axes
-from fuel_ray.arena.comparison import ORACLE
+from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_of
 from fuel_ray.build.nodes import Part, build_node
@@ -19,11 +19,11 @@ from fuel_ray.policies.catalogue import LOAD_TABLE, PUBLISHED, REFERENCES, TUNED
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
-from fuel_ray.tuning.clock_search import allowed_penalty, find_schedule
 from fuel_ray.tuning.contenders import case_of, families, is_folder, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, run_episode
+from fuel_ray.tuning.hindsight import below, hindsight_points, schedules_of
 from fuel_ray.tuning.runs import Runs, held_out
-from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, tuned
+from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, TABLE_STRIDE, tuned
 from fuel_ray.tuning.tuned import tune_on
 from fuel_ray.types import Knobs, Policy, Slo
 
@@ -109,10 +109,7 @@ def _cell(
     if len(deployable) > 1:
         for found in (rows, *axes.values()):
             found += [{**row, "policy": CHOSEN} for row in found if row["policy"] == chosen]
-    if job.config.oracle:
-        known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
-        allowed = allowed_penalty(tuning.slos[slo], share)
-        rows += [row for runs in alone for row in _oracle_rows(job, runs, slo, known, allowed)]
+    hindsight = _hindsight(alone, slo, policies, rows) if job.config.oracle else []
     return {
         "scenario": job.scenario.name,
         "slo": slo,
@@ -124,6 +121,8 @@ def _cell(
         "chosen": chosen,
         "rows": rows,
         "axes": axes,
+        "hindsight": hindsight,
+        "below_hindsight": below(hindsight, rows),
         "lowest_clock_mhz": spec.gpu_clocks_mhz[0],
         "frontier": frontier(alone, slo, {static.batch_limit, spec.batch_limits[-1]}),
     }
@@ -152,25 +151,13 @@ def held_out_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) ->
     return rows
 
 
-def _oracle_rows(
-    job: Job, runs: Runs, slo: SloName, policies: Sequence[Policy], allowed: float
+def _hindsight(
+    alone: Sequence[Runs], slo: SloName, policies: Mapping[str, Policy], rows: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The best schedule found for one seed, from those that the policies chose on it.
-
-    It may miss as often as the worst of these policies did, so that it is a bound at equal attainment.
-    """
-    traces = [trace for policy in policies for trace in runs.traces(policy, slo)]
-    episodes = [runs.episode(policy, seed) for policy in policies for seed in runs.seeds]
-    found = find_schedule(
-        partial(runs.traces, slo=slo),
-        runs.loop.node.spec.gpu_clocks_mhz,
-        segment_s=job.config.oracle_segment_s,
-        batch_limit=episodes[0].windows[-1].knobs.batch_limit,
-        allowed=max(allowed, *(trace.mean_penalty for trace in traces)),
-        strides=(TABLE_STRIDE,),
-        starts=[[window.knobs.gpu_clock_mhz for window in episode.windows] for episode in episodes],
-    )
-    return held_out_rows(ORACLE, found, [runs], slo)
+    """The bound about where the load table is, searched from what every policy chose on each seed."""
+    attained = attainment([row for row in rows if row["policy"] == LOAD_TABLE])
+    schedules = {name: schedules_of(policy, alone) for name, policy in policies.items()}
+    return hindsight_points(alone, slo, schedules, (attained - SLACK, attained + SLACK))
 
 
 def frontier(alone: Sequence[Runs], slo: str, batch_limits: Iterable[int]) -> list[dict[str, Any]]:

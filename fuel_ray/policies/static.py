@@ -107,29 +107,6 @@ class LoadTable:
         return limits, clocks_mhz
 
 
-class ClockSchedule:
-    """A clock for each segment of time, the last one beyond the end: how an oracle plays what it found."""
-
-    def __init__(self, clocks_mhz: Sequence[int], *, segment_s: float, batch_limit: int) -> None:
-        """Use ``clocks_mhz[i]`` in windows that begin in [i, i + 1) x ``segment_s`` seconds."""
-        self.clocks_mhz, self._segment_s, self._batch_limit = tuple(clocks_mhz), segment_s, batch_limit
-        self.reset()
-
-    def reset(self) -> None:
-        self._now_s = 0.0
-
-    def decide(self, window: WindowMetrics) -> Knobs:
-        """The clock of the segment in which the next window begins."""
-        self._now_s += window.duration_s
-        segment = int(self._now_s / self._segment_s + 1e-9)
-        return Knobs(self._batch_limit, self.clocks_mhz[min(segment, len(self.clocks_mhz) - 1)])
-
-    def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        segments = (np.arange(1, len(arrivals) + 1) / self._segment_s + 1e-9).astype(int)
-        clocks_mhz = np.array(self.clocks_mhz)[np.minimum(segments, len(self.clocks_mhz) - 1)]
-        return np.full(len(arrivals), self._batch_limit), clocks_mhz
-
-
 def are_counts(values: Sequence[Any]) -> bool:
     """Whether these values of a file are whole numbers above 0, and at least one."""
     return bool(values) and all(type(value) is int and 0 < value < 2**31 for value in values)

@@ -13,12 +13,12 @@ from fuel_ray.workload.spec import Workload, drawn
 
 
 class Inside(NamedTuple):
-    """What compiled code needs of a simulated node; the state changes under it."""
+    """What ``advance`` takes, as a node holds it; the state changes as the node is measured."""
 
     state: State
     engine: Engine
     constants: Constants
-    clock_table: np.ndarray  # (clocks, 12) an ``AtClock`` per supported clock
+    clock_table: np.ndarray  # an ``AtClock`` as a row per clock that may be chosen, ascending
 
 
 class SimulatedNode:
@@ -89,7 +89,11 @@ class SimulatedNode:
 
     @property
     def inside(self) -> Inside:
-        """The engine itself, for loops that are compiled."""
+        """The engine itself, for compiled searches.
+
+        Raises:
+            NodeError: the node was not reset.
+        """
         return Inside(self._running(), self._engine, self._constants, self._clock_table)
 
     def reset(self, *, seed: int) -> None:

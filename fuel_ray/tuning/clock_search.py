@@ -1,21 +1,20 @@
-"""Knobs per cell of time, from runs at fixed clocks: an oracle that knows the arrivals, and the load table.
+"""The load table, from runs at fixed clocks.
 
 Energy and misses of a window depend on its own clock far more than on those before it. So runs at each fixed
-clock say what every cell (a segment of time, or all windows at similar load) would cost at every clock, and
-for a price per unit of penalty the cheapest clock per cell is a look-up. The price is then bisected on runs
-of what was chosen, so that the result meets the SLO as run and not as predicted.
+clock say what every cell (all windows at similar load) would cost at every clock, and for a price per unit of
+penalty the cheapest clock per cell is a look-up. The price is then bisected on runs of what was chosen, so
+that the result meets the SLO as run and not as predicted.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import numpy as np
 
 from fuel_ray.averages import smoothed_rates
 from fuel_ray.policies.models import every
-from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
 
 _BISECTIONS = 8
@@ -63,42 +62,6 @@ def trace_of(energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords
     return Trace(energy_j, bad, rates, int(arrivals.sum()))
 
 
-def find_schedule(
-    run: Runner,
-    supported_mhz: Sequence[int],
-    *,
-    segment_s: float,
-    batch_limit: int,
-    allowed: float,
-    strides: Sequence[int] = (4,),
-    starts: Sequence[Sequence[int]] = (),
-) -> ClockSchedule:
-    """The schedule of least energy found for exactly the arrivals that ``run`` plays, in windows of 1 s.
-
-    A bound by search, not a proof: the best of the fixed clocks per segment of ``segment_s`` and of
-    ``starts``, clocks per window, improved by moving segments up and down: by ``strides`` places in
-    ``supported_mhz``, ascending, in turn; clocks are profiled as far apart as the first stride. It has a mean
-    penalty of at most ``allowed`` where one was found.
-    """
-    clocks = every(supported_mhz, strides[0])
-    traces = _fixed(run, clocks, batch_limit)
-
-    def cell_of(t: Trace) -> np.ndarray:
-        return (np.arange(len(t.energy_j)) / segment_s + 1e-9).astype(int)
-
-    by_segment = partial(ClockSchedule, segment_s=segment_s, batch_limit=batch_limit)
-    coarse = _Attempts(run, by_segment, allowed=allowed)
-    coarse.assign(clocks, traces, cell_of)
-    make = partial(ClockSchedule, segment_s=1.0, batch_limit=batch_limit)
-    attempts = _Attempts(run, make, allowed=allowed)
-    segment_of = cell_of(max((per_seed[0] for per_seed in traces), key=lambda t: len(t.energy_j)))
-    for start in ([coarse.best()[segment] for segment in segment_of], *starts):
-        attempts.cost(tuple([*start, *[start[-1]] * len(segment_of)][: len(segment_of)]))
-    for stride in strides:
-        attempts.exchange(supported_mhz, segment_of, stride=stride)
-    return make(attempts.best())
-
-
 def find_load_table(
     run: Runner,
     supported_mhz: Sequence[int],
@@ -111,7 +74,9 @@ def find_load_table(
 ) -> LoadTable:
     """The table from arrival rate to clock of least energy on the seeds that ``run`` plays.
 
-    Rows are equally wide up to the highest rate seen. Other arguments as for ``find_schedule``.
+    Rows are equally wide up to the highest rate seen. Clocks are profiled ``stride`` places apart in
+    ``supported_mhz``, ascending, and single rows then moved by less, for at most ``budget`` runs. The mean
+    penalty is at most ``allowed`` where a table was found for which it is.
     """
     clocks = every(supported_mhz, stride)
     traces = _fixed(run, clocks, batch_limit)
@@ -187,29 +152,6 @@ class _Attempts:
             if len(self._tried) < budget and 0 <= at < len(supported_mhz):
                 moved = (*best[:cell], supported_mhz[at], *best[cell + 1 :])
                 best = min(best, moved, key=self.rank)
-
-    def exchange(self, supported_mhz: Sequence[int], cell_of: np.ndarray, *, stride: int) -> None:
-        """Move many groups of clocks at once: up where that buys most, down where it costs least.
-
-        Each group, the clocks of one cell, is moved by itself; then, for prices between which the allowed
-        penalty lies, every group makes its best move of the three (down, none, up) together.
-        """
-        base, supported = self.best(), np.array(supported_mhz)
-        at = np.searchsorted(supported, base)
-
-        def moved(steps: np.ndarray) -> np.ndarray:
-            return supported[np.clip(at + stride * steps, 0, len(supported) - 1)]
-
-        moves = np.zeros((2, cell_of.max() + 1, 3))
-        for cell, step in product(range(moves.shape[1]), (-1, 1)):
-            cost = self.cost(tuple(moved(step * (cell_of == cell)).tolist()))
-            moves[:, cell, step + 1] = np.subtract(cost, self.cost(base))
-
-        def cheapest(price_j: float) -> np.ndarray:
-            return moved((moves[0] + price_j * moves[1]).argmin(axis=1)[cell_of] - 1)
-
-        energy_j, _ = self.cost(base)
-        self._bisect(cheapest, energy_j * 1e-3, energy_j * 1e3)
 
     def _bisect(self, candidate: Callable[[float], np.ndarray], low_j: float, high_j: float) -> None:
         """Try candidates at prices per unit of penalty between which the allowed penalty lies."""
