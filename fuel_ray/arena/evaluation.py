@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.comparison import Rows
 from fuel_ray.arena.config import EvaluateConfig
+from fuel_ray.arena.equal import Rows
 from fuel_ray.build.nodes import build_loop, patience, served
 from fuel_ray.build.recording import recorded_run
 from fuel_ray.config import ServingConfig, SweepConfig
@@ -53,7 +53,7 @@ def static_name(text: str) -> str:
 
 
 def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
-    """A table of the policies, means over the seeds; savings are paired, with 95 % bootstrap intervals."""
+    """A table of the policies, means over the seeds; savings are paired, with 95 % intervals."""
     first = static_name(config.static[0])
     axis = "" if config.clock_axis == NOMINAL else f", clock axis {config.clock_axis}"
     kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}{axis}"
