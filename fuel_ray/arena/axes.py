@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fuel_ray.arena.equal import Rows, setting_of
 from fuel_ray.arena.config import ArenaConfig, RecommendConfig
+from fuel_ray.arena.equal import Rows, setting_of
 from fuel_ray.control import ControlLoop
 from fuel_ray.metrics import attained
 from fuel_ray.sim.pack import load_pack

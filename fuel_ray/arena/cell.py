@@ -21,7 +21,7 @@ from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
 from fuel_ray.tuning.clock_search import allowed_penalty, find_schedule, met
 from fuel_ray.tuning.contenders import case_of, families, is_folder, of_size
-from fuel_ray.tuning.episodes import TUNING_SEEDS, run_episode
+from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes, run_episode
 from fuel_ray.tuning.runs import Runs, held_out
 from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, Setting, Swept, swept
 from fuel_ray.tuning.tuned import tune_on
@@ -51,9 +51,11 @@ class Job:
 def run_scenario(job: Job, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
     """A cell per SLO that is not ``done``, as plain data."""
     tuning = tuning_runs(job, loop_of(job, job.home))
-    stage = loop_of(job, job.scenario, part="second half")
-    alone = held_out(stage, job.config.seeds, seconds=job.config.seconds, slos=tuning.slos)
-    others = on_other_axes(job.config, partial(_under_axis, job), slos=tuning.slos)
+    seeds, seconds = held_out_episodes(job.scenario.workload, job.config.seeds, job.config.seconds)
+    judged = replace(job, config=replace(job.config, seeds=seeds, seconds=seconds))
+    stage = loop_of(judged, job.scenario, part="second half")
+    alone = held_out(stage, seeds, seconds=seconds, slos=tuning.slos)
+    others = on_other_axes(judged.config, partial(_under_axis, judged), slos=tuning.slos)
     for slo in (name for name in job.config.slos if name not in done):
         began_s = time.monotonic()
         cell = _cell(job, slo, tuning, alone, others)

@@ -21,9 +21,9 @@ _HEADLINE = ("vs_best_rule", "iso_tuned_static", "vs_max_performance")
 _CHANGES = ("vs_", "iso_", "captured", "bound")
 _MARKS = {"": "", "short": " <", "not reached": "n.r."}
 _READING = (
-    "energy in %, (95 % interval) [lowest..highest over the clock axes]; iso: at the attainment that the other "
-    "reached, < 0.1 point short of it at most, n.r. not reached; s: one training, interval of seeds only; "
-    "captured: of what the search in hindsight leaves below the best simple rule"
+    "energy in %, (95 % interval) [lowest..highest over the clock axes]; iso: at the attainment that the "
+    "other reached, < short of it by 0.1 point at most, n.r. not reached; s: one training, interval of seeds "
+    "only; captured: of what the search in hindsight leaves below the best simple rule"
 )
 
 
