@@ -18,6 +18,7 @@ SHOWN = (
     ("switches", "clock_switches", "{:.0f}"),
 )
 _HEADLINE = ("vs_best_rule", "iso_tuned_static", "vs_max_performance")
+_WITH_INTERVAL = ("iso_best_rule", "iso_tuned_static")
 _CHANGES = ("vs_", "iso_", "captured", "bound")
 _MARKS = {"": "", "short": " <", "not reached": "n.r."}
 _READING = (
@@ -48,7 +49,7 @@ def headline(summaries: Rows, policy: str) -> str:
             own, best = rows[policy], rows.get(rows[policy]["best_rule"])
             named = ["-", "-"] if best is None else [label(best["policy"]), _level(best)]
             changes = [_figure(own, "iso_best_rule", "{:+.1f}")]
-            changes += [_figure(own, name, "{:+.1f}", spans=False) for name in _HEADLINE]
+            changes += [_figure(own, name, "{:+.1f}") for name in _HEADLINE]
             bound = [_figure(own, "bound", "{:+.1f}"), _figure(own, "captured", "{:.0f}")]
             where = f"{scenario}, {slo}"
             lines.append([where, _level(rows[TUNED_STATIC]), *named, _level(own), *changes, *bound])
@@ -57,7 +58,7 @@ def headline(summaries: Rows, policy: str) -> str:
 
 def _level(row: Mapping[str, Any]) -> str:
     """Energy per request and attainment."""
-    return f"{row['energy_j_per_request']:.1f} ({_figure(row, 'slo_attainment', '{:.3f}', spans=False)})"
+    return f"{row['energy_j_per_request']:.1f} ({_figure(row, 'slo_attainment', '{:.3f}', band=False)})"
 
 
 def text(summaries: Rows) -> str:
@@ -112,7 +113,8 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
     return [_figure(row, name, form) for _, name, form in SHOWN]
 
 
-def _figure(row: Mapping[str, Any], name: str, form: str, *, spans: bool = True) -> str:
+def _figure(row: Mapping[str, Any], name: str, form: str, *, band: bool = True) -> str:
+    """A figure with its mark, its interval if it is at equal attainment, and its band over the clock axes."""
     value = row[f"{name}_pct"] if name.startswith(_CHANGES) else row[name]
     mark = _MARKS[row.get(f"{name}_mark", "")]
     if value is None:
@@ -120,10 +122,9 @@ def _figure(row: Mapping[str, Any], name: str, form: str, *, spans: bool = True)
     shown = form.format(value) + mark
     if name == "slo_attainment" and not row["kept"]:
         shown += " !"
-    if not spans:
-        return shown
-    only = "s" if row["seeds_only"] else ""
-    return shown + _span(row, name, form, "()", after=only) + _span(row, f"{name}_axis", form, "[]")
+    if name in _WITH_INTERVAL:
+        shown += _span(row, name, form, "()", after="s" if row["seeds_only"] else "")
+    return shown + (_span(row, f"{name}_axis", form, "[]") if band else "")
 
 
 def _span(row: Mapping[str, Any], name: str, form: str, brackets: str, *, after: str = "") -> str:

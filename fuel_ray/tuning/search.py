@@ -103,7 +103,7 @@ def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) 
 
 
 def swept(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> Swept:
-    """The same, and its settings for shares ``AROUND`` that of which none is above what can be reached."""
+    """The same, and its settings for shares ``AROUND`` that, none above what can be reached."""
     best, setting = _nominal([_Dial(contender, tuning, slo, share) for contender in family])
     nominal = Setting(share, setting, _learned(best.contender.make(setting), tuning))
     best.score(setting)
@@ -111,7 +111,7 @@ def swept(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) 
     if len(best.contender.settings) > 1:
         fastest = Static(tuning.loop.node.spec.max_performance)
         reachable = tuning.score(fastest, slo, share=share).slo_attainment
-        for asked in (share + step for step in AROUND if share + step <= max(reachable, share)):
+        for asked in sorted({min(share + step, max(reachable, share)) for step in AROUND} - {share}):
             found = best.search(asked)
             around[found] = Setting(asked, found, best.contender.make(found))
     around.pop(setting, None)
@@ -124,11 +124,12 @@ class _Dial:
     def __init__(self, contender: Contender, tuning: Runs, slo: str, share: float) -> None:
         self.contender, self.share = contender, share
         self.scores: dict[float, Score] = {}
-        self._score = partial(tuning.score, slo=slo, share=share)
+        self._tuning, self._slo = tuning, slo
 
     def score(self, setting: float) -> Score:
         if setting not in self.scores:
-            self.scores[setting] = self._score(self.contender.make(setting))
+            policy = self.contender.make(setting)
+            self.scores[setting] = self._tuning.score(policy, self._slo, share=self.share)
         return self.scores[setting]
 
     def nominal(self) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from fuel_ray.types import Requests
 
 ENOUGH = 3  # different episodes, from which an interval can be told
-SHORTEST_S = 300  # that an episode may be to have so many
+SHORTEST_S = 240  # that an episode may last, to have so many
 
 
 class Recorded(Protocol):
