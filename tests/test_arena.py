@@ -296,6 +296,17 @@ def test_an_attainment_that_is_not_reached_is_compared_by_nothing():
     assert shown["far"] == "n.r." and shown["near"].startswith("-4.3 <")
 
 
+def test_what_the_slo_leaves_is_nothing_to_be_paid_for():
+    """Where the reference meets it for many more than asked, half a point more than asked is enough."""
+    cell = a_cell(load_table=(4600, 0.999), dqn=(4400, 0.98), swept={"dqn": [(4300, 0.97)]})
+    dqn = by_name(cell)["dqn"]
+    assert (
+        dqn["iso_best_rule_pct"] == pytest.approx(100 * (43.5 / 46 - 1)) and dqn["iso_best_rule_mark"] == ""
+    )
+    means = {**cell, "limits": {"share": None}}
+    assert by_name(means)["dqn"]["iso_best_rule_pct"] == pytest.approx(100 * (43 / 46 - 1))
+
+
 def test_the_interval_at_equal_attainment_resamples_the_whole_construction():
     """Against a jackknife that is written out: attainment, pooling and mixing without one seed at a time."""
     rng = np.random.default_rng(0)

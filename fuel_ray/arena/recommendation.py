@@ -12,7 +12,7 @@ from fuel_ray.arena.axes import axis_rows, on_other_axes, played
 from fuel_ray.arena.cell import held_out_rows
 from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import RecommendConfig
-from fuel_ray.arena.equal import Rows, Sweep, iso, raw, sweep_of
+from fuel_ray.arena.equal import Rows, Sweep, enough, iso, raw, sweep_of
 from fuel_ray.arena.pool import in_processes
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import Codec
@@ -71,7 +71,8 @@ class Pair:
     def sweep(self) -> Sweep:
         """What it did, at all settings that were played."""
         met = [self.attained * requests for requests in self.requests]
-        return self.swept or sweep_of([{"energy_j": self.energy_j, "requests": self.requests, "met": met}])
+        setting = {"energy_j": self.energy_j, "requests": self.requests, "met": met}
+        return self.swept or sweep_of([setting], enough=enough(self.asked, of_means=False))
 
     def against(self, other: "Pair") -> Interval:
         """Energy by the other's at the attainment that this has as tuned; as both are where that is too high.
@@ -170,12 +171,13 @@ def _under(pair: Pair, same: Rows, own: Rows, outcome: Mapping[str, Any]) -> Pai
 
 
 def _outcome(found: Swept, rows: Rows, alone: Sequence[Runs]) -> dict[str, Any]:
+    most = enough(found.nominal.asked, of_means=alone[0].slos[_ASKED].share is None)
     return {
         "energy_j": tuple(row["energy_j"] for row in rows),
         "requests": tuple(row["requests"] for row in rows),
         "attained": attainment(rows),
         "met": bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
-        "swept": sweep_of(played(found, rows, alone, _ASKED)),
+        "swept": sweep_of(played(found, rows, alone, _ASKED), enough=most),
     }
 
 

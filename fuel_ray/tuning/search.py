@@ -13,7 +13,7 @@ LIMITS_SCARCE = (24, 32, 40, 48, 64)
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
 HALVINGS = 3  # of the distance between settings
 BISECTIONS = 8
-AROUND = (-0.01, -0.005, 0.005)  # of the share asked: where a dial is set besides
+AROUND = (-0.01, -0.005, 0.005, 0.01)  # of the share asked: where a dial is set besides
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 
 
