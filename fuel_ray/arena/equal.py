@@ -127,5 +127,9 @@ def captured(trainings: Sequence[Sweep], rule: Sweep, bound: Sweep) -> float | N
 
 
 def _at(reference: Sweep, seeds: np.ndarray) -> float:
-    """What is asked of others: what the reference attained as tuned, or what is enough."""
-    return min(float(reference.attained(seeds)[0]), reference.enough)
+    """What is asked of others: what the reference attained as tuned, less what of that is more than enough.
+
+    This is as much for some seeds as for all, so that what seeds have in common stays out of the spread.
+    """
+    spare = max(float(reference.attained(reference.seeds)[0]) - reference.enough, 0.0)
+    return float(reference.attained(seeds)[0]) - spare

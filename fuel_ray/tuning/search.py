@@ -106,7 +106,8 @@ def swept(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) 
     """The same, and its settings for shares ``AROUND`` that, none above what can be reached."""
     best, setting = _nominal([_Dial(contender, tuning, slo, share) for contender in family])
     nominal = Setting(share, setting, _learned(best.contender.make(setting), tuning))
-    best.score(setting)
+    if setting not in best.scores:
+        best.scores[setting] = tuning.score(nominal.policy, slo, share=share)
     around: dict[float, Setting] = {}
     if len(best.contender.settings) > 1:
         fastest = Static(tuning.loop.node.spec.max_performance)
