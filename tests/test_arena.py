@@ -593,6 +593,16 @@ def test_what_is_recommended_is_compared_at_equal_attainment():
     assert best is dqn and "Runner-up: load table" in said and "+1.2%" in said
 
 
+def test_against_a_server_without_control_the_tuned_setting_counts():
+    settings = [
+        {"energy_j": [e * share for e in NOISY], "requests": [10] * 4, "met": [10 * kept] * 4}
+        for share, kept in ((0.8, 0.97), (0.9, 0.98))
+    ]
+    dqn = replace(pair("dqn", 16, [e * 0.8 for e in NOISY], attained=0.97), swept=sweep_of(settings))
+    for name, ratio in (("max_performance", 0.8), ("load_table", 0.85)):
+        assert dqn.against(pair(name, 16, NOISY, attained=0.999)).mean == pytest.approx(ratio)
+
+
 def test_too_few_seeds_are_no_sure_saving():
     pairs = [pair(STATIC, 16, NOISY[:2]), pair("dqn", 16, [e * 0.8 for e in NOISY[:2]])]
     assert recommendation(pairs, share=0.95)[0].policy == STATIC

@@ -18,7 +18,7 @@ from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import Codec
 from fuel_ray.control import ControlLoop
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import SIMPLE, TUNED_STATIC, label
+from fuel_ray.policies.catalogue import MAX_PERFORMANCE, SIMPLE, TUNED_STATIC, label
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
 from fuel_ray.stats import Interval
@@ -75,11 +75,15 @@ class Pair:
         return self.swept or sweep_of([setting], enough=enough(self.asked, of_means=False))
 
     def against(self, other: "Pair") -> Interval:
-        """Energy by the other's at the attainment that this has as tuned; as both are where that is too high.
+        """Energy by the other's at the attainment that this has as tuned.
 
-        Too high is more than ``SLACK`` above every setting.
+        As both are where that is more than ``SLACK`` above every setting, or the other is a server without
+        control: what is saved is then what the tuned setting saves.
         """
-        return iso([self.sweep], other.sweep, reached=SLACK).ratio or raw([self.sweep], other.sweep)
+        same = None
+        if other.policy != MAX_PERFORMANCE:
+            same = iso([self.sweep], other.sweep, reached=SLACK).ratio
+        return same or raw([self.sweep], other.sweep)
 
     def band_against(self, other: "Pair") -> tuple[float, float] | None:
         """Lowest and highest of that over the clock axes; None where there is one.

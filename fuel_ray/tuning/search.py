@@ -103,7 +103,7 @@ def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) 
 
 
 def swept(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> Swept:
-    """The same, and its settings for shares ``AROUND`` that, none above what can be reached."""
+    """The same, with settings for shares ``AROUND`` what is asked, none above what can be reached."""
     best, setting = _nominal([_Dial(contender, tuning, slo, share) for contender in family])
     nominal = Setting(share, setting, _learned(best.contender.make(setting), tuning))
     if setting not in best.scores:
