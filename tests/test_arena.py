@@ -359,6 +359,11 @@ def test_trainings_of_one_policy_are_one_row_with_a_wider_interval():
     assert dqn["energy_j_per_request"] == pytest.approx(45.0)
 
 
+def test_a_cell_of_an_older_version_is_named():
+    with pytest.raises(ConfigError, match="cell s, tight: of an older version"):
+        summarise({name: value for name, value in CELL.items() if name != "swept"})
+
+
 def test_one_training_is_marked_as_such():
     cell = {**a_cell(load_table=(4600, 0.97), dqn=(4500, 0.97)), "learned": ["dqn"]}
     rows = by_name(cell)

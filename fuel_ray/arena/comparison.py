@@ -49,10 +49,16 @@ def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     rule. ``..._axis_low`` and ``..._axis_high`` are the least and the most under any clock axis of the pack:
     the figure of all seeds and what each axis changes of it on its own, fewer ones. None where only one axis
     was evaluated.
+
+    Raises:
+        ConfigError: the cell is of a version that did not sweep.
     """
+    if "swept" not in cell:
+        where = f"cell {cell['scenario']}, {cell['slo']}"
+        raise ConfigError(f"{where}: of an older version, which did not sweep; run the arena again")
     trainings = trainings_of(row["policy"] for row in cell["rows"])
     most = enough(cell["share"], of_means=cell["limits"]["share"] is None)
-    side = _side(cell["rows"], cell.get("swept", {}), most)
+    side = _side(cell["rows"], cell["swept"], most)
     axes = [_side(cell["axes"][axis], cell["swept_axes"][axis], most) for axis in cell.get("axes", {})]
     best = cell.get(BEST_RULE, LOAD_TABLE)
     floor = _at_lowest_clock(cell, {name: side.rows_of(names) for name, names in trainings.items()})
