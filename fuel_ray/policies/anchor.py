@@ -42,7 +42,8 @@ class GridAnchor:
     """An anchor at work on one grid: the table's knobs in it, and what leaving them costs."""
 
     def __init__(self, anchor: Anchor, grid: ActionGrid) -> None:
-        self._table = LoadTable(anchor.table.rates_rps, anchor.table.knobs)  # with a memory of its own
+        own = anchor.table
+        self._table = LoadTable(own.rates_rps, own.knobs, ewma_s=own.ewma_s)  # with a memory of its own
         self._grid = grid
         self._at = {knobs: self._nearest(knobs) for knobs in anchor.table.knobs}
         self._penalties = {knobs: self._penalty(knobs, anchor.weight) for knobs in anchor.table.knobs}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
+from fuel_ray.averages import FAST_EWMA_S
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.agft import AgftLinUcb
 from fuel_ray.policies.clipper import Clipper
@@ -48,6 +49,9 @@ class Entry:
     settings: tuple[float, ...] = (0.0,)  # that are tried; the last is as published
     tuned: bool = False  # whether something in it is tuned on the load's tuning seeds
     what: str = "a published rule"
+    ewma_s: float | None = (
+        None  # of the arrival rate by which a load table is tuned; what is made is its start
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class Contender:
     make: Callable[[float], Policy]
     settings: tuple[float, ...] = (0.0,)
     monotone: bool = False
+    ewma_s: float | None = None  # as the entry has it
 
 
 @runtime_checkable
@@ -82,7 +87,7 @@ def contender(name: str, case: Case) -> Contender:
     """The catalogue's policy of this name, which is not the learned one."""
     entry = CATALOGUE[name]
     assert entry.make is not None, f"{name} is a folder"
-    return Contender(name, partial(entry.make, case), entry.settings)
+    return Contender(name, partial(entry.make, case), entry.settings, ewma_s=entry.ewma_s)
 
 
 def label(name: str) -> str:
@@ -145,7 +150,7 @@ def _perf(case: Case) -> PerfModel:
     return case.pack.perf
 
 
-_MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
+_MARGINS = (-0.9, -0.6, -0.3, 0.3, 0.6, 0.0)  # of VoltanaLLM's limits
 _BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
 # Most are Okabe and Ito's colour-blind-safe palette
 CATALOGUE: dict[str, Entry] = {
@@ -165,6 +170,13 @@ CATALOGUE: dict[str, Entry] = {
         lambda case, _: case.table,
         tuned=True,
         what="a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
+    ),
+    "load_table_4s": Entry(
+        *("load table, 4 s", "#66c2a5"),
+        lambda case, _: LoadTable((), (case.static,), ewma_s=FAST_EWMA_S),
+        tuned=True,
+        what="the load table read at an average of 4 s, tuned for itself",
+        ewma_s=FAST_EWMA_S,
     ),
     "clipper": Entry("Clipper", "#cc79a7", lambda case, _: Clipper(case.spec, case.slo)),
     "clipper_binding": Entry("Clipper, if binding", "#8c3d6b", _clipper_binding),

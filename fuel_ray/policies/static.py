@@ -1,5 +1,6 @@
 """Rules whose knobs are tuned beforehand: the same ones always, or by the load."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from fuel_ray.averages import ArrivalRate, smoothed_rates
+from fuel_ray.averages import EWMA_S, ArrivalRate, smoothed_rates
 from fuel_ray.types import Knobs, WindowMetrics
 
 
@@ -37,17 +38,18 @@ class Static:
 
 
 class LoadTable:
-    """Knobs by the moving average of the arrival rate over the last ten seconds."""
+    """Knobs by the moving average of the arrival rate, by default over the last ten seconds."""
 
-    def __init__(self, rates_rps: Sequence[float], knobs: Sequence[Knobs]) -> None:
+    def __init__(self, rates_rps: Sequence[float], knobs: Sequence[Knobs], *, ewma_s: float = EWMA_S) -> None:
         """Use ``knobs[i]`` up to ``rates_rps[i]``, and the last knobs beyond the last rate."""
-        self.rates_rps, self.knobs = tuple(rates_rps), tuple(knobs)
+        self.rates_rps, self.knobs, self.ewma_s = tuple(rates_rps), tuple(knobs), ewma_s
         self.reset()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         knobs = [[k.batch_limit, k.gpu_clock_mhz] for k in self.knobs]
-        return {"rates_rps": list(self.rates_rps), "knobs": knobs}
+        average = {} if self.ewma_s == EWMA_S else {"ewma_s": self.ewma_s}
+        return {"rates_rps": list(self.rates_rps), "knobs": knobs, **average}
 
     @staticmethod
     def from_dict(raw: Any) -> "LoadTable":
@@ -59,21 +61,25 @@ class LoadTable:
         if isinstance(raw, list):
             raw = {"rates_rps": [row[0] for row in raw[:-1]], "knobs": [row[1:] for row in raw]}
         rates, knobs = raw["rates_rps"], [Knobs(*pair) for pair in raw["knobs"]]
+        ewma_s = float(raw.get("ewma_s", EWMA_S))
         if not are_counts([value for k in knobs for value in (k.batch_limit, k.gpu_clock_mhz)]):
             raise ValueError("the load table's knobs are not knobs")
         if len(knobs) != len(rates) + 1 or rates != sorted(rates) or not np.isfinite(rates).all():
             raise ValueError("the load table's rates are malformed")
-        return LoadTable(rates, knobs)
+        if not 0 < ewma_s < math.inf:
+            raise ValueError("the load table's average is none")
+        return LoadTable(rates, knobs, ewma_s=ewma_s)
 
     def reset(self) -> None:
-        self._arrival_rate = ArrivalRate()
+        self._arrival_rate = ArrivalRate(self.ewma_s)
 
     def decide(self, window: WindowMetrics) -> Knobs:
         row = bisect_left(self.rates_rps, self._arrival_rate.update(window))
         return self.knobs[min(row, len(self.knobs) - 1)]
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.minimum(np.searchsorted(self.rates_rps, smoothed_rates(arrivals)), len(self.knobs) - 1)
+        rates_rps = smoothed_rates(arrivals, self.ewma_s)
+        rows = np.minimum(np.searchsorted(self.rates_rps, rates_rps), len(self.knobs) - 1)
         limits, clocks_mhz = np.array([(k.batch_limit, k.gpu_clock_mhz) for k in self.knobs])[rows].T
         return limits, clocks_mhz
 

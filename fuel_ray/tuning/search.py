@@ -5,7 +5,8 @@ from dataclasses import replace
 from functools import cache, partial
 
 from fuel_ray.policies.catalogue import Contender, Learner
-from fuel_ray.policies.static import Static
+from fuel_ray.policies.static import LoadTable, Static
+from fuel_ray.tuning.clock_search import allowed_penalty, find_load_table
 from fuel_ray.tuning.runs import Runs, Score
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
@@ -58,11 +59,16 @@ def tune_static(
 
 
 def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
-    """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them."""
+    """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them.
+
+    A load table with an average of its own is searched.
+    """
 
     def rank_of(contender: Contender, setting: float) -> tuple[bool, float]:
         return tuning.score(contender.make(setting), slo, share=share).rank(share)
 
+    if family[0].ewma_s is not None:
+        return _load_table(family[0], tuning, slo, share=share), 0.0
     ranks = [cache(partial(rank_of, contender)) for contender in family]
     settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
     best = min(range(len(family)), key=lambda k: ranks[k](settings[k])) if len(family) > 1 else 0
@@ -72,6 +78,19 @@ def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) 
             tuning.episode(policy, seed)
             policy.keep()
     return policy, settings[best]
+
+
+def _load_table(contender: Contender, tuning: Runs, slo: str, *, share: float) -> LoadTable:
+    start = contender.make(0.0)
+    assert isinstance(start, LoadTable)
+    return find_load_table(
+        partial(tuning.traces, slo=slo),
+        tuning.loop.node.spec.gpu_clocks_mhz,
+        batch_limit=start.knobs[0].batch_limit,
+        allowed=allowed_penalty(tuning.slos[slo], share),
+        stride=TABLE_STRIDE,
+        ewma_s=start.ewma_s,
+    )
 
 
 def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:
