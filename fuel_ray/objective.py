@@ -95,7 +95,9 @@ class Energy:
     token_price_j: float  # J per output token that a good static setting pays
     miss_price_j: float  # J per missed limit
     scale_w: float  # typical power, so that rewards are of order 1
-    lowest: float = -4.0  # a window cannot score worse: one deep queue should not drown everything else
+    # A window cannot score worse: one burst should not drown everything else. Misses beyond that are not
+    # seen, which at a high price of a miss are many where the load is more than the node can serve
+    lowest: float = -4.0
 
     def reward(self, window: WindowMetrics) -> float | None:
         if not window.judged_by(self.slo):
