@@ -23,6 +23,7 @@ from fuel_ray.tuning.contenders import kept_near
 from fuel_ray.tuning.search import tuned
 from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import GRID, write_policy
+from tests.test_codec import WINDOW
 
 SPEC = build_spec(PRESETS["default"], 16)
 BASE = Knobs(batch_limit=20, gpu_clock_mhz=1485)  # neither is in GRID; the nearest are 16 and 1500
@@ -46,6 +47,13 @@ def test_a_heavy_anchor_leaves_the_table_to_the_letter_even_off_the_grid(tmp_pat
     assert decisions(policy.near(Anchor(TABLE, 10.0))) == decisions(table)
     assert set(decisions(table)) == {Knobs(32, 1980)}  # and BASE where it is calm:
     assert set(decisions(policy.near(Anchor(TABLE, 10.0)), "steady:rate_rps=0.5")) == {BASE}
+
+
+def test_an_anchor_reads_its_table_at_the_average_that_it_was_tuned_at():
+    fast = LoadTable(TABLE.rates_rps, TABLE.knobs, ewma_s=4.0)
+    anchor = GridAnchor(Anchor.from_dict(Anchor(fast, 0.1).to_dict()), GRID)
+    windows = [replace(WINDOW, arrivals=arrivals, duration_s=1.0) for arrivals in (0, 0, *[4] * 8)]
+    assert [anchor.decide(window) for window in windows] == [fast.decide(window) for window in windows]
 
 
 def test_the_network_leaves_the_table_where_it_gains_more_than_that_costs(tmp_path):

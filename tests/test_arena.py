@@ -22,6 +22,7 @@ from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.cli import main
+from fuel_ray.codec import PRICED_FEATURES
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import SIMPLE, Contender, contender, label
@@ -65,7 +66,7 @@ def test_the_tight_slo_stretches_what_maximum_performance_has():
 
 
 def a_trace(energy_j, bad, arrivals):
-    return Trace(np.array(energy_j), np.array(bad), np.zeros(len(bad)), arrivals)
+    return Trace(np.array(energy_j), np.array(bad), np.array([arrivals] + [0] * (len(bad) - 1)))
 
 
 def test_a_score_pools_over_seeds():
@@ -483,7 +484,8 @@ def a_priced_policy(folder):
     spec = build_spec(config, 16)
     codec = build_codec(config, spec)
     shapes = {
-        "trunk.0.weight": (4, 13), "trunk.0.bias": (4,), "value.weight": (1, 4), "value.bias": (1,),
+        "trunk.0.weight": (4, len(PRICED_FEATURES)), "trunk.0.bias": (4,),
+        "value.weight": (1, 4), "value.bias": (1,),
         "limit_advantage.weight": (3, 4), "limit_advantage.bias": (3,), "clock_bumps.weight": (10, 4),
         "clock_bumps.bias": (10,),
     }  # fmt: skip
@@ -714,7 +716,7 @@ def test_a_generalist_sees_many_loads_slos_and_prices():
     env = build_env(replace(config, train=replace(config.train, episode_steps=3)), [16])
     seen = np.stack([env.reset(seed=seed)[0] for seed in range(60)])
     names = env.codec.features
-    for name in ("miss_price", "tpot_limit", "arrival_rate_ewma"):
+    for name in ("miss_price", "tpot_limit", "arrival_rate_10s"):
         assert len(set(seen[:, names.index(name)].tolist())) >= 6, name
     assert all(env.observation_space.contains(x) for x in seen)
 
@@ -727,6 +729,7 @@ def test_a_generalist_sees_many_loads_slos_and_prices():
     [
         Static(Knobs(40, 1500)),
         LoadTable([3.0, 8.0], [Knobs(32, 990), Knobs(48, 1305), Knobs(64, 1980)]),
+        LoadTable([3.0, 8.0], [Knobs(32, 990), Knobs(48, 1305), Knobs(64, 1980)], ewma_s=4.0),
     ],
 )
 def test_a_planned_policy_gives_the_same_trace_as_window_by_window(policy):

@@ -303,7 +303,7 @@ def test_the_penalty_is_a_miss_or_the_share_of_a_mean_limit():
     assert allowed_penalty(E2E, 1.0) == 1.0
     result = trace_of(np.full(3, 600.0), np.ones(3, int), records, SLO)
     assert result.penalty.tolist() == [0.0, 1.0, 1.0]  # the third has no record
-    assert result.rate_rps[0] == 0.0 and result.rate_rps[1] == 1.0
+    assert result.rate_rps(10.0).tolist() == [0.0, 1.0, 1.0] and result.arrivals == 3
 
 
 # On the simulated node
@@ -406,6 +406,18 @@ def test_a_found_load_table_is_no_worse_than_a_fixed_clock():
     energy_j, bad = cost(table)
     assert bad <= 0.05
     assert energy_j <= min(e for e, b in fixed if b <= 0.05)
+
+
+def test_a_load_table_is_searched_at_its_own_average():
+    run = simulated([5], slo=Slo(ttft_s=1.0, tpot_s=0.016))
+    slow, fast = (
+        find_load_table(
+            run, CLOCKS, batch_limit=128, allowed=0.05, rows=4, stride=16, budget=0, ewma_s=ewma_s
+        )
+        for ewma_s in (10.0, 4.0)
+    )
+    assert (slow.ewma_s, fast.ewma_s) == (10.0, 4.0)
+    assert fast.rates_rps[-1] > slow.rates_rps[-1]  # the shorter average sees a higher peak
 
 
 def test_every_rule_decides_in_under_a_millisecond():

@@ -1,6 +1,7 @@
 """Baselines, the network, replay, and policy folders."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -73,12 +74,14 @@ def test_a_load_table_decides_by_rates_up_to_and_including_its_own():
         assert table.decide(replace(WINDOW, arrivals=arrivals)).batch_limit == limit  # in 2 s
 
 
-def test_a_load_table_averages_over_ten_seconds():
-    table = LoadTable([5.0], [Knobs(1, 990), Knobs(2, 1200)])
+@pytest.mark.parametrize(("average", "slow_windows"), [({}, 6), ({"ewma_s": 4.0}, 2)])
+def test_a_load_table_averages_over_ten_seconds_or_its_own(average, slow_windows):
+    table = LoadTable([5.0], [Knobs(1, 990), Knobs(2, 1200)], **average)
     table.decide(replace(WINDOW, arrivals=0, duration_s=1.0))
     busy = replace(WINDOW, arrivals=10, duration_s=1.0)
     limits = [table.decide(busy).batch_limit for _ in range(10)]
-    assert limits.index(2) == 6  # 10 (1 - exp(-t / 10)) passes 5 after 6.9 s
+    assert limits.index(2) == slow_windows  # 10 (1 - exp(-t / 10)) passes 5 after 6.9 s
+    assert table.plan(np.array([0, *[10] * 10]))[0].tolist() == [1, *limits]
 
 
 def test_a_load_table_looks_the_rate_up():
@@ -429,7 +432,16 @@ def test_a_load_table_is_read_as_written_and_as_older_runs_wrote_it():
     rows = [[2.5, 8, 900], [6.0, 16, 1200], [None, 16, 1980]]
     for raw in (json.loads(json.dumps(table.to_dict())), rows):
         found = LoadTable.from_dict(raw)
-        assert (found.rates_rps, found.knobs) == (table.rates_rps, table.knobs)
+        assert (found.rates_rps, found.knobs, found.ewma_s) == (table.rates_rps, table.knobs, 10.0)
+
+
+def test_only_another_average_than_that_of_ten_seconds_is_written():
+    fast = LoadTable([2.5], [Knobs(8, 900), Knobs(16, 1200)], ewma_s=4.0)
+    assert set(LoadTable(fast.rates_rps, fast.knobs).to_dict()) == {"rates_rps", "knobs"}
+    assert LoadTable.from_dict(json.loads(json.dumps(fast.to_dict()))).ewma_s == 4.0
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="average"):
+            LoadTable.from_dict({**fast.to_dict(), "ewma_s": wrong})
 
 
 def test_a_manifest_is_read_as_written_and_with_what_older_ones_have(tmp_path):

@@ -95,7 +95,7 @@ class GridAnchor:
 def at_work(rule: LoadTable | Rule, spec: NodeSpec, slo: Slo) -> LoadTable | RulePolicy:
     """A rule as a policy with a memory of its own."""
     if isinstance(rule, LoadTable):
-        return LoadTable(rule.rates_rps, rule.knobs)
+        return LoadTable(rule.rates_rps, rule.knobs, ewma_s=rule.ewma_s)
     return RulePolicy(rule, spec, slo)
 
 

@@ -164,7 +164,7 @@ def _perf(case: Case) -> PerfModel:
     return case.pack.perf
 
 
-_MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
+_MARGINS = (-0.9, -0.6, -0.3, 0.3, 0.6, 0.0)  # of VoltanaLLM's limits
 _BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
 # Most are Okabe and Ito's colour-blind-safe palette
 CATALOGUE: dict[str, Entry] = {

@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-from fuel_ray.averages import smoothed_rates
+from fuel_ray.averages import EWMA_S, smoothed_rates
 from fuel_ray.policies.models import every
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
@@ -26,8 +26,16 @@ class Trace:
 
     energy_j: np.ndarray
     penalty: np.ndarray  # of the requests that arrived in the window; ``penalty`` of its requests, summed
-    rate_rps: np.ndarray  # moving average of the arrival rate before the window; the policies' input
-    arrivals: int
+    arrived: np.ndarray  # requests in the window, which lasts 1 s
+
+    @property
+    def arrivals(self) -> int:
+        """Requests of the episode."""
+        return int(self.arrived.sum())
+
+    def rate_rps(self, ewma_s: float) -> np.ndarray:
+        """Moving average of the arrival rate before each window, a policy's input; 0 before the first."""
+        return np.array([0.0, *smoothed_rates(self.arrived, ewma_s)[:-1]])
 
     @property
     def mean_penalty(self) -> float:
@@ -58,8 +66,7 @@ def trace_of(energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords
     at = np.minimum((records.arrival_s + 1e-9).astype(int), len(bad) - 1)
     np.add.at(bad, at, penalty(records, slo))
     bad[-1] += (int(arrivals.sum()) - len(records)) * _unserved(slo)
-    rates = np.array([0.0, *smoothed_rates(arrivals)[:-1]])
-    return Trace(energy_j, bad, rates, int(arrivals.sum()))
+    return Trace(energy_j, bad, arrivals)
 
 
 def met(records: RequestRecords, slo: Slo, *, arrivals: int) -> float:
@@ -81,23 +88,25 @@ def find_load_table(
     rows: int = 10,
     stride: int = 4,
     budget: int = 60,
+    ewma_s: float = EWMA_S,
 ) -> LoadTable:
     """The table from arrival rate to clock of least energy on the seeds that ``run`` plays.
 
-    Rows are equally wide up to the highest rate seen. Clocks are profiled ``stride`` places apart in
-    ``supported_mhz``, ascending, and single rows then moved by less, for at most ``budget`` runs. The mean
-    penalty is at most ``allowed`` where a table was found for which it is.
+    Rows are equally wide up to the highest rate seen, averaged over ``ewma_s``. Clocks are profiled
+    ``stride`` places apart in ``supported_mhz``, ascending, and single rows then moved by less, for at most
+    ``budget`` runs. The mean penalty is at most ``allowed`` where a table was found for which it is.
     """
     clocks = every(supported_mhz, stride)
     traces = _fixed(run, clocks, batch_limit)
-    highest_rps = max(float(t.rate_rps.max()) for per_seed in traces for t in per_seed)
+    highest_rps = max(float(t.rate_rps(ewma_s).max()) for per_seed in traces for t in per_seed)
     rates_rps = [highest_rps * row / rows for row in range(1, rows)]
 
     def cell_of(t: Trace) -> np.ndarray:
-        return np.minimum(np.searchsorted(rates_rps, t.rate_rps), rows - 1)
+        return np.minimum(np.searchsorted(rates_rps, t.rate_rps(ewma_s)), rows - 1)
 
     def make(clocks_mhz: tuple[int, ...]) -> LoadTable:
-        return LoadTable(rates_rps, [Knobs(batch_limit, clock_mhz) for clock_mhz in clocks_mhz])
+        knobs = [Knobs(batch_limit, clock_mhz) for clock_mhz in clocks_mhz]
+        return LoadTable(rates_rps, knobs, ewma_s=ewma_s)
 
     attempts = _Attempts(run, make, allowed=allowed)
     attempts.assign(clocks, traces, cell_of)

@@ -107,8 +107,8 @@ class Runs:
         if found is None:
             return None
         node.reset(seed=seed)
-        arrivals = node.arrivals_to_come(int(self._seconds) + DRAIN_S)
-        energy_j, _, _ = run_program(node, *found, windows=len(arrivals), at_least=int(self._seconds))
+        arrivals = node.arrivals_to_come(int(self.seconds) + DRAIN_S)
+        energy_j, _, _ = run_program(node, *found, windows=len(arrivals), at_least=int(self.seconds))
         return energy_j, arrivals[: len(energy_j)], node.take_records()
 
     def _planned(self, policy: Planned, node: SimulatedNode, seed: int) -> Played:
