@@ -63,12 +63,22 @@ class GridAnchor:
         """What each action loses; infinitely much with a lower batch limit than the table: (actions,)."""
         return self._penalties[base]
 
+    def penalties(self) -> np.ndarray:
+        """``penalty`` by ``action``, zero where no knobs of the table are nearest: (actions, actions)."""
+        found = np.zeros((len(self._grid), len(self._grid)))
+        for base, penalty in self._penalties.items():
+            found[self.action(base)] = penalty
+        return found
+
     def decode(self, action: int, base: Knobs) -> Knobs:
-        """The knobs of an action; the grid's nearest values to the table's stand for these themselves."""
+        """The knobs of an action; the grid's nearest values to the table's stand for these themselves.
+
+        A lower batch limit than the table's is none: the table's is taken.
+        """
         limit, clock = divmod(action, len(self._grid.gpu_clocks_mhz))
         at_limit, at_clock = self._at[base]
         return Knobs(
-            base.batch_limit if limit == at_limit else self._grid.batch_limits[limit],
+            base.batch_limit if limit <= at_limit else self._grid.batch_limits[limit],
             base.gpu_clock_mhz if clock == at_clock else self._grid.gpu_clocks_mhz[clock],
         )
 
