@@ -100,6 +100,21 @@ def test_the_promise_and_the_price_can_be_told_without_losing_the_anchor(tmp_pat
     assert policy.for_slo(Slo(tpot_s=0.01), miss_price_j=3.0).anchor == Anchor(TABLE, 0.1)
 
 
+def test_penalties_by_action_are_those_of_the_tables_knobs():
+    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID)
+    found = anchor.penalties()
+    for knobs in TABLE.knobs:
+        np.testing.assert_array_equal(found[anchor.action(knobs)], anchor.penalty(knobs))
+    assert np.isinf(found).any() and not found[GRID.encode(Knobs(4, 990))].any(), "the table never takes it"
+
+
+def test_a_lower_batch_limit_than_the_tables_is_served_at_the_tables():
+    """RLlib's own runner knows no table, and would learn from what no policy does."""
+    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID)
+    assert anchor.decode(GRID.encode(Knobs(4, 990)), BASE) == Knobs(20, 990)
+    assert anchor.decode(GRID.encode(Knobs(32, 990)), BASE) == Knobs(32, 990)
+
+
 def test_a_policy_folder_keeps_its_anchor(tmp_path):
     folder = write_policy(tmp_path / "p", best=Knobs(32, 990), anchor=Anchor(TABLE, 10.0))
     policy = read_policy(folder).policy(SPEC)

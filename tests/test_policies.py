@@ -155,6 +155,20 @@ def test_a_single_step_return_is_the_reward():
     assert (batch.next_observations[:, 0] == batch.observations[:, 0] + 1).all()
 
 
+def test_the_next_action_is_held_to_the_table_of_the_state_that_is_bootstrapped_from():
+    penalties = np.array([[0.0, 0.1], [np.inf, 0.0]])
+    replay = buffer(n_step=2, penalties=penalties)
+    replay.add(np.zeros((4, 1)), np.arange(3), np.zeros(3, np.float32), bases=[1, 0, 1, 0])
+    replay.refresh()
+    batch = replay.sample(100)
+    following = np.array([1, 0, 0])[batch.actions]  # two steps on, or the end
+    np.testing.assert_array_equal(batch.next_penalties, penalties.astype(np.float32)[following])
+    free = buffer()
+    free.add(np.zeros((2, 1)), np.array([0]), np.zeros(1, np.float32))
+    free.refresh()
+    assert not free.sample(3).next_penalties.any()
+
+
 def test_a_weight_is_that_of_the_draw_whatever_became_of_the_priority_since():
     replay = buffer(n_step=1)
     replay.add(np.arange(4.0)[:, None], np.arange(3), np.zeros(3, np.float32))
@@ -413,13 +427,43 @@ def test_fragments_are_consecutive_steps_of_one_episode():
     assert [info["n"] for info in again[0].infos] == [2, 3]
 
 
+class Rising(Counting):
+    """Its load table takes action 1 of four in even windows and action 3, with nothing below, in odd ones."""
+
+    rows = np.array([[0.0] * 4, [np.inf, 0.0, 0.0, 0.0], [0.0] * 4, [np.inf, np.inf, np.inf, 0.0]])
+    steps = 0
+
+    @property
+    def base(self):
+        return 1 + 2 * (self.steps % 2)
+
+    @property
+    def penalty(self):
+        return self.rows[self.base]
+
+
+def test_no_action_is_taken_that_may_not_be_though_random_ones_are_held():
+    around = np.array([[0, 1], [1, 2], [2, 3], [3, 3]])
+    exploration = Exploration(20, 4, hold_steps=3, rng=np.random.default_rng(0), near=around)
+    sampler = Sampler([Rising() for _ in range(20)], exploration, seed=0)
+
+    def best(seen, penalties):
+        return (np.array([0.0, 0.1, 0.0, 0.0]) - penalties).argmax(-1)
+
+    fragments = [f for _ in range(20) for f in sampler.sample(best, steps=6, epsilon=0.9)]
+    assert all(len(f.bases) == len(f.observations) for f in fragments)
+    taken = [pair for f in fragments for pair in zip(f.bases, f.actions, strict=False)]
+    assert {(base, int(action)) for base, action in taken} == {(1, 1), (1, 2), (1, 3), (3, 3)}
+
+
 def test_near_a_load_table_random_actions_stay_within_300_mhz_of_its_clock():
     grid = ActionGrid((4, 16, 32), tuple(range(990, 1981, 30)))
     base = Knobs(16, 1080)
     around = near(grid)[grid.encode(base)]
     drawn = [grid.decode(action) for action in around]
     assert {knobs.gpu_clock_mhz for knobs in drawn} == set(range(990, 1381, 30))
-    assert sum(knobs.batch_limit == 16 for knobs in drawn) == 18 * len(drawn) / 20
+    assert sum(knobs.batch_limit == 16 for knobs in drawn) == 19 * len(drawn) / 20
+    assert {knobs.batch_limit for knobs in drawn} == {16, 32}, "never a lower one, as the policy will"
     exploration = Exploration(500, len(grid), hold_steps=1, rng=np.random.default_rng(0), near=near(grid))
     bases = np.full(500, grid.encode(base))
     taken = exploration.choose(np.zeros(500, np.int64), 1.0, bases)

@@ -197,6 +197,7 @@ CATALOGUE: dict[str, Entry] = {
     "agft": Entry("AGFT", "#6a51a3", _agft, tuned=True),
     LEARNED: Entry("learned (DQN)", "#0072b2", make=None),
     "ppo": Entry("learned (PPO)", "#0072b2", make=None),
+    "rllib-dqn": Entry("learned (RLlib's DQN)", "#8c564b", make=None),
 }
 PLAYABLE = tuple(name for name, entry in CATALOGUE.items() if entry.make is not None)
 SIMPLE = tuple(name for name, entry in CATALOGUE.items() if entry.simple)
