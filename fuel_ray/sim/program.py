@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from fuel_ray.averages import EWMA_S, FAST_EWMA_S
+from fuel_ray.averages import EWMA_S, FAST_EWMA_S, GAP_EWMA_S
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.clock_axis import AtClock
 from fuel_ray.sim.pack import Constants
@@ -21,13 +21,14 @@ from fuel_ray.sim.scheduler import Engine, State
 RUNNING, WAITING, IN_SYSTEM, KV_USAGE, ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS = range(7)
 OLDEST_WAIT_S, CLOCK_MHZ, LIMIT = range(7, 10)
 # ... and what is remembered of those before it
-SEEN, RATE_RPS, FAST_RATE_RPS, PROMPT_MEAN = range(10, 14)
-SIGHT = 14
+SEEN, RATE_RPS, FAST_RATE_RPS, PROMPT_MEAN, GAP_S, SLOW_GAP_S = range(10, 16)
+SIGHT = 16
 PROMPT_START, PROMPT_LEAST, PROMPT_MOST, PROMPT_SHARE = 512.0, 16.0, 4000.0, 0.05
 # Kinds of a base
 TABLE, PREDICTION = range(2)
 TRIM = 9  # terms of a linear trim
 _RATE_SHARE, _FAST_SHARE = -math.expm1(-1.0 / EWMA_S), -math.expm1(-1.0 / FAST_EWMA_S)
+_GAP_SHARE, _SLOW_GAP_SHARE = (-math.expm1(-1.0 / average_s) for average_s in GAP_EWMA_S)
 _IDLE_RPS = 0.05  # below which an empty server is idle
 _PRESSURE = 0.85  # KV usage from which preemption is near
 _compiled = njit(cache=True, _nrt=False)
@@ -78,6 +79,7 @@ FEATURES = (
     "fixed", "running_of_capacity", "waiting_of_capacity", "kv_usage", "free_kv_tokens", "arrival_rate_ewma",
     "arrival_rate_trend", "prompt_token_throughput", "output_token_throughput", "token_gap", "gpu_clock",
     "oldest_wait", "arrival_rate_10s", "arrival_rate_4s", "prompt_tokens_per_arrival", "batch_limit",
+    "token_gap_3s", "token_gap_8s",
 )  # fmt: skip
 
 
@@ -122,6 +124,12 @@ def remember(sight: np.ndarray) -> None:
     else:
         sight[RATE_RPS] += (arrivals - sight[RATE_RPS]) * _RATE_SHARE
         sight[FAST_RATE_RPS] += (arrivals - sight[FAST_RATE_RPS]) * _FAST_SHARE
+    if sight[OUTPUT_TOKENS] > 0 and sight[RUNNING] > 0:
+        gap_s = sight[RUNNING] / sight[OUTPUT_TOKENS]
+        if sight[GAP_S] == 0.0:
+            sight[GAP_S] = sight[SLOW_GAP_S] = gap_s
+        sight[GAP_S] += (gap_s - sight[GAP_S]) * _GAP_SHARE
+        sight[SLOW_GAP_S] += (gap_s - sight[SLOW_GAP_S]) * _SLOW_GAP_SHARE
     if arrivals > 0:
         prompt = min(max(sight[PROMPT_TOKENS] / arrivals, PROMPT_LEAST), PROMPT_MOST)
         sight[PROMPT_MEAN] += (prompt - sight[PROMPT_MEAN]) * PROMPT_SHARE
@@ -284,6 +292,10 @@ def _feature(code: int, sight: np.ndarray, server: Server) -> float:
         value = sight[PROMPT_MEAN] / 2_000.0
     elif code == 15:
         value = sight[LIMIT] / server.capacity
+    elif code == 16:
+        value = sight[GAP_S] / server.tpot_s / 2.0
+    elif code == 17:
+        value = sight[SLOW_GAP_S] / server.tpot_s / 2.0
     return min(max(value, 0.0), 5.0 if code in (12, 13, 14) else 1.0)
 
 
