@@ -26,12 +26,16 @@ class Anchor:
 
     rule: LoadTable | Rule
     weight: float
+    reach_mhz: float = math.inf  # how far the clock may be from the rule's; training tried no further
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
+        held: dict[str, Any] = {"weight": self.weight}
+        if self.reach_mhz < math.inf:
+            held["reach_mhz"] = self.reach_mhz
         if isinstance(self.rule, LoadTable):
-            return {**self.rule.to_dict(), "weight": self.weight}
-        return {"rule": self.rule.to_dict(), "weight": self.weight}
+            return {**self.rule.to_dict(), **held}
+        return {"rule": self.rule.to_dict(), **held}
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Anchor":
@@ -39,7 +43,7 @@ class Anchor:
         if not 0 <= raw["weight"] < math.inf:
             raise ValueError("the anchor's weight is not one")
         rule = Rule.from_dict(raw["rule"]) if "rule" in raw else LoadTable.from_dict(raw)
-        return Anchor(rule, float(raw["weight"]))
+        return Anchor(rule, float(raw["weight"]), float(raw.get("reach_mhz", math.inf)))
 
 
 class GridAnchor:
@@ -47,7 +51,7 @@ class GridAnchor:
 
     def __init__(self, anchor: Anchor, grid: ActionGrid, spec: NodeSpec, slo: Slo) -> None:
         self._policy = at_work(anchor.rule, spec, slo)
-        self._grid, self._weight = grid, anchor.weight
+        self._grid, self._anchor = grid, anchor
         self._near: dict[Knobs, tuple[int, int, np.ndarray]] = {}
 
     def reset(self) -> None:
@@ -93,8 +97,9 @@ class GridAnchor:
             clock = int(np.abs(clocks - base.gpu_clock_mhz).argmin())
             by_limit = np.abs(np.arange(len(limits)) - limit)
             by_clock = np.abs(clocks - clocks[clock]) / 100.0
-            penalty = self._weight * (by_limit[:, None] + by_clock)
+            penalty = self._anchor.weight * (by_limit[:, None] + by_clock)
             penalty[:limit] = np.inf
+            penalty[:, by_clock > self._anchor.reach_mhz / 100.0] = np.inf
             self._near[base] = limit, clock, np.asarray(penalty.ravel())
         return self._near[base]
 

@@ -132,8 +132,9 @@ class LearnedPolicy:
         if parts is None or own is None or len(self._actions) < len(self.codec.grid):
             return None
         base, _ = own
-        weight = 0.0 if self.anchor is None else self.anchor.weight
-        return base._replace(**parts, per_100_mhz=weight), server_of(spec, self.codec.slo)
+        if self.anchor is not None:
+            parts |= {"per_100_mhz": self.anchor.weight, "reach_mhz": self.anchor.reach_mhz}
+        return base._replace(**parts), server_of(spec, self.codec.slo)
 
     def observe(self, window: WindowMetrics) -> np.ndarray:
         """What it sees of a window: (features,) float32."""

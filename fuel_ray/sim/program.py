@@ -72,6 +72,7 @@ class Program(NamedTuple):
     grid_limits: np.ndarray
     grid_mhz: np.ndarray
     per_100_mhz: float  # of Q, away from the base
+    reach_mhz: float  # how far it may be left
 
 
 # What a network may see, by code
@@ -90,6 +91,7 @@ def program(**parts: Any) -> Program:
         "features": np.zeros(0, np.int64), "fixed": none, "weight_1": table, "bias_1": none,
         "weight_2": table, "bias_2": none, "limit_weight": table, "limit_bias": none, "clock_weight": table,
         "clock_bias": none, "grid_limits": none, "grid_mhz": none, "per_100_mhz": 0.0,
+        "reach_mhz": math.inf,
     }  # fmt: skip
     plain: dict[str, Any] = {
         "x": IN_SYSTEM, "y": IN_SYSTEM, "x_knots": np.zeros(1), "y_knots": np.zeros(1),
@@ -340,8 +342,10 @@ def _improved(
     own_clock = _nearest(p.grid_mhz, clocks[row, 0])
     clock, most = own_clock, -math.inf
     for j in range(len(p.grid_mhz)):
-        away = abs(p.grid_mhz[j] - p.grid_mhz[own_clock]) / 100.0
-        q = _linear(p.clock_weight, p.clock_bias, hidden[2], j) - p.per_100_mhz * away
+        away_mhz = abs(p.grid_mhz[j] - p.grid_mhz[own_clock])
+        if away_mhz > p.reach_mhz:
+            continue
+        q = _linear(p.clock_weight, p.clock_bias, hidden[2], j) - p.per_100_mhz * away_mhz / 100.0
         if q > most:
             clock, most = j, q
     if clock != own_clock:
