@@ -1,22 +1,24 @@
-"""Percentile bootstrap intervals over the few seeds of an evaluation, and the one paired comparison."""
+"""Student's t intervals over the few seeds of an evaluation, and the one paired comparison."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from fuel_ray.errors import FuelRayError
 
 Values = Sequence[float] | np.ndarray
-_RESAMPLES = 2000
+FEWEST = 3  # episodes below which nothing is said of their spread
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its 95 % percentile bootstrap interval."""
+    """An estimate with its 95 % interval."""
 
     mean: float
-    low: float | None  # None where a single value says nothing about the spread
+    low: float | None  # None where too few values say nothing about the spread
     high: float | None
 
     def excludes(self, value: float) -> bool:
@@ -28,39 +30,66 @@ def relative_energy(own_j: Mapping[int, float], reference_j: Mapping[int, float]
     """Energy of one policy over that of another, by seed, paired by those that both have.
 
     None if there are none, or if the other's was not measured.
-
-    With the same resamples for every interval, so that a run has one report.
     """
     seeds = sorted(own_j.keys() & reference_j.keys())
     if not any(reference_j[seed] for seed in seeds):
         return None
     own, reference = ([by_seed[seed] for seed in seeds] for by_seed in (own_j, reference_j))
-    return paired_ratio(own, reference, rng=np.random.default_rng(0))
+    return paired_ratio(own, reference)
 
 
-def bootstrap_mean(values: Values, *, rng: np.random.Generator) -> Interval:
+def mean_of(values: Values) -> Interval:
     """Mean of ``values``, one per seed, and its interval."""
-    return paired_ratio(values, np.ones(len(values)), rng=rng)
+    return paired_ratio(values, np.ones(len(values)))
 
 
-def paired_ratio(numerators: Values, denominators: Values, *, rng: np.random.Generator) -> Interval:
-    """sum(numerators) / sum(denominators) and its interval; pairs that share a seed are resampled together.
-
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: the percentile interval.
+def paired_ratio(numerators: Values, denominators: Values) -> Interval:
+    """sum(numerators) / sum(denominators) and its interval; pairs share a seed.
 
     Raises:
         FuelRayError: the two differ in length, or are empty.
     """
     if len(numerators) != len(denominators) or not len(numerators):
-        raise FuelRayError(f"a bootstrap needs pairs, got {len(numerators)} and {len(denominators)} values")
+        raise FuelRayError(f"an interval needs pairs, got {len(numerators)} and {len(denominators)} values")
     pairs = np.column_stack((numerators, denominators)).astype(float)
-    estimate = _ratio(pairs.sum(axis=0))
-    if len(pairs) == 1:
-        return Interval(float(estimate), None, None)
-    picks = rng.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
-    low, high = np.percentile(_ratio(pairs[picks].sum(axis=1)), (2.5, 97.5))
-    return Interval(float(estimate), float(low), float(high))
+
+    def ratio(seeds: np.ndarray) -> float:
+        own, other = pairs[seeds].sum(axis=0)
+        return float(own / other)
+
+    return over_seeds(ratio, len(pairs))
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    return np.asarray(sums[..., 0] / sums[..., 1])
+def over_seeds(statistic: Callable[[np.ndarray], float], n: int) -> Interval:
+    """A statistic of the seeds 0 .. n - 1, given as an array of them, and its interval over seeds."""
+    return over_trainings([statistic], n)
+
+
+def over_trainings(statistics: Sequence[Callable[[np.ndarray], float]], n: int) -> Interval:
+    """The mean of the same statistic of several trainings on the same n seeds, and its interval over both.
+
+    The variance is that of the seeds, by the jackknife of the mean over trainings, and that between trainings
+    over their number; degrees of freedom by Satterthwaite (Biometrics Bulletin 2, 1946). With one training it
+    is that of the seeds alone. The jackknife: Efron and Tibshirani, An Introduction to the Bootstrap (1993),
+    chapter 11.
+    """
+    everyone = np.arange(n)
+    of_trainings = np.array([statistic(everyone) for statistic in statistics])
+    mean, k = float(of_trainings.mean()), len(statistics)
+    if n < FEWEST:
+        return Interval(mean, None, None)
+    left_out = [np.mean([s(np.delete(everyone, seed)) for s in statistics]) for seed in everyone]
+    parts = [((n - 1) ** 2 / n * float(np.var(left_out, ddof=1)), n - 1)]
+    if k > 1:
+        parts.append((float(of_trainings.var(ddof=1)) / k, k - 1))
+    half = _half_width(parts)
+    return Interval(mean, mean - half, mean + half)
+
+
+def _half_width(parts: Sequence[tuple[float, int]]) -> float:
+    """Of the 95 % interval of what has variances with these degrees of freedom."""
+    variance = sum(part for part, _ in parts)
+    if variance == 0.0:
+        return 0.0
+    freedom = variance**2 / sum(part**2 / own for part, own in parts)
+    return float(stdtrit(freedom, 0.975)) * math.sqrt(variance)

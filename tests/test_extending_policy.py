@@ -87,9 +87,8 @@ def test_recommend_compares_rules_too(tmp_path, capsys):
     assert main(["recommend", *flags, "--policies", "clipper", MINE]) == 0
     said = capsys.readouterr().out.splitlines()
     assert all("..1.000] of SLO" in line for line in said[:3])  # over the clock axes
-    assert [name in line for name, line in zip(("tuned static", "Clipper", MINE), said, strict=False)] == [
-        True
-    ] * 3
+    for name in ("tuned static", "load table", "Clipper", MINE):
+        assert sum(line.startswith("recommend") and name in line for line in said) == 1
     assert said[-1].startswith("nothing written to")
 
 

@@ -41,6 +41,7 @@ HOMES = {
     "torch": ("training",),
     "gymnasium": ("env",),
     "numba": ("sim",),
+    "scipy": ("stats",),
     "safetensors": ("policies.learned",),
     "matplotlib": ("report.figures", "arena.figures"),
     "pandas": ("report",),

@@ -1,5 +1,6 @@
 import json
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.tuning.episodes import HELD_OUT_SEED, held_out_episodes
 from fuel_ray.types import Requests
-from fuel_ray.workload.spec import parse_workload
+from fuel_ray.workload.spec import drawn, parse_workload
+from fuel_ray.workload.stretches import Stretches, different
 
 SYNTHETIC = ("steady", "gamma", "piecewise", "diurnal", "mmpp", "chat-prefix")
 BUILT_IN = (*SYNTHETIC, "azure-conv", "azure-code", "diurnal:lengths=azure-code", "steady:lengths=fixed")
@@ -220,6 +223,36 @@ def test_the_halves_of_a_trace_are_the_trace():
     assert arrival_s == pytest.approx(both.arrival_s)
     assert [*first.output_tokens, *second.output_tokens] == both.output_tokens.tolist()
     assert parse_workload("diurnal").halves is None and parse_workload("mixed").halves is None
+
+
+def test_held_out_episodes_of_a_recorded_trace_share_no_request():
+    second = parse_workload("azure-code:rate_scale=0.3").halves[1]
+    seeds, seconds = different(second, seeds=10, seconds=1200)
+    assert (seeds, seconds) == (4, 1200)
+    cut, spans = Stretches(second), []
+    for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + seeds):
+        begin_s = cut.start_s(seconds, seed=seed)
+        spans.append((begin_s, begin_s + seconds))
+        requests = drawn(cut, seconds, seed=seed, random_start=True)
+        there = (second.requests.arrival_s >= begin_s) & (second.requests.arrival_s < begin_s + seconds)
+        assert requests.arrival_s == pytest.approx(second.requests.arrival_s[there] - begin_s)
+    spans.sort()
+    assert all(end_s <= next_s for (_, end_s), (next_s, _) in pairwise(spans))
+    assert spans[0][0] >= 0.0 and spans[-1][1] <= second.period_s
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds", "expected"),
+    [
+        ("azure-conv", 10, (3, 583)),  # half an hour: three shorter ones
+        ("azure-conv", 1, (1, 1200)),
+        ("azure-conv:rate_scale=3", 10, (1, 1200)),  # not even three of four minutes
+        ("diurnal", 10, (10, 1200)),
+        ("listed:requests=0@128/5", 10, (10, 1200)),
+    ],
+)
+def test_as_many_held_out_episodes_as_there_are_different_ones(text, seeds, expected):
+    assert held_out_episodes(text, seeds, 1200) == expected
 
 
 def test_azure_rows_become_requests(tmp_path):

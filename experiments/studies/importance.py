@@ -5,7 +5,7 @@
 
 One feature at a time is replaced, window by window, by its value in another window drawn at random from the
 same episode run with the policy intact. It has no anchor, and the price of a miss is the one tuned for it
-intact; what is shown is what happens to energy and attainment, n held-out episodes, 95 % bootstrap intervals,
+intact; what is shown is what happens to energy and attainment, n held-out episodes, 95 % t intervals,
 paired by seed. (Breiman, Machine Learning 45, 2001.)
 
 It asks which features a trained policy could do without. It takes one episode of 1,200 windows per feature
@@ -82,7 +82,7 @@ def main() -> None:
             kept += int(episode.records.meets(slo).sum())
             requests += episode.totals.arrivals
         intact = energies_j if k is None else intact
-        change = paired_ratio(energies_j, intact, rng=np.random.default_rng(0))
+        change = paired_ratio(energies_j, intact)
         low, high = change.low or change.mean, change.high or change.mean
         name = "none" if k is None else policy.codec.features[k]
         shown = f"{100 * change.mean - 100:+.1f} ({100 * low - 100:+.1f}..{100 * high - 100:+.1f})"

@@ -4,7 +4,7 @@
 
 Every row is one DQN of the plain preset, trained on the default workload or the one named; the best of its
 last four checkpoints taken on tuning seeds, evaluated on held-out seeds. Changes are against the first row of
-their table, paired by seed, 95 % bootstrap intervals. One training per row: what two trainings of the same
+their table, paired by seed, 95 % t intervals. One training per row: what two trainings of the same
 settings differ by is in the table "seeds".
 
 It takes a training of 120,000 windows per row (23 rows; 200,000 take 91 to 103 s on a core, docs/arena.md)
@@ -134,7 +134,7 @@ def table(title: str, rows: Sequence[Row]) -> str:
         "|---|--:|--:|--:|",
     ]
     for row in rows:
-        change = paired_ratio(row.energy_j, rows[0].energy_j, rng=np.random.default_rng(0))
+        change = paired_ratio(row.energy_j, rows[0].energy_j)
         low, high = change.low or change.mean, change.high or change.mean
         shown = (
             "-"

@@ -1,13 +1,16 @@
-"""The same policies under the pack's other clock axes: evaluation only, on the first held-out seeds."""
+"""What is played on held-out seeds: policies as tuned and at other settings, and under other clock axes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fuel_ray.arena.config import ArenaConfig, RecommendConfig
+from fuel_ray.arena.equal import Rows, setting_of
 from fuel_ray.control import ControlLoop
 from fuel_ray.metrics import attained
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.tuning.clock_search import met
 from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.search import Swept
 from fuel_ray.types import Policy, Slo
 
 
@@ -31,7 +34,7 @@ def axis_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> lis
         (seed,) = runs.seeds
         energy_j, arrivals, records = runs.played(policy, seed)
         requests = int(arrivals.sum())
-        share, met = attained(records, runs.slos[slo], arrivals=requests)
+        share, kept = attained(records, runs.slos[slo], arrivals=requests)
         rows.append(
             {
                 "policy": name,
@@ -39,7 +42,24 @@ def axis_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> lis
                 "energy_j": float(energy_j.sum()),
                 "requests": requests,
                 "slo_attainment": share,
-                "slo_met": met,
+                "slo_met": kept,
+                "met": met(records, runs.slos[slo], arrivals=requests),
             }
         )
     return rows
+
+
+def played(swept: Swept, nominal: Rows, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
+    """What each setting did, a value per seed; ``nominal`` are the rows of the first, as it was tuned."""
+    settings = [{"asked": s.asked, "setting": s.setting} for s in swept.settings]
+    figures = [setting_of(nominal)]
+    for setting in swept.around:
+        traces = [trace for runs in alone for trace in runs.traces(setting.policy, slo)]
+        figures.append(
+            {
+                "energy_j": [float(t.energy_j.sum()) for t in traces],
+                "requests": [t.arrivals for t in traces],
+                "met": [t.arrivals - float(t.penalty.sum()) for t in traces],
+            }
+        )
+    return [{**setting, **figure} for setting, figure in zip(settings, figures, strict=True)]

@@ -1,34 +1,35 @@
 """One scenario: tune everybody on tuning seeds, evaluate everybody on held-out ones."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.axes import axis_rows, on_other_axes
+from fuel_ray.arena.axes import axis_rows, on_other_axes, played
 from fuel_ray.arena.comparison import ORACLE
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_of
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
 from fuel_ray.objective import Unscored
-from fuel_ray.policies.catalogue import LOAD_TABLE, PUBLISHED, REFERENCES, TUNED_STATIC, Case, Contender
+from fuel_ray.policies.catalogue import PUBLISHED, REFERENCES, SIMPLE, TUNED_STATIC, Case, Contender
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
-from fuel_ray.tuning.clock_search import allowed_penalty, find_schedule
+from fuel_ray.tuning.clock_search import allowed_penalty, find_schedule, met
 from fuel_ray.tuning.contenders import case_of, families, is_folder, of_size
-from fuel_ray.tuning.episodes import TUNING_SEEDS, run_episode
+from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes, run_episode
 from fuel_ray.tuning.runs import Runs, held_out
-from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, tuned
+from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, Setting, Swept, swept
 from fuel_ray.tuning.tuned import tune_on
-from fuel_ray.types import Knobs, Policy, Slo
+from fuel_ray.types import Policy, Slo
 
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
 CHOSEN = "chosen: learned or static"  # by ``choose``
+_RowsOf = Callable[[str, Policy, Sequence[Runs], str], list[dict[str, Any]]]
 TABLE_BUDGET = 30  # runs spent on single moves
 _RECORDED = ("energy_j", "requests", "slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s",
              "preemptions", "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
@@ -50,9 +51,11 @@ class Job:
 def run_scenario(job: Job, done: Sequence[SloName] = ()) -> Iterator[dict[str, Any]]:
     """A cell per SLO that is not ``done``, as plain data."""
     tuning = tuning_runs(job, loop_of(job, job.home))
-    stage = loop_of(job, job.scenario, part="second half")
-    alone = held_out(stage, job.config.seeds, seconds=job.config.seconds, slos=tuning.slos)
-    others = on_other_axes(job.config, partial(_under_axis, job), slos=tuning.slos)
+    seeds, seconds = held_out_episodes(job.scenario.workload, job.config.seeds, job.config.seconds)
+    judged = replace(job, config=replace(job.config, seeds=seeds, seconds=seconds))
+    stage = loop_of(judged, job.scenario, part="second half")
+    alone = held_out(stage, seeds, seconds=seconds, slos=tuning.slos)
+    others = on_other_axes(judged.config, partial(_under_axis, judged), slos=tuning.slos)
     for slo in (name for name in job.config.slos if name not in done):
         began_s = time.monotonic()
         cell = _cell(job, slo, tuning, alone, others)
@@ -90,27 +93,19 @@ def _cell(
     base = tune_on(tuning, slo, share=job.config.tune_share, limits=limits, budget=TABLE_BUDGET)
     static, share = base.static, base.share
     case = case_of(job.config, spec, slo=tuning.slos[slo], static=static, table=base.table)
-    policies: dict[str, Policy] = {}
-    settings: dict[str, dict[str, float]] = {}
-    for family in _contenders(job.config, case):
-        name = family[0].name
-        policy, setting = tuned(family, tuning, slo, share=share)
-        policies[name], settings[name] = policy, {"setting": setting}
-        if isinstance(policy, LearnedPolicy) and policy.anchor is not None:
-            settings[name]["anchor"] = policy.anchor.weight
-    rows = [row for name, policy in policies.items() for row in held_out_rows(name, policy, alone, slo)]
+    found = {f[0].name: swept(f, tuning, slo, share=share) for f in _contenders(job.config, case)}
     own = of_size(job.config.policies, spec.kv_block_size)
-    deployable = [TUNED_STATIC, *(name for name, entry in own.items() if is_folder(entry))]
-    chosen = choose(tuning, slo, {name: policies[name] for name in deployable}, share=share)
-    axes = {
-        axis: [row for name, policy in policies.items() for row in axis_rows(name, policy, under, slo)]
-        for axis, under in others.items()
-    }
-    if len(deployable) > 1:
-        for found in (rows, *axes.values()):
-            found += [{**row, "policy": CHOSEN} for row in found if row["policy"] == chosen]
+    folders = [name for name, entry in own.items() if is_folder(entry)]
+    chosen = choose({name: found[name] for name in (TUNED_STATIC, *folders)}, share=share)
+    best_rule = choose({name: found[name] for name in SIMPLE if name in found}, share=share)
+    rows, played_at = _on_held_out(found, alone, slo, held_out_rows)
+    axes = {axis: _on_held_out(found, under, slo, axis_rows) for axis, under in others.items()}
+    if folders:
+        for of_policies, settings in ((rows, played_at), *axes.values()):
+            of_policies += [{**row, "policy": CHOSEN} for row in of_policies if row["policy"] == chosen]
+            settings[CHOSEN] = settings[chosen]
     if job.config.oracle:
-        known = [policies[name] for name in dict.fromkeys((TUNED_STATIC, LOAD_TABLE, chosen))]
+        known = [found[name].nominal.policy for name in dict.fromkeys((TUNED_STATIC, best_rule, chosen))]
         allowed = allowed_penalty(tuning.slos[slo], share)
         rows += [row for runs in alone for row in _oracle_rows(job, runs, slo, known, allowed)]
     return {
@@ -120,23 +115,46 @@ def _cell(
         "share": share,
         "static": asdict(static),
         "table": base.table.to_dict(),
-        "settings": settings,
+        "settings": {name: _settings(own.nominal) for name, own in found.items()},
+        "learned": [name for name, own in found.items() if isinstance(own.nominal.policy, LearnedPolicy)],
         "chosen": chosen,
+        "best_rule": best_rule,
         "rows": rows,
-        "axes": axes,
+        "swept": played_at,
+        "axes": {axis: rows for axis, (rows, _) in axes.items()},
+        "swept_axes": {axis: played_there for axis, (_, played_there) in axes.items()},
         "lowest_clock_mhz": spec.gpu_clocks_mhz[0],
-        "frontier": frontier(alone, slo, {static.batch_limit, spec.batch_limits[-1]}),
     }
 
 
-def choose(tuning: Runs, slo: str, policies: Mapping[str, Policy], *, share: float) -> str:
-    """The name of the policy that ranks best on the tuning seeds: what would be deployed."""
-    return min(policies, key=lambda name: tuning.score(policies[name], slo, share=share).rank(share))
+def choose(found: Mapping[str, Swept], *, share: float) -> str:
+    """The name of what ranks best on the tuning seeds, each at just the share that is asked."""
+    return min(found, key=lambda name: found[name].rank(share))
+
+
+def _settings(nominal: Setting) -> dict[str, float]:
+    """What was tuned."""
+    policy = nominal.policy
+    if isinstance(policy, LearnedPolicy) and policy.anchor is not None:
+        return {"setting": nominal.setting, "anchor": policy.anchor.weight}
+    return {"setting": nominal.setting}
+
+
+def _on_held_out(
+    found: Mapping[str, Swept], alone: Sequence[Runs], slo: str, rows_of: _RowsOf
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Rows of every policy as it was tuned, and what each did at all of its settings."""
+    rows, settings = [], {}
+    for name, own in found.items():
+        of_policy = rows_of(name, own.nominal.policy, alone, slo)
+        rows += of_policy
+        settings[name] = played(own, of_policy, alone, slo)
+    return rows, settings
 
 
 def _contenders(config: ArenaConfig, case: Case) -> list[tuple[Contender, ...]]:
-    """The references, the published rules if they take part, and whatever else is named."""
-    known = {name: name for name in (*REFERENCES, *(PUBLISHED if config.peers else ()))}
+    """The references, the simple rules, the published ones if they take part, and whatever else is named."""
+    known = {name: name for name in (*REFERENCES, *SIMPLE, *(PUBLISHED if config.peers else ()))}
     entries = known | of_size(config.policies, case.spec.kv_block_size)
     return [family for name, entry in entries.items() for family in families(name, entry, case)]
 
@@ -148,7 +166,8 @@ def held_out_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) ->
         (seed,) = runs.seeds
         episode = runs.episode(policy, seed)
         fields = summary_fields(episode.totals.summary(episode.records, runs.slos[slo]))
-        rows.append({"policy": name, "seed": seed, **{key: fields[key] for key in _RECORDED}})
+        kept = met(episode.records, runs.slos[slo], arrivals=fields["requests"])
+        rows.append({"policy": name, "seed": seed, **{key: fields[key] for key in _RECORDED}, "met": kept})
     return rows
 
 
@@ -171,20 +190,3 @@ def _oracle_rows(
         starts=[[window.knobs.gpu_clock_mhz for window in episode.windows] for episode in episodes],
     )
     return held_out_rows(ORACLE, found, [runs], slo)
-
-
-def frontier(alone: Sequence[Runs], slo: str, batch_limits: Iterable[int]) -> list[dict[str, Any]]:
-    """What fixed pairs do on the held-out seeds, per seed: energy, requests and penalty."""
-    clocks = alone[0].loop.node.spec.gpu_clocks_mhz[::-1][::TABLE_STRIDE]
-    rows = []
-    for knobs in (Knobs(limit, clock_mhz) for limit in sorted(batch_limits) for clock_mhz in clocks):
-        traces = [t for runs in alone for t in runs.traces(Static(knobs), slo)]
-        rows.append(
-            {
-                **asdict(knobs),
-                "energy_j": [float(t.energy_j.sum()) for t in traces],
-                "requests": [t.arrivals for t in traces],
-                "badness": [float(t.penalty.sum()) for t in traces],
-            }
-        )
-    return rows

@@ -1,46 +1,86 @@
-"""What a policy did in a cell, against each reference and at equal attainment."""
+"""What a policy did in a cell, against each reference: as they were tuned, and at equal attainment."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from fuel_ray.arena.equal import Iso, Rows, Sweep, captured, iso, raw, setting_of, sweep_of
 from fuel_ray.errors import ConfigError
-from fuel_ray.policies.catalogue import JUDGED_BY, REFERENCES, TUNED_STATIC
-from fuel_ray.stats import Interval, relative_energy
+from fuel_ray.policies.catalogue import LOAD_TABLE, REFERENCES, TUNED_STATIC
+from fuel_ray.stats import Interval
 
-Rows = Sequence[Mapping[str, Any]]
 ORACLE = "oracle"
-_Measure = Callable[[Mapping[str, Rows]], float | None]  # of one clock axis, by policy
+BEST_RULE = "best_rule"  # the simple rule that ranked best on the cell's tuning seeds
+_TRAINING = re.compile(r"#\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What everybody did under one clock axis, by name: as tuned, and at all settings."""
+
+    rows: Mapping[str, Rows]
+    sweeps: Mapping[str, Sweep]
+
+    def rows_of(self, names: Sequence[str]) -> Rows:
+        """Of several trainings."""
+        return [row for name in names for row in self.rows[name]]
+
+    def first(self, n: int) -> "_Side":
+        """On the first seeds alone."""
+        rows = {name: own[:n] for name, own in self.rows.items()}
+        return _Side(rows, {name: own.first(n) for name, own in self.sweeps.items()})
+
+
+_Measure = Callable[[_Side], float | None]
 
 
 def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per policy, in the order in which they ran: means over seeds, changes of energy in percent.
+    """One row per policy, in the order in which they ran; changes of energy are in percent.
 
-    A change is energy over the reference's energy less 1, paired by seed, with its 95 % bootstrap interval.
-    ``equal_pct`` compares with fixed clocks at the attainment that the policy reached: with the cheapest mix
-    of two clocks on the frontier of what they did on the same arrivals; None where no clock got there.
-    ``..._axis_low`` and ``..._axis_high`` are the least and the most under any clock axis of the pack: the
-    figure of all seeds and what each axis changes of it on its own, fewer ones. None where only one axis was
-    evaluated.
+    ``vs_...`` is energy over the reference's less 1, both as tuned for the share that was asked. ``iso_...``
+    is that at the attainment that the reference reached, between the settings of each; with a mark where
+    the policy falls short of it. Intervals are 95 % over seeds, and over trainings where there are several:
+    entries NAME#0, NAME#1 are trainings of NAME and make one row. ``seeds_only`` says that one training
+    stands for all. ``captured_pct`` is the share of what the search in hindsight leaves below the best simple
+    rule. ``..._axis_low`` and ``..._axis_high`` are the least and the most under any clock axis of the pack:
+    the figure of all seeds and what each axis changes of it on its own, fewer ones. None where only one axis
+    was evaluated.
     """
-    by_policy = _by_policy(cell["rows"])
-    axes = [_by_policy(rows) for rows in cell.get("axes", {}).values()]
-    floor = _at_lowest_clock(cell, by_policy)
+    trainings = trainings_of(row["policy"] for row in cell["rows"])
+    side = _side(cell["rows"], cell.get("swept", {}))
+    axes = [_side(cell["axes"][axis], cell["swept_axes"][axis]) for axis in cell.get("axes", {})]
+    best = cell.get(BEST_RULE, LOAD_TABLE)
+    floor = _at_lowest_clock(cell, {name: side.rows_of(names) for name, names in trainings.items()})
+    bound = sweep_of(cell["hindsight"]) if cell.get("hindsight") else side.sweeps.get(ORACLE)
     return [
         {
-            **_summary(cell, name, rows, by_policy),
-            **_bands(name, by_policy, [axis for axis in axes if name in axis]),
+            **_summary(cell, name, side.rows_of(names), side),
+            **_training_facts(cell, names),
+            **_changes(names, best, side, bound),
+            **_bands(names, best, side, [axis for axis in axes if set(names) <= set(axis.sweeps)]),
             "floor_mhz": floor.get(name),
         }
-        for name, rows in by_policy.items()
+        for name, names in trainings.items()
     ]
 
 
-def _by_policy(rows: Rows) -> dict[str, Rows]:
+def trainings_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """The entries of each policy: several trainings of it, or itself."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        found.setdefault(_TRAINING.sub("", name), []).append(name)
+    return found
+
+
+def _side(rows: Rows, swept: Mapping[str, Rows]) -> _Side:
     names = dict.fromkeys(row["policy"] for row in rows)
-    return {name: [row for row in rows if row["policy"] == name] for name in names}
+    by_policy = {name: [row for row in rows if row["policy"] == name] for name in names}
+    sweeps = {name: sweep_of(swept.get(name) or [setting_of(own)]) for name, own in by_policy.items()}
+    return _Side(by_policy, sweeps)
 
 
 def _at_lowest_clock(cell: Mapping[str, Any], by_policy: Mapping[str, Rows]) -> dict[str, int]:
@@ -54,12 +94,69 @@ def _at_lowest_clock(cell: Mapping[str, Any], by_policy: Mapping[str, Rows]) -> 
     return {name: lowest_mhz for name, mean in means.items() if abs(mean - means[TUNED_STATIC]) < 1.0}
 
 
-def _bands(name: str, own: Mapping[str, Rows], axes: Sequence[Mapping[str, Rows]]) -> dict[str, float | None]:
+def _summary(cell: Mapping[str, Any], name: str, rows: Rows, side: _Side) -> dict[str, Any]:
+    static = side.rows.get(TUNED_STATIC, rows)
+    attained = attainment(rows)
+    enough = min(cell["share"], attainment(static)) - 0.005
+    return {
+        "scenario": cell["scenario"],
+        "slo": cell["slo"],
+        "policy": name,
+        BEST_RULE: cell.get(BEST_RULE),
+        "n": len({row["seed"] for row in rows}),
+        "energy_j_per_request": sum(row["energy_j"] for row in rows) / sum(row["requests"] for row in rows),
+        "slo_attainment": attained,
+        "kept": attained >= enough or bool(all(row["slo_met"] for row in rows)),
+        "clock_switches": float(np.mean([row["clock_switches"] for row in rows])),
+        "mean_gpu_clock_mhz": float(np.mean([row["mean_gpu_clock_mhz"] for row in rows])),
+    }
+
+
+def _training_facts(cell: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """How many trainings the figures are of; None of what is not trained."""
+    learned = set(names) <= set(cell.get("learned", ()))
+    return {"trainings": len(names) if learned else None, "seeds_only": learned and len(names) == 1}
+
+
+def _changes(names: Sequence[str], best: str, side: _Side, bound: Sweep | None) -> dict[str, Any]:
+    own = [side.sweeps[name] for name in names]
+    changes: dict[str, Any] = {}
+    for column, reference in _raw_columns(best).items():
+        other = _other(names, reference, side)
+        changes |= _percent(column, None if other is None else raw(own, other))
+    for column, reference in _iso_columns(best).items():
+        other = _other(names, reference, side)
+        found = Iso(None) if other is None else iso(own, other)
+        changes |= {**_percent(column, found.ratio), f"{column}_mark": found.mark}
+    bound_pct = share = None
+    if bound is not None and best in side.sweeps:
+        bound_pct = _percent("bound", iso([bound], side.sweeps[best]).ratio)["bound_pct"]
+        share = None if names == [ORACLE] else captured(own, side.sweeps[best], bound)
+    return changes | {"bound_pct": bound_pct, "captured_pct": None if share is None else 100 * share}
+
+
+def _raw_columns(best: str) -> dict[str, str]:
+    """Columns of changes as tuned, and whom each is against."""
+    return {f"vs_{BEST_RULE}": best} | {f"vs_{name}": name for name in REFERENCES}
+
+
+def _iso_columns(best: str) -> dict[str, str]:
+    """The same of changes at equal attainment."""
+    return {f"iso_{BEST_RULE}": best, f"iso_{TUNED_STATIC}": TUNED_STATIC, f"iso_{LOAD_TABLE}": LOAD_TABLE}
+
+
+def _other(names: Sequence[str], reference: str, side: _Side) -> Sweep | None:
+    """The reference, if it has played and is not the policy itself."""
+    return None if reference in names else side.sweeps.get(reference)
+
+
+def _bands(names: Sequence[str], best: str, own: _Side, axes: Sequence[_Side]) -> dict[str, float | None]:
     """Lowest and highest change against each reference, and attainment, over the clock axes."""
     measures: dict[str, _Measure] = {
-        f"vs_{reference}": partial(_change, name, reference) for reference in JUDGED_BY
+        column: partial(_raw_pct, names, other) for column, other in _raw_columns(best).items()
     }
-    measures["slo_attainment"] = lambda by_policy: attainment(by_policy[name])
+    measures |= {column: partial(_iso_pct, names, other) for column, other in _iso_columns(best).items()}
+    measures["slo_attainment"] = lambda side: attainment(side.rows_of(names))
     bands: dict[str, float | None] = {}
     for key, measure in measures.items():
         figures = [figure for axis in axes if (figure := _shifted(measure, own, axis)) is not None]
@@ -73,47 +170,25 @@ def _bands(name: str, own: Mapping[str, Rows], axes: Sequence[Mapping[str, Rows]
     return bands
 
 
-def _change(name: str, reference: str, by_policy: Mapping[str, Rows]) -> float | None:
-    """Of energy, in percent; None against itself or where either has not played."""
-    ratio = _ratio(by_policy[name], by_policy.get(reference, ())) if name != reference else None
-    return None if ratio is None else 100 * (ratio.mean - 1)
+def _raw_pct(names: Sequence[str], reference: str, side: _Side) -> float | None:
+    other = _other(names, reference, side)
+    return None if other is None else 100 * (raw([side.sweeps[name] for name in names], other).mean - 1)
 
 
-def _shifted(measure: _Measure, own: Mapping[str, Rows], axis: Mapping[str, Rows]) -> float | None:
-    """The figure of all seeds, moved by what the axis makes of it on those seeds that it was played on."""
-    seeds = {row["seed"] for rows in axis.values() for row in rows}
-    same = {name: [row for row in rows if row["seed"] in seeds] for name, rows in own.items()}
-    figures = [measure(by_policy) for by_policy in (own, axis, same)]
+def _iso_pct(names: Sequence[str], reference: str, side: _Side) -> float | None:
+    other = _other(names, reference, side)
+    found = None if other is None else iso([side.sweeps[name] for name in names], other).ratio
+    return None if found is None else 100 * (found.mean - 1)
+
+
+def _shifted(measure: _Measure, own: _Side, axis: _Side) -> float | None:
+    """The figure of all seeds, moved by what the axis makes of it on the first ones, which it has."""
+    (n,) = {len(sweep.seeds) for sweep in axis.sweeps.values()}
+    figures = [measure(side) for side in (own, axis, own.first(n))]
     if None in figures:
         return None
     on_all, under, on_same = (figure for figure in figures if figure is not None)
     return on_all + under - on_same
-
-
-def _summary(cell: Mapping[str, Any], name: str, rows: Rows, by_policy: Mapping[str, Rows]) -> dict[str, Any]:
-    energy_j = float(sum(row["energy_j"] for row in rows)) / sum(row["requests"] for row in rows)
-    attained, static = attainment(rows), by_policy.get(TUNED_STATIC, rows)
-    enough = min(cell["share"], attainment(static)) - 0.005
-    changes: dict[str, float | None] = {}
-    for reference in (*REFERENCES, ORACLE):
-        others = () if reference == name else by_policy.get(reference, ())
-        changes |= _percent(f"vs_{reference}", _ratio(rows, others))
-    equal_j = None
-    if cell["limits"]["share"] is not None:
-        equal_j = _frontier_energy([*cell["frontier"], _as_fixed_pair(static)], attained)
-    return {
-        "scenario": cell["scenario"],
-        "slo": cell["slo"],
-        "policy": name,
-        "n": len(rows),
-        "energy_j_per_request": energy_j,
-        "slo_attainment": attained,
-        "kept": attained >= enough or bool(all(row["slo_met"] for row in rows)),
-        "equal_pct": None if equal_j is None else 100 * (energy_j / equal_j - 1),
-        "clock_switches": float(np.mean([row["clock_switches"] for row in rows])),
-        "mean_gpu_clock_mhz": float(np.mean([row["mean_gpu_clock_mhz"] for row in rows])),
-        **changes,
-    }
 
 
 def attainment(rows: Rows) -> float:
@@ -128,39 +203,7 @@ def attainment(rows: Rows) -> float:
     return float(np.average(shares, weights=requests))
 
 
-def _ratio(rows: Rows, others: Rows) -> Interval | None:
-    """Energy by the others', paired by seed."""
-    own_j, others_j = ({row["seed"]: row["energy_j"] for row in by_seed} for by_seed in (rows, others))
-    return relative_energy(own_j, others_j)
-
-
 def _percent(name: str, ratio: Interval | None) -> dict[str, float | None]:
     parts = (f"{name}_pct", f"{name}_low", f"{name}_high")
     values = (None, None, None) if ratio is None else (ratio.mean, ratio.low, ratio.high)
     return {part: None if v is None else 100 * (v - 1) for part, v in zip(parts, values, strict=True)}
-
-
-def _as_fixed_pair(rows: Rows) -> dict[str, list[float]]:
-    """Rows of a fixed pair in the form of the frontier."""
-    return {
-        "energy_j": [row["energy_j"] for row in rows],
-        "requests": [row["requests"] for row in rows],
-        "badness": [(1 - row["slo_attainment"]) * row["requests"] for row in rows],
-    }
-
-
-def _frontier_energy(frontier: Sequence[Mapping[str, Any]], attained: float) -> float | None:
-    """Least J per request of fixed pairs, mixed in time, that reach this attainment; None if none does."""
-    totals = [(sum(f["requests"]), sum(f["badness"]), sum(f["energy_j"])) for f in frontier]
-    points = sorted((1 - missed / requests, energy_j / requests) for requests, missed, energy_j in totals)
-    above = [(share, energy_j) for share, energy_j in points if share >= attained]
-    if not above:
-        return None
-    best = min(energy_j for _, energy_j in above)
-    below = [(share, energy_j) for share, energy_j in points if share < attained and energy_j < best]
-    mixes = [
-        low_j + (high_j - low_j) * (attained - low) / (high - low)
-        for low, low_j in below
-        for high, high_j in above
-    ]
-    return min([best, *mixes])

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.comparison import Rows
 from fuel_ray.arena.config import EvaluateConfig
+from fuel_ray.arena.equal import Rows
 from fuel_ray.build.nodes import build_loop, patience, served
 from fuel_ray.build.recording import recorded_run
 from fuel_ray.config import ServingConfig, SweepConfig
@@ -27,7 +27,7 @@ from fuel_ray.sim.pack import NOMINAL, load_pack
 from fuel_ray.sim.recorded import trace_text
 from fuel_ray.stats import relative_energy
 from fuel_ray.tuning.contenders import of_size
-from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, Episode, run_episode
+from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, Episode, held_out_episodes, run_episode
 from fuel_ray.tuning.tuned import Tuned, tuned_policies
 from fuel_ray.types import NodeSpec, Policy
 from fuel_ray.workload.spec import parse_workload
@@ -53,13 +53,14 @@ def static_name(text: str) -> str:
 
 
 def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
-    """A table of the policies, means over the seeds; savings are paired, with 95 % bootstrap intervals."""
+    """A table of the policies, means over the seeds; savings are paired, with 95 % intervals."""
     first = static_name(config.static[0])
     axis = "" if config.clock_axis == NOMINAL else f", clock axis {config.clock_axis}"
     kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}{axis}"
     width = max(20, *(len(label(row["policy"])) + 1 for row in rows))
+    seeds, seconds = held_out_episodes(config.workload, config.seeds, config.seconds)
     lines = [
-        f"{config.workload}, n = {config.seeds} x {config.seconds} s, {kind}{', partial' if partial else ''}",
+        f"{config.workload}, n = {seeds} x {seconds} s, {kind}{', partial' if partial else ''}",
         f"{'block':>5}  {'policy':<{width}}{'J/request':>10}  {'saving (95 %)':<26}{'of SLO':>7}"
         f"{'TTFT p50':>10}{'TPOT p50':>10}{'mean e2e':>10}",
     ]
@@ -152,7 +153,7 @@ def evaluate_policies(
     policies: Callable[[NodeSpec], Mapping[str, Policy]],
     *,
     seeds: int,
-    seconds: float,
+    seconds: int,
     into: Evaluation,
     say: Callable[[str], None] = lambda line: None,
     traces: bool = False,
@@ -165,6 +166,7 @@ def evaluate_policies(
         NodeError: a window could not be measured; what was added before stays.
     """
     digest = parse_workload(workload).digest()
+    seeds, seconds = held_out_episodes(workload, seeds, seconds)
     with contextlib.ExitStack() as opened:
         own = opened.enter_context(served(config, kv_block_size))
         loop = build_loop(own, kv_block_size, horizon_s=float(seconds), workload=workload, part="second half")

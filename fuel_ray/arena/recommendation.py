@@ -8,28 +8,30 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.axes import axis_rows, on_other_axes
+from fuel_ray.arena.axes import axis_rows, on_other_axes, played
 from fuel_ray.arena.cell import held_out_rows
-from fuel_ray.arena.comparison import Rows, attainment
+from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import RecommendConfig
+from fuel_ray.arena.equal import Rows, Sweep, iso, raw, sweep_of
 from fuel_ray.arena.pool import in_processes
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import Codec
 from fuel_ray.control import ControlLoop
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import TUNED_STATIC, label
+from fuel_ray.policies.catalogue import SIMPLE, TUNED_STATIC, label
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
-from fuel_ray.stats import Interval, paired_ratio
+from fuel_ray.stats import Interval
 from fuel_ray.tuning.contenders import case_of, families, of_size
-from fuel_ray.tuning.episodes import TUNING_SEEDS
+from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes
 from fuel_ray.tuning.runs import Runs, held_out
-from fuel_ray.tuning.search import SLACK, tuned
+from fuel_ray.tuning.search import SLACK, Swept, swept
 from fuel_ray.tuning.tuned import tune_on
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
 _ASKED = "asked"
+AS_GOOD = 0.005  # of energy: within it of the best policy a simple rule is recommended instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Pair:
     kv_block_size: int
     policy: str
     asked: float  # share of requests in tuning; less than the settings say where that is not to be had
-    tuned_rank: tuple[bool, float]  # ``Score.rank`` of that
+    tuned_rank: tuple[bool, float]  # ``Swept.rank`` of that
     energy_j: tuple[float, ...]
     requests: tuple[int, ...]
     attained: float
@@ -58,15 +60,25 @@ class Pair:
     fitted: Fitted | None = None  # of a learned policy
     axes: Mapping[str, "Pair"] = field(default_factory=dict)  # under the pack's others, on the first seeds
     attained_change: float = 0.0  # of one of these, by its axis, on the same seeds
+    swept: Sweep | None = None  # at all settings; None: as tuned alone
 
     @property
     def energy_j_per_request(self) -> float:
         """Pooled over the seeds."""
         return sum(self.energy_j) / sum(self.requests)
 
+    @property
+    def sweep(self) -> Sweep:
+        """What it did, at all settings that were played."""
+        met = [self.attained * requests for requests in self.requests]
+        return self.swept or sweep_of([{"energy_j": self.energy_j, "requests": self.requests, "met": met}])
+
     def against(self, other: "Pair") -> Interval:
-        """Energy by the other's, paired by seed."""
-        return paired_ratio(self.energy_j, other.energy_j, rng=np.random.default_rng(0))
+        """Energy by the other's at the attainment that this has as tuned; as both are where that is too high.
+
+        Too high is more than ``SLACK`` above every setting.
+        """
+        return iso([self.sweep], other.sweep, reached=SLACK).ratio or raw([self.sweep], other.sweep)
 
     def band_against(self, other: "Pair") -> tuple[float, float] | None:
         """Lowest and highest of that over the clock axes; None where there is one.
@@ -76,9 +88,15 @@ class Pair:
         ratio, ratios = self.against(other).mean, []
         for axis, pair in self.axes.items():
             n = len(pair.energy_j)
-            same = sum(self.energy_j[:n]) / sum(other.energy_j[:n])
+            same = self._first(n).against(other._first(n)).mean
             ratios.append(ratio + pair.against(other.axes[axis]).mean - same)
         return (min(ratio, *ratios), max(ratio, *ratios)) if ratios else None
+
+    def _first(self, n: int) -> "Pair":
+        """On the first seeds."""
+        return replace(
+            self, energy_j=self.energy_j[:n], requests=self.requests[:n], swept=self.sweep.first(n)
+        )
 
 
 def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:
@@ -103,32 +121,40 @@ def by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
 
 
 def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
-    """Tuned static and every policy at one block size."""
-    build = partial(build_loop, config, kv_block_size, horizon_s=float(config.seconds))
-    loop, seconds, slos = build(part="first half"), config.seconds, {_ASKED: config.slo}
-    tuning = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=seconds, slos=slos)
-    alone = held_out(build(part="second half"), config.seeds, seconds=seconds, slos=slos)
+    """Tuned static, the simple rules and every policy at one block size."""
+    loop = build_loop(config, kv_block_size, horizon_s=float(config.seconds), part="first half")
+    slos = {_ASKED: config.slo}
+    tuning = Runs(loop, seeds=TUNING_SEEDS[: config.tuning_seeds], seconds=config.seconds, slos=slos)
+    seeds, seconds = held_out_episodes(config.workload, config.seeds, config.seconds)
+    judged = replace(config, seeds=seeds, seconds=seconds)
+    stage = build_loop(judged, kv_block_size, horizon_s=float(seconds), part="second half")
+    alone = held_out(stage, seeds, seconds=seconds, slos=slos)
     base = tune_on(tuning, _ASKED, share=config.tune_share)
     case = case_of(config, loop.node.spec, static=base.static, table=base.table)
-    others = on_other_axes(config, partial(_under_axis, config, kv_block_size), slos=slos)
+    others = on_other_axes(judged, partial(_under_axis, judged, kv_block_size), slos=slos)
     pairs = []
-    for name, entry in ({TUNED_STATIC: TUNED_STATIC} | of_size(config.policies, kv_block_size)).items():
+    known = {name: name for name in (TUNED_STATIC, *SIMPLE)}
+    for name, entry in (known | of_size(config.policies, kv_block_size)).items():
         (family, *_) = families(name, entry, case)
-        policy, _ = tuned(family, tuning, _ASKED, share=base.share)
+        found = swept(family, tuning, _ASKED, share=base.share)
+        policy = found.nominal.policy
         rows = held_out_rows(name, policy, alone, _ASKED)
         pair = Pair(
             kv_block_size=kv_block_size,
             policy=name,
             asked=base.share,
-            tuned_rank=tuning.score(policy, _ASKED, share=base.share).rank(base.share),
-            **_outcome(rows),
+            tuned_rank=found.rank(base.share),
+            **_outcome(found, rows, alone),
             how=_how(policy),
             fitted=Fitted(Path(entry), policy.codec, policy.anchor, base.static)
             if isinstance(policy, LearnedPolicy)
             else None,
         )
         under = {axis: axis_rows(name, policy, runs, _ASKED) for axis, runs in others.items()}
-        axes = {axis: _under(pair, rows[: len(own)], own) for axis, own in under.items()}
+        axes = {
+            axis: _under(pair, rows[: len(own)], own, _outcome(found, own, others[axis]))
+            for axis, own in under.items()
+        }
         pairs.append(replace(pair, axes=axes))
     return pairs
 
@@ -138,17 +164,18 @@ def _under_axis(config: RecommendConfig, kv_block_size: int, clock_axis: str) ->
     return build_loop(config, kv_block_size, horizon_s=float(config.seconds), part="second half")
 
 
-def _under(pair: Pair, same: Rows, own: Rows) -> Pair:
+def _under(pair: Pair, same: Rows, own: Rows, outcome: Mapping[str, Any]) -> Pair:
     """The pair under another clock axis, and what it did on the same seeds under the twin's."""
-    return replace(pair, **_outcome(own), attained_change=attainment(own) - attainment(same))
+    return replace(pair, **outcome, attained_change=attainment(own) - attainment(same))
 
 
-def _outcome(rows: Rows) -> dict[str, Any]:
+def _outcome(found: Swept, rows: Rows, alone: Sequence[Runs]) -> dict[str, Any]:
     return {
         "energy_j": tuple(row["energy_j"] for row in rows),
         "requests": tuple(row["requests"] for row in rows),
         "attained": attainment(rows),
         "met": bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
+        "swept": sweep_of(played(found, rows, alone, _ASKED)),
     }
 
 
@@ -184,7 +211,8 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     can be had than at another counts as missing it. It is deployed if on the held-out seeds it meets the SLO,
     or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval of the difference
     excludes none. Under no other clock axis may it be worse than tuned static, in energy or in this; where it
-    is, the next best is looked at in the same way.
+    is, the next best is looked at in the same way. Energies are compared at equal attainment. A simple rule
+    of which all this holds too and that takes at most ``AS_GOOD`` more is deployed instead.
     """
     bar = (min if share is None else max)(pair.asked for pair in pairs)
 
@@ -207,10 +235,25 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     if refused := _refused(best, static, share):
         chosen, sentence = recommendation([pair for pair in pairs if pair is not best], share=share)
         return chosen, f"{sentence} {_named(best)} uses {_percent(change)} energy, but {refused}."
-    others = [pair for pair in ranked if pair is not best]
-    runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(best))}." if others else ""
-    saved = f"{_percent(change)}{_band(best, static)} energy against {_named(static)}"
-    return best, f"Recommended: {_named(best)}: {saved}.{runner_up}{_warning(best, share)}"
+    deployable = [pair for pair in ranked if not any(rank(pair)[:2])]
+    chosen = _simpler(best, static, deployable, share) or best
+    others = [best] if chosen is not best else [pair for pair in ranked if pair is not best]
+    runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(chosen))}." if others else ""
+    saved = f"{_percent(chosen.against(static))}{_band(chosen, static)} energy against {_named(static)}"
+    why = "" if chosen is best else f" It is as good within {AS_GOOD:.1%}: simpler."
+    return chosen, f"Recommended: {_named(chosen)}: {saved}.{why}{runner_up}{_warning(chosen, share)}"
+
+
+def _simpler(best: Pair, static: Pair, deployable: Sequence[Pair], share: float | None) -> Pair | None:
+    """A simple rule that is as good as the best policy, and may as well be deployed."""
+    if best.policy in SIMPLE:
+        return None
+    for rule in (pair for pair in deployable if pair.policy in SIMPLE and _meets(pair, static, share)):
+        surely = rule.against(static).high
+        as_good = rule.against(best).mean <= 1.0 + AS_GOOD
+        if as_good and surely is not None and surely < 1.0 and not _refused(rule, static, share):
+            return rule
+    return None
 
 
 def _refused(best: Pair, static: Pair, share: float | None) -> str:

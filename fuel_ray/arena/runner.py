@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fuel_ray.arena.cell import Job, run_scenario
-from fuel_ray.arena.comparison import summarise
+from fuel_ray.arena.comparison import summarise, trainings_of
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.figures import draw
 from fuel_ray.arena.pool import in_processes
@@ -22,8 +22,8 @@ from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
 def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[str], notes: str) -> str:
     """Write what came of the cells as tables, pictures and CSV files; the text table is returned.
 
-    ``names`` of policies get a table of their own, a line per cell; ``notes`` say what the clock axis rests
-    on.
+    ``names`` of policies get a table of their own, a line per cell, one for all trainings of a policy;
+    ``notes`` say what the clock axis rests on.
     """
     summaries = [row for cell in cells for row in summarise(cell)]
     write_csv(run_dir / "summary.csv", summaries)
@@ -34,7 +34,7 @@ def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[s
         under = [{**_labels(cell), "clock_axis": axis, **row} for cell, axis, rows in axes for row in rows]
         write_csv(run_dir / "clock_axes.csv", under)
     noted = [notes] if notes else []
-    heads = [headline(summaries, name) for name in names]
+    heads = [headline(summaries, name) for name in trainings_of(names)]
     write_lines(run_dir / "arena.md", ["\n\n".join([*heads, markdown(summaries), *noted])])
     draw(summaries, run_dir)
     return "\n\n".join([text(summaries), *noted])

@@ -3,27 +3,36 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fuel_ray.arena.comparison import Rows
-from fuel_ray.policies.catalogue import JUDGED_BY, MAX_PERFORMANCE, label
+from fuel_ray.arena.equal import Rows
+from fuel_ray.policies.catalogue import MAX_PERFORMANCE, TUNED_STATIC, label
 
 SHOWN = (
     ("J/req", "energy_j_per_request", "{:.1f}"),
     ("of SLO", "slo_attainment", "{:.3f}"),
-    ("vs tuned static", "vs_tuned_static", "{:+.1f}"),
-    ("vs table", "vs_load_table", "{:+.1f}"),
+    ("iso best rule", "iso_best_rule", "{:+.1f}"),
+    ("raw", "vs_best_rule", "{:+.1f}"),
+    ("iso static", "iso_tuned_static", "{:+.1f}"),
+    ("iso table", "iso_load_table", "{:+.1f}"),
     ("vs max", "vs_max_performance", "{:+.1f}"),
-    ("equal SLO", "equal_pct", "{:+.1f}"),
-    ("vs oracle", "vs_oracle", "{:+.1f}"),
+    ("captured", "captured", "{:.0f}"),
     ("switches", "clock_switches", "{:.0f}"),
 )
-_READING = "energy in %, (95 % interval) [lowest..highest over the clock axes]"
+_HEADLINE = ("vs_best_rule", "iso_tuned_static", "vs_max_performance")
+_WITH_INTERVAL = ("iso_best_rule", "iso_tuned_static")
+_CHANGES = ("vs_", "iso_", "captured", "bound")
+_MARKS = {"": "", "short": " <", "not reached": "n.r."}
+_READING = (
+    "energy in %, (95 % interval) [lowest..highest over the clock axes]; iso: at the attainment that the "
+    "other reached, < short of it by 0.1 point at most, n.r. not reached; s: one training, interval of seeds "
+    "only; captured: of what the search in hindsight leaves below the best simple rule"
+)
 
 
 def markdown(summaries: Rows) -> str:
     """One table per SLO and scenario."""
     head = ["policy", *(title for title, _, _ in SHOWN)]
     return "\n\n".join(
-        f"**{scenario}, {slo} SLO** (n = {rows[0]['n']}, {_READING})\n\n"
+        f"**{scenario}, {slo} SLO** ({_facts(rows)}, {_READING})\n\n"
         + _piped(head, ([label(row["policy"]), *_shown(row)] for row in rows))
         + "".join(f"\n\n{note}" for note in _notes(rows))
         for (slo, scenario), rows in _cells(summaries)
@@ -31,25 +40,25 @@ def markdown(summaries: Rows) -> str:
 
 
 def headline(summaries: Rows, policy: str) -> str:
-    """One row per workload for one policy, beside the references."""
-    head = [label(policy), "static J (SLO)", "table % (SLO)", "max J", f"**{label(policy)} %**", "SLO"]
+    """One row per workload for one policy, beside tuned static and the best simple rule."""
+    head = ["static J (SLO)", "best rule", "J (SLO)", f"{label(policy)} J (SLO)", "**iso best rule**", "raw"]
     lines = []
     for (slo, scenario), of_cell in _cells(summaries):
         rows = {row["policy"]: row for row in of_cell}
         if policy in rows:
-            static, table, fastest = (rows[name] for name in JUDGED_BY)
-            own, change = _shown(rows[policy]), table["vs_tuned_static_pct"]
-            lines.append(
-                [
-                    f"{scenario}, {slo}",
-                    f"{static['energy_j_per_request']:.1f} ({static['slo_attainment']:.3f})",
-                    f"{change:+.1f}{_span(table, 'vs_tuned_static_axis', '{:+.1f}', '[]')} "
-                    f"({table['slo_attainment']:.3f})",
-                    f"{fastest['energy_j_per_request']:.1f}",
-                    *(own[k] for k in (2, 1, 3, 4, 5, 6)),
-                ]
-            )
-    return _piped([*head, "vs table", "vs max", "equal SLO", "vs oracle"], lines)
+            own, best = rows[policy], rows.get(rows[policy]["best_rule"])
+            named = ["-", "-"] if best is None else [label(best["policy"]), _level(best)]
+            changes = [_figure(own, "iso_best_rule", "{:+.1f}")]
+            changes += [_figure(own, name, "{:+.1f}") for name in _HEADLINE]
+            bound = [_figure(own, "bound", "{:+.1f}"), _figure(own, "captured", "{:.0f}")]
+            where = f"{scenario}, {slo}"
+            lines.append([where, _level(rows[TUNED_STATIC]), *named, _level(own), *changes, *bound])
+    return _piped(["", *head, "iso static", "vs max", "bound", "captured %"], lines)
+
+
+def _level(row: Mapping[str, Any]) -> str:
+    """Energy per request and attainment."""
+    return f"{row['energy_j_per_request']:.1f} ({_figure(row, 'slo_attainment', '{:.3f}', band=False)})"
 
 
 def text(summaries: Rows) -> str:
@@ -63,10 +72,16 @@ def text(summaries: Rows) -> str:
 
     blocks = []
     for (slo, scenario), rows in _cells(summaries):
-        head = line(f"{scenario}, {slo} SLO, n = {rows[0]['n']}", titles)
+        head = line(f"{scenario}, {slo} SLO, {_facts(rows)}", titles)
         lines = [line(f"  {label(row['policy'])}", _shown(row)) for row in rows]
         blocks.append("\n".join([head, *lines, *(f"  {note}" for note in _notes(rows))]))
     return "\n\n".join([*blocks, _READING])
+
+
+def _facts(rows: Rows) -> str:
+    """How many seeds there are and whom policies are compared with."""
+    best = rows[0]["best_rule"]
+    return f"n = {rows[0]['n']}" + ("" if best is None else f", best rule: {label(best)}")
 
 
 def _notes(rows: Rows) -> Iterator[str]:
@@ -98,16 +113,22 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
     return [_figure(row, name, form) for _, name, form in SHOWN]
 
 
-def _figure(row: Mapping[str, Any], name: str, form: str) -> str:
-    value = row[f"{name}_pct"] if name.startswith("vs_") else row[name]
+def _figure(row: Mapping[str, Any], name: str, form: str, *, band: bool = True) -> str:
+    """A figure with its mark, its interval if it is at equal attainment, and its band over the clock axes."""
+    value = row[f"{name}_pct"] if name.startswith(_CHANGES) else row[name]
+    mark = _MARKS[row.get(f"{name}_mark", "")]
     if value is None:
-        return "-"
-    missed = " !" if name == "slo_attainment" and not row["kept"] else ""
-    return form.format(value) + missed + _span(row, name, form, "()") + _span(row, f"{name}_axis", form, "[]")
+        return mark or "-"
+    shown = form.format(value) + mark
+    if name == "slo_attainment" and not row["kept"]:
+        shown += " !"
+    if name in _WITH_INTERVAL:
+        shown += _span(row, name, form, "()", after="s" if row["seeds_only"] else "")
+    return shown + (_span(row, f"{name}_axis", form, "[]") if band else "")
 
 
-def _span(row: Mapping[str, Any], name: str, form: str, brackets: str) -> str:
+def _span(row: Mapping[str, Any], name: str, form: str, brackets: str, *, after: str = "") -> str:
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
     if low is None or high is None:
         return ""
-    return f" {brackets[0]}{form.format(low)}..{form.format(high)}{brackets[1]}"
+    return f" {brackets[0]}{form.format(low)}..{form.format(high)}{after and ' ' + after}{brackets[1]}"

@@ -16,6 +16,7 @@ from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Node, NodeSpec
 from fuel_ray.workload.spec import parse_workload
+from fuel_ray.workload.stretches import Stretches
 
 # Of a recorded trace, of which there is only one: what is learned from and tuned on, what is reported on
 Part = Literal["whole", "first half", "second half"]
@@ -34,7 +35,8 @@ def build_node(
     """A node as the settings describe it; a live one is on the server that they name (see ``LiveServer``).
 
     ``random_start`` begins each episode at a random point of the workload's period. A recorded trace always
-    does: nothing else in it would differ from seed to seed. ``part`` matters to such a trace alone.
+    does: nothing else in it would differ from seed to seed. ``part`` matters to such a trace alone; of its
+    second half the seeds are disjoint stretches.
 
     Raises:
         ConfigError: pack or workload is unknown or malformed.
@@ -49,7 +51,7 @@ def build_node(
     load = parse_workload(config.workload if workload is None else workload)
     if (halves := load.halves) is not None:
         random_start = True
-        load = {"whole": load, "first half": halves[0], "second half": halves[1]}[part]
+        load = {"whole": load, "first half": halves[0], "second half": Stretches(halves[1])}[part]
     if config.node == "live":
         return live_node(config, kv_block_size, load, horizon_s=horizon_s, random_start=random_start)
     return SimulatedNode(

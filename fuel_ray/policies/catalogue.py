@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE, LEARNED = "max_performance", "tuned_s
 REFERENCES = (MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE)
 JUDGED_BY = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)  # the comparison that says most comes first
 DWELL_S = 5.0
+OFFSETS_MHZ = (-320.0, 320.0)  # of all clocks of what is tuned for a load, to be more or less careful
 # Of policies that are not listed below (Tol's muted palette)
 _OTHER_COLORS = ("#882255", "#999933", "#332288", "#88ccee", "#117733", "#aa4499", "#ddcc77", "#bbbbbb")
 
@@ -48,6 +49,10 @@ class Entry:
     settings: tuple[float, ...] = (0.0,)  # that are tried; the last is as published
     tuned: bool = False  # whether something in it is tuned on the load's tuning seeds
     what: str = "a published rule"
+    simple: bool = False  # one of the rules of which the best is what a learned policy has to beat
+    dial: tuple[float, float] | None = (
+        None  # range of its number, which is 0.0 as tuned: higher, more careful
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +60,14 @@ class Contender:
     """A policy by name, and the values that its one free number is tuned over.
 
     With ``monotone`` a higher number attains the SLO more often and costs more: it is found by bisection.
+    ``nominal`` is the number for what was asked, where that is known beforehand.
     """
 
     name: str
     make: Callable[[float], Policy]
     settings: tuple[float, ...] = (0.0,)
     monotone: bool = False
+    nominal: float | None = None
 
 
 @runtime_checkable
@@ -82,7 +89,10 @@ def contender(name: str, case: Case) -> Contender:
     """The catalogue's policy of this name, which is not the learned one."""
     entry = CATALOGUE[name]
     assert entry.make is not None, f"{name} is a folder"
-    return Contender(name, partial(entry.make, case), entry.settings)
+    make = partial(entry.make, case)
+    if entry.dial is not None:
+        return Contender(name, make, entry.dial, monotone=True, nominal=0.0)
+    return Contender(name, make, entry.settings)
 
 
 def label(name: str) -> str:
@@ -96,6 +106,21 @@ def color(name: str, among: Sequence[str]) -> str:
         return CATALOGUE[name].color
     others = [other for other in among if other not in CATALOGUE]
     return _OTHER_COLORS[others.index(name) % len(_OTHER_COLORS)]
+
+
+def _static(case: Case, offset_mhz: float) -> Policy:
+    return Static(_moved(case, case.static, offset_mhz))
+
+
+def _load_table(case: Case, offset_mhz: float) -> Policy:
+    if not offset_mhz:
+        return case.table
+    return LoadTable(case.table.rates_rps, [_moved(case, knobs, offset_mhz) for knobs in case.table.knobs])
+
+
+def _moved(case: Case, knobs: Knobs, offset_mhz: float) -> Knobs:
+    clock_mhz = round(knobs.gpu_clock_mhz + offset_mhz)
+    return replace(knobs, gpu_clock_mhz=case.spec.nearest_clock_mhz(clock_mhz))
 
 
 def _clipper_binding(case: Case, _: float) -> Policy:
@@ -156,15 +181,18 @@ CATALOGUE: dict[str, Entry] = {
     ),
     TUNED_STATIC: Entry(
         *("tuned static", "#e69f00"),
-        lambda case, _: Static(case.static),
+        _static,
         tuned=True,
+        dial=OFFSETS_MHZ,
         what="the one (clock, limit) pair with the least energy within the SLO on the tuning seeds",
     ),
     LOAD_TABLE: Entry(
         *("load table", "#009e73"),
-        lambda case, _: case.table,
+        _load_table,
         tuned=True,
-        what="a table from the recent arrival rate to a (clock, limit) pair: the strongest simple rule",
+        simple=True,
+        dial=OFFSETS_MHZ,
+        what="a table from the recent arrival rate to a (clock, limit) pair",
     ),
     "clipper": Entry("Clipper", "#cc79a7", lambda case, _: Clipper(case.spec, case.slo)),
     "clipper_binding": Entry("Clipper, if binding", "#8c3d6b", _clipper_binding),
@@ -177,4 +205,5 @@ CATALOGUE: dict[str, Entry] = {
     "ppo": Entry("learned (PPO)", "#0072b2", make=None),
 }
 PLAYABLE = tuple(name for name, entry in CATALOGUE.items() if entry.make is not None)
-PUBLISHED = tuple(name for name in PLAYABLE if name not in REFERENCES)
+SIMPLE = tuple(name for name, entry in CATALOGUE.items() if entry.simple)
+PUBLISHED = tuple(name for name in PLAYABLE if name not in (*REFERENCES, *SIMPLE))

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import LEARNED, REFERENCES
 from fuel_ray.sim.pack import NOMINAL
-from fuel_ray.stats import Interval, bootstrap_mean, relative_energy
+from fuel_ray.stats import Interval, mean_of, relative_energy
 
 ENERGY = "energy_j_per_request"
 _COLUMNS = (
@@ -103,7 +102,7 @@ def mean_over_seeds(
 ) -> Interval | None:
     """Mean of a column over the seeds, each averaged over the block sizes; None without values."""
     values = list(_by_seed(_cells(run, column, workload, policy, block_size)).values())
-    return bootstrap_mean(values, rng=np.random.default_rng(0)) if values else None
+    return mean_of(values) if values else None
 
 
 def energy_against(

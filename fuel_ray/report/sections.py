@@ -18,7 +18,7 @@ _TERMS = {
     "limit": "batch limit: requests that may run at once; the others wait",
     "weight on it": "reward per 100 MHz that a policy must gain to leave the table; at 10 it never does",
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
-    "small print": "in tables: 95 % bootstrap intervals over held-out seeds; comparisons are paired by seed; "
+    "small print": "in tables: 95 % t intervals over held-out seeds; comparisons are paired by seed; "
     "in that of the clock axes, the lowest to the highest",
 }
 _LEARNING = (

@@ -58,9 +58,19 @@ def trace_of(energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords
     bad = np.zeros(len(energy_j))
     at = np.minimum((records.arrival_s + 1e-9).astype(int), len(bad) - 1)
     np.add.at(bad, at, penalty(records, slo))
-    bad[-1] += (int(arrivals.sum()) - len(records)) * (1.0 if slo.share is not None else 10.0)
+    bad[-1] += (int(arrivals.sum()) - len(records)) * _unserved(slo)
     rates = np.array([0.0, *smoothed_rates(arrivals)[:-1]])
     return Trace(energy_j, bad, rates, int(arrivals.sum()))
+
+
+def met(records: RequestRecords, slo: Slo, *, arrivals: int) -> float:
+    """Requests that met the SLO; where its means count, requests less their penalty, which is comparable."""
+    return arrivals - float(penalty(records, slo).sum()) - (arrivals - len(records)) * _unserved(slo)
+
+
+def _unserved(slo: Slo) -> float:
+    """Penalty of a request without a record."""
+    return 1.0 if slo.share is not None else 10.0
 
 
 def find_schedule(

@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.types import Policy, RequestRecords, WindowMetrics
+from fuel_ray.workload.spec import parse_workload
+from fuel_ray.workload.stretches import different
 
 EPISODE_S = 1200  # one period of the default workload
 DRAIN_S = 120  # windows after the last arrival in which requests may finish
 TUNING_SEEDS = tuple(range(1_000, 1_008))
 HELD_OUT_SEED = 2_000_000_000  # first of the held-out seeds; no training or tuning seed is one of them
+
+
+def held_out_episodes(workload: str, seeds: int, seconds: int) -> tuple[int, int]:
+    """How many held-out episodes there are, and of how many seconds: as asked, if a load is generated.
+
+    Those of a recorded trace have to be different requests, of which there are so many.
+    """
+    halves = parse_workload(workload).halves
+    return (seeds, seconds) if halves is None else different(halves[1], seeds=seeds, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,6 @@
 """Runs of policies over fixed seeds; what a fixed pair of knobs does is run once and remembered."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,25 @@ class Score:
         """Lower is better: least energy of those that meet the SLO for ``share``, or else most attainment."""
         missed = self.slo_attainment < share
         return missed, -self.slo_attainment if missed else self.energy_j_per_request
+
+
+def least_energy(points: Iterable[tuple[float, float]], attained: float) -> float | None:
+    """Least energy of points (attainment, energy), and of mixes of two, at an attainment; None: too high.
+
+    One policy in some of the time and another in the rest attains, and takes, what lies between the two.
+    """
+    known = sorted(points)
+    above = [point for point in known if point[0] >= attained]
+    if not above:
+        return None
+    best = min(energy_j for _, energy_j in above)
+    below = [(share, energy_j) for share, energy_j in known if share < attained and energy_j < best]
+    mixes = [
+        low_j + (high_j - low_j) * (attained - low) / (high - low)
+        for low, low_j in below
+        for high, high_j in above
+    ]
+    return min([best, *mixes])
 
 
 class Runs:

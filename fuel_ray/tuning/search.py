@@ -1,18 +1,19 @@
 """The best static pair, load table and setting of a policy on tuning seeds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from fuel_ray.policies.catalogue import Contender, Learner
 from fuel_ray.policies.static import Static
-from fuel_ray.tuning.runs import Runs, Score
+from fuel_ray.tuning.runs import Runs, Score, least_energy
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
 LIMITS_SCARCE = (24, 32, 40, 48, 64)
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
 HALVINGS = 3  # of the distance between settings
 BISECTIONS = 8
+AROUND = (-0.01, -0.005, 0.005)  # of the share asked: where a dial is set besides
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 
 
@@ -57,21 +58,110 @@ def tune_static(
     return min(tried, key=lambda knobs: attempt(knobs).rank(share))
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A policy at one setting of its dial, and the share of requests that this was searched for."""
+
+    asked: float
+    setting: float
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A contender as tuned for what is asked, and at settings for a little less and more."""
+
+    nominal: Setting
+    around: tuple[Setting, ...] = ()  # none where there is nothing to set
+    scores: tuple[Score, ...] = ()  # on the tuning seeds, of every setting tried
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All of them."""
+        return (self.nominal, *self.around)
+
+    def rank(self, share: float) -> tuple[bool, float]:
+        """Lower is better: as ``Score.rank``, with the energy at just this share."""
+        return at_share(self.scores, share).rank(share)
+
+
+def at_share(scores: Sequence[Score], share: float) -> Score:
+    """What settings of one policy amount to at an attainment of ``share``; the highest if none reaches it.
+
+    So a little luck in attainment decides between no two policies.
+    """
+    energy_j = least_energy([(s.slo_attainment, s.energy_j_per_request) for s in scores], share)
+    if energy_j is None:
+        return max(scores, key=lambda score: score.slo_attainment)
+    return Score(energy_j, share)
+
+
 def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> tuple[Policy, float]:
     """The variant, and its setting, that ranks best on the tuning seeds; a ``Learner`` has played them."""
+    best, setting = _nominal([_Dial(contender, tuning, slo, share) for contender in family])
+    return _learned(best.contender.make(setting), tuning), setting
 
-    def rank_of(contender: Contender, setting: float) -> tuple[bool, float]:
-        return tuning.score(contender.make(setting), slo, share=share).rank(share)
 
-    ranks = [cache(partial(rank_of, contender)) for contender in family]
-    settings = [_search(contender, rank) for contender, rank in zip(family, ranks, strict=True)]
-    best = min(range(len(family)), key=lambda k: ranks[k](settings[k])) if len(family) > 1 else 0
-    policy = family[best].make(settings[best])
+def swept(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> Swept:
+    """The same, and its settings for shares ``AROUND`` that, none above what can be reached."""
+    best, setting = _nominal([_Dial(contender, tuning, slo, share) for contender in family])
+    nominal = Setting(share, setting, _learned(best.contender.make(setting), tuning))
+    best.score(setting)
+    around: dict[float, Setting] = {}
+    if len(best.contender.settings) > 1:
+        fastest = Static(tuning.loop.node.spec.max_performance)
+        reachable = tuning.score(fastest, slo, share=share).slo_attainment
+        for asked in sorted({min(share + step, max(reachable, share)) for step in AROUND} - {share}):
+            found = best.search(asked)
+            around[found] = Setting(asked, found, best.contender.make(found))
+    around.pop(setting, None)
+    return Swept(nominal, tuple(around.values()), tuple(best.scores.values()))
+
+
+class _Dial:
+    """A contender on the tuning seeds; each setting is run once."""
+
+    def __init__(self, contender: Contender, tuning: Runs, slo: str, share: float) -> None:
+        self.contender, self.share = contender, share
+        self.scores: dict[float, Score] = {}
+        self._tuning, self._slo = tuning, slo
+
+    def score(self, setting: float) -> Score:
+        if setting not in self.scores:
+            policy = self.contender.make(setting)
+            self.scores[setting] = self._tuning.score(policy, self._slo, share=self.share)
+        return self.scores[setting]
+
+    def nominal(self) -> float:
+        known = self.contender.nominal
+        return self.search(self.share) if known is None else known
+
+    def search(self, asked: float) -> float:
+        """The setting that ranks best for this share."""
+        return _search(self.contender, lambda setting: self.score(setting).rank(asked))
+
+
+def _nominal(dials: Sequence[_Dial]) -> tuple[_Dial, float]:
+    """The variant of least energy at just what is asked, and its setting; a single one is not compared."""
+    settings = [dial.nominal() for dial in dials]
+    if len(dials) == 1:
+        return dials[0], settings[0]
+
+    def rank(k: int) -> tuple[bool, float]:
+        dials[k].score(settings[k])
+        return at_share(tuple(dials[k].scores.values()), dials[k].share).rank(dials[k].share)
+
+    best = min(range(len(dials)), key=rank)
+    return dials[best], settings[best]
+
+
+def _learned(policy: Policy, tuning: Runs) -> Policy:
+    """The policy, which has played the tuning seeds if it is a ``Learner``."""
     if isinstance(policy, Learner):
         for seed in tuning.seeds:
             tuning.episode(policy, seed)
             policy.keep()
-    return policy, settings[best]
+    return policy
 
 
 def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,12 +117,11 @@ def score_weights(
 ) -> tuple[Score, float]:
     """What the policy with these weights does on the tuning seeds, averaged over block sizes, and its price.
 
-    A policy that was trained for many prices of a miss is scored at the best that is found; others have
-    that of their training.
+    A policy that was trained for many prices of a miss is scored at just the share that is asked, between
+    those found on both sides of it; others have that of their training.
     """
     tunings = [_tuning_runs(config, size, config.workload) for size in block_sizes]
 
-    @cache
     def score_at(miss_price_j: float) -> Score:
         found = []
         for tuning in tunings:
@@ -135,10 +134,16 @@ def score_weights(
             slo_attainment=min(score.slo_attainment for score in found),
         )
 
-    price_j = config.miss_price_j
-    if "miss_price" in config.features:
-        price_j = 10.0 ** bisected(lambda log_price: score_at(10.0**log_price).rank(share), *LOG_PRICES)
-    return score_at(price_j), price_j
+    if "miss_price" not in config.features:
+        return score_at(config.miss_price_j), config.miss_price_j
+    scores: dict[float, Score] = {}
+
+    def rank(log_price: float) -> tuple[bool, float]:
+        scores[log_price] = score_at(10.0**log_price)
+        return scores[log_price].rank(share)
+
+    price_j = 10.0 ** bisected(rank, *LOG_PRICES)
+    return search.at_share(tuple(scores.values()), share), price_j
 
 
 def _tuning_runs(config: ServingConfig, kv_block_size: int, workload: str) -> Runs:

@@ -25,6 +25,7 @@ from fuel_ray.workload.lengths import (
 from fuel_ray.workload.listed import Listed, listed
 from fuel_ray.workload.mixed import Mixed
 from fuel_ray.workload.options import Options, as_number
+from fuel_ray.workload.stretches import Stretches
 from fuel_ray.workload.synthetic import Synthetic
 from fuel_ray.workload.trace import Replay, replay
 from fuel_ray.workload.units import LARGEST_BLOCK
@@ -55,9 +56,14 @@ class Workload(Protocol):
 
 
 def drawn(workload: Workload, duration_s: float, *, seed: int, random_start: bool) -> Requests:
-    """The requests of a seed, from the workload's beginning or from a random point of its period."""
+    """The requests of a seed, from the workload's beginning or from a random point of its period.
+
+    Of a recorded trace that is cut into stretches, from where that of the seed begins.
+    """
     rng, period_s = np.random.default_rng(seed), workload.period_s
     start_s = rng.uniform(0.0, period_s) if random_start and period_s else 0.0
+    if isinstance(workload, Stretches):
+        start_s = workload.start_s(duration_s, seed=seed)
     return workload.generate(duration_s, rng=rng, start_s=start_s)
 
 
