@@ -296,6 +296,17 @@ def test_an_attainment_that_is_not_reached_is_compared_by_nothing():
     assert shown["far"] == "n.r." and shown["near"].startswith("-4.3 <")
 
 
+def test_what_the_slo_leaves_is_nothing_to_be_paid_for():
+    """Where the reference meets it for many more than asked, half a point more than asked is enough."""
+    cell = a_cell(load_table=(4600, 0.999), dqn=(4400, 0.98), swept={"dqn": [(4300, 0.97)]})
+    dqn = by_name(cell)["dqn"]
+    assert (
+        dqn["iso_best_rule_pct"] == pytest.approx(100 * (43.5 / 46 - 1)) and dqn["iso_best_rule_mark"] == ""
+    )
+    means = {**cell, "limits": {"share": None}}
+    assert by_name(means)["dqn"]["iso_best_rule_pct"] == pytest.approx(100 * (43 / 46 - 1))
+
+
 def test_the_interval_at_equal_attainment_resamples_the_whole_construction():
     """Against a jackknife that is written out: attainment, pooling and mixing without one seed at a time."""
     rng = np.random.default_rng(0)
@@ -346,6 +357,11 @@ def test_trainings_of_one_policy_are_one_row_with_a_wider_interval():
     half = dqn["iso_best_rule_high"] - dqn["iso_best_rule_pct"]
     assert half == pytest.approx(100 * 4.303 * 100 / 4600 / np.sqrt(3), rel=1e-3)
     assert dqn["energy_j_per_request"] == pytest.approx(45.0)
+
+
+def test_a_cell_of_an_older_version_is_named():
+    with pytest.raises(ConfigError, match="cell s, tight: of an older version"):
+        summarise({name: value for name, value in CELL.items() if name != "swept"})
 
 
 def test_one_training_is_marked_as_such():
@@ -580,6 +596,16 @@ def test_what_is_recommended_is_compared_at_equal_attainment():
         [pair(STATIC, 16, NOISY), dqn, replace(rule, tuned_rank=(False, 90.0))], share=0.95
     )
     assert best is dqn and "Runner-up: load table" in said and "+1.2%" in said
+
+
+def test_against_a_server_without_control_the_tuned_setting_counts():
+    settings = [
+        {"energy_j": [e * share for e in NOISY], "requests": [10] * 4, "met": [10 * kept] * 4}
+        for share, kept in ((0.8, 0.97), (0.9, 0.98))
+    ]
+    dqn = replace(pair("dqn", 16, [e * 0.8 for e in NOISY], attained=0.97), swept=sweep_of(settings))
+    for name, ratio in (("max_performance", 0.8), ("load_table", 0.85)):
+        assert dqn.against(pair(name, 16, NOISY, attained=0.999)).mean == pytest.approx(ratio)
 
 
 def test_too_few_seeds_are_no_sure_saving():

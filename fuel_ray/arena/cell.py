@@ -100,6 +100,7 @@ def _cell(
     best_rule = choose({name: found[name] for name in SIMPLE if name in found}, share=share)
     rows, played_at = _on_held_out(found, alone, slo, held_out_rows)
     axes = {axis: _on_held_out(found, under, slo, axis_rows) for axis, under in others.items()}
+    deployed = found | ({CHOSEN: found[chosen]} if folders else {})
     if folders:
         for of_policies, settings in ((rows, played_at), *axes.values()):
             of_policies += [{**row, "policy": CHOSEN} for row in of_policies if row["policy"] == chosen]
@@ -116,7 +117,7 @@ def _cell(
         "static": asdict(static),
         "table": base.table.to_dict(),
         "settings": {name: _settings(own.nominal) for name, own in found.items()},
-        "learned": [name for name, own in found.items() if isinstance(own.nominal.policy, LearnedPolicy)],
+        "learned": [name for name, own in deployed.items() if isinstance(own.nominal.policy, LearnedPolicy)],
         "chosen": chosen,
         "best_rule": best_rule,
         "rows": rows,

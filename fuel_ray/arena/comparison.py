@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fuel_ray.arena.equal import Iso, Rows, Sweep, captured, iso, raw, setting_of, sweep_of
+from fuel_ray.arena.equal import Iso, Rows, Sweep, captured, enough, iso, raw, setting_of, sweep_of
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import LOAD_TABLE, REFERENCES, TUNED_STATIC
 from fuel_ray.stats import Interval
@@ -49,10 +49,17 @@ def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     rule. ``..._axis_low`` and ``..._axis_high`` are the least and the most under any clock axis of the pack:
     the figure of all seeds and what each axis changes of it on its own, fewer ones. None where only one axis
     was evaluated.
+
+    Raises:
+        ConfigError: the cell is of a version that did not sweep.
     """
+    if "swept" not in cell:
+        where = f"cell {cell['scenario']}, {cell['slo']}"
+        raise ConfigError(f"{where}: of an older version, which did not sweep; run the arena again")
     trainings = trainings_of(row["policy"] for row in cell["rows"])
-    side = _side(cell["rows"], cell.get("swept", {}))
-    axes = [_side(cell["axes"][axis], cell["swept_axes"][axis]) for axis in cell.get("axes", {})]
+    most = enough(cell["share"], of_means=cell["limits"]["share"] is None)
+    side = _side(cell["rows"], cell["swept"], most)
+    axes = [_side(cell["axes"][axis], cell["swept_axes"][axis], most) for axis in cell.get("axes", {})]
     best = cell.get(BEST_RULE, LOAD_TABLE)
     floor = _at_lowest_clock(cell, {name: side.rows_of(names) for name, names in trainings.items()})
     bound = sweep_of(cell["hindsight"]) if cell.get("hindsight") else side.sweeps.get(ORACLE)
@@ -76,11 +83,11 @@ def trainings_of(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _side(rows: Rows, swept: Mapping[str, Rows]) -> _Side:
+def _side(rows: Rows, swept: Mapping[str, Rows], most: float) -> _Side:
     names = dict.fromkeys(row["policy"] for row in rows)
     by_policy = {name: [row for row in rows if row["policy"] == name] for name in names}
-    sweeps = {name: sweep_of(swept.get(name) or [setting_of(own)]) for name, own in by_policy.items()}
-    return _Side(by_policy, sweeps)
+    settings = {name: swept.get(name) or [setting_of(own)] for name, own in by_policy.items()}
+    return _Side(by_policy, {name: sweep_of(own, enough=most) for name, own in settings.items()})
 
 
 def _at_lowest_clock(cell: Mapping[str, Any], by_policy: Mapping[str, Rows]) -> dict[str, int]:
@@ -172,12 +179,20 @@ def _bands(names: Sequence[str], best: str, own: _Side, axes: Sequence[_Side]) -
 
 def _raw_pct(names: Sequence[str], reference: str, side: _Side) -> float | None:
     other = _other(names, reference, side)
-    return None if other is None else 100 * (raw([side.sweeps[name] for name in names], other).mean - 1)
+    if other is None:
+        return None
+    return 100 * (sum(_nominal_j(side.sweeps[name]) for name in names) / len(names) / _nominal_j(other) - 1)
+
+
+def _nominal_j(sweep: Sweep) -> float:
+    return float(sweep.energy_j[0].sum())
 
 
 def _iso_pct(names: Sequence[str], reference: str, side: _Side) -> float | None:
     other = _other(names, reference, side)
-    found = None if other is None else iso([side.sweeps[name] for name in names], other).ratio
+    if other is None:
+        return None
+    found = iso([side.sweeps[name] for name in names], other, interval=False).ratio
     return None if found is None else 100 * (found.mean - 1)
 
 

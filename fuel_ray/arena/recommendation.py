@@ -12,13 +12,13 @@ from fuel_ray.arena.axes import axis_rows, on_other_axes, played
 from fuel_ray.arena.cell import held_out_rows
 from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import RecommendConfig
-from fuel_ray.arena.equal import Rows, Sweep, iso, raw, sweep_of
+from fuel_ray.arena.equal import Rows, Sweep, enough, iso, raw, sweep_of
 from fuel_ray.arena.pool import in_processes
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.codec import Codec
 from fuel_ray.control import ControlLoop
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import SIMPLE, TUNED_STATIC, label
+from fuel_ray.policies.catalogue import MAX_PERFORMANCE, SIMPLE, TUNED_STATIC, label
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
 from fuel_ray.stats import Interval
@@ -71,14 +71,19 @@ class Pair:
     def sweep(self) -> Sweep:
         """What it did, at all settings that were played."""
         met = [self.attained * requests for requests in self.requests]
-        return self.swept or sweep_of([{"energy_j": self.energy_j, "requests": self.requests, "met": met}])
+        setting = {"energy_j": self.energy_j, "requests": self.requests, "met": met}
+        return self.swept or sweep_of([setting], enough=enough(self.asked, of_means=False))
 
     def against(self, other: "Pair") -> Interval:
-        """Energy by the other's at the attainment that this has as tuned; as both are where that is too high.
+        """Energy by the other's at the attainment that this has as tuned.
 
-        Too high is more than ``SLACK`` above every setting.
+        As both are where that is more than ``SLACK`` above every setting, or the other is a server without
+        control: what is saved is then what the tuned setting saves.
         """
-        return iso([self.sweep], other.sweep, reached=SLACK).ratio or raw([self.sweep], other.sweep)
+        same = None
+        if other.policy != MAX_PERFORMANCE:
+            same = iso([self.sweep], other.sweep, reached=SLACK).ratio
+        return same or raw([self.sweep], other.sweep)
 
     def band_against(self, other: "Pair") -> tuple[float, float] | None:
         """Lowest and highest of that over the clock axes; None where there is one.
@@ -170,12 +175,13 @@ def _under(pair: Pair, same: Rows, own: Rows, outcome: Mapping[str, Any]) -> Pai
 
 
 def _outcome(found: Swept, rows: Rows, alone: Sequence[Runs]) -> dict[str, Any]:
+    most = enough(found.nominal.asked, of_means=alone[0].slos[_ASKED].share is None)
     return {
         "energy_j": tuple(row["energy_j"] for row in rows),
         "requests": tuple(row["requests"] for row in rows),
         "attained": attainment(rows),
         "met": bool(np.mean([row["slo_met"] for row in rows]) > 0.5),
-        "swept": sweep_of(played(found, rows, alone, _ASKED)),
+        "swept": sweep_of(played(found, rows, alone, _ASKED), enough=most),
     }
 
 

@@ -109,18 +109,12 @@ def color(name: str, among: Sequence[str]) -> str:
 
 
 def _static(case: Case, offset_mhz: float) -> Policy:
-    return Static(_moved(case, case.static, offset_mhz))
+    clock_mhz = case.spec.nearest_clock_mhz(round(case.static.gpu_clock_mhz + offset_mhz))
+    return Static(replace(case.static, gpu_clock_mhz=clock_mhz))
 
 
 def _load_table(case: Case, offset_mhz: float) -> Policy:
-    if not offset_mhz:
-        return case.table
-    return LoadTable(case.table.rates_rps, [_moved(case, knobs, offset_mhz) for knobs in case.table.knobs])
-
-
-def _moved(case: Case, knobs: Knobs, offset_mhz: float) -> Knobs:
-    clock_mhz = round(knobs.gpu_clock_mhz + offset_mhz)
-    return replace(knobs, gpu_clock_mhz=case.spec.nearest_clock_mhz(clock_mhz))
+    return case.table.moved(offset_mhz, case.spec.nearest_clock_mhz) if offset_mhz else case.table
 
 
 def _clipper_binding(case: Case, _: float) -> Policy:

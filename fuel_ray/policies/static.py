@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -77,6 +77,12 @@ class LoadTable:
         if len(knobs) != len(rates) + 1 or rates != sorted(rates) or not np.isfinite(rates).all():
             raise ValueError("the load table's rates are malformed")
         return LoadTable(rates, knobs)
+
+    def moved(self, offset_mhz: float, nearest: Callable[[int], int] = lambda mhz: mhz) -> "LoadTable":
+        """The same with all clocks higher by this, each the ``nearest`` that there is."""
+        clocks_mhz = (nearest(round(own.gpu_clock_mhz + offset_mhz)) for own in self.knobs)
+        pairs = zip(self.knobs, clocks_mhz, strict=True)
+        return LoadTable(self.rates_rps, [Knobs(own.batch_limit, mhz) for own, mhz in pairs])
 
     def reset(self) -> None:
         self._arrival_rate = ArrivalRate()

@@ -9,7 +9,7 @@ from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.outside import made
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, Case, Contender, contender, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, OFFSETS_MHZ, PLAYABLE, Case, Contender, contender, untuned
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.packs import check_pack
 from fuel_ray.policies.static import LoadTable
@@ -122,9 +122,14 @@ def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
 
 
 def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
-    """The policy near this table, a variant for each weight."""
-    *loose, tight = (policy.near(Anchor(table, weight)) for weight in WEIGHTS)
-    return (*(_priced(name, own, slo) for own in loose), _as_is(name, tight))
+    """The policy near this table, a variant for each weight; with the largest it is the table."""
+    *loose, tight = WEIGHTS
+
+    def as_table(offset_mhz: float) -> LearnedPolicy:
+        return policy.near(Anchor(table.moved(offset_mhz), tight))
+
+    near = (_priced(name, policy.near(Anchor(table, weight)), slo) for weight in loose)
+    return (*near, Contender(name, as_table, OFFSETS_MHZ, monotone=True, nominal=0.0))
 
 
 def _as_is(name: str, policy: LearnedPolicy) -> Contender:

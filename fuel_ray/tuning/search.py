@@ -13,7 +13,7 @@ LIMITS_SCARCE = (24, 32, 40, 48, 64)
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
 HALVINGS = 3  # of the distance between settings
 BISECTIONS = 8
-AROUND = (-0.01, -0.005, 0.005)  # of the share asked: where a dial is set besides
+AROUND = (-0.01, -0.005, 0.005, 0.01)  # of the share asked: where a dial is set besides
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 
 
@@ -103,10 +103,11 @@ def tuned(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) 
 
 
 def swept(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) -> Swept:
-    """The same, and its settings for shares ``AROUND`` that, none above what can be reached."""
+    """The same, with settings for shares ``AROUND`` what is asked, none above what can be reached."""
     best, setting = _nominal([_Dial(contender, tuning, slo, share) for contender in family])
     nominal = Setting(share, setting, _learned(best.contender.make(setting), tuning))
-    best.score(setting)
+    if setting not in best.scores:
+        best.scores[setting] = tuning.score(nominal.policy, slo, share=share)
     around: dict[float, Setting] = {}
     if len(best.contender.settings) > 1:
         fastest = Static(tuning.loop.node.spec.max_performance)
