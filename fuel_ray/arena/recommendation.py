@@ -22,11 +22,11 @@ from fuel_ray.policies.catalogue import MAX_PERFORMANCE, SIMPLE, TUNED_STATIC, l
 from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
 from fuel_ray.policies.static import Static
 from fuel_ray.stats import Interval
-from fuel_ray.tuning.contenders import case_of, families, of_size
+from fuel_ray.tuning.contenders import families, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes
 from fuel_ray.tuning.runs import Runs, held_out
 from fuel_ray.tuning.search import SLACK, Swept, swept
-from fuel_ray.tuning.tuned import tune_on
+from fuel_ray.tuning.tuned import perf_of, tune_on, tuned_case
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
@@ -134,8 +134,8 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     judged = replace(config, seeds=seeds, seconds=seconds)
     stage = build_loop(judged, kv_block_size, horizon_s=float(seconds), part="second half")
     alone = held_out(stage, seeds, seconds=seconds, slos=slos)
-    base = tune_on(tuning, _ASKED, share=config.tune_share)
-    case = case_of(config, loop.node.spec, static=base.static, table=base.table)
+    base = tune_on(tuning, _ASKED, share=config.tune_share, perf=perf_of(config))
+    case = tuned_case(config, loop.node.spec, base)
     others = on_other_axes(judged, partial(_under_axis, judged, kv_block_size), slos=slos)
     pairs = []
     known = {name: name for name in (TUNED_STATIC, *SIMPLE)}
@@ -193,7 +193,7 @@ def _how(policy: Policy) -> str:
         return "a rule"
     parts = [f"a miss costs {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
     if policy.anchor is not None and policy.anchor.weight > 0.0:
-        parts.append(f"{policy.anchor.weight:g} per 100 MHz off the load table")
+        parts.append(f"{policy.anchor.weight:g} per 100 MHz off the best simple rule")
     return ", ".join(parts) or "as trained"
 
 

@@ -1,7 +1,8 @@
-"""Simple rules that look at the node: tables and a prediction, with a linear trim; plain data, and at work."""
+"""Simple rules that look at the node: tables and a prediction, with a trim; plain data, and at work."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from fuel_ray.policies.models import token_limits
 from fuel_ray.policies.static import Compiled, are_counts
 from fuel_ray.sim import program as compiled
-from fuel_ray.sim.clock_axis import ClockAxis
+from fuel_ray.sim.clock_axis import AtClock, ClockAxis
 from fuel_ray.sim.pack import Constants, PerfModel
 from fuel_ray.sim.program import TRIM, Program, Server
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
@@ -76,6 +77,15 @@ class Rule:
             typed["perf"] = PerfModel(Constants(**model["constants"]), axis, model["rest_w"])
         return Rule(**typed)
 
+    def moved(self, by: float) -> "Rule":
+        """The same, more careful: all clocks higher by so many MHz, or a prediction's stretch lower by so much."""
+        return self.stretched(self.stretch - by) if self.predicts else self.shifted(by)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it is a prediction and no table."""
+        return self.perf is not None
+
     def shifted(self, mhz: float) -> "Rule":
         """The same, this much more careful."""
         return replace(self, shift_mhz=self.shift_mhz + mhz)
@@ -115,15 +125,18 @@ class RulePolicy:
         self.rule = rule
         self._spec, self._slo = spec, slo
         self._program, self._server = rule.program(), server_of(spec, slo)
-        perf = rule.perf
-        rows = [perf.at(mhz) for mhz in spec.gpu_clocks_mhz] if perf is not None else []
-        self._constants = perf.constants if perf is not None else Constants(*[0.0] * len(Constants._fields))
-        self._clocks = np.array(rows or [[mhz] * 12 for mhz in spec.gpu_clocks_mhz], float)
+        self._constants = rule.perf.constants if rule.perf else Constants(*[0.0] * len(Constants._fields))
         self._hidden = np.zeros((3, 1))
         self.reset()
 
     def reset(self) -> None:
         self._sight = np.zeros(compiled.SIGHT)
+
+    @cached_property
+    def _clocks(self) -> np.ndarray:
+        """A row per clock, as the model has it."""
+        perf, clocks_mhz = self.rule.perf, self._spec.gpu_clocks_mhz
+        return np.array([perf.at(mhz) if perf else [mhz] * len(AtClock._fields) for mhz in clocks_mhz], float)
 
     def decide(self, window: WindowMetrics) -> Knobs:
         see(self._sight, window)
@@ -135,10 +148,6 @@ class RulePolicy:
     def compiled(self, spec: NodeSpec) -> Compiled:
         """The rule and what it knows of the node."""
         return self._program, self._server
-
-    def with_rule(self, rule: Rule) -> "RulePolicy":
-        """Another rule on the same node."""
-        return RulePolicy(rule, self._spec, self._slo)
 
 
 def see(sight: np.ndarray, window: WindowMetrics) -> None:

@@ -251,7 +251,7 @@ def _trim_mhz(p: Program, sight: np.ndarray, server: Server) -> float:
 
 
 @_compiled
-def _feature(code: int, sight: np.ndarray, server: Server) -> float:
+def _feature(code: int, sight: np.ndarray, server: Server) -> float:  # noqa: PLR0912  (a branch per code)
     """A feature of the codec's table, before it is clipped."""
     value = 0.0
     if code == 1:

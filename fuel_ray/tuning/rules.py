@@ -1,141 +1,188 @@
 """Simple rules that look at their node, tuned on tuning seeds.
 
-Shapes are searched by an evolution strategy on a few of the seeds; how careful a rule is, its dial, is bisected
-on all of them, so that it just meets the SLO as asked.
+How careful a rule is, its dial, is bisected on all of the seeds, so that it just meets the SLO as asked.
+Shapes are searched by an evolution strategy on a few of them: tables from what other rules did, trims from none.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 
 from fuel_ray.averages import smoothed_rates
-from fuel_ray.policies.rules import Key, Rule, RulePolicy
-from fuel_ray.policies.static import Static
+from fuel_ray.policies.anchor import at_work
+from fuel_ray.policies.catalogue import (
+    LOAD_TABLE,
+    PREDICTIVE,
+    PREDICTIVE_TRIM,
+    RATE_REQUESTS_TABLE,
+    REQUESTS_TABLE,
+    REQUESTS_TRIM,
+)
+from fuel_ray.policies.models import token_limits
+from fuel_ray.policies.rules import Key, Rule
+from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import PerfModel
 from fuel_ray.sim.program import TRIM
+from fuel_ray.tuning.evolution import evolved
 from fuel_ray.tuning.runs import Runs, Score
 from fuel_ray.tuning.search import bisected
-from fuel_ray.types import Knobs
+from fuel_ray.types import Policy
 
-FEW_SEEDS = 3  # of a search
-EVALUATIONS = 160  # of a search
-_OFFSPRING, _PARENTS = 10, 4
-_STRETCHES = (0.3, 1.7)
-_MISS_PRICE, _MISS_STEP = 40.0, 0.002  # of energy, per share of requests below what is asked
+RULES = (REQUESTS_TABLE, RATE_REQUESTS_TABLE, REQUESTS_TRIM, PREDICTIVE, PREDICTIVE_TRIM)
+CHEAP = (
+    REQUESTS_TABLE,
+    PREDICTIVE,
+    PREDICTIVE_TRIM,
+)  # of which, with the load table, the default run has the best
+_FEW_SEEDS = 3  # of a search
+_EVALUATIONS = 160  # of a search, each on those
+_PRICE = 10.0  # of attainment, by energy: where an SLO is tight 0.1 point is worth 1 to 2 %
+_STRETCHES = (0.3, 1.7)  # of the TPOT limit
+_KNOTS: dict[Key, tuple[float, ...]] = {  # quantiles of what is seen
+    "arrival_rate": (0.05, 0.35, 0.65, 0.97),
+    "in_system": (0.05, 0.35, 0.65, 0.9, 1.0),
+}
+_FINE_KNOTS: dict[Key, tuple[float, ...]] = {"in_system": (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.83, 0.95, 1.0)}
 
 
-@dataclass(frozen=True, slots=True)
-class RuleSearch:
-    """What rules are tuned for: an SLO for a share of the requests, beside a tuned static pair."""
+def tuned_rules(
+    names: Iterable[str], tuning: Runs, slo: str, *, share: float, table: LoadTable, perf: PerfModel
+) -> dict[str, Rule]:
+    """The rules of these names, tuned; they take the batch limit of a load table, and a GPU's model."""
+    search = _Search(tuning, slo, share, table, perf)
+    make: Mapping[str, Callable[[], Rule]] = {
+        REQUESTS_TABLE: lambda: search.requests_table,
+        RATE_REQUESTS_TABLE: partial(search.tabled, _KNOTS),
+        REQUESTS_TRIM: lambda: search.trimmed(search.requests_table),
+        PREDICTIVE: lambda: search.predictive,
+        PREDICTIVE_TRIM: lambda: search.trimmed(search.predictive),
+    }
+    return {name: make[name]() for name in dict.fromkeys(names)}
+
+
+def best_rule(
+    rules: Mapping[str, Rule], tuning: Runs, slo: str, *, share: float, table: LoadTable
+) -> tuple[str, LoadTable | Rule]:
+    """The one of least energy at the share that was asked, by name; the load table is one of them."""
+    everyone: dict[str, LoadTable | Rule] = {LOAD_TABLE: table, **rules}
+    spec, limits = tuning.loop.node.spec, tuning.slos[slo]
+
+    def rank(name: str) -> tuple[bool, float]:
+        return tuning.score(at_work(everyone[name], spec, limits), slo, share=share).rank(share)
+
+    best = min(everyone, key=rank)
+    return best, everyone[best]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What rules are tuned on."""
 
     tuning: Runs
     slo: str
     share: float
-    static: Knobs
-    perf: PerfModel | None = None
+    table: LoadTable
+    perf: PerfModel
 
+    @cached_property
     def requests_table(self) -> Rule:
-        """Clocks by requests in the system."""
-        (knots,) = self._knots(("in_system",), ((0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.83, 0.95, 1.0),))
-        return self._table(("in_system",), (knots,))
+        return self.tabled(_FINE_KNOTS)
 
-    def rate_requests_table(self) -> Rule:
-        """Clocks by arrival rate and requests in the system."""
-        keys: tuple[Key, ...] = ("arrival_rate", "in_system")
-        return self._table(keys, self._knots(keys, ((0.05, 0.35, 0.65, 0.97), (0.05, 0.35, 0.65, 0.9, 1.0))))
-
+    @cached_property
     def predictive(self) -> Rule:
-        """Clocks by prediction."""
-        return self.dialed(Rule(self.static.batch_limit, perf=self.perf), 0.0, 0.0)
+        """A prediction that stretches the TPOT limit as far as it may; without one its clocks are moved."""
+        rule = Rule(self._batch_limit, perf=self.perf)
+        if not math.isfinite(token_limits(self.tuning.slos[self.slo])[1]):
+            return self._careful(rule, self._span_mhz)
+        low, high = _STRETCHES
+        return rule.stretched(-bisected(lambda x: self._rank(rule.stretched(-x)), -high, -low))
 
-    def trimmed(self, rule: Rule, evaluations: int = EVALUATIONS) -> Rule:
-        """The rule with a linear trim."""
-
-        def make(x: np.ndarray) -> Rule:
-            return replace(rule, trim_mhz=tuple(x[:TRIM].tolist()), shift_mhz=rule.shift_mhz + float(x[TRIM]))
-
-        best = self._evolved(make, np.zeros(TRIM + 1), spread_mhz=self._span_mhz / 16, evaluations=evaluations)
-        return self.dialed(best, -120.0, 120.0)
-
-    def _table(self, keys: tuple[Key, ...], knots: tuple[tuple[float, ...], ...], evaluations=EVALUATIONS) -> Rule:
-        clocks = self.tuning.loop.node.spec.gpu_clocks_mhz
-        line = np.linspace(clocks[0], clocks[-1], len(knots[-1]))
-        shape = (len(knots[0]), len(knots[1])) if len(keys) == 2 else (len(knots[0]), 1)
-        start = np.broadcast_to(line, shape) if len(keys) == 2 else line[:, None]
-        plain = Rule(self.static.batch_limit, keys, knots, _rows(start))
-        careful = self.dialed(plain, -self._span_mhz / 2, self._span_mhz)
+    def tabled(self, quantiles: Mapping[Key, tuple[float, ...]]) -> Rule:
+        """A table with knots at these quantiles: the better of those nearest to two teachers, improved."""
+        nearest = [self._nearest(quantiles, self._at_work(rule)) for rule in (self.table, self.predictive)]
+        starts = [self._careful(rule, self._span_mhz / 4, few=True) for rule in nearest]
+        start = min(starts, key=partial(self._rank, few=True))
+        clocks_mhz = np.array(start.clocks_mhz)
 
         def make(x: np.ndarray) -> Rule:
-            return replace(careful, clocks_mhz=_rows(x.reshape(shape)), shift_mhz=0.0)
+            return replace(start, clocks_mhz=_rows(x.reshape(clocks_mhz.shape)))
 
-        first = start + careful.shift_mhz
-        best = self._evolved(make, first.ravel(), spread_mhz=self._span_mhz / 8, evaluations=evaluations)
-        return self.dialed(best, -120.0, 120.0)
+        return self._improved(make, clocks_mhz.ravel())
 
-    def score(self, rule: Rule, few: bool = False) -> Score:
-        tuning = self.tuning.first(FEW_SEEDS) if few else self.tuning
-        return tuning.score(RulePolicy(rule, tuning.loop.node.spec, tuning.slos[self.slo]), self.slo, share=self.share)
+    def trimmed(self, rule: Rule) -> Rule:
+        """The rule with a trim of its own."""
 
-    def dialed(self, rule: Rule, low: float, high: float) -> Rule:
-        if rule.perf is not None and low == high:
-            x = bisected(lambda x: self.score(rule.stretched(-x)).rank(self.share), -_STRETCHES[1], -_STRETCHES[0])
-            return rule.stretched(-x)
-        x = bisected(lambda x: self.score(rule.shifted(x)).rank(self.share), low, high)
-        return rule.shifted(x)
+        def make(x: np.ndarray) -> Rule:
+            return replace(rule, trim_mhz=tuple(x[:TRIM].tolist())).shifted(float(x[TRIM]))
 
-    def _evolved(
-        self, make: Callable[[np.ndarray], Rule], start: np.ndarray, *, spread_mhz: float, evaluations: int
-    ) -> Rule:
+        return self._improved(make, np.zeros(TRIM + 1))
+
+    def _nearest(self, quantiles: Mapping[Key, tuple[float, ...]], teacher: Policy) -> Rule:
+        """The table nearest to the clocks that another policy chose, by least squares."""
+        seen, clocks_mhz = self._watched(teacher)
+        knots = {key: np.unique(np.quantile(seen[key], own)) for key, own in quantiles.items()}
+        between = np.ones((len(clocks_mhz), 1))  # share of each knot in each window
+        for key, own in knots.items():
+            hats = np.array([np.interp(seen[key], own, row) for row in np.eye(len(own))]).T
+            between = (between[:, :, None] * hats[:, None, :]).reshape(len(clocks_mhz), -1)
+        mean_mhz, squares = clocks_mhz.mean(), between.T @ between + np.eye(between.shape[1])
+        found = mean_mhz + np.linalg.solve(squares, between.T @ (clocks_mhz - mean_mhz))
+        shape = (*(len(own) for own in knots.values()), 1)[:2]
+        by_key = tuple(tuple(own.tolist()) for own in knots.values())
+        return Rule(self._batch_limit, tuple(knots), by_key, _rows(found.reshape(shape)))
+
+    def _watched(self, teacher: Policy) -> tuple[dict[Key, np.ndarray], np.ndarray]:
+        """What a policy saw in each window, by key, and the clocks that it chose."""
+        episodes = [self.tuning.episode(teacher, seed).windows for seed in self.tuning.seeds[:_FEW_SEEDS]]
+        rates = [smoothed_rates(np.array([w.arrivals for w in windows]))[:-1] for windows in episodes]
+        requests = [[float(w.running + w.waiting) for w in windows[:-1]] for windows in episodes]
+        chosen = [[float(w.knobs.gpu_clock_mhz) for w in windows[1:]] for windows in episodes]
+        seen: dict[Key, np.ndarray] = {
+            "arrival_rate": np.concatenate(rates),
+            "in_system": np.concatenate(requests),
+        }
+        return seen, np.concatenate(chosen)
+
+    def _improved(self, make: Callable[[np.ndarray], Rule], start: np.ndarray) -> Rule:
+        """The best rule found from a start, or this where nothing better was; as careful as asked."""
+        first = self._score(make(start), few=True)
+
         def cost(x: np.ndarray) -> float:
-            score = self.score(make(x), few=True)
-            return score.energy_j_per_request / first.energy_j_per_request - price * score.slo_attainment
+            score = self._score(make(x), few=True)
+            more = score.slo_attainment - first.slo_attainment
+            return score.energy_j_per_request / first.energy_j_per_request - _PRICE * more
 
-        first, dearer = (self.score(make(start).shifted(mhz), few=True) for mhz in (0.0, self._span_mhz / 16))
-        more = dearer.slo_attainment - first.slo_attainment
-        price = (dearer.energy_j_per_request / first.energy_j_per_request - 1.0) / max(more, 1e-4)
-        price = min(max(price, 1.0), 60.0)
-        if DBG: print("price", price, first, dearer)
-        if CMA: return make(by_cma(cost,start,spread_mhz,evaluations))
-        return make(evolved(cost, start, spread=spread_mhz, evaluations=evaluations, rng=np.random.default_rng(0)))
+        found = evolved(cost, start, spread=self._span_mhz / 16, evaluations=_EVALUATIONS)
+        rules = [self._careful(make(x), self._span_mhz / 6) for x in (start, found)]
+        return min(rules, key=self._rank)
 
-    def _knots(self, keys, quantiles):
-        seen = {"in_system": [], "arrival_rate": []}
-        for seed in self.tuning.seeds[:2]:
-            windows = self.tuning.episode(Static(self.static), seed).windows
-            seen["in_system"] += [float(w.running + w.waiting) for w in windows]
-            seen["arrival_rate"] += smoothed_rates(np.array([w.arrivals for w in windows]))
-        return tuple(tuple(np.unique(np.quantile(seen[k], q)).tolist()) for k, q in zip(keys, quantiles))
+    def _careful(self, rule: Rule, most_mhz: float, *, few: bool = False) -> Rule:
+        """The rule with its clocks moved by at most so much, so that it just meets the SLO."""
+        move_mhz = bisected(lambda mhz: self._rank(rule.shifted(mhz), few=few), -most_mhz, most_mhz)
+        return rule.shifted(move_mhz)
+
+    def _rank(self, rule: Rule, *, few: bool = False) -> tuple[bool, float]:
+        return self._score(rule, few=few).rank(self.share)
+
+    def _score(self, rule: Rule, *, few: bool = False) -> Score:
+        tuning = self.tuning.first(_FEW_SEEDS) if few else self.tuning
+        return tuning.score(self._at_work(rule), self.slo, share=self.share)
+
+    def _at_work(self, rule: LoadTable | Rule) -> Policy:
+        return at_work(rule, self.tuning.loop.node.spec, self.tuning.slos[self.slo])
+
+    @property
+    def _batch_limit(self) -> int:
+        return self.table.knobs[0].batch_limit
 
     @property
     def _span_mhz(self) -> float:
-        clocks = self.tuning.loop.node.spec.gpu_clocks_mhz
-        return float(clocks[-1] - clocks[0])
+        clocks_mhz = self.tuning.loop.node.spec.gpu_clocks_mhz
+        return float(clocks_mhz[-1] - clocks_mhz[0])
 
 
-def evolved(cost, start, *, spread: float, evaluations: int, rng) -> np.ndarray:
-    best, least, mean, sigma = start, cost(start), start, np.full(len(start), spread)
-    weights = np.log(_PARENTS + 0.5) - np.log(np.arange(1, _PARENTS + 1))
-    weights /= weights.sum()
-    for _ in range(evaluations // _OFFSPRING):
-        steps = rng.standard_normal((_OFFSPRING, len(start)))
-        costs = [cost(mean + step * sigma) for step in steps]
-        parents = steps[np.argsort(costs)[:_PARENTS]]
-        if min(costs) < least:
-            best, least = mean + sigma * steps[int(np.argmin(costs))], min(costs)
-        mean = mean + sigma * (weights @ parents)
-        sigma = sigma * np.exp(0.25 * (weights @ parents**2 - 1.0))
-        sigma = np.maximum(sigma, spread / 15)
-    return best
-
-
-CMA=False; DBG=True
-def by_cma(cost,start,spread,evaluations):
-    import cma
-    es=cma.CMAEvolutionStrategy(start,spread,{"seed":1,"verbose":-9,"maxfevals":evaluations,"popsize":10,"CMA_diagonal":DIAG})
-    while not es.stop():
-        X=es.ask(); es.tell(X,[cost(x) for x in X])
-    return es.result.xfavorite if FAV else es.result.xbest
-DIAG=True; FAV=False
 def _rows(clocks_mhz: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in clocks_mhz.tolist())
