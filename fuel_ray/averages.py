@@ -8,29 +8,49 @@ import numpy as np
 
 from fuel_ray.types import WindowMetrics
 
-EWMA_S = 10.0  # time constant of the arrival rate's
+EWMA_S = 10.0  # time constant of the arrival rate's, unless another is named
+FAST_EWMA_S = 4.0  # of one that sees a change of the load sooner
 EWMA_REQUESTS = 50.0  # the same of the requests', and how many there must have been
 
 
 class ArrivalRate:
-    """Exponentially weighted moving average of the arrival rate, time constant ``EWMA_S``."""
+    """Exponentially weighted moving average of the arrival rate, with a time constant."""
 
-    def __init__(self) -> None:
+    def __init__(self, ewma_s: float = EWMA_S) -> None:
+        self._ewma_s = ewma_s
         self._rate_rps: float | None = None
 
     def update(self, window: WindowMetrics) -> float:
         """The rate in req/s after one more window; the first window's own rate at the start."""
         rate_rps = window.arrivals / window.duration_s
         if self._rate_rps is not None:
-            rate_rps = self._rate_rps + (rate_rps - self._rate_rps) * -math.expm1(-window.duration_s / EWMA_S)
+            share = -math.expm1(-window.duration_s / self._ewma_s)
+            rate_rps = self._rate_rps + (rate_rps - self._rate_rps) * share
         self._rate_rps = rate_rps
         return rate_rps
 
 
-def smoothed_rates(arrivals: np.ndarray) -> list[float]:
+def smoothed_rates(arrivals: np.ndarray, ewma_s: float = EWMA_S) -> list[float]:
     """What ``ArrivalRate`` says after each of these windows of 1 s."""
-    share = -math.expm1(-1.0 / EWMA_S)
+    share = -math.expm1(-1.0 / ewma_s)
     return list(accumulate(arrivals.tolist(), lambda rate_rps, count: rate_rps + (count - rate_rps) * share))
+
+
+class PromptPerArrival:
+    """Prompt tokens computed per arrival, over about the last 20 windows in which somebody came.
+
+    Known from the first window on, and before those whose prompts they are have a first token.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 512.0
+
+    def update(self, window: WindowMetrics) -> float:
+        """The mean after one more window."""
+        if window.arrivals:
+            tokens = min(max(window.prompt_tokens / window.arrivals, 16.0), 4000.0)
+            self._tokens += 0.05 * (tokens - self._tokens)
+        return self._tokens
 
 
 @dataclass(frozen=True, slots=True)

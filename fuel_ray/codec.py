@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fuel_ray.averages import ArrivalRate, RecentRequests, RequestMeans
+from fuel_ray.averages import FAST_EWMA_S, ArrivalRate, PromptPerArrival, RecentRequests, RequestMeans
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.outside import load
@@ -24,6 +24,8 @@ class Context:
     arrival_rate_ewma_rps: float
     miss_price_j: float = 0.0
     requests: RequestMeans = RequestMeans()  # noqa: RUF009  (it is frozen)
+    arrival_rate_4s_rps: float = 0.0
+    prompt_tokens_per_arrival: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,11 @@ FEATURES: dict[str, Feature] = {
     "gpu_clock": Feature(1.0, lambda w, c: w.knobs.gpu_clock_mhz / c.spec.gpu_clocks_mhz[-1]),
     "batch_limit": Feature(1.0, lambda w, c: w.knobs.batch_limit / c.spec.batch_limits[-1]),
     "arrival_rate": Feature(20.0, lambda w, c: w.arrivals / w.duration_s),
+    # Ends at 20 req/s, as the policies that were trained on it saw it; drift sees it beyond
     "arrival_rate_ewma": Feature(20.0, lambda w, c: c.arrival_rate_ewma_rps, load=True),
+    "arrival_rate_10s": Feature(20.0, lambda w, c: c.arrival_rate_ewma_rps, high=5.0),
+    "arrival_rate_4s": Feature(20.0, lambda w, c: c.arrival_rate_4s_rps, high=5.0),
+    "prompt_tokens_per_arrival": Feature(2000.0, lambda w, c: c.prompt_tokens_per_arrival, high=5.0),
     "prompt_tokens_ewma": Feature(1000.0, lambda w, c: c.requests.prompt_tokens, high=32.0, load=True),
     "output_tokens_ewma": Feature(500.0, lambda w, c: c.requests.output_tokens, high=32.0, load=True),
     "prefix_hit_rate_ewma": Feature(1.0, lambda w, c: c.requests.prefix_hit_rate, load=True),
@@ -110,9 +116,9 @@ FEATURES: dict[str, Feature] = {
 }
 SEED_FEATURES = tuple(FEATURES)[:10]
 PRICED_FEATURES = (
-    "running_of_capacity", "waiting_of_capacity", "kv_usage", "free_kv_tokens", "arrival_rate_ewma",
-    "arrival_rate_trend", "prompt_token_throughput", "output_token_throughput", "token_gap", "gpu_clock",
-    "oldest_wait", "tpot_limit", "miss_price",
+    "running_of_capacity", "waiting_of_capacity", "kv_usage", "free_kv_tokens", "arrival_rate_10s",
+    "arrival_rate_4s", "arrival_rate_trend", "prompt_tokens_per_arrival", "prompt_token_throughput",
+    "output_token_throughput", "token_gap", "gpu_clock", "oldest_wait", "tpot_limit", "miss_price",
 )  # fmt: skip
 GREENDLS_FEATURES = tuple(name for name in FEATURES if name.startswith("greendls_"))
 PLAIN_FEATURES = (*SEED_FEATURES, "arrival_rate_ewma", "gpu_clock", "oldest_wait")
@@ -306,12 +312,20 @@ class Encoder:
         self.reset()
 
     def reset(self) -> None:
-        self._arrival_rate, self._requests = ArrivalRate(), RecentRequests()
+        self._arrival_rate, self._fast_rate = ArrivalRate(), ArrivalRate(FAST_EWMA_S)
+        self._requests, self._prompts = RecentRequests(), PromptPerArrival()
 
     def context(self, window: WindowMetrics) -> Context:
         """What features may need beside one more window."""
-        rate_rps, requests = self._arrival_rate.update(window), self._requests.update(window)
-        return Context(self._spec, self._codec.slo, rate_rps, self._codec.miss_price_j, requests)
+        return Context(
+            self._spec,
+            self._codec.slo,
+            self._arrival_rate.update(window),
+            self._codec.miss_price_j,
+            self._requests.update(window),
+            self._fast_rate.update(window),
+            self._prompts.update(window),
+        )
 
     def encode(self, window: WindowMetrics) -> np.ndarray:
         """The observation after a window: (features,) float32 within the codec's bounds."""

@@ -25,10 +25,11 @@ NodeKind = Literal[Backend, "ray"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a policy is trained; what PPO does without is in DQN_ONLY."""
+    """How a policy is trained; what an algorithm has no use for is refused (``flags.UNUSED``)."""
 
     algorithm: str = "dqn"
-    """dqn: double, duelling, n-step, prioritised replay. ppo: RLlib's. Or your own, package.module:NAME."""
+    """dqn: double, duelling, n-step, prioritised replay, near the load table. rllib-dqn: RLlib's own, which
+    knows no table. ppo: RLlib's. Or your own, package.module:NAME."""
     episode_steps: int = 200
     """Control windows per training episode."""
     num_envs: int = 32
@@ -66,18 +67,19 @@ class TrainConfig:
     hold_steps: int = 6
     """Mean number of windows for which a random action is held."""
     target_update_updates: int = 200
-    """1 / the share of the way to the network that its target network goes per update (Polyak averaging)."""
+    """After every update the target network goes 1 / this of the way to the network (Polyak averaging; 200 is
+    tau = 0.005). It is no number of updates between copies."""
     iterations: int = 10
     """Training results, each with a checkpoint."""
     average_results: int = 4
     """A policy is the average of the weights at this many results up to the chosen one."""
 
 
-ALGORITHMS = {"dqn": "fuel_ray.training.dqn:dqn", "ppo": "fuel_ray.training.ppo:ppo"}
-DQN_ONLY = (
-    *("updates_per_round", "buffer_size", "learning_starts", "n_step", "priority", "hold_steps"),
-    *("epsilon_initial", "epsilon_final", "epsilon_share", "target_update_updates"),
-)
+ALGORITHMS = {
+    "dqn": "fuel_ray.training.dqn:dqn",
+    "rllib-dqn": "fuel_ray.training.rllib_dqn:rllib_dqn",
+    "ppo": "fuel_ray.training.ppo:ppo",
+}
 
 
 @dataclass(frozen=True)

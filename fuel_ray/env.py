@@ -65,6 +65,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         self._table = loops[0].node.spec.max_performance  # what the load table would set next
         self.base: int | None = None  # the action that the load table would take next
         self.penalty: np.ndarray | float = 0.0  # what Q loses for leaving it: (actions,)
+        self.penalties = None if anchor is None else anchor.penalties()  # by ``base``: (actions, actions)
         self._step = 0
         self._failures, self._failed = failures, 0
         self._seen = np.zeros(len(codec.low), np.float32)

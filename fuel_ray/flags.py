@@ -25,7 +25,6 @@ from fuel_ray.address import (
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     ALGORITHMS,
-    DQN_ONLY,
     PRESETS,
     LearnConfig,
     LiveConfig,
@@ -42,6 +41,13 @@ from fuel_ray.flag_words import check_words, one_line, wrong_flag
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
+UNUSED = {  # settings of ``train`` by algorithm
+    "rllib-dqn": ("hold_steps",),
+    "ppo": (
+        *("updates_per_round", "buffer_size", "learning_starts", "n_step", "priority", "hold_steps"),
+        *("epsilon_initial", "epsilon_final", "epsilon_share", "target_update_updates"),
+    ),
+}
 NOT_NAMED = "which is loaded only where the command line names it too"
 
 # Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
@@ -58,7 +64,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     (1.0, 86_400.0): "live.request_timeout_s live.start_timeout_s seconds",
     (0, 2**31 - 1): "seed miss_price_j",
     (0.05, 3600.0): "interval_s",
-    (1.0, 3600.0): "canary_block_s oracle_segment_s",
+    (1.0, 3600.0): "canary_block_s",
     (0.001, 0.5): "canary",
     (1, 65_535): "metrics_port port",
     (1, 10_000): "tuning_seeds",
@@ -253,11 +259,13 @@ def _validate_algorithm(config: LearnConfig) -> None:
     if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
         allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
         raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
-    if train.algorithm == "dqn" and train.fragment_steps < train.n_step:
+    if train.algorithm in ("dqn", "rllib-dqn") and train.fragment_steps < train.n_step:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
-    for name in DQN_ONLY if train.algorithm == "ppo" else ():
+    for name in UNUSED.get(train.algorithm, ()):
         if getattr(train, name) != getattr(preset, name):
-            raise ConfigError(f"{_flag('train.' + name)} is the DQN's alone: --train.algorithm ppo has none")
+            raise ConfigError(
+                f"{_flag('train.' + name)}: --train.algorithm {train.algorithm} has no use for it"
+            )
 
 
 def validate_tune_share(tune_share: float, slo_share: float | None) -> None:

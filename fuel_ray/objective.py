@@ -95,7 +95,9 @@ class Energy:
     token_price_j: float  # J per output token that a good static setting pays
     miss_price_j: float  # J per missed limit
     scale_w: float  # typical power, so that rewards are of order 1
-    lowest: float = -4.0  # a window cannot score worse: one deep queue should not drown everything else
+    # A window cannot score worse: one burst should not drown everything else. Misses beyond that are not
+    # seen, which at a high price of a miss are many where the load is more than the node can serve
+    lowest: float = -4.0
 
     def reward(self, window: WindowMetrics) -> float | None:
         if not window.judged_by(self.slo):
@@ -107,11 +109,16 @@ class Energy:
     def misses(self, window: WindowMetrics) -> float:
         """Limits missed in this window, an estimate where its samples are.
 
-        In a stalled one, waiting requests count by the oldest wait.
+        One on TTFT is missed in the window in which it passes, so that serving slowly does not put the miss
+        off; the others when the request finishes. Where it is not known how long each request waits, or no
+        limit is on TTFT, one on TTFT is missed when the first token comes, and in a window in which nothing
+        finishes the waiting requests count by the oldest wait.
         """
         missed, wait_limit_s = 0.0, self.slo.wait_limit_s
         for _, values_s, limit_s in self.slo.limited(window.latencies_s):
             missed += sum(value_s > limit_s for value_s in values_s)
+        if self.slo.ttft_s is not None and (overdue := window.newly_overdue(self.slo.ttft_s)) is not None:
+            return missed + overdue
         if wait_limit_s is not None and not window.completed and window.waiting:
             missed += window.waiting * min(1.0, window.oldest_wait_s / wait_limit_s)
         return missed

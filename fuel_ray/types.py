@@ -1,7 +1,9 @@
 """The nouns of fuel_ray: knobs, nodes, requests, windows, policies. The unit is in every name."""
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import neg
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -217,6 +219,10 @@ class WindowMetrics:
     late_sends: int = 0  # requests that our own load sent more than 10 ms after their time
     # by the server's counters, of requests that our load did not send; a window's edges move some to the next
     foreign_requests: int | None = None
+    # ages of the requests without a first token at its end and at its beginning, oldest first; None: not
+    # known. Those at its beginning are left out that ended in it without one
+    waits_s: Sequence[float] | None = None
+    waits_before_s: Sequence[float] | None = None
 
     @property
     def latencies_s(self) -> dict[LatencyName, tuple[float, ...]]:
@@ -238,6 +244,16 @@ class WindowMetrics:
         missed = sum(value_s > limit_s for value_s in self.latencies_s[name])
         return missed, missed
 
+    def newly_overdue(self, limit_s: float) -> int | None:
+        """How many more than at its beginning wait for a first token for longer; None: not known.
+
+        Together with the TTFTs above the limit it counts each miss once, in the window in which the limit
+        passed.
+        """
+        if self.waits_s is None or self.waits_before_s is None:
+            return None
+        return _longer(self.waits_s, limit_s) - _longer(self.waits_before_s, limit_s)
+
     def least_sum_s(self, name: LatencyName) -> float:
         """What a latency comes to over all requests at least: exactly where it is known so."""
         if self.histograms is None or name not in self.histograms:
@@ -251,6 +267,11 @@ class WindowMetrics:
             return self.histograms[name].mean_s if name in self.histograms else None
         values_s = self.latencies_s[name]
         return sum(values_s) / len(values_s) if values_s else None
+
+
+def _longer(waits_s: Sequence[float], limit_s: float) -> int:
+    """How many of these, oldest first, are longer."""
+    return bisect_left(waits_s, -limit_s, key=neg)
 
 
 class Node(Protocol):

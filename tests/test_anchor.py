@@ -23,6 +23,7 @@ from fuel_ray.tuning.contenders import kept_near
 from fuel_ray.tuning.search import tuned
 from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import GRID, write_policy
+from tests.test_codec import WINDOW
 
 SPEC = build_spec(PRESETS["default"], 16)
 BASE = Knobs(batch_limit=20, gpu_clock_mhz=1485)  # neither is in GRID; the nearest are 16 and 1500
@@ -46,6 +47,13 @@ def test_a_heavy_anchor_leaves_the_table_to_the_letter_even_off_the_grid(tmp_pat
     assert decisions(policy.near(Anchor(TABLE, 10.0))) == decisions(table)
     assert set(decisions(table)) == {Knobs(32, 1980)}  # and BASE where it is calm:
     assert set(decisions(policy.near(Anchor(TABLE, 10.0)), "steady:rate_rps=0.5")) == {BASE}
+
+
+def test_an_anchor_reads_its_table_at_the_average_that_it_was_tuned_at():
+    fast = LoadTable(TABLE.rates_rps, TABLE.knobs, ewma_s=4.0)
+    anchor = GridAnchor(Anchor.from_dict(Anchor(fast, 0.1).to_dict()), GRID)
+    windows = [replace(WINDOW, arrivals=arrivals, duration_s=1.0) for arrivals in (0, 0, *[4] * 8)]
+    assert [anchor.decide(window) for window in windows] == [fast.decide(window) for window in windows]
 
 
 def test_the_network_leaves_the_table_where_it_gains_more_than_that_costs(tmp_path):
@@ -90,6 +98,21 @@ def test_two_policies_on_one_anchor_do_not_share_its_memory(tmp_path):
 def test_the_promise_and_the_price_can_be_told_without_losing_the_anchor(tmp_path):
     policy = read_policy(write_policy(tmp_path / "p")).policy(SPEC).near(Anchor(TABLE, 0.1))
     assert policy.for_slo(Slo(tpot_s=0.01), miss_price_j=3.0).anchor == Anchor(TABLE, 0.1)
+
+
+def test_penalties_by_action_are_those_of_the_tables_knobs():
+    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID)
+    found = anchor.penalties()
+    for knobs in TABLE.knobs:
+        np.testing.assert_array_equal(found[anchor.action(knobs)], anchor.penalty(knobs))
+    assert np.isinf(found).any() and not found[GRID.encode(Knobs(4, 990))].any(), "the table never takes it"
+
+
+def test_a_lower_batch_limit_than_the_tables_is_served_at_the_tables():
+    """RLlib's own runner knows no table, and would learn from what no policy does."""
+    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID)
+    assert anchor.decode(GRID.encode(Knobs(4, 990)), BASE) == Knobs(20, 990)
+    assert anchor.decode(GRID.encode(Knobs(32, 990)), BASE) == Knobs(32, 990)
 
 
 def test_a_policy_folder_keeps_its_anchor(tmp_path):

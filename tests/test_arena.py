@@ -22,13 +22,14 @@ from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.cli import main
+from fuel_ray.codec import PRICED_FEATURES
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import SIMPLE, Contender, contender, label
 from fuel_ray.policies.catalogue import TUNED_STATIC as STATIC
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.learned import Manifest, load_policy, save_policy
-from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import Trace
@@ -65,7 +66,7 @@ def test_the_tight_slo_stretches_what_maximum_performance_has():
 
 
 def a_trace(energy_j, bad, arrivals):
-    return Trace(np.array(energy_j), np.array(bad), np.zeros(len(bad)), arrivals)
+    return Trace(np.array(energy_j), np.array(bad), np.array([arrivals] + [0] * (len(bad) - 1)))
 
 
 def test_a_score_pools_over_seeds():
@@ -483,7 +484,8 @@ def a_priced_policy(folder):
     spec = build_spec(config, 16)
     codec = build_codec(config, spec)
     shapes = {
-        "trunk.0.weight": (4, 13), "trunk.0.bias": (4,), "value.weight": (1, 4), "value.bias": (1,),
+        "trunk.0.weight": (4, len(PRICED_FEATURES)), "trunk.0.bias": (4,),
+        "value.weight": (1, 4), "value.bias": (1,),
         "limit_advantage.weight": (3, 4), "limit_advantage.bias": (3,), "clock_bumps.weight": (10, 4),
         "clock_bumps.bias": (10,),
     }  # fmt: skip
@@ -530,7 +532,6 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
         ["--scenarios", "storm"], ["--slos", "loose"], ["--seeds", "0"], ["--tuning-seeds", "9"],
         ["--policies", "nowhere"], ["--resume", "nowhere"], ["--workers", "0"], ["--seconds", "1"],
         ["--block-sizes", "16", "32"], ["--tune-share", "1.5"], ["--axis-seeds", "-1"],
-        ["--oracle-segment-s", "0"],
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(flags, capsys):
@@ -715,7 +716,7 @@ def test_a_generalist_sees_many_loads_slos_and_prices():
     env = build_env(replace(config, train=replace(config.train, episode_steps=3)), [16])
     seen = np.stack([env.reset(seed=seed)[0] for seed in range(60)])
     names = env.codec.features
-    for name in ("miss_price", "tpot_limit", "arrival_rate_ewma"):
+    for name in ("miss_price", "tpot_limit", "arrival_rate_10s"):
         assert len(set(seen[:, names.index(name)].tolist())) >= 6, name
     assert all(env.observation_space.contains(x) for x in seen)
 
@@ -728,7 +729,7 @@ def test_a_generalist_sees_many_loads_slos_and_prices():
     [
         Static(Knobs(40, 1500)),
         LoadTable([3.0, 8.0], [Knobs(32, 990), Knobs(48, 1305), Knobs(64, 1980)]),
-        ClockSchedule((1980, 990, 1500), segment_s=17.0, batch_limit=24),
+        LoadTable([3.0, 8.0], [Knobs(32, 990), Knobs(48, 1305), Knobs(64, 1980)], ewma_s=4.0),
     ],
 )
 def test_a_planned_policy_gives_the_same_trace_as_window_by_window(policy):

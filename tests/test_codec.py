@@ -92,6 +92,30 @@ def test_the_arrival_rate_is_averaged_over_ten_seconds_and_forgotten_on_reset():
     assert encoder.encode(quiet)[0] == 0.0
 
 
+def test_rates_beyond_twenty_are_seen_but_not_by_policies_that_were_trained_without():
+    names = ("arrival_rate_ewma", "arrival_rate_10s", "arrival_rate_4s")
+    crowd = replace(WINDOW, duration_s=1.0, arrivals=50)
+    assert encode(*names, window=crowd) == pytest.approx([1.0, 2.5, 2.5])
+
+
+def test_the_fast_average_sees_a_change_of_the_load_sooner():
+    encoder = Encoder(Codec(("arrival_rate_10s", "arrival_rate_4s"), SEED_GRID, Slo(1.0)), SPEC)
+    encoder.encode(replace(WINDOW, duration_s=1.0, arrivals=0))
+    for _ in range(4):
+        slow, fast = encoder.encode(replace(WINDOW, duration_s=1.0, arrivals=20))
+    assert (slow, fast) == pytest.approx((1 - np.exp(-0.4), 1 - np.exp(-1.0)), rel=1e-5)
+
+
+def test_long_prompts_are_seen_as_they_come():
+    encoder = Encoder(Codec(("prompt_tokens_per_arrival",), SEED_GRID, Slo(1.0)), SPEC)
+    assert encoder.encode(replace(WINDOW, arrivals=0, prompt_tokens=9_000))[0] * 2000 == pytest.approx(512)
+    first = encoder.encode(replace(WINDOW, arrivals=2, prompt_tokens=100_000))[0]
+    assert first * 2000 == pytest.approx(0.95 * 512 + 0.05 * 4000)
+    encoder.reset()
+    least = encoder.encode(replace(WINDOW, arrivals=2, prompt_tokens=0))[0]
+    assert least * 2000 == pytest.approx(0.95 * 512 + 0.05 * 16)
+
+
 def test_an_unknown_feature_is_named():
     with pytest.raises(ConfigError, match="nonsense"):
         Codec(("nonsense",), SEED_GRID, Slo(1.0))

@@ -177,7 +177,7 @@ def test_a_conditional_policy_sees_every_block_size():
 def test_the_vectorised_form_steps_many_nodes():
     envs = gymnasium.vector.SyncVectorEnv([lambda: build_env(PRESETS["default"], [16])] * 3)
     observations, _ = envs.reset(seed=0)
-    assert observations.shape == (3, 13)
+    assert observations.shape == (3, len(PRESETS["default"].features))
     assert not (observations[0] == observations[1]).all()
     assert envs.step(np.zeros(3, int))[1].shape == (3,)
     envs.close()

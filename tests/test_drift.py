@@ -73,7 +73,7 @@ def test_the_load_of_the_training_is_no_drift(name, knobs):
 
 
 def test_requests_that_became_three_times_as_long_are_drift():
-    """Of the default preset's 13 features, only the arrival rate's was once watched."""
+    """Of the default preset's features, only the arrival rate's was once watched."""
     config, drift = trained("default")[0], detector("default")
     long = "steady:rate_rps=5,prompt_mean=1500,output_mean=450"
     found = drifts(drift, config, long, knobs=SLOW, seed=1, steps=200)

@@ -5,18 +5,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fuel_ray.arena.evaluation import evaluate_block_size
-from fuel_ray.build.nodes import build_spec
+from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.cli import main
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, PUBLISHED, contender, untuned
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.tuning import tuned
+from fuel_ray.tuning import search, tuned
 from fuel_ray.tuning.contenders import names_of, resolve
+from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.tuned import Tuned
 from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import write_policy
@@ -52,6 +54,18 @@ def test_every_policy_of_the_catalogue_can_be_made_and_decides(name):
         policy = contender(name, CASE).make(setting)
         policy.reset()
         assert policy.decide(WINDOW).gpu_clock_mhz in SPEC.gpu_clocks_mhz
+
+
+def test_the_table_at_four_seconds_is_tuned_for_itself():
+    loop = build_loop(PRESETS["default"], 16, horizon_s=60.0)
+    spec, slo = loop.node.spec, Slo(1.0, 0.012)
+    runs = Runs(loop, seeds=[1000], seconds=60, slos={"a": slo})
+    case = untuned(spec, slo, None)
+    fast = contender("load_table_4s", replace(case, static=Knobs(48, 1500)))
+    assert fast.make(0.0).plan(np.zeros(3))[1].tolist() == [1500] * 3  # before
+    table, _ = search.tuned([fast], runs, "a", share=0.9)
+    assert table.ewma_s == 4.0 and {knobs.batch_limit for knobs in table.knobs} == {48}
+    assert len(table.knobs) == 10 and len({knobs.gpu_clock_mhz for knobs in table.knobs}) > 1
 
 
 def test_labels_and_colours_tell_the_policies_apart():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,11 +60,16 @@ def test_the_target_is_the_target_networks_value_of_the_online_networks_best_act
         next_observations=np.eye(2, dtype=np.float32)[::-1].copy(),
         weights=np.array([1.0, 0.5], np.float32),
         index=np.arange(2),
+        next_penalties=np.zeros((1, 1), np.float32),
     )
     errors, loss = _loss(module, batch)
     # online best of state 1 is action 0, worth 30 to the target; of state 0 action 1, worth 20
     assert errors.tolist() == [1.0 - (2 + 0.5 * 30), 3.0 - (3 + 0.25 * 20)]
     assert loss.item() == pytest.approx((1.0 * (16 - 0.5) + 0.5 * (5 - 0.5)) / 2)  # Huber: |error| - 1/2
+    # forbidden there: action 0 of state 1, and action 1 of state 0 costs more than it gains
+    held = replace(batch, next_penalties=np.array([[np.inf, 0.0], [0.0, 4.5]], np.float32))
+    errors, _ = _loss(module, held)
+    assert errors.tolist() == [1.0 - (2 + 0.5 * 40), 3.0 - (3 + 0.25 * 10)]
 
 
 def sweep(*flags, out, cwd):

@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pynvml
@@ -14,7 +14,8 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.errors import ConfigError, GpuError, NodeError, TelemetryError
 from fuel_ray.live.cpu import CpuMeter
 from fuel_ray.live.gpu.nvml import Gpus
-from fuel_ray.live.load.loadgen import LoadGenerator
+from fuel_ray.live.load.completion import Attempt
+from fuel_ray.live.load.loadgen import LoadGenerator, LoadProgress
 from fuel_ray.live.load.prompts import TokenPrompts
 from fuel_ray.live.node import GpuNode
 from fuel_ray.live.vllm.in_force import InForce
@@ -228,6 +229,37 @@ def test_first_tokens_of_a_lost_window_leave_nobody_waiting(gpu, monkeypatch):
             hanging.setattr(node._readings, "_entries", list)
             node.measure(0.2)
         assert node.measure(0.2).oldest_wait_s < 0.2
+
+
+class Looks:
+    """A load that stands here and there, as (now, in flight, ended)."""
+
+    def __init__(self, *looks):
+        self._looks = iter(looks)
+
+    def take(self):
+        now_s, in_flight, ended = next(self._looks)
+        return LoadProgress(now_s, 4, ended, in_flight)
+
+
+def test_a_request_that_fails_while_overdue_stays_missed_once(gpu):
+    spec = NodeSpec("live", "H100", ("GPU-0",), "tiny", 16, 300, (1, 32), (1980,))
+    first, second, third = (Attempt(k, 0.1 * k, 8, 8) for k in range(3))
+    begun, failed = replace(first, first_token_s=2.5), replace(second, error="gone")
+    with contextlib.closing(GpuNode(spec, Gpus(["GPU-0"]), Pages(page()))) as node:
+        load = Looks(
+            *((now_s, (first, second, third), ()) for now_s in (1.0, 2.0)),
+            (3.0, (begun, third), (failed,)),
+            (4.0, (begun, third), ()),
+        )
+        seen = [node._served(load) for _ in range(4)]
+    missed = [
+        sum(ttft_s > 1.5 for ttft_s in served.ttfts_s)
+        + sum(wait_s > 1.5 for wait_s in served.waits_s)
+        - sum(wait_s > 1.5 for wait_s in served.waits_before_s)
+        for served in seen
+    ]
+    assert missed == [0, 3, 0, 0] and seen[2].ttfts_s == (2.5,)
 
 
 def test_a_node_that_was_not_reset_cannot_be_measured(stub, gpu):

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
@@ -104,7 +105,9 @@ def test_a_window_has_the_types_it_says(measure):
     for name, kind in kinds.items():
         value = getattr(window, name)
         options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
-        if get_origin(kind) is tuple:
+        if any(get_origin(option) is Sequence for option in options):
+            assert value is None or all(type(item) is float for item in value), name
+        elif get_origin(kind) is tuple:
             assert type(value) is tuple and all(type(item) is float for item in value), name
         else:
             assert type(value) in options, f"{name} is {value!r}"
@@ -164,6 +167,11 @@ def test_window_samples_are_those_of_the_records(node, measure):
     for name, column in (("ttfts_s", records.ttft_s), ("tpots_s", records.tpot_s), ("e2es_s", records.e2e_s)):
         assert pooled(name) == pytest.approx(sorted(column[np.isfinite(column)].tolist()), abs=1e-9)
     assert sum(window.output_tokens for window in windows) == records.output_tokens.sum()
+    for limit_s in np.quantile(
+        records.ttft_s, (0.0, 0.5, 0.9)
+    ):  # each miss in one window, be it an early one
+        missed = sum(window.misses("ttft", limit_s)[0] + window.newly_overdue(limit_s) for window in windows)
+        assert missed == (records.ttft_s > limit_s).sum()
     assert len(node.take_records()) == 0
 
 

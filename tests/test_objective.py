@@ -196,3 +196,57 @@ def test_a_window_that_cannot_be_judged_has_no_reward():
     energy = Energy(Slo(1.0), token_price_j=1.0, miss_price_j=1.0, scale_w=400.0)
     assert energy.reward(unknown) is None and energy.reward(WINDOW) is not None
     assert GreenDls(10.0, kv=False, normalized=False).reward(unknown) is None
+
+
+OVERLOAD = "steady:rate_rps=20"  # of which a batch limit of 24 serves about half
+
+
+@pytest.mark.parametrize("limits", [(1.0, None), (1.0, 0.012), (20.0, None)])
+def test_misses_over_an_episode_are_those_of_the_records_and_of_who_still_waits(limits):
+    node = SimulatedNode(load_pack("h100-qwen3-8b"), parse_workload(OVERLOAD), kv_block_size=16, horizon_s=90)
+    node.reset(seed=0)
+    node.apply(Knobs(24, 1200))
+    windows = [node.measure(1.0) for _ in range(100)]
+    slo, records = Slo(*limits), node.take_records()
+    begun = sum(len(window.ttfts_s) for window in windows) - len(records)  # no record yet of these
+    late = [value for window in windows for value in window.ttfts_s if value > slo.ttft_s]
+    waiting = sum(wait_s > slo.ttft_s for wait_s in windows[-1].waits_s)
+    slow = 0 if slo.tpot_s is None else (records.tpot_s > slo.tpot_s).sum()
+    missed = sum(Energy(slo, 0.2, 200.0, 400.0).misses(window) for window in windows)
+    assert begun <= 24 and 0 <= len(late) - (records.ttft_s > slo.ttft_s).sum() <= begun
+    assert missed == len(late) + waiting + slow and waiting > 100
+
+
+def test_a_miss_counts_in_the_window_in_which_its_limit_passes_and_not_again():
+    """Three requests come at once and are served one after the other, for about 3 s each."""
+    work = Requests(np.zeros(3), np.full(3, 64), np.full(3, 256), np.full(3, -1), np.zeros(3, np.int64))
+    node = SimulatedNode(
+        load_pack("h100-qwen3-8b"), parse_workload("steady"), kv_block_size=16, horizon_s=1.0
+    )
+    node.replay(work)
+    node.apply(Knobs(1, 990))
+    windows = [node.measure(0.5) for _ in range(30)]
+    energy = Energy(Slo(ttft_s=0.8), 0.2, 200.0, 400.0)
+    assert [energy.misses(window) for window in windows] == [0, 2, *[0] * 28]
+    assert sum(len(window.ttfts_s) for window in windows[4:]) == 2  # whose first tokens come long after
+
+
+def test_serving_more_slowly_does_not_put_misses_off():
+    misses = {}
+    for limit, clock_mhz in ((64, 1980), (1, 990)):
+        node = SimulatedNode(
+            load_pack("h100-qwen3-8b"), parse_workload(OVERLOAD), kv_block_size=16, horizon_s=30
+        )
+        node.reset(seed=0)
+        node.apply(Knobs(limit, clock_mhz))
+        windows = [node.measure(1.0) for _ in range(30)]
+        misses[limit] = sum(Energy(Slo(1.0), 0.2, 200.0, 400.0).misses(window) for window in windows)
+        first = sum(value > 1.0 for window in windows for value in window.ttfts_s)
+    assert first < 20 and misses[1] > 500 > misses[64]  # ``first``: what was counted of the slow one before
+
+
+def test_where_waits_are_unknown_a_miss_counts_when_its_first_token_comes():
+    energy = Energy(Slo(1.0), 0.2, 200.0, 400.0)
+    assert WINDOW.newly_overdue(1.0) is None and energy.misses(WINDOW) == 1  # one TTFT of 2 s
+    known = replace(WINDOW, waits_s=(1.4, 0.2), waits_before_s=(1.1, 0.1))
+    assert energy.misses(known) == 1 + 1 - 1  # that one was overdue before, and another has become so

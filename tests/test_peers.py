@@ -15,14 +15,12 @@ from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.eais import Eais
 from fuel_ray.policies.feedback import Feedback
 from fuel_ray.policies.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
-from fuel_ray.policies.static import ClockSchedule, Static
+from fuel_ray.policies.static import Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.clock_search import (
-    Trace,
     allowed_penalty,
     find_load_table,
-    find_schedule,
     penalty,
     trace_of,
 )
@@ -290,43 +288,7 @@ def test_linucb_forgets_on_reset_what_it_was_not_told_to_keep():
     assert policy._tries.sum() == 19
 
 
-# Oracle
-
-
-def test_a_schedule_plays_the_clock_of_each_segment_and_then_the_last():
-    policy = ClockSchedule((990, 1200, 1500), segment_s=2.0, batch_limit=8)
-    clocks = [policy.decide(QUIET).gpu_clock_mhz for _ in range(7)]  # windows that begin at 1, 2, ..., 7 s
-    assert clocks == [990, 1200, 1200, 1500, 1500, 1500, 1500]
-    policy.reset()
-    assert policy.decide(QUIET) == Knobs(8, 990)
-
-
-BEST_MHZ = (1095, 1500, 1305, 1740)  # of each 10 s; below it every request misses its limit
-
-
-def toy(policy):
-    """An episode of 40 s with 2 requests a second, whose cost is known in closed form."""
-    policy.reset()
-    window, energies_j, bad = replace(QUIET, arrivals=2), [600.0], [0.0]
-    for second in range(1, 40):
-        window = replace(window, knobs=policy.decide(window))
-        energies_j.append(window.knobs.gpu_clock_mhz / 10)
-        bad.append(2.0 * (window.knobs.gpu_clock_mhz < BEST_MHZ[second // 10]))
-    return [Trace(np.array(energies_j), np.array(bad), np.full(40, 2.0), arrivals=80)]
-
-
-def test_the_oracle_finds_the_lowest_clock_of_each_segment():
-    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.0, strides=(4, 2))
-    assert all(0 <= clock - best <= 30 for clock, best in zip(found.clocks_mhz[5::10], BEST_MHZ, strict=True))
-    (result,) = toy(found)
-    assert result.mean_penalty == 0.0
-
-
-def test_the_oracle_spends_the_misses_that_are_allowed():
-    found = find_schedule(toy, CLOCKS, segment_s=10.0, batch_limit=64, allowed=0.25)
-    (result,) = toy(found)
-    assert 0.2 < result.mean_penalty <= 0.25
-    assert result.energy_j.sum() < toy(Static(Knobs(64, 1500)))[0].energy_j.sum()
+# Clocks by load
 
 
 def test_the_penalty_is_a_miss_or_the_share_of_a_mean_limit():
@@ -341,7 +303,7 @@ def test_the_penalty_is_a_miss_or_the_share_of_a_mean_limit():
     assert allowed_penalty(E2E, 1.0) == 1.0
     result = trace_of(np.full(3, 600.0), np.ones(3, int), records, SLO)
     assert result.penalty.tolist() == [0.0, 1.0, 1.0]  # the third has no record
-    assert result.rate_rps[0] == 0.0 and result.rate_rps[1] == 1.0
+    assert result.rate_rps(10.0).tolist() == [0.0, 1.0, 1.0] and result.arrivals == 3
 
 
 # On the simulated node
@@ -430,16 +392,6 @@ def simulated(seeds, *, slo=SLO, workload="piecewise:rates=2@60+16@60"):
     return run
 
 
-def test_the_oracle_beats_every_fixed_clock_where_the_load_changes():
-    run = simulated([5], slo=Slo(ttft_s=1.0, tpot_s=0.016))
-    found = find_schedule(run, CLOCKS, segment_s=20.0, batch_limit=128, allowed=0.05, strides=(8,))
-    fixed = [run(Static(Knobs(128, clock)))[0] for clock in CLOCKS[::8]]
-    (result,) = run(found)
-    kept = [t.energy_j.sum() for t in fixed if t.mean_penalty <= 0.05]
-    assert result.mean_penalty <= 0.05
-    assert result.energy_j.sum() < min(kept)
-
-
 def test_a_found_load_table_is_no_worse_than_a_fixed_clock():
     run = simulated([5, 6], slo=Slo(ttft_s=1.0, tpot_s=0.016))
     table = find_load_table(run, CLOCKS, batch_limit=128, allowed=0.05, rows=4, stride=8, budget=10)
@@ -454,6 +406,18 @@ def test_a_found_load_table_is_no_worse_than_a_fixed_clock():
     energy_j, bad = cost(table)
     assert bad <= 0.05
     assert energy_j <= min(e for e, b in fixed if b <= 0.05)
+
+
+def test_a_load_table_is_searched_at_its_own_average():
+    run = simulated([5], slo=Slo(ttft_s=1.0, tpot_s=0.016))
+    slow, fast = (
+        find_load_table(
+            run, CLOCKS, batch_limit=128, allowed=0.05, rows=4, stride=16, budget=0, ewma_s=ewma_s
+        )
+        for ewma_s in (10.0, 4.0)
+    )
+    assert (slow.ewma_s, fast.ewma_s) == (10.0, 4.0)
+    assert fast.rates_rps[-1] > slow.rates_rps[-1]  # the shorter average sees a higher peak
 
 
 def test_every_rule_decides_in_under_a_millisecond():

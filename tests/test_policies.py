@@ -1,6 +1,7 @@
 """Baselines, the network, replay, and policy folders."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -73,12 +74,14 @@ def test_a_load_table_decides_by_rates_up_to_and_including_its_own():
         assert table.decide(replace(WINDOW, arrivals=arrivals)).batch_limit == limit  # in 2 s
 
 
-def test_a_load_table_averages_over_ten_seconds():
-    table = LoadTable([5.0], [Knobs(1, 990), Knobs(2, 1200)])
+@pytest.mark.parametrize(("average", "slow_windows"), [({}, 6), ({"ewma_s": 4.0}, 2)])
+def test_a_load_table_averages_over_ten_seconds_or_its_own(average, slow_windows):
+    table = LoadTable([5.0], [Knobs(1, 990), Knobs(2, 1200)], **average)
     table.decide(replace(WINDOW, arrivals=0, duration_s=1.0))
     busy = replace(WINDOW, arrivals=10, duration_s=1.0)
     limits = [table.decide(busy).batch_limit for _ in range(10)]
-    assert limits.index(2) == 6  # 10 (1 - exp(-t / 10)) passes 5 after 6.9 s
+    assert limits.index(2) == slow_windows  # 10 (1 - exp(-t / 10)) passes 5 after 6.9 s
+    assert table.plan(np.array([0, *[10] * 10]))[0].tolist() == [1, *limits]
 
 
 def test_a_load_table_looks_the_rate_up():
@@ -150,6 +153,20 @@ def test_a_single_step_return_is_the_reward():
     batch = replay.sample(200)
     assert (batch.returns == 2.0**batch.actions).all() and (batch.discounts == 0.5).all()
     assert (batch.next_observations[:, 0] == batch.observations[:, 0] + 1).all()
+
+
+def test_the_next_action_is_held_to_the_table_of_the_state_that_is_bootstrapped_from():
+    penalties = np.array([[0.0, 0.1], [np.inf, 0.0]])
+    replay = buffer(n_step=2, penalties=penalties)
+    replay.add(np.zeros((4, 1)), np.arange(3), np.zeros(3, np.float32), bases=[1, 0, 1, 0])
+    replay.refresh()
+    batch = replay.sample(100)
+    following = np.array([1, 0, 0])[batch.actions]  # two steps on, or the end
+    np.testing.assert_array_equal(batch.next_penalties, penalties.astype(np.float32)[following])
+    free = buffer()
+    free.add(np.zeros((2, 1)), np.array([0]), np.zeros(1, np.float32))
+    free.refresh()
+    assert not free.sample(3).next_penalties.any()
 
 
 def test_a_weight_is_that_of_the_draw_whatever_became_of_the_priority_since():
@@ -410,13 +427,43 @@ def test_fragments_are_consecutive_steps_of_one_episode():
     assert [info["n"] for info in again[0].infos] == [2, 3]
 
 
+class Rising(Counting):
+    """Its load table takes action 1 of four in even windows and action 3, with nothing below, in odd ones."""
+
+    rows = np.array([[0.0] * 4, [np.inf, 0.0, 0.0, 0.0], [0.0] * 4, [np.inf, np.inf, np.inf, 0.0]])
+    steps = 0
+
+    @property
+    def base(self):
+        return 1 + 2 * (self.steps % 2)
+
+    @property
+    def penalty(self):
+        return self.rows[self.base]
+
+
+def test_no_action_is_taken_that_may_not_be_though_random_ones_are_held():
+    around = np.array([[0, 1], [1, 2], [2, 3], [3, 3]])
+    exploration = Exploration(20, 4, hold_steps=3, rng=np.random.default_rng(0), near=around)
+    sampler = Sampler([Rising() for _ in range(20)], exploration, seed=0)
+
+    def best(seen, penalties):
+        return (np.array([0.0, 0.1, 0.0, 0.0]) - penalties).argmax(-1)
+
+    fragments = [f for _ in range(20) for f in sampler.sample(best, steps=6, epsilon=0.9)]
+    assert all(len(f.bases) == len(f.observations) for f in fragments)
+    taken = [pair for f in fragments for pair in zip(f.bases, f.actions, strict=False)]
+    assert {(base, int(action)) for base, action in taken} == {(1, 1), (1, 2), (1, 3), (3, 3)}
+
+
 def test_near_a_load_table_random_actions_stay_within_300_mhz_of_its_clock():
     grid = ActionGrid((4, 16, 32), tuple(range(990, 1981, 30)))
     base = Knobs(16, 1080)
     around = near(grid)[grid.encode(base)]
     drawn = [grid.decode(action) for action in around]
     assert {knobs.gpu_clock_mhz for knobs in drawn} == set(range(990, 1381, 30))
-    assert sum(knobs.batch_limit == 16 for knobs in drawn) == 18 * len(drawn) / 20
+    assert sum(knobs.batch_limit == 16 for knobs in drawn) == 19 * len(drawn) / 20
+    assert {knobs.batch_limit for knobs in drawn} == {16, 32}, "never a lower one, as the policy will"
     exploration = Exploration(500, len(grid), hold_steps=1, rng=np.random.default_rng(0), near=near(grid))
     bases = np.full(500, grid.encode(base))
     taken = exploration.choose(np.zeros(500, np.int64), 1.0, bases)
@@ -429,7 +476,16 @@ def test_a_load_table_is_read_as_written_and_as_older_runs_wrote_it():
     rows = [[2.5, 8, 900], [6.0, 16, 1200], [None, 16, 1980]]
     for raw in (json.loads(json.dumps(table.to_dict())), rows):
         found = LoadTable.from_dict(raw)
-        assert (found.rates_rps, found.knobs) == (table.rates_rps, table.knobs)
+        assert (found.rates_rps, found.knobs, found.ewma_s) == (table.rates_rps, table.knobs, 10.0)
+
+
+def test_only_another_average_than_that_of_ten_seconds_is_written():
+    fast = LoadTable([2.5], [Knobs(8, 900), Knobs(16, 1200)], ewma_s=4.0)
+    assert set(LoadTable(fast.rates_rps, fast.knobs).to_dict()) == {"rates_rps", "knobs"}
+    assert LoadTable.from_dict(json.loads(json.dumps(fast.to_dict()))).ewma_s == 4.0
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="average"):
+            LoadTable.from_dict({**fast.to_dict(), "ewma_s": wrong})
 
 
 def test_a_manifest_is_read_as_written_and_with_what_older_ones_have(tmp_path):

@@ -123,9 +123,17 @@ def test_an_algorithm_from_outside_is_a_function_that_the_user_names():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--train.algorithm", "sarsa"], "allowed are dqn, ppo or"),
-        (["--train.algorithm", "ppo", "--train.n-step", "2"], "--train.n-step is the DQN's alone"),
-        (["--train.algorithm", "ppo", "--train.epsilon-final", "0"], "--train.epsilon-final is the DQN's"),
+        (["--train.algorithm", "sarsa"], "allowed are dqn, rllib-dqn, ppo or"),
+        (
+            ["--train.algorithm", "ppo", "--train.n-step", "2"],
+            "--train.n-step: --train.algorithm ppo has no use",
+        ),
+        (
+            ["--train.algorithm", "ppo", "--train.epsilon-final", "0"],
+            "--train.epsilon-final: --train.algorithm ppo",
+        ),
+        (["--train.algorithm", "rllib-dqn", "--train.hold-steps", "2"], "rllib-dqn has no use for it"),
+        (["--train.algorithm", "rllib-dqn", "--train.fragment-steps", "3"], "at least --train.n-step"),
         (["--train.algorithm", "nowhere:own"], "nowhere"),
     ],
 )
@@ -142,7 +150,7 @@ def training(*flags, cwd, log):
 
 
 LIGHT = [
-    *("--preset", "plain", "--train.algorithm", "ppo", "--block-sizes", "16", "--steps", "24576"),
+    *("--preset", "plain", "--block-sizes", "16", "--steps", "24576"),
     *("--workload", "steady:rate_rps=5", "--train.iterations", "6", "--train.episode-steps", "50"),
 ]
 ACT = """
@@ -150,17 +158,21 @@ import sys
 from pathlib import Path
 from fuel_ray.policies.learned import read_policy
 folder = read_policy(Path(sys.argv[1]))
-assert folder.manifest.algorithm == "ppo"
+assert folder.manifest.algorithm == sys.argv[2]
 sys.exit(bool({"ray", "torch"} & set(sys.modules)))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_training_goes_on_and_leaves_a_policy_that_needs_neither_ray_nor_torch(tmp_path):
+@pytest.mark.parametrize("algorithm", ["ppo", "rllib-dqn"])
+def test_a_killed_training_goes_on_and_leaves_a_policy_that_needs_neither_ray_nor_torch(algorithm, tmp_path):
+    light = [*LIGHT, "--train.algorithm", algorithm]
+    if algorithm == "rllib-dqn":
+        light += ["--train.updates-per-round", "8", "--train.batch-size", "64"]
     log = tmp_path / "log"
     with log.open("w") as out:
-        process = training(*LIGHT, "--out", "results", cwd=tmp_path, log=out)
+        process = training(*light, "--out", "results", cwd=tmp_path, log=out)
         deadline_s = time.monotonic() + 240
         while log.read_text().count("\ntrain  block") < 3 and time.monotonic() < deadline_s:
             assert process.poll() is None, log.read_text()
@@ -177,11 +189,12 @@ def test_a_killed_training_goes_on_and_leaves_a_policy_that_needs_neither_ray_no
     clocks_mhz = [json.loads(line)["env_runners"]["fuel"]["mean_gpu_clock_mhz"] for line in results]
     assert len(clocks_mhz) == 6 and clocks_mhz[-1] < clocks_mhz[0] - 200, "a light load needs no high clock"
     folder = run_dir / "policies/block_16"
-    assert subprocess.run([sys.executable, "-c", ACT, str(folder)], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", ACT, str(folder), algorithm], check=False).returncode == 0
 
 
-def test_the_report_calls_the_learned_policy_as_its_algorithm():
-    rows = pd.DataFrame({"policy": ["ppo", "max_performance"]})
+@pytest.mark.parametrize(("name", "said"), [("ppo", "PPO"), ("rllib-dqn", "RLlib's DQN")])
+def test_the_report_calls_the_learned_policy_as_its_algorithm(name, said):
+    rows = pd.DataFrame({"policy": [name, "max_performance"]})
     nothing = pd.DataFrame()
-    run = Run("run", {}, {"train.algorithm": "ppo"}, rows, nothing, nothing, nothing)
-    assert run.policies == ["max_performance", "ppo"] and label(run.learned) == "learned (PPO)"
+    run = Run("run", {}, {"train.algorithm": name}, rows, nothing, nothing, nothing)
+    assert run.policies == ["max_performance", name] and label(run.learned) == f"learned ({said})"

@@ -96,6 +96,10 @@ def test_blocks_tokens_and_requests_are_conserved(scenario):
         assert (np.diff(s.run[rules.REQUEST, :running]) > 0).all()  # in order of arrival
         preempted = s.slot[: s.count[rules.PREEMPTED], rules.PREEMPTED_REQUEST]
         assert (np.diff(preempted) < 0).all()  # the newest went first and comes back last
+        there = s.time_s[: s.count[rules.ARRIVED]]
+        without = there[there[:, rules.FIRST_TOKEN] < 0, rules.ARRIVAL]
+        assert (s.wait[: s.count[rules.WAITS]] == s.clock[rules.NOW] - without).all()  # oldest first
+        assert s.count[rules.WAITS] == len(without)
         for k, r in enumerate(s.run[rules.REQUEST, :running]):
             decoding = s.run[rules.DUE, k] > s.count[rules.STEP]
             computed = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fuel_ray.arena.axes import axis_rows, on_other_axes, played
-from fuel_ray.arena.comparison import ORACLE
+from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_of
 from fuel_ray.build.nodes import Part, build_node
@@ -19,11 +19,12 @@ from fuel_ray.policies.catalogue import PUBLISHED, REFERENCES, SIMPLE, TUNED_STA
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
-from fuel_ray.tuning.clock_search import allowed_penalty, find_schedule, met
+from fuel_ray.tuning.clock_search import met
 from fuel_ray.tuning.contenders import families, is_folder, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes, run_episode
+from fuel_ray.tuning.hindsight import below, hindsight_points, schedules_of
 from fuel_ray.tuning.runs import Runs, held_out
-from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, Setting, Swept, swept
+from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, Setting, Swept, swept
 from fuel_ray.tuning.tuned import perf_of, tune_on, tuned_case
 from fuel_ray.types import Policy, Slo
 
@@ -101,15 +102,13 @@ def _cell(
     best_rule = choose({name: found[name] for name in SIMPLE if name in found}, share=share)
     rows, played_at = _on_held_out(found, alone, slo, held_out_rows)
     axes = {axis: _on_held_out(found, under, slo, axis_rows) for axis, under in others.items()}
+    hindsight = _hindsight(alone, slo, found, rows, best_rule) if job.config.oracle else []
+    below_hindsight = below(hindsight, rows)
     deployed = found | ({CHOSEN: found[chosen]} if folders else {})
     if folders:
         for of_policies, settings in ((rows, played_at), *axes.values()):
             of_policies += [{**row, "policy": CHOSEN} for row in of_policies if row["policy"] == chosen]
             settings[CHOSEN] = settings[chosen]
-    if job.config.oracle:
-        known = [found[name].nominal.policy for name in dict.fromkeys((TUNED_STATIC, best_rule, chosen))]
-        allowed = allowed_penalty(tuning.slos[slo], share)
-        rows += [row for runs in alone for row in _oracle_rows(job, runs, slo, known, allowed)]
     return {
         "scenario": job.scenario.name,
         "slo": slo,
@@ -125,6 +124,8 @@ def _cell(
         "swept": played_at,
         "axes": {axis: rows for axis, (rows, _) in axes.items()},
         "swept_axes": {axis: played_there for axis, (_, played_there) in axes.items()},
+        "hindsight": hindsight,
+        "below_hindsight": below_hindsight,
         "lowest_clock_mhz": spec.gpu_clocks_mhz[0],
     }
 
@@ -173,22 +174,14 @@ def held_out_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) ->
     return rows
 
 
-def _oracle_rows(
-    job: Job, runs: Runs, slo: SloName, policies: Sequence[Policy], allowed: float
+def _hindsight(
+    alone: Sequence[Runs],
+    slo: SloName,
+    found: Mapping[str, Swept],
+    rows: Sequence[Mapping[str, Any]],
+    best_rule: str,
 ) -> list[dict[str, Any]]:
-    """The best schedule found for one seed, from those that the policies chose on it.
-
-    It may miss as often as the worst of these policies did, so that it is a bound at equal attainment.
-    """
-    traces = [trace for policy in policies for trace in runs.traces(policy, slo)]
-    episodes = [runs.episode(policy, seed) for policy in policies for seed in runs.seeds]
-    found = find_schedule(
-        partial(runs.traces, slo=slo),
-        runs.loop.node.spec.gpu_clocks_mhz,
-        segment_s=job.config.oracle_segment_s,
-        batch_limit=episodes[0].windows[-1].knobs.batch_limit,
-        allowed=max(allowed, *(trace.mean_penalty for trace in traces)),
-        strides=(TABLE_STRIDE,),
-        starts=[[window.knobs.gpu_clock_mhz for window in episode.windows] for episode in episodes],
-    )
-    return held_out_rows(ORACLE, found, [runs], slo)
+    """The bound about where the best rule is, searched from what every policy chose on each seed."""
+    attained = attainment([row for row in rows if row["policy"] == best_rule])
+    schedules = {name: schedules_of(own.nominal.policy, alone) for name, own in found.items()}
+    return hindsight_points(alone, slo, schedules, (attained - SLACK, attained + SLACK))

@@ -58,9 +58,7 @@ class ArenaConfig(_TunedConfig):
     peers: bool = True
     """Whether the published rules take part."""
     oracle: bool = True
-    """Whether schedules that know the arrivals are searched."""
-    oracle_segment_s: float = 60.0
-    """Seconds of a schedule that the oracle's search moves together."""
+    """Whether schedules that know the arrivals are searched, as a bound: most of an arena's time."""
     resume: Path | None = None
     """Folder of an interrupted arena to go on with; its settings are taken."""
 

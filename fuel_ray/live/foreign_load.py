@@ -19,6 +19,8 @@ class Served:
     tpots_s: tuple[float, ...]
     e2es_s: tuple[float, ...]
     late_sends: int = 0
+    waits_s: tuple[float, ...] | None = None  # of each request, as a window has it, like the next one
+    waits_before_s: tuple[float, ...] | None = None
     histograms: dict[LatencyName, Histogram] | None = None  # None: request by request
 
 

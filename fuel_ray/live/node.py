@@ -71,6 +71,8 @@ class GpuNode:
         self._load: LoadGenerator | None = None
         self._foreign = ForeignLoad()
         self._first_tokens: set[int] = set()  # requests whose TTFT was reported
+        self._waiting: set[int] = set()  # requests without a first token when the load was looked at last ...
+        self._looked_s = 0.0  # ... since it began
         self._ended: list[Attempt] = []  # not yet taken as records
         self._unseen: list[Attempt] = []  # not yet in a window
         self._mark: _Mark | None = None
@@ -97,6 +99,7 @@ class GpuNode:
         self._stop_load()
         self._first_tokens, self._ended, self._unseen = set(), [], []
         self._sent, self._foreign = 0, ForeignLoad()
+        self._waiting, self._looked_s = set(), 0.0
         self._readings.start()
         self._load = None if self._start_load is None else self._start_load(seed)  # drawing it takes a while
         self._mark = self._read_mark()
@@ -222,6 +225,8 @@ class GpuNode:
             histograms=served.histograms,
             limit_acknowledged=None if in_force is None else in_force.acknowledged,
             late_sends=served.late_sends,
+            waits_s=served.waits_s,
+            waits_before_s=served.waits_before_s,
             foreign_requests=None
             if self._load is None
             else came(begin.server, end.server, delta) - served.arrivals,
@@ -245,25 +250,33 @@ class GpuNode:
         finished = [attempt for attempt in ended if attempt.finished_s is not None]
         records = request_records(finished)
         tpots_s = records.tpot_s
-        waits = [now_s - a.arrival_s for a in in_flight if a.first_token_s is None]
+        begun = self._newly_begun((*ended, *in_flight))
+        waiting = [a for a in in_flight if a.first_token_s is None]
+        waits_s = _ages_s(waiting, now_s)
+        waits_before_s = _ages_s([a for a in (*waiting, *begun) if a.index in self._waiting], self._looked_s)
+        self._waiting, self._looked_s = {a.index for a in waiting}, now_s
         return Served(
             arrivals=sent,
             completed=len(finished),
-            oldest_wait_s=max(waits, default=0.0),
-            ttfts_s=self._new_ttfts_s((*ended, *in_flight)),
+            oldest_wait_s=waits_s[0] if waits_s else 0.0,
+            ttfts_s=tuple(a.first_token_s - a.arrival_s for a in begun if a.first_token_s is not None),
             tpots_s=tuple(tpots_s[np.isfinite(tpots_s)].tolist()),
             e2es_s=tuple(records.e2e_s.tolist()),
             late_sends=late_sends(ended),
+            waits_s=waits_s,
+            waits_before_s=waits_before_s,
         )
 
-    def _new_ttfts_s(self, attempts: tuple[Attempt, ...]) -> tuple[float, ...]:
-        """TTFTs of the requests whose first token has come since the last look."""
-        found = []
-        for attempt in attempts:
-            if attempt.first_token_s is not None and attempt.index not in self._first_tokens:
-                self._first_tokens.add(attempt.index)
-                found.append(attempt.first_token_s - attempt.arrival_s)
-        return tuple(found)
+    def _newly_begun(self, attempts: tuple[Attempt, ...]) -> list[Attempt]:
+        """The requests whose first token has come since the last look."""
+        found = [a for a in attempts if a.first_token_s is not None and a.index not in self._first_tokens]
+        self._first_tokens.update(attempt.index for attempt in found)
+        return found
+
+
+def _ages_s(attempts: list[Attempt], now_s: float) -> tuple[float, ...]:
+    """Oldest first."""
+    return tuple(sorted((now_s - attempt.arrival_s for attempt in attempts), reverse=True))
 
 
 def _mean(readings: tuple[Sample[GpuReading], ...], figure: str, begin: _Mark, end: _Mark) -> float | None:

@@ -70,12 +70,19 @@ class GridAnchor:
         """What each action loses; infinitely much with a lower batch limit than the rule: (actions,)."""
         return self._at(base)[2]
 
+    def penalties(self) -> np.ndarray:
+        """``penalty`` by ``action``: (actions, actions)."""
+        return np.stack([self.penalty(self._grid.decode(action)) for action in range(len(self._grid))])
+
     def decode(self, action: int, base: Knobs) -> Knobs:
-        """The knobs of an action; the grid's nearest values to the rule's stand for these themselves."""
+        """The knobs of an action; the grid's nearest values to the rule's stand for these themselves.
+
+        A lower batch limit than the rule's is none: the rule's is taken.
+        """
         limit, clock = divmod(action, len(self._grid.gpu_clocks_mhz))
         at_limit, at_clock, _ = self._at(base)
         return Knobs(
-            base.batch_limit if limit == at_limit else self._grid.batch_limits[limit],
+            base.batch_limit if limit <= at_limit else self._grid.batch_limits[limit],
             base.gpu_clock_mhz if clock == at_clock else self._grid.gpu_clocks_mhz[clock],
         )
 
@@ -95,7 +102,7 @@ class GridAnchor:
 def at_work(rule: LoadTable | Rule, spec: NodeSpec, slo: Slo) -> LoadTable | RulePolicy:
     """A rule as a policy with a memory of its own."""
     if isinstance(rule, LoadTable):
-        return LoadTable(rule.rates_rps, rule.knobs)
+        return LoadTable(rule.rates_rps, rule.knobs, ewma_s=rule.ewma_s)
     return RulePolicy(rule, spec, slo)
 
 

@@ -181,7 +181,7 @@ def _perf(case: Case) -> PerfModel:
     return case.pack.perf
 
 
-_MARGINS = (-0.45, -0.3, -0.15, 0.0)  # of VoltanaLLM's limits
+_MARGINS = (-0.9, -0.6, -0.3, 0.3, 0.6, 0.0)  # of VoltanaLLM's limits
 _BOUNDS = (0.6, 0.75, 0.85, 0.95)  # share of a limit above which feedback raises the clock
 # Most are Okabe and Ito's colour-blind-safe palette
 CATALOGUE: dict[str, Entry] = {
@@ -254,6 +254,7 @@ CATALOGUE: dict[str, Entry] = {
     "agft": Entry("AGFT", "#6a51a3", _agft, tuned=True),
     LEARNED: Entry("learned (DQN)", "#0072b2", make=None),
     "ppo": Entry("learned (PPO)", "#0072b2", make=None),
+    "rllib-dqn": Entry("learned (RLlib's DQN)", "#8c564b", make=None),
 }
 PLAYABLE = tuple(name for name, entry in CATALOGUE.items() if entry.make is not None)
 SIMPLE = tuple(name for name, entry in CATALOGUE.items() if entry.simple)

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from fuel_ray.averages import ArrivalRate, smoothed_rates
-from fuel_ray.sim.program import RATE_RPS, TABLE, Program, Server, program
+from fuel_ray.averages import EWMA_S, FAST_EWMA_S, ArrivalRate, smoothed_rates
+from fuel_ray.sim.program import FAST_RATE_RPS, RATE_RPS, TABLE, Program, Server, program
 from fuel_ray.types import Knobs, NodeSpec, WindowMetrics
 
 
@@ -50,17 +50,18 @@ class Static:
 
 
 class LoadTable:
-    """Knobs by the moving average of the arrival rate over the last ten seconds."""
+    """Knobs by the moving average of the arrival rate, by default over the last ten seconds."""
 
-    def __init__(self, rates_rps: Sequence[float], knobs: Sequence[Knobs]) -> None:
+    def __init__(self, rates_rps: Sequence[float], knobs: Sequence[Knobs], *, ewma_s: float = EWMA_S) -> None:
         """Use ``knobs[i]`` up to ``rates_rps[i]``, and the last knobs beyond the last rate."""
-        self.rates_rps, self.knobs = tuple(rates_rps), tuple(knobs)
+        self.rates_rps, self.knobs, self.ewma_s = tuple(rates_rps), tuple(knobs), ewma_s
         self.reset()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         knobs = [[k.batch_limit, k.gpu_clock_mhz] for k in self.knobs]
-        return {"rates_rps": list(self.rates_rps), "knobs": knobs}
+        average = {} if self.ewma_s == EWMA_S else {"ewma_s": self.ewma_s}
+        return {"rates_rps": list(self.rates_rps), "knobs": knobs, **average}
 
     @staticmethod
     def from_dict(raw: Any) -> "LoadTable":
@@ -72,20 +73,24 @@ class LoadTable:
         if isinstance(raw, list):
             raw = {"rates_rps": [row[0] for row in raw[:-1]], "knobs": [row[1:] for row in raw]}
         rates, knobs = raw["rates_rps"], [Knobs(*pair) for pair in raw["knobs"]]
+        ewma_s = float(raw.get("ewma_s", EWMA_S))
         if not are_counts([value for k in knobs for value in (k.batch_limit, k.gpu_clock_mhz)]):
             raise ValueError("the load table's knobs are not knobs")
         if len(knobs) != len(rates) + 1 or rates != sorted(rates) or not np.isfinite(rates).all():
             raise ValueError("the load table's rates are malformed")
-        return LoadTable(rates, knobs)
+        if not 0 < ewma_s < math.inf:
+            raise ValueError("the load table's average is none")
+        return LoadTable(rates, knobs, ewma_s=ewma_s)
 
     def moved(self, offset_mhz: float, nearest: Callable[[int], int] = lambda mhz: mhz) -> "LoadTable":
         """The same with all clocks higher by this, each the ``nearest`` that there is."""
         clocks_mhz = (nearest(round(own.gpu_clock_mhz + offset_mhz)) for own in self.knobs)
         pairs = zip(self.knobs, clocks_mhz, strict=True)
-        return LoadTable(self.rates_rps, [Knobs(own.batch_limit, mhz) for own, mhz in pairs])
+        moved = [Knobs(own.batch_limit, mhz) for own, mhz in pairs]
+        return LoadTable(self.rates_rps, moved, ewma_s=self.ewma_s)
 
     def reset(self) -> None:
-        self._arrival_rate = ArrivalRate()
+        self._arrival_rate = ArrivalRate(self.ewma_s)
 
     def decide(self, window: WindowMetrics) -> Knobs:
         row = bisect_left(self.rates_rps, self._arrival_rate.update(window))
@@ -93,14 +98,15 @@ class LoadTable:
 
     def compiled(self, spec: NodeSpec) -> Compiled | None:
         limits = {knobs.batch_limit for knobs in self.knobs}
-        if len(limits) > 1:
+        average = {EWMA_S: RATE_RPS, FAST_EWMA_S: FAST_RATE_RPS}.get(self.ewma_s)
+        if len(limits) > 1 or average is None:
             return None
         capacity, highest_mhz = float(spec.batch_limits[-1]), float(spec.gpu_clocks_mhz[-1])
         server = Server(capacity, 0.0, math.inf, math.inf, highest_mhz)  # it looks at nothing but arrivals
         mhz = np.array([[float(knobs.gpu_clock_mhz)] for knobs in self.knobs])
         return program(
             base=TABLE,
-            x=RATE_RPS,
+            x=average,
             x_knots=np.array(self.rates_rps, float),
             mhz=mhz,
             stepped=True,
@@ -108,32 +114,10 @@ class LoadTable:
         ), server
 
     def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.minimum(np.searchsorted(self.rates_rps, smoothed_rates(arrivals)), len(self.knobs) - 1)
+        rates_rps = smoothed_rates(arrivals, self.ewma_s)
+        rows = np.minimum(np.searchsorted(self.rates_rps, rates_rps), len(self.knobs) - 1)
         limits, clocks_mhz = np.array([(k.batch_limit, k.gpu_clock_mhz) for k in self.knobs])[rows].T
         return limits, clocks_mhz
-
-
-class ClockSchedule:
-    """A clock for each segment of time, the last one beyond the end: how an oracle plays what it found."""
-
-    def __init__(self, clocks_mhz: Sequence[int], *, segment_s: float, batch_limit: int) -> None:
-        """Use ``clocks_mhz[i]`` in windows that begin in [i, i + 1) x ``segment_s`` seconds."""
-        self.clocks_mhz, self._segment_s, self._batch_limit = tuple(clocks_mhz), segment_s, batch_limit
-        self.reset()
-
-    def reset(self) -> None:
-        self._now_s = 0.0
-
-    def decide(self, window: WindowMetrics) -> Knobs:
-        """The clock of the segment in which the next window begins."""
-        self._now_s += window.duration_s
-        segment = int(self._now_s / self._segment_s + 1e-9)
-        return Knobs(self._batch_limit, self.clocks_mhz[min(segment, len(self.clocks_mhz) - 1)])
-
-    def plan(self, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        segments = (np.arange(1, len(arrivals) + 1) / self._segment_s + 1e-9).astype(int)
-        clocks_mhz = np.array(self.clocks_mhz)[np.minimum(segments, len(self.clocks_mhz) - 1)]
-        return np.full(len(arrivals), self._batch_limit), clocks_mhz
 
 
 def are_counts(values: Sequence[Any]) -> bool:

@@ -1,5 +1,7 @@
 """A GPU server in virtual time, behind the Node protocol."""
 
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +15,12 @@ from fuel_ray.workload.spec import Workload, drawn
 
 
 class Inside(NamedTuple):
-    """What compiled code needs of a simulated node; the state changes under it."""
+    """What ``advance`` takes, as a node holds it; the state changes as the node is measured."""
 
     state: State
     engine: Engine
     constants: Constants
-    clock_table: np.ndarray  # (clocks, 12) an ``AtClock`` per supported clock
+    clock_table: np.ndarray  # an ``AtClock`` as a row per clock that may be chosen, ascending
 
 
 class SimulatedNode:
@@ -89,7 +91,11 @@ class SimulatedNode:
 
     @property
     def inside(self) -> Inside:
-        """The engine itself, for loops that are compiled."""
+        """The engine itself, for compiled searches.
+
+        Raises:
+            NodeError: the node was not reset.
+        """
         return Inside(self._running(), self._engine, self._constants, self._clock_table)
 
     def reset(self, *, seed: int) -> None:
@@ -123,10 +129,11 @@ class SimulatedNode:
         """Advance virtual time by ``duration_s`` seconds."""
         s = self._running()
         before = s.count.tolist()
+        waits_before_s = _waits_s(s, before)
         until_s = s.clock[rules.NOW] + duration_s
         at = self._at[self._knobs.gpu_clock_mhz]
         advance(s, self._engine, self._constants, at, until_s, self._knobs.batch_limit)
-        return self._window(s, duration_s, before)
+        return self._window(s, duration_s, before, waits_before_s)
 
     def arrivals_to_come(self, windows: int, *, window_s: float = 1.0) -> np.ndarray:
         """How many requests will arrive in each of the next windows, whatever the knobs: (windows,)."""
@@ -175,7 +182,9 @@ class SimulatedNode:
             raise NodeError(f"{self._spec.name} was not reset")
         return self._state
 
-    def _window(self, s: State, duration_s: float, before: list[int]) -> WindowMetrics:
+    def _window(
+        self, s: State, duration_s: float, before: list[int], waits_before_s: Sequence[float]
+    ) -> WindowMetrics:
         clock, count = s.clock.tolist(), s.count.tolist()
         busy_s = clock[rules.BUSY_S]
         busy = busy_s / duration_s
@@ -205,4 +214,12 @@ class SimulatedNode:
             knobs=self._knobs,
             gpu_clock_mhz=clock[rules.CLOCK_S] / busy_s if busy_s > 0 else None,
             limit_acknowledged=True,
+            waits_s=_waits_s(s, count),
+            waits_before_s=waits_before_s,
         )
+
+
+def _waits_s(s: State, count: list[int]) -> Sequence[float]:
+    """An array, since behind a long queue a tuple would cost more than the window."""
+    waits = count[rules.WAITS]
+    return array("d", s.wait[:waits].tobytes()) if waits else ()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from fuel_ray.averages import EWMA_S
+from fuel_ray.averages import EWMA_S, FAST_EWMA_S
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.clock_axis import AtClock
 from fuel_ray.sim.pack import Constants
@@ -23,7 +23,6 @@ OLDEST_WAIT_S, CLOCK_MHZ, LIMIT = range(7, 10)
 # ... and what is remembered of those before it
 SEEN, RATE_RPS, FAST_RATE_RPS, PROMPT_MEAN = range(10, 14)
 SIGHT = 14
-FAST_EWMA_S = 4.0
 PROMPT_START, PROMPT_LEAST, PROMPT_MOST, PROMPT_SHARE = 512.0, 16.0, 4000.0, 0.05
 # Kinds of a base
 TABLE, PREDICTION = range(2)

@@ -48,6 +48,8 @@ ARRIVED, ADMITTED, RUNNING, PREEMPTED, FREE_BLOCKS, FREE_SLOTS, ON_GPU, READY, B
 TTFTS, TPOTS, FINISHED = range(10, 13)
 # ... and what happened since the window began
 ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS = range(13, 19)
+# ... and, at its end, the number of requests without a first token
+WAITS = 19
 
 FIRST_EVENT, LAST_EVENT = 1, 2  # bits of an event: request * 4 + bits
 NEVER = -1.0
@@ -83,8 +85,9 @@ class State(NamedTuple):
     step: np.ndarray  # (2, 6)
     sample: np.ndarray  # (3, n) s: TTFTs in order of first token, TPOTs and e2es in order of finish
     finished: np.ndarray  # (n,) requests in order of finish
+    wait: np.ndarray  # (n,) s: ages of the WAITS requests without a first token as the window ended
     clock: np.ndarray  # (10,) float64
-    count: np.ndarray  # type: ignore[assignment]  # (19,) int64; hides tuple.count
+    count: np.ndarray  # type: ignore[assignment]  # (20,) int64; hides tuple.count
 
 
 def new_state(requests: Requests, engine: Engine) -> State:
@@ -104,7 +107,7 @@ def new_state(requests: Requests, engine: Engine) -> State:
     block[:, FOLLOWING] = np.arange(1, blocks + 2)
     block[0, PREVIOUS], block[blocks, FOLLOWING] = blocks, 0
     block[:, CONTENT] = NO_CONTENT
-    count = np.zeros(19, np.int64)
+    count = np.zeros(20, np.int64)
     count[FREE_BLOCKS], count[FREE_SLOTS] = blocks, slots
     longest = int((requests.prompt_tokens + requests.output_tokens).max(initial=1))
     prefixes = int(requests.prefix_id.max(initial=-1)) + 1
@@ -121,6 +124,7 @@ def new_state(requests: Requests, engine: Engine) -> State:
         step=np.zeros((2, 6), np.int64),
         sample=np.zeros((3, n)),
         finished=np.zeros(n, np.int64),
+        wait=np.zeros(n),
         clock=np.zeros(10),
         count=count,
     )
@@ -163,7 +167,7 @@ def advance(s: State, e: Engine, m: Constants, at: AtClock, until_s: float, batc
             _compose_step(s, e, m, batch_limit)
             _overlap_launch(s, m, at.stall_w)
     _see_arrivals(s, m)
-    s.clock[OLDEST_WAIT] = _oldest_wait(s)
+    _note_waits(s)
 
 
 @_compiled
@@ -238,17 +242,23 @@ def _see_arrivals(s: State, m: Constants) -> None:
 
 
 @_compiled
-def _oldest_wait(s: State) -> float:
-    """Age of the oldest request that arrived and has no first token; 0 if there is none."""
-    oldest = s.clock[NOW]
-    if s.count[ADMITTED] < s.count[ARRIVED]:
-        oldest = s.time_s[s.count[ADMITTED], ARRIVAL]
-    for k in range(s.count[RUNNING] + s.count[PREEMPTED]):
+def _note_waits(s: State) -> None:
+    """Write down the ages of the requests that arrived and have no first token, oldest first.
+
+    Requests are admitted in order of arrival, and the newest is preempted first.
+    """
+    now, waits, preempted = s.clock[NOW], 0, s.count[PREEMPTED]
+    for k in range(s.count[RUNNING] + preempted):
         past = k - s.count[RUNNING]
-        r = s.run[REQUEST, k] if past < 0 else s.slot[past, PREEMPTED_REQUEST]
+        r = s.run[REQUEST, k] if past < 0 else s.slot[preempted - 1 - past, PREEMPTED_REQUEST]
         if s.time_s[r, FIRST_TOKEN] < 0:
-            oldest = min(oldest, s.time_s[r, ARRIVAL])
-    return s.clock[NOW] - oldest
+            s.wait[waits] = now - s.time_s[r, ARRIVAL]
+            waits += 1
+    for r in range(s.count[ADMITTED], s.count[ARRIVED]):
+        s.wait[waits] = now - s.time_s[r, ARRIVAL]
+        waits += 1
+    s.count[WAITS] = waits
+    s.clock[OLDEST_WAIT] = s.wait[0] if waits > 0 else 0.0
 
 
 @_compiled

@@ -4,28 +4,36 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
 from fuel_ray.config import LearnConfig
 from fuel_ray.env import unlearnable
 from fuel_ray.errors import NodeError
+from fuel_ray.training.ray_private import reseed
 
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
 
 
 class Episodes(RLlibCallback):
-    """What is logged of training episodes, and that no one learns from what says nothing of its action."""
+    """What is logged of training episodes, what of them no one learns from, and how a resumed one begins."""
 
     def on_sample_end(self, *, samples: list[Any], **_: Any) -> None:
         """Drop the last step of what a node's failure ended, or a limit that was not in force."""
         measured = [e[:-1] if len(e) and unlearnable(e.get_infos(-1)) else e for e in samples]
         samples[:] = [episode for episode in measured if len(episode)]
+
+    def on_checkpoint_loaded(self, *, algorithm: Any, **_: Any) -> None:
+        """See to it that a resumed training does not begin with the arrivals that it began with before."""
+        done = algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
+        algorithm.env_runner_group.foreach_env_runner(partial(reseed, steps=int(done)))
 
     def on_episode_end(self, *, episode: Any, metrics_logger: Any, **_: Any) -> None:
         """Log reward per window, joules per request, SLO attainment and mean clock."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BETA = 0.4  # exponent of the weights that make up for drawing by priority (Schaul et al., ICLR 2016)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -17,6 +19,7 @@ class Batch:
     next_observations: np.ndarray  # (b, features) float32
     weights: np.ndarray  # (b,) float32, importance sampling
     index: np.ndarray  # (b,) places in the buffer
+    next_penalties: np.ndarray  # (b, actions) float32, what Q loses there; (b, 1) zeros if nothing is held
 
 
 class ReplayBuffer:
@@ -31,12 +34,16 @@ class ReplayBuffer:
         n_step: int,
         rng: np.random.Generator,
         alpha: float = 0.6,
-        beta: float = 0.4,
+        beta: float = BETA,
+        penalties: np.ndarray | None = None,
     ) -> None:
+        """``penalties[a]`` is what Q loses, per action, where the load table would take the action a."""
         self._capacity, self._gamma, self._n_step = capacity, gamma, n_step
         self._rng, self._alpha, self._beta = rng, alpha, beta
         self._observations = np.zeros((capacity, features), np.float32)
         self._next_observations = np.zeros((capacity, features), np.float32)
+        self._penalties = np.zeros((1, 1), np.float32) if penalties is None else penalties.astype(np.float32)
+        self._next_bases = np.zeros(capacity, np.int64)
         self._actions = np.zeros(capacity, np.int64)
         self._returns = np.zeros(capacity, np.float32)
         self._discounts = np.zeros(capacity, np.float32)
@@ -50,10 +57,16 @@ class ReplayBuffer:
         return self._size
 
     def add(
-        self, observations: Sequence[np.ndarray], actions: Sequence[np.int64], rewards: Sequence[float]
+        self,
+        observations: Sequence[np.ndarray],
+        actions: Sequence[np.int64],
+        rewards: Sequence[float],
+        *,
+        bases: Sequence[int] = (),
     ) -> None:
         """Add t consecutive steps of one episode: (t + 1, features), (t,), (t,), arrays or what makes them.
 
+        ``bases`` (t + 1,) are the actions that the load table would take; empty: nothing is held to one.
         The last n_step - 1 of them are bootstrapped sooner, from the last observation.
         """
         steps = len(actions)
@@ -63,6 +76,7 @@ class ReplayBuffer:
         at = (self._next + start) % self._capacity
         seen = np.asarray(observations)
         self._observations[at], self._next_observations[at] = seen[:-1], seen[end]
+        self._next_bases[at] = np.asarray(bases)[end] if bases else 0
         self._actions[at] = actions
         self._returns[at] = sum(self._gamma**k * padded[start + k] for k in range(self._n_step))
         self._discounts[at] = self._gamma ** (end - start)
@@ -90,6 +104,7 @@ class ReplayBuffer:
             next_observations=self._next_observations[index],
             weights=(weights / weights.max()).astype(np.float32),
             index=index,
+            next_penalties=self._penalties[self._next_bases[index]],
         )
 
     def set_priorities(self, index: np.ndarray, errors: np.ndarray) -> None:

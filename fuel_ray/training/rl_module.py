@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray.rllib.algorithms.dqn.dqn_learner import QF_PREDS
+from ray.rllib.algorithms.dqn.dqn_learner import QF_NEXT_PREDS, QF_PREDS, QF_TARGET_NEXT_PREDS
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.utils import make_target_network
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, QNetAPI, TargetNetworkAPI
@@ -96,6 +96,13 @@ class DuelingDqnModule(TorchRLModule, InferenceOnlyAPI, TargetNetworkAPI, QNetAP
 
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {QF_PREDS: self._target_q(batch[Columns.OBS])}
+
+    def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """What the loss of RLlib's own learner takes; nothing of the next state has a gradient."""
+        following = batch[Columns.NEXT_OBS]
+        with torch.no_grad():
+            ahead = {QF_NEXT_PREDS: self.q(following), QF_TARGET_NEXT_PREDS: self._target_q(following)}
+        return {QF_PREDS: self.q(batch[Columns.OBS]), **ahead}
 
     def _forward_inference(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
         return {Columns.ACTIONS: self.q(batch[Columns.OBS]).argmax(-1)}

@@ -14,9 +14,13 @@ NEAR_MHZ = 300.0  # how far from the table's clock random actions go
 
 @dataclass(slots=True, eq=False)
 class Fragment:
-    """Consecutive steps of one episode, which grow: one observation more than actions, rewards and infos."""
+    """Consecutive steps of one episode, which grow: one observation more than actions, rewards and infos.
+
+    ``bases`` are the actions that the load table would take after each observation; empty without a table.
+    """
 
     observations: list[np.ndarray]
+    bases: list[int] = field(default_factory=list)
     actions: list[np.int64] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     infos: list[Mapping[str, Any]] = field(default_factory=list)
@@ -42,8 +46,18 @@ class Exploration:
         self._actions, self._hold, self._rng, self._near = actions, hold_steps, rng, near
         self._held, self._left = np.zeros(envs, np.int64), np.zeros(envs, np.int64)
 
-    def choose(self, greedy: np.ndarray, epsilon: float, bases: np.ndarray | None = None) -> np.ndarray:
-        """The greedy actions (envs,), or the random ones that are held; drawn near ``bases`` if there are."""
+    def choose(
+        self,
+        greedy: np.ndarray,
+        epsilon: float,
+        bases: np.ndarray | None = None,
+        *,
+        penalties: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The greedy actions (envs,), or the random ones that are held; drawn near ``bases`` if there are.
+
+        A random action of infinite ``penalties`` (envs, actions) is not taken, and not held any longer.
+        """
         n = len(greedy)
         begin = epsilon / (epsilon + (1.0 - epsilon) * self._hold)
         start = (self._left == 0) & (self._rng.random(n) < begin)
@@ -53,6 +67,8 @@ class Exploration:
             drawn = self._near[bases, self._rng.integers(self._near.shape[1], size=n)]
         self._held = np.where(start, drawn, self._held)
         self._left = np.where(start, self._rng.integers(1, 2 * self._hold, size=n), self._left)
+        if penalties is not None:
+            self._left[np.isinf(penalties[np.arange(n), self._held])] = 0
         chosen = np.where(self._left > 0, self._held, greedy)
         self._left = np.maximum(self._left - 1, 0)
         return chosen
@@ -69,37 +85,45 @@ class Sampler:
         self, greedy: Callable[[np.ndarray, np.ndarray], np.ndarray], *, steps: int, epsilon: float
     ) -> list[Fragment]:
         """Take ``steps`` steps in each environment; ``greedy`` maps observations and penalties to actions."""
-        fragments = [Fragment([observation.copy()]) for observation in self._seen]
+        fragments = [Fragment([self._seen[i].copy()], _base(env)) for i, env in enumerate(self._envs)]
         done = []
         for _ in range(steps):
             penalties = np.array([env.penalty for env in self._envs], np.float32)
             bases = [env.base for env in self._envs]
             around = None if None in bases else np.array(bases)
-            actions = self._exploration.choose(greedy(self._seen, penalties), epsilon, around)
+            best = greedy(self._seen, penalties)
+            held = penalties if penalties.ndim > 1 else None
+            actions = self._exploration.choose(best, epsilon, around, penalties=held)
             for i, env in enumerate(self._envs):
                 observation, reward, _, truncated, info = env.step(actions[i])
                 fragment = fragments[i]
                 if not (truncated and unlearnable(info)):
                     fragment.observations.append(observation)
+                    fragment.bases += _base(env)
                     fragment.actions.append(actions[i])
                     fragment.rewards.append(reward)
                     fragment.infos.append(info)
                 if truncated:
                     done.append(fragment)
                     observation, _ = env.reset()
-                    fragments[i] = Fragment([observation])
+                    fragments[i] = Fragment([observation], _base(env))
                 self._seen[i] = observation
         return [fragment for fragment in (*done, *fragments) if fragment.actions]
+
+
+def _base(env: ServingEnv) -> list[int]:
+    return [] if env.base is None else [env.base]
 
 
 def near(grid: ActionGrid) -> np.ndarray:
     """Per action, those whose clock is within ``NEAR_MHZ``: (actions, the most that any has).
 
-    Those of its own batch limit are there eighteen times, and rows with fewer repeat theirs.
+    None has a lower batch limit, as the policy never takes one lower than its table's. Those of its own are
+    there eighteen times or more, and rows with fewer repeat theirs.
     """
     clocks, limits = np.array(grid.gpu_clocks_mhz), len(grid.batch_limits)
     within = [np.flatnonzero(np.abs(clocks - clock) <= NEAR_MHZ) for clock in clocks]
     width = max(map(len, within))
     rows = np.stack([np.resize(places, width) for places in within])
-    drawn = [[*range(limits), *[limit] * 17] for limit in range(limits)]
+    drawn = [[*range(limit, limits), *[limit] * (17 + limit)] for limit in range(limits)]
     return np.concatenate([np.hstack([k * len(clocks) + rows for k in own]) for own in drawn])

@@ -16,6 +16,7 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from fuel_ray.disk import fault_in, whole
 from fuel_ray.errors import DiskError
+from fuel_ray.training.ray_private import DECISIONS
 
 _LITTLE_BYTES = 2**23  # free on a disk that is as good as full
 _LOGGER = "ray.tune"
@@ -69,8 +70,8 @@ def forget_stop(experiment: Path) -> None:
             state = json.loads(path.read_text())
         except (OSError, ValueError):  # Tune says what it makes of it
             continue
-        if state.get("runner_data", {}).get("_cached_trial_decisions"):
-            state["runner_data"]["_cached_trial_decisions"] = {}
+        if state.get("runner_data", {}).get(DECISIONS):
+            state["runner_data"][DECISIONS] = {}
             with whole(path) as file:
                 json.dump(state, file)
 

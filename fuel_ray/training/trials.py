@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.envs import learning_settings, make_env
 from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, reason
+from fuel_ray.training.ray_private import before_tune, replace_callbacks, with_resources
 from fuel_ray.training.storage import disk_faults_told, forget_stop, whole_files
 
 _ENV_NAME = "fuel_ray_serving"
@@ -56,8 +56,7 @@ def start_ray(config: LearnConfig) -> None:
     Raises:
         ConfigError: RAY_ADDRESS names no cluster, or it has too few nodes for a trial.
     """
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # so that a kill costs a result or two
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the only output that takes columns of ours
+    before_tune()
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     connect(cluster=config.node == "ray")
     if config.node == "ray":
@@ -94,7 +93,7 @@ def run_trials(
             tuner = tune.Tuner.restore(
                 path, algorithm, param_space=space, storage_filesystem=files, **going_on
             )
-            tuner._local_tuner._run_config.callbacks = callbacks
+            replace_callbacks(tuner, callbacks)
         else:
             settings = _run_settings(config, callbacks, **where)
             tuner = tune.Tuner(algorithm, param_space=space, run_config=settings)
@@ -205,9 +204,7 @@ def _with_nodes(algorithm: type[Algorithm], config: LearnConfig) -> type[Algorit
         bundles = [*own.bundles, *[bundle] * config.nodes_per_trial]
         return PlacementGroupFactory(bundles, strategy=own.strategy)
 
-    found: type[Algorithm] = tune.with_resources(algorithm, request)
-    found.__qualname__ = algorithm.__qualname__  # Ray names the process after it
-    return found
+    return with_resources(algorithm, request)
 
 
 def _trained(result: Any, *, last: int) -> Trained:

@@ -1,21 +1,20 @@
-"""Knobs per cell of time, from runs at fixed clocks: an oracle that knows the arrivals, and the load table.
+"""The load table, from runs at fixed clocks.
 
 Energy and misses of a window depend on its own clock far more than on those before it. So runs at each fixed
-clock say what every cell (a segment of time, or all windows at similar load) would cost at every clock, and
-for a price per unit of penalty the cheapest clock per cell is a look-up. The price is then bisected on runs
-of what was chosen, so that the result meets the SLO as run and not as predicted.
+clock say what every cell (all windows at similar load) would cost at every clock, and for a price per unit of
+penalty the cheapest clock per cell is a look-up. The price is then bisected on runs of what was chosen, so
+that the result meets the SLO as run and not as predicted.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import numpy as np
 
-from fuel_ray.averages import smoothed_rates
+from fuel_ray.averages import EWMA_S, smoothed_rates
 from fuel_ray.policies.models import every
-from fuel_ray.policies.static import ClockSchedule, LoadTable, Static
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
 
 _BISECTIONS = 8
@@ -27,8 +26,16 @@ class Trace:
 
     energy_j: np.ndarray
     penalty: np.ndarray  # of the requests that arrived in the window; ``penalty`` of its requests, summed
-    rate_rps: np.ndarray  # moving average of the arrival rate before the window; the policies' input
-    arrivals: int
+    arrived: np.ndarray  # requests in the window, which lasts 1 s
+
+    @property
+    def arrivals(self) -> int:
+        """Requests of the episode."""
+        return int(self.arrived.sum())
+
+    def rate_rps(self, ewma_s: float) -> np.ndarray:
+        """Moving average of the arrival rate before each window, a policy's input; 0 before the first."""
+        return np.array([0.0, *smoothed_rates(self.arrived, ewma_s)[:-1]])
 
     @property
     def mean_penalty(self) -> float:
@@ -59,8 +66,7 @@ def trace_of(energy_j: np.ndarray, arrivals: np.ndarray, records: RequestRecords
     at = np.minimum((records.arrival_s + 1e-9).astype(int), len(bad) - 1)
     np.add.at(bad, at, penalty(records, slo))
     bad[-1] += (int(arrivals.sum()) - len(records)) * _unserved(slo)
-    rates = np.array([0.0, *smoothed_rates(arrivals)[:-1]])
-    return Trace(energy_j, bad, rates, int(arrivals.sum()))
+    return Trace(energy_j, bad, arrivals)
 
 
 def met(records: RequestRecords, slo: Slo, *, arrivals: int) -> float:
@@ -73,42 +79,6 @@ def _unserved(slo: Slo) -> float:
     return 1.0 if slo.share is not None else 10.0
 
 
-def find_schedule(
-    run: Runner,
-    supported_mhz: Sequence[int],
-    *,
-    segment_s: float,
-    batch_limit: int,
-    allowed: float,
-    strides: Sequence[int] = (4,),
-    starts: Sequence[Sequence[int]] = (),
-) -> ClockSchedule:
-    """The schedule of least energy found for exactly the arrivals that ``run`` plays, in windows of 1 s.
-
-    A bound by search, not a proof: the best of the fixed clocks per segment of ``segment_s`` and of
-    ``starts``, clocks per window, improved by moving segments up and down: by ``strides`` places in
-    ``supported_mhz``, ascending, in turn; clocks are profiled as far apart as the first stride. It has a mean
-    penalty of at most ``allowed`` where one was found.
-    """
-    clocks = every(supported_mhz, strides[0])
-    traces = _fixed(run, clocks, batch_limit)
-
-    def cell_of(t: Trace) -> np.ndarray:
-        return (np.arange(len(t.energy_j)) / segment_s + 1e-9).astype(int)
-
-    by_segment = partial(ClockSchedule, segment_s=segment_s, batch_limit=batch_limit)
-    coarse = _Attempts(run, by_segment, allowed=allowed)
-    coarse.assign(clocks, traces, cell_of)
-    make = partial(ClockSchedule, segment_s=1.0, batch_limit=batch_limit)
-    attempts = _Attempts(run, make, allowed=allowed)
-    segment_of = cell_of(max((per_seed[0] for per_seed in traces), key=lambda t: len(t.energy_j)))
-    for start in ([coarse.best()[segment] for segment in segment_of], *starts):
-        attempts.cost(tuple([*start, *[start[-1]] * len(segment_of)][: len(segment_of)]))
-    for stride in strides:
-        attempts.exchange(supported_mhz, segment_of, stride=stride)
-    return make(attempts.best())
-
-
 def find_load_table(
     run: Runner,
     supported_mhz: Sequence[int],
@@ -118,21 +88,25 @@ def find_load_table(
     rows: int = 10,
     stride: int = 4,
     budget: int = 60,
+    ewma_s: float = EWMA_S,
 ) -> LoadTable:
     """The table from arrival rate to clock of least energy on the seeds that ``run`` plays.
 
-    Rows are equally wide up to the highest rate seen. Other arguments as for ``find_schedule``.
+    Rows are equally wide up to the highest rate seen, averaged over ``ewma_s``. Clocks are profiled
+    ``stride`` places apart in ``supported_mhz``, ascending, and single rows then moved by less, for at most
+    ``budget`` runs. The mean penalty is at most ``allowed`` where a table was found for which it is.
     """
     clocks = every(supported_mhz, stride)
     traces = _fixed(run, clocks, batch_limit)
-    highest_rps = max(float(t.rate_rps.max()) for per_seed in traces for t in per_seed)
+    highest_rps = max(float(t.rate_rps(ewma_s).max()) for per_seed in traces for t in per_seed)
     rates_rps = [highest_rps * row / rows for row in range(1, rows)]
 
     def cell_of(t: Trace) -> np.ndarray:
-        return np.minimum(np.searchsorted(rates_rps, t.rate_rps), rows - 1)
+        return np.minimum(np.searchsorted(rates_rps, t.rate_rps(ewma_s)), rows - 1)
 
     def make(clocks_mhz: tuple[int, ...]) -> LoadTable:
-        return LoadTable(rates_rps, [Knobs(batch_limit, clock_mhz) for clock_mhz in clocks_mhz])
+        knobs = [Knobs(batch_limit, clock_mhz) for clock_mhz in clocks_mhz]
+        return LoadTable(rates_rps, knobs, ewma_s=ewma_s)
 
     attempts = _Attempts(run, make, allowed=allowed)
     attempts.assign(clocks, traces, cell_of)
@@ -197,29 +171,6 @@ class _Attempts:
             if len(self._tried) < budget and 0 <= at < len(supported_mhz):
                 moved = (*best[:cell], supported_mhz[at], *best[cell + 1 :])
                 best = min(best, moved, key=self.rank)
-
-    def exchange(self, supported_mhz: Sequence[int], cell_of: np.ndarray, *, stride: int) -> None:
-        """Move many groups of clocks at once: up where that buys most, down where it costs least.
-
-        Each group, the clocks of one cell, is moved by itself; then, for prices between which the allowed
-        penalty lies, every group makes its best move of the three (down, none, up) together.
-        """
-        base, supported = self.best(), np.array(supported_mhz)
-        at = np.searchsorted(supported, base)
-
-        def moved(steps: np.ndarray) -> np.ndarray:
-            return supported[np.clip(at + stride * steps, 0, len(supported) - 1)]
-
-        moves = np.zeros((2, cell_of.max() + 1, 3))
-        for cell, step in product(range(moves.shape[1]), (-1, 1)):
-            cost = self.cost(tuple(moved(step * (cell_of == cell)).tolist()))
-            moves[:, cell, step + 1] = np.subtract(cost, self.cost(base))
-
-        def cheapest(price_j: float) -> np.ndarray:
-            return moved((moves[0] + price_j * moves[1]).argmin(axis=1)[cell_of] - 1)
-
-        energy_j, _ = self.cost(base)
-        self._bisect(cheapest, energy_j * 1e-3, energy_j * 1e3)
 
     def _bisect(self, candidate: Callable[[float], np.ndarray], low_j: float, high_j: float) -> None:
         """Try candidates at prices per unit of penalty between which the allowed penalty lies."""

@@ -57,7 +57,7 @@ class Runs:
         self, loop: ControlLoop, *, seeds: Sequence[int], seconds: float, slos: Mapping[str, Slo]
     ) -> None:
         self.loop, self.slos = loop, dict(slos)
-        self.seeds, self._seconds = tuple(seeds), seconds
+        self.seeds, self.seconds = tuple(seeds), seconds
         self._static: dict[Knobs, dict[str, list[Trace]]] = {}
 
     def first(self, seeds: int) -> "Runs":
@@ -66,7 +66,7 @@ class Runs:
 
     def episode(self, policy: Policy, seed: int) -> Episode:
         """One episode, not remembered."""
-        return run_episode(self.loop, policy, seed=seed, seconds=self._seconds)
+        return run_episode(self.loop, policy, seed=seed, seconds=self.seconds)
 
     def played(self, policy: Policy, seed: int) -> Played:
         """The same without what else its windows say, which is fast for a policy that can be planned."""
@@ -111,19 +111,19 @@ class Runs:
         if found is None:
             return None
         node.reset(seed=seed)
-        arrivals = node.arrivals_to_come(int(self._seconds) + DRAIN_S)
-        energy_j, _, _ = run_program(node, *found, windows=len(arrivals), at_least=int(self._seconds))
+        arrivals = node.arrivals_to_come(int(self.seconds) + DRAIN_S)
+        energy_j, _, _ = run_program(node, *found, windows=len(arrivals), at_least=int(self.seconds))
         return energy_j, arrivals[: len(energy_j)], node.take_records()
 
     def _planned(self, policy: Planned, node: SimulatedNode, seed: int) -> Played:
         node.reset(seed=seed)
-        arrivals = node.arrivals_to_come(int(self._seconds) + DRAIN_S)
+        arrivals = node.arrivals_to_come(int(self.seconds) + DRAIN_S)
         limits, clocks_mhz = policy.plan(arrivals[:-1])
         first = node.spec.max_performance  # as ``ControlLoop.reset`` has it
         energy_j = node.play(
             np.array([first.batch_limit, *limits]),
             np.array([first.gpu_clock_mhz, *clocks_mhz]),
-            at_least=int(self._seconds),
+            at_least=int(self.seconds),
         )
         return energy_j, arrivals[: len(energy_j)], node.take_records()
 
