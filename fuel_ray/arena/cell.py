@@ -31,7 +31,6 @@ from fuel_ray.types import Policy, Slo
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
 CHOSEN = "chosen: learned or static"  # by ``choose``
 _RowsOf = Callable[[str, Policy, Sequence[Runs], str], list[dict[str, Any]]]
-TABLE_BUDGET = 30  # runs spent on single moves
 _RECORDED = ("energy_j", "requests", "slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s",
              "preemptions", "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
 
@@ -92,7 +91,7 @@ def _cell(
     spec = tuning.loop.node.spec
     limits = LIMITS_AMPLE if job.scenario.kv_tokens is None else LIMITS_SCARCE
     share, perf = job.config.tune_share, perf_of(job.config)
-    base = tune_on(tuning, slo, share=share, perf=perf, limits=limits, budget=TABLE_BUDGET)
+    base = tune_on(tuning, slo, share=share, perf=perf, limits=limits)
     static, share = base.static, base.share
     case = tuned_case(job.config, spec, base, slo=tuning.slos[slo])
     found = {f[0].name: swept(f, tuning, slo, share=share) for f in _contenders(job.config, case)}

@@ -35,11 +35,10 @@ class Anchor:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Anchor":
-        """The inverse of ``to_dict``; what is no anchor is a ValueError."""
+        """The inverse of ``to_dict``; what is no anchor is a ValueError or a TypeError."""
         if not 0 <= raw["weight"] < math.inf:
             raise ValueError("the anchor's weight is not one")
-        rule = Rule.from_dict(raw["rule"]) if "rule" in raw else LoadTable.from_dict(raw)
-        return Anchor(rule, float(raw["weight"]))
+        return Anchor(rule_of(raw.get("rule", raw)), float(raw["weight"]))
 
 
 class GridAnchor:
@@ -97,6 +96,11 @@ class GridAnchor:
             penalty[:limit] = np.inf
             self._near[base] = limit, clock, np.asarray(penalty.ravel())
         return self._near[base]
+
+
+def rule_of(raw: Any) -> LoadTable | Rule:
+    """A rule from its plain data; what is none is a ValueError, a TypeError or a KeyError."""
+    return Rule.from_dict(raw) if isinstance(raw, Mapping) and "trim_mhz" in raw else LoadTable.from_dict(raw)
 
 
 def at_work(rule: LoadTable | Rule, spec: NodeSpec, slo: Slo) -> LoadTable | RulePolicy:

@@ -8,11 +8,12 @@ from typing import Protocol, runtime_checkable
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.agft import AgftLinUcb
+from fuel_ray.policies.anchor import at_work
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.eais import Eais
 from fuel_ray.policies.feedback import Feedback
 from fuel_ray.policies.models import every, fit_batches, fit_steps, token_limits
-from fuel_ray.policies.rules import Rule, RulePolicy
+from fuel_ray.policies.rules import Rule
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import Pack, PerfModel
@@ -21,7 +22,7 @@ from fuel_ray.workload.lengths import OUTPUT_TOKENS
 
 MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE, LEARNED = "max_performance", "tuned_static", "load_table", "dqn"
 REQUESTS_TABLE, RATE_REQUESTS_TABLE, REQUESTS_TRIM = "requests_table", "rate_requests_table", "requests_trim"
-PREDICTIVE, PREDICTIVE_TRIM = "predictive", "predictive_trim"
+PREDICTIVE, PREDICTIVE_TRIM, FAST_LOAD_TABLE = "predictive", "predictive_trim", "load_table_4s"
 REFERENCES = (MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE)
 JUDGED_BY = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)  # the comparison that says most comes first
 DWELL_S = 5.0
@@ -40,7 +41,7 @@ class Case:
     pack: Pack | None  # for rules that need a model
     static: Knobs  # tuned for the load; rules that leave the batch limit alone use its limit
     table: LoadTable  # tuned for the load
-    rules: Mapping[str, Rule] = field(default_factory=dict)  # tuned for the load, by name
+    rules: Mapping[str, LoadTable | Rule] = field(default_factory=dict)  # tuned for the load, by name
     best_rule: LoadTable | Rule | None = None  # the best simple rule of the load; None: the table
     extra_features: tuple[str, ...] = ()  # code that a policy folder may need
 
@@ -129,7 +130,7 @@ def _rule(name: str) -> Callable[[Case, float], Policy]:
     def make(case: Case, by: float) -> Policy:
         if name not in case.rules:
             return Static(case.static)
-        return RulePolicy(case.rules[name].moved(by), case.spec, case.slo)
+        return at_work(case.rules[name].moved(by), case.spec, case.slo)
 
     return make
 
@@ -204,6 +205,14 @@ CATALOGUE: dict[str, Entry] = {
         simple=True,
         dial=OFFSETS_MHZ,
         what="a table from the recent arrival rate to a (clock, limit) pair",
+    ),
+    FAST_LOAD_TABLE: Entry(
+        *("load table, 4 s", "#66c2a5"),
+        _rule(FAST_LOAD_TABLE),
+        tuned=True,
+        simple=True,
+        dial=OFFSETS_MHZ,
+        what="the load table read at an average of 4 s, tuned for itself",
     ),
     REQUESTS_TABLE: Entry(
         *("requests table", "#44aa99"),

@@ -38,7 +38,7 @@ class Rule:
     clocks_mhz: tuple[tuple[float, ...], ...] = ()  # by the first key, then the second
     perf: PerfModel | None = None  # of a prediction
     stretch: float = 1.0
-    trim_mhz: tuple[float, ...] = _NO_TRIM  # per term of ``sim.program``'s trim
+    trim_mhz: tuple[float, ...] = _NO_TRIM  # per term of ``sim.choice``'s trim
     shift_mhz: float = 0.0  # of every clock: up is more careful
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Rule:
         return Rule(**typed)
 
     def moved(self, by: float) -> "Rule":
-        """The same, more careful: all clocks higher by so many MHz, or a prediction's stretch lower by so much."""
+        """The same, more careful: clocks higher by so many MHz, a prediction's stretch lower by so much."""
         return self.stretched(self.stretch - by) if self.predicts else self.shifted(by)
 
     @property
@@ -131,6 +131,7 @@ class RulePolicy:
 
     def reset(self) -> None:
         self._sight = np.zeros(compiled.SIGHT)
+        self._choose()  # compiles it before a server waits
 
     @cached_property
     def _clocks(self) -> np.ndarray:
@@ -140,7 +141,12 @@ class RulePolicy:
 
     def decide(self, window: WindowMetrics) -> Knobs:
         see(self._sight, window)
-        limit, row = compiled.choose(
+        return self._choose()
+
+    def _choose(self) -> Knobs:
+        from fuel_ray.sim.choice import choose  # noqa: PLC0415  (a table does not wait for numba)
+
+        limit, row = choose(
             self._program, self._sight, self._server, self._constants, self._clocks, self._hidden
         )
         return Knobs(limit, self._spec.gpu_clocks_mhz[row])
@@ -151,7 +157,9 @@ class RulePolicy:
 
 
 def see(sight: np.ndarray, window: WindowMetrics) -> None:
-    """What ``sim.program.look`` sees of a simulated window, of any."""
+    """What ``sim.choice.look`` sees of a simulated window, of any."""
+    from fuel_ray.sim.choice import remember  # noqa: PLC0415  (as above)
+
     per_s = 1.0 / window.duration_s
     sight[compiled.RUNNING], sight[compiled.WAITING] = window.running, window.waiting
     sight[compiled.KV_USAGE], sight[compiled.OLDEST_WAIT_S] = window.kv_usage, window.oldest_wait_s
@@ -159,7 +167,7 @@ def see(sight: np.ndarray, window: WindowMetrics) -> None:
     sight[compiled.PROMPT_TOKENS] = window.prompt_tokens * per_s
     sight[compiled.OUTPUT_TOKENS] = window.output_tokens * per_s
     sight[compiled.LIMIT], sight[compiled.CLOCK_MHZ] = window.knobs.batch_limit, window.knobs.gpu_clock_mhz
-    compiled.remember(sight)
+    remember(sight)
 
 
 def _tuples(value: Any) -> Any:

@@ -45,7 +45,7 @@ def case_of(
     slo: Slo | None = None,
     static: Knobs | None = None,
     table: LoadTable | None = None,
-    rules: Mapping[str, Rule] | None = None,
+    rules: Mapping[str, LoadTable | Rule] | None = None,
     best_rule: LoadTable | Rule | None = None,
 ) -> Case:
     """What policies are made for on a node of these settings; None: as they say, and nothing tuned."""

@@ -1,7 +1,8 @@
 """Simple rules that look at their node, tuned on tuning seeds.
 
 How careful a rule is, its dial, is bisected on all of the seeds, so that it just meets the SLO as asked.
-Shapes are searched by an evolution strategy on a few of them: tables from what other rules did, trims from none.
+Shapes are searched by an evolution strategy on a few of them: tables from what other rules did, trims
+from none.
 """
 
 import math
@@ -11,9 +12,10 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from fuel_ray.averages import smoothed_rates
+from fuel_ray.averages import FAST_EWMA_S, smoothed_rates
 from fuel_ray.policies.anchor import at_work
 from fuel_ray.policies.catalogue import (
+    FAST_LOAD_TABLE,
     LOAD_TABLE,
     PREDICTIVE,
     PREDICTIVE_TRIM,
@@ -26,12 +28,13 @@ from fuel_ray.policies.rules import Key, Rule
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import PerfModel
 from fuel_ray.sim.program import TRIM
+from fuel_ray.tuning.clock_search import allowed_penalty, find_load_table
 from fuel_ray.tuning.evolution import evolved
 from fuel_ray.tuning.runs import Runs, Score
-from fuel_ray.tuning.search import bisected
+from fuel_ray.tuning.search import TABLE_STRIDE, bisected
 from fuel_ray.types import Policy
 
-RULES = (REQUESTS_TABLE, RATE_REQUESTS_TABLE, REQUESTS_TRIM, PREDICTIVE, PREDICTIVE_TRIM)
+RULES = (FAST_LOAD_TABLE, REQUESTS_TABLE, RATE_REQUESTS_TABLE, REQUESTS_TRIM, PREDICTIVE, PREDICTIVE_TRIM)
 CHEAP = (
     REQUESTS_TABLE,
     PREDICTIVE,
@@ -50,10 +53,11 @@ _FINE_KNOTS: dict[Key, tuple[float, ...]] = {"in_system": (0.0, 0.1, 0.25, 0.4, 
 
 def tuned_rules(
     names: Iterable[str], tuning: Runs, slo: str, *, share: float, table: LoadTable, perf: PerfModel
-) -> dict[str, Rule]:
+) -> dict[str, LoadTable | Rule]:
     """The rules of these names, tuned; they take the batch limit of a load table, and a GPU's model."""
     search = _Search(tuning, slo, share, table, perf)
-    make: Mapping[str, Callable[[], Rule]] = {
+    make: Mapping[str, Callable[[], LoadTable | Rule]] = {
+        FAST_LOAD_TABLE: search.fast_load_table,
         REQUESTS_TABLE: lambda: search.requests_table,
         RATE_REQUESTS_TABLE: partial(search.tabled, _KNOTS),
         REQUESTS_TRIM: lambda: search.trimmed(search.requests_table),
@@ -64,7 +68,7 @@ def tuned_rules(
 
 
 def best_rule(
-    rules: Mapping[str, Rule], tuning: Runs, slo: str, *, share: float, table: LoadTable
+    rules: Mapping[str, LoadTable | Rule], tuning: Runs, slo: str, *, share: float, table: LoadTable
 ) -> tuple[str, LoadTable | Rule]:
     """The one of least energy at the share that was asked, by name; the load table is one of them."""
     everyone: dict[str, LoadTable | Rule] = {LOAD_TABLE: table, **rules}
@@ -86,6 +90,17 @@ class _Search:
     share: float
     table: LoadTable
     perf: PerfModel
+
+    def fast_load_table(self) -> LoadTable:
+        """A load table that sees a change of the load sooner."""
+        return find_load_table(
+            partial(self.tuning.traces, slo=self.slo),
+            self.tuning.loop.node.spec.gpu_clocks_mhz,
+            batch_limit=self._batch_limit,
+            allowed=allowed_penalty(self.tuning.slos[self.slo], self.share),
+            stride=TABLE_STRIDE,
+            ewma_s=FAST_EWMA_S,
+        )
 
     @cached_property
     def requests_table(self) -> Rule:

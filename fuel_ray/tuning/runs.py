@@ -62,7 +62,7 @@ class Runs:
 
     def first(self, seeds: int) -> "Runs":
         """The same on the first seeds alone."""
-        return Runs(self.loop, seeds=self.seeds[:seeds], seconds=self._seconds, slos=self.slos)
+        return Runs(self.loop, seeds=self.seeds[:seeds], seconds=self.seconds, slos=self.slos)
 
     def episode(self, policy: Policy, seed: int) -> Episode:
         """One episode, not remembered."""

@@ -10,7 +10,7 @@ import numpy as np
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, twin_of, twinned
 from fuel_ray.config import LearnConfig, ServingConfig
-from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.anchor import Anchor, rule_of
 from fuel_ray.policies.catalogue import CATALOGUE, LOAD_TABLE, Case, Learner
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.rules import Rule
@@ -25,7 +25,6 @@ from fuel_ray.tuning.runs import Runs, Score
 from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, bisected, tune_static_pair
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 
-_TABLE_BUDGET = 30  # runs spent on single moves
 _ASKED = "asked"  # the SLO of the settings
 
 
@@ -36,7 +35,7 @@ class Tuned:
     static: Knobs
     table: LoadTable
     share: float  # of requests that was asked for
-    rules: Mapping[str, Rule] = field(default_factory=dict)  # by name
+    rules: Mapping[str, LoadTable | Rule] = field(default_factory=dict)  # by name
     best_rule: str = LOAD_TABLE  # the name of the best of them and the table
 
     @property
@@ -59,7 +58,7 @@ class Tuned:
     def from_dict(raw: dict[str, Any]) -> "Tuned":
         """The inverse of ``to_dict``; older runs had no other rule than the load table."""
         table = LoadTable.from_dict(raw["load_table"])
-        rules = {name: Rule.from_dict(rule) for name, rule in raw.get("rules", {}).items()}
+        rules = {name: rule_of(rule) for name, rule in raw.get("rules", {}).items()}
         best = raw.get("best_rule", LOAD_TABLE)
         return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"], rules, best)
 
@@ -67,7 +66,7 @@ class Tuned:
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the simple rules that cost little for a workload on the tuning seeds."""
     runs, perf = _tuning_runs(config, kv_block_size, workload), perf_of(config)
-    return tune_on(runs, _ASKED, share=config.tune_share, budget=_TABLE_BUDGET, rules=CHEAP, perf=perf)
+    return tune_on(runs, _ASKED, share=config.tune_share, rules=CHEAP, perf=perf)
 
 
 def tune_on(
@@ -77,13 +76,9 @@ def tune_on(
     share: float,
     perf: PerfModel,
     limits: Sequence[int] = LIMITS_SCARCE,
-    budget: int = 60,
     rules: Collection[str] = RULES,
 ) -> Tuned:
-    """The same on any tuning seeds, for one of their SLOs, with the ``rules`` that are named.
-
-    ``budget`` runs of the load table's are spent on single moves.
-    """
+    """The same on any tuning seeds, for one of their SLOs, with the ``rules`` that are named."""
     static, asked = tune_static_pair(runs, slo, share=share, limits=limits)
     table = find_load_table(
         partial(runs.traces, slo=slo),
@@ -91,7 +86,6 @@ def tune_on(
         batch_limit=static.batch_limit,
         allowed=allowed_penalty(runs.slos[slo], asked),
         stride=TABLE_STRIDE,
-        budget=budget,
     )
     return with_rules(Tuned(static, table, asked), rules, runs, slo, perf=perf)
 
@@ -162,7 +156,7 @@ def tuned_case(config: ServingConfig, spec: NodeSpec, tuned: Tuned, *, slo: Slo 
 def tune_anchor(
     config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
 ) -> tuple[Anchor, float]:
-    """How near to the best simple rule a policy does best on the tuning seeds, and its price of a miss then."""
+    """How near to the best simple rule a policy does best on tuning seeds, and its price of a miss then."""
     tuning = _tuning_runs(config, kv_block_size, config.workload)
     variants = kept_near("", policy.policy(tuning.loop.node.spec), config.slo, tuned.rule)
     best, _ = search.tuned(variants, tuning, _ASKED, share=tuned.share)
