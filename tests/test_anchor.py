@@ -51,7 +51,7 @@ def test_a_heavy_anchor_leaves_the_table_to_the_letter_even_off_the_grid(tmp_pat
 
 def test_an_anchor_reads_its_table_at_the_average_that_it_was_tuned_at():
     fast = LoadTable(TABLE.rates_rps, TABLE.knobs, ewma_s=4.0)
-    anchor = GridAnchor(Anchor.from_dict(Anchor(fast, 0.1).to_dict()), GRID)
+    anchor = GridAnchor(Anchor.from_dict(Anchor(fast, 0.1).to_dict()), GRID, SPEC, Slo(1.0))
     windows = [replace(WINDOW, arrivals=arrivals, duration_s=1.0) for arrivals in (0, 0, *[4] * 8)]
     assert [anchor.decide(window) for window in windows] == [fast.decide(window) for window in windows]
 
@@ -66,7 +66,7 @@ def test_the_network_leaves_the_table_where_it_gains_more_than_that_costs(tmp_pa
 
 
 def test_the_charge_grows_with_the_way_from_the_tables_knobs():
-    penalty = GridAnchor(Anchor(TABLE, 0.1), GRID).penalty(BASE).reshape(3, 3)
+    penalty = GridAnchor(Anchor(TABLE, 0.1), GRID, SPEC, Slo(1.0)).penalty(BASE).reshape(3, 3)
     np.testing.assert_allclose(penalty[1], [0.51, 0.0, 0.48])
     np.testing.assert_allclose(penalty[1:, 1], [0.0, 0.1])
 
@@ -101,7 +101,7 @@ def test_the_promise_and_the_price_can_be_told_without_losing_the_anchor(tmp_pat
 
 
 def test_penalties_by_action_are_those_of_the_tables_knobs():
-    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID)
+    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID, SPEC, Slo(1.0))
     found = anchor.penalties()
     for knobs in TABLE.knobs:
         np.testing.assert_array_equal(found[anchor.action(knobs)], anchor.penalty(knobs))
@@ -110,7 +110,7 @@ def test_penalties_by_action_are_those_of_the_tables_knobs():
 
 def test_a_lower_batch_limit_than_the_tables_is_served_at_the_tables():
     """RLlib's own runner knows no table, and would learn from what no policy does."""
-    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID)
+    anchor = GridAnchor(Anchor(TABLE, 0.1), GRID, SPEC, Slo(1.0))
     assert anchor.decode(GRID.encode(Knobs(4, 990)), BASE) == Knobs(20, 990)
     assert anchor.decode(GRID.encode(Knobs(32, 990)), BASE) == Knobs(32, 990)
 

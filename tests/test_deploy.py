@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pynvml
@@ -13,13 +14,16 @@ import pytest
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
 from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.learned import read_manifest, save_rule
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.types import Knobs
 from fuel_ray.vllm_plugin import read_file
 from tests.fake_nvml import FakeGpu, FakeNvml
-from tests.policy_folders import write_policy
+from tests.policy_folders import SLO, write_policy
 from tests.stub_vllm import serving
 from tests.test_lease import FAKE_PYNVML, until
+from tests.test_rules import KINDS
+from tests.test_rules import SPEC as TWIN
 from tests.traffic_stub import TrafficStub
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +75,16 @@ def test_a_policy_controls_a_running_server_and_gives_everything_back(stub, gpu,
     assert (summary["windows"], summary["lost_windows"], summary["lost_lines"]) == (4, 0, 0)
     assert 0.04 < summary["ttft"]["p50_s"] < 0.06 and 0.01 < summary["tpot"]["p50_s"] < 0.025
     assert run["spec"]["kv_block_size"] == 16 and run["policy"]["model"] == "tiny"
+
+
+@pytest.mark.parametrize("kind", ["trimmed table", "trimmed prediction"])
+def test_a_simple_rule_rules_as_a_folder_does(kind, stub, gpu, tmp_path):
+    rule, made = replace(KINDS[kind], batch_limit=24), read_manifest(write_policy(tmp_path / "p"))
+    save_rule(tmp_path / "rule", rule, made, slo=SLO, clock_mhz=1980)
+    code, lines, run = deploy(stub, tmp_path / "rule", tmp_path)
+    assert code == 0 and run["policy"]["anchor"]["rule"]["batch_limit"] == 24
+    assert {line["chosen"]["batch_limit"] for line in lines} == {24} and len(lines) == 4
+    assert all(line["chosen"]["gpu_clock_mhz"] in TWIN.gpu_clocks_mhz for line in lines)
 
 
 def test_a_deployment_whose_limit_is_never_acknowledged_gives_clocks_back_and_says_what_to_do(

@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fuel_ray.arena.evaluation import evaluate_block_size
@@ -13,11 +12,13 @@ from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.cli import main
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import ConfigError
-from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, PUBLISHED, contender, untuned
+from fuel_ray.policies.catalogue import CATALOGUE, PLAYABLE, PUBLISHED, SIMPLE, contender, untuned
+from fuel_ray.policies.learned import read_policy
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.tuning import search, tuned
+from fuel_ray.tuning import rules, tuned
 from fuel_ray.tuning.contenders import names_of, resolve
+from fuel_ray.tuning.rules import tuned_rules
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.tuned import Tuned
 from fuel_ray.types import Knobs, Slo
@@ -41,6 +42,7 @@ def from_the_repository(monkeypatch):
 def few_tuning_seeds(monkeypatch):
     monkeypatch.setattr(tuned, "TUNING_SEEDS", (1000,))
     monkeypatch.setattr(tuned, "EPISODE_S", 60)
+    monkeypatch.setattr(rules, "_EVALUATIONS", 10)
 
 
 def played(folder, file="summary.csv"):
@@ -58,12 +60,11 @@ def test_every_policy_of_the_catalogue_can_be_made_and_decides(name):
 
 def test_the_table_at_four_seconds_is_tuned_for_itself():
     loop = build_loop(PRESETS["default"], 16, horizon_s=60.0)
-    spec, slo = loop.node.spec, Slo(1.0, 0.012)
-    runs = Runs(loop, seeds=[1000], seconds=60, slos={"a": slo})
-    case = untuned(spec, slo, None)
-    fast = contender("load_table_4s", replace(case, static=Knobs(48, 1500)))
-    assert fast.make(0.0).plan(np.zeros(3))[1].tolist() == [1500] * 3  # before
-    table, _ = search.tuned([fast], runs, "a", share=0.9)
+    runs = Runs(loop, seeds=[1000], seconds=60, slos={"a": Slo(1.0, 0.012)})
+    tens = LoadTable((), (Knobs(48, 1500),))
+    table = tuned_rules(["load_table_4s"], runs, "a", share=0.9, table=tens, perf=CASE.pack.perf)[
+        "load_table_4s"
+    ]
     assert table.ewma_s == 4.0 and {knobs.batch_limit for knobs in table.knobs} == {48}
     assert len(table.knobs) == 10 and len({knobs.gpu_clock_mhz for knobs in table.knobs}) > 1
 
@@ -82,28 +83,34 @@ def test_evaluate_plays_folders_names_and_classes_from_outside(tmp_path, capsys)
 
 
 def test_what_a_rule_needs_is_tuned_first_and_that_is_said(tmp_path, capsys, few_tuning_seeds):
-    names = ["tuned_static", "feedback", "agft"]
+    names = ["tuned_static", "feedback", "agft", "requests_table"]
     assert main(["evaluate", *SHORT, "--out", str(tmp_path), "--policies", *names]) == 0
     assert played(tmp_path) == ["max_performance", *names]
-    assert "tune  block  16  tuned_static, feedback, agft: on the tuning seeds" in capsys.readouterr().out
+    assert (
+        "tune  block  16  tuned_static, feedback, agft, requests_table: on the tuning seeds"
+        in capsys.readouterr().out
+    )
 
 
-def test_the_arena_plays_a_class_from_outside(tmp_path):
+def test_the_arena_plays_a_class_from_outside(tmp_path, few_tuning_seeds):
     flags = ["--scenarios", "steady-30", "--seeds", "1", "--tuning-seeds", "1", "--seconds", "60"]
     more = ["--no-peers", "--no-oracle", "--policies", MINE, "clipper", "--out", str(tmp_path)]
     assert main(["arena", *flags, *more]) == 0
-    assert played(tmp_path) == ["max_performance", "tuned_static", "load_table", MINE, "clipper"]
+    assert played(tmp_path) == ["max_performance", "tuned_static", *SIMPLE, MINE, "clipper"]
     assert "| Clipper |" in next(tmp_path.glob("*/arena.md")).read_text()
 
 
-def test_recommend_compares_rules_too(tmp_path, capsys):
+def test_recommend_compares_rules_too(tmp_path, capsys, few_tuning_seeds):
     flags = [*SHORT, "--seeds", "2", "--tuning-seeds", "1", "--workers", "1", "--save", str(tmp_path)]
     assert main(["recommend", *flags, "--policies", "clipper", MINE]) == 0
     said = capsys.readouterr().out.splitlines()
     assert all("..1.000] of SLO" in line for line in said[:3])  # over the clock axes
-    for name in ("tuned static", "load table", "Clipper", MINE):
+    for name in ("tuned static", "load table  ", "predictive  ", "Clipper", MINE):
         assert sum(line.startswith("recommend") and name in line for line in said) == 1
-    assert said[-1].startswith("nothing written to")
+    assert said[-1].startswith(f"wrote {tmp_path}")
+    saved = read_policy(tmp_path).manifest
+    assert saved.algorithm in ("tuned_static", *SIMPLE) and saved.anchor is not None
+    assert saved.tuned_static is not None and saved.feature_ranges["arrival_rate_ewma"][1] > 0.0
 
 
 def test_a_sweep_evaluates_others_beside_its_own(tmp_path, few_tuning_seeds, monkeypatch):

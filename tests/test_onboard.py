@@ -93,7 +93,7 @@ def test_a_rule_that_is_recommended_can_be_deployed_and_never_leaves_its_knobs(t
     found = json.loads((folder / "recommendation.json").read_text())
     assert found["best"] == "tuned_static"
     made = read_policy(folder / "policies" / "recommended")
-    assert made.manifest.anchor.table.knobs == (made.manifest.tuned_static,)
+    assert made.manifest.anchor.rule.knobs == (made.manifest.tuned_static,)
     assert f"at {made.manifest.tuned_static.gpu_clock_mhz} MHz" in found["how"]
 
 

@@ -20,18 +20,17 @@ from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
 from fuel_ray.record import summary_fields
 from fuel_ray.tuning.clock_search import met
-from fuel_ray.tuning.contenders import case_of, families, is_folder, of_size
+from fuel_ray.tuning.contenders import families, is_folder, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes, run_episode
 from fuel_ray.tuning.hindsight import below, hindsight_points, schedules_of
 from fuel_ray.tuning.runs import Runs, held_out
 from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, Setting, Swept, swept
-from fuel_ray.tuning.tuned import tune_on
+from fuel_ray.tuning.tuned import perf_of, tune_on, tuned_case
 from fuel_ray.types import Policy, Slo
 
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
 CHOSEN = "chosen: learned or static"  # by ``choose``
 _RowsOf = Callable[[str, Policy, Sequence[Runs], str], list[dict[str, Any]]]
-TABLE_BUDGET = 30  # runs spent on single moves
 _RECORDED = ("energy_j", "requests", "slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s",
              "preemptions", "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
 
@@ -91,9 +90,10 @@ def _cell(
 ) -> dict[str, Any]:
     spec = tuning.loop.node.spec
     limits = LIMITS_AMPLE if job.scenario.kv_tokens is None else LIMITS_SCARCE
-    base = tune_on(tuning, slo, share=job.config.tune_share, limits=limits, budget=TABLE_BUDGET)
+    share, perf = job.config.tune_share, perf_of(job.config)
+    base = tune_on(tuning, slo, share=share, perf=perf, limits=limits)
     static, share = base.static, base.share
-    case = case_of(job.config, spec, slo=tuning.slos[slo], static=static, table=base.table)
+    case = tuned_case(job.config, spec, base, slo=tuning.slos[slo])
     found = {f[0].name: swept(f, tuning, slo, share=share) for f in _contenders(job.config, case)}
     own = of_size(job.config.policies, spec.kv_block_size)
     folders = [name for name, entry in own.items() if is_folder(entry)]

@@ -8,25 +8,29 @@ from typing import Any
 
 import numpy as np
 
+from fuel_ray import __version__
 from fuel_ray.arena.axes import axis_rows, on_other_axes, played
 from fuel_ray.arena.cell import held_out_rows
 from fuel_ray.arena.comparison import attainment
 from fuel_ray.arena.config import RecommendConfig
 from fuel_ray.arena.equal import Rows, Sweep, enough, iso, raw, sweep_of
 from fuel_ray.arena.pool import in_processes
-from fuel_ray.build.nodes import build_loop
-from fuel_ray.codec import Codec
+from fuel_ray.build.nodes import build_loop, build_spec
+from fuel_ray.codec import ActionGrid, Codec
 from fuel_ray.control import ControlLoop
+from fuel_ray.drift import Range, observed_ranges
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.catalogue import MAX_PERFORMANCE, SIMPLE, TUNED_STATIC, label
-from fuel_ray.policies.learned import LearnedPolicy, read_policy, save_policy
-from fuel_ray.policies.static import Static
+from fuel_ray.policies.learned import LearnedPolicy, Manifest, read_policy, save_policy, save_rule
+from fuel_ray.policies.rules import Rule, RulePolicy
+from fuel_ray.policies.static import LoadTable, Static
+from fuel_ray.sim.pack import load_pack
 from fuel_ray.stats import Interval
-from fuel_ray.tuning.contenders import case_of, families, of_size
+from fuel_ray.tuning.contenders import families, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes
 from fuel_ray.tuning.runs import Runs, held_out
 from fuel_ray.tuning.search import SLACK, Swept, swept
-from fuel_ray.tuning.tuned import tune_on
+from fuel_ray.tuning.tuned import perf_of, tune_on, tuned_case
 from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
@@ -45,6 +49,15 @@ class Fitted:
 
 
 @dataclass(frozen=True, slots=True)
+class FittedRule:
+    """A simple rule as it was tuned here."""
+
+    rule: LoadTable | Rule
+    static: Knobs
+    ranges: Mapping[str, Range]  # of the load, as it was tuned on
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One policy at one block size: what it did on the tuning seeds together and on each held-out seed."""
 
@@ -57,7 +70,7 @@ class Pair:
     attained: float
     met: bool  # the SLO, on most seeds
     how: str  # what was tuned
-    fitted: Fitted | None = None  # of a learned policy
+    fitted: Fitted | FittedRule | None = None  # of a learned policy or a simple rule
     axes: Mapping[str, "Pair"] = field(default_factory=dict)  # under the pack's others, on the first seeds
     attained_change: float = 0.0  # of one of these, by its axis, on the same seeds
     swept: Sweep | None = None  # at all settings; None: as tuned alone
@@ -104,9 +117,12 @@ class Pair:
         )
 
 
-def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:
-    """The policy with what was tuned, for its block size alone, since the static pair and the table are."""
+def save(pair: Pair, fitted: Fitted | FittedRule, config: RecommendConfig) -> None:
+    """The policy with what was tuned, for its block size alone, since the static pair and the rules are."""
     assert config.save is not None
+    if isinstance(fitted, FittedRule):
+        _save_rule(config.save, pair, fitted, config)
+        return
     policy = read_policy(fitted.folder, extra_features=config.extra_features)
     manifest = replace(
         policy.manifest,
@@ -118,6 +134,27 @@ def save(pair: Pair, fitted: Fitted, config: RecommendConfig) -> None:
         anchor=fitted.anchor,
     )
     save_policy(config.save, policy.arrays, fitted.codec, manifest)
+
+
+def _save_rule(folder: Path, pair: Pair, fitted: FittedRule, config: RecommendConfig) -> None:
+    spec, pack = build_spec(config, pair.kv_block_size), load_pack(config.pack)
+    manifest = Manifest(
+        kv_block_sizes=(pair.kv_block_size,),
+        model=spec.model,
+        gpu_name=spec.gpu_name,
+        engine=pack.engine,
+        pack=pack.name,
+        pack_sha256=pack.sha256,
+        reward="energy",
+        workload=config.workload,
+        workload_digest=parse_workload(config.workload).digest(),
+        head="additive",
+        fuel_ray_version=__version__,
+        algorithm=pair.policy,
+        tuned_static=fitted.static,
+        feature_ranges=fitted.ranges,
+    )
+    save_rule(folder, fitted.rule, manifest, slo=config.slo, clock_mhz=spec.max_performance.gpu_clock_mhz)
 
 
 def by_size(config: RecommendConfig) -> Iterator[list[Pair]]:
@@ -134,8 +171,8 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
     judged = replace(config, seeds=seeds, seconds=seconds)
     stage = build_loop(judged, kv_block_size, horizon_s=float(seconds), part="second half")
     alone = held_out(stage, seeds, seconds=seconds, slos=slos)
-    base = tune_on(tuning, _ASKED, share=config.tune_share)
-    case = case_of(config, loop.node.spec, static=base.static, table=base.table)
+    base = tune_on(tuning, _ASKED, share=config.tune_share, perf=perf_of(config))
+    case = tuned_case(config, loop.node.spec, base)
     others = on_other_axes(judged, partial(_under_axis, judged, kv_block_size), slos=slos)
     pairs = []
     known = {name: name for name in (TUNED_STATIC, *SIMPLE)}
@@ -151,9 +188,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
             tuned_rank=found.rank(base.share),
             **_outcome(found, rows, alone),
             how=_how(policy),
-            fitted=Fitted(Path(entry), policy.codec, policy.anchor, base.static)
-            if isinstance(policy, LearnedPolicy)
-            else None,
+            fitted=_fitted(entry, policy, base.static, tuning),
         )
         under = {axis: axis_rows(name, policy, runs, _ASKED) for axis, runs in others.items()}
         axes = {
@@ -162,6 +197,21 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
         }
         pairs.append(replace(pair, axes=axes))
     return pairs
+
+
+def _fitted(entry: str, policy: Policy, static: Knobs, tuning: Runs) -> Fitted | FittedRule | None:
+    """What is to be saved of a policy; None where that is nothing."""
+    if isinstance(policy, LearnedPolicy):
+        return Fitted(Path(entry), policy.codec, policy.anchor, static)
+    rule = policy.rule if isinstance(policy, RulePolicy) else policy
+    if isinstance(rule, Static) and entry == TUNED_STATIC:
+        rule = LoadTable((), (rule.knobs,))
+    if not isinstance(rule, LoadTable | Rule):
+        return None
+    spec, slo = tuning.loop.node.spec, tuning.slos[_ASKED]
+    codec = Codec(("waiting",), ActionGrid((1,), (1,)), slo)  # the load has the same features for any
+    windows = (tuning.episode(policy, seed).windows for seed in tuning.seeds)
+    return FittedRule(rule, static, observed_ranges(codec, spec, windows))
 
 
 def _under_axis(config: RecommendConfig, kv_block_size: int, clock_axis: str) -> ControlLoop:
@@ -193,7 +243,7 @@ def _how(policy: Policy) -> str:
         return "a rule"
     parts = [f"a miss costs {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
     if policy.anchor is not None and policy.anchor.weight > 0.0:
-        parts.append(f"{policy.anchor.weight:g} per 100 MHz off the load table")
+        parts.append(f"{policy.anchor.weight:g} per 100 MHz off the best simple rule")
     return ", ".join(parts) or "as trained"
 
 

@@ -6,8 +6,6 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.types import NodeSpec, Policy, Slo
 
-_OF_A_LOAD = ("tuned_static", "load_table")
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -21,9 +19,10 @@ class Rule:
         """Raises ConfigError where it is nothing that can be watched."""
         if "/" in self.entry and ":" not in self.entry:
             raise ConfigError(f"--policy {self.entry}: there is no such folder")
+        from fuel_ray.policies.catalogue import SIMPLE, TUNED_STATIC  # noqa: PLC0415  (as below)
         from fuel_ray.tuning.contenders import is_folder  # noqa: PLC0415  (a folder does not wait for numba)
 
-        if is_folder(self.entry) or self.entry in _OF_A_LOAD:
+        if is_folder(self.entry) or self.entry in (TUNED_STATIC, *SIMPLE):
             raise ConfigError(f"--policy {self.entry}: it is tuned for a load; a policy folder holds what is")
         limits_s = [s for s in (self.slo.ttft_s, self.slo.tpot_s, self.slo.e2e_s) if s is not None]
         if not limits_s or not min(limits_s) > 0:

@@ -1,14 +1,14 @@
 """What the twin says of the SLO, a policy that is trained on it, and whether that should be deployed."""
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fuel_ray.arena.config import RecommendConfig
-from fuel_ray.arena.recommendation import Pair, save
+from fuel_ray.arena.recommendation import Fitted, Pair
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.commands import recommend, train
 from fuel_ray.commands.train import TrainVerbConfig
@@ -16,9 +16,8 @@ from fuel_ray.onboarding.config import OnboardConfig, settings
 from fuel_ray.onboarding.server import HOW_TO_SET_CLOCKS, HOW_TO_SET_LIMITS
 from fuel_ray.onboarding.state import Onboarding
 from fuel_ray.onboarding.twin import into
-from fuel_ray.policies.anchor import WEIGHTS, Anchor
 from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
-from fuel_ray.policies.static import LoadTable, Static
+from fuel_ray.policies.static import Static
 from fuel_ray.record import make_folder, write_json
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
@@ -69,8 +68,6 @@ def decide(state: Onboarding) -> dict[str, Any]:
     config = recommend_config(state, state.twin())
     pairs, best, sentence = recommend.recommended(config)
     fastest = next(pair for pair in pairs if pair.policy == MAX_PERFORMANCE)
-    if best.policy in (TUNED_STATIC, LOAD_TABLE):
-        _save_as_folder(best, pairs, config)
     if (folder := state.folder / "policies" / "recommended").exists():
         shutil.copyfile(state.pack_path, folder / "pack.json")  # for a shadow to say what would be saved
     rows = [_row(pair, fastest) for pair in pairs]
@@ -91,23 +88,13 @@ def recommend_config(state: Onboarding, twin: OnboardConfig) -> RecommendConfig:
     return settings(RecommendConfig, twin, policies=entries, save=state.folder / "policies" / "recommended")
 
 
-def _save_as_folder(best: Pair, pairs: list[Pair], config: RecommendConfig) -> None:
-    """A rule as a policy that deploy takes: the trained one, held to the rule's knobs for good."""
-    for fitted in (pair.fitted for pair in pairs):
-        if fitted is not None and fitted.anchor is not None:
-            static = LoadTable((), (fitted.static,))
-            table = static if best.policy == TUNED_STATIC else fitted.anchor.table
-            save(best, replace(fitted, anchor=Anchor(table, WEIGHTS[-1])), config)
-            return
-
-
 def _headline(chosen: dict[str, Any], best: Pair) -> str:
     if best.policy == MAX_PERFORMANCE:
         return "Nothing can be saved under this load and SLO, by the twin"
     band = chosen["band_against_max"]
     span = "" if band is None else f" ({1 - band[1]:.1%} to {1 - band[0]:.1%} over the clock axes)"
     saving = f"{1 - chosen['against_max']:.1%}{span} of the energy that maximum performance uses"
-    name = "The trained policy" if best.fitted is not None else label(best.policy).capitalize()
+    name = "The trained policy" if isinstance(best.fitted, Fitted) else label(best.policy).capitalize()
     return f"{name} would save {saving}: modelled, not measured"
 
 

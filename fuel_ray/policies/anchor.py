@@ -39,11 +39,11 @@ class Anchor:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> "Anchor":
-        """The inverse of ``to_dict``; what is no anchor is a ValueError."""
+        """The inverse of ``to_dict``; what is no anchor is a ValueError or a TypeError."""
         if not 0 <= raw["weight"] < math.inf:
             raise ValueError("the anchor's weight is not one")
-        rule = Rule.from_dict(raw["rule"]) if "rule" in raw else LoadTable.from_dict(raw)
-        return Anchor(rule, float(raw["weight"]), float(raw.get("reach_mhz", math.inf)))
+        reach_mhz = float(raw.get("reach_mhz", math.inf))
+        return Anchor(rule_of(raw.get("rule", raw)), float(raw["weight"]), reach_mhz)
 
 
 class GridAnchor:
@@ -102,6 +102,11 @@ class GridAnchor:
             penalty[:, by_clock > self._anchor.reach_mhz / 100.0] = np.inf
             self._near[base] = limit, clock, np.asarray(penalty.ravel())
         return self._near[base]
+
+
+def rule_of(raw: Any) -> LoadTable | Rule:
+    """A rule from its plain data; what is none is a ValueError, a TypeError or a KeyError."""
+    return Rule.from_dict(raw) if isinstance(raw, Mapping) and "trim_mhz" in raw else LoadTable.from_dict(raw)
 
 
 def at_work(rule: LoadTable | Rule, spec: NodeSpec, slo: Slo) -> LoadTable | RulePolicy:

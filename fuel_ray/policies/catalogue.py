@@ -1,17 +1,19 @@
 """The policies that are known by name: what they are called and drawn in, and how they are made."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.agft import AgftLinUcb
+from fuel_ray.policies.anchor import at_work
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.eais import Eais
 from fuel_ray.policies.feedback import Feedback
 from fuel_ray.policies.models import every, fit_batches, fit_steps, token_limits
+from fuel_ray.policies.rules import Rule
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import Pack, PerfModel
@@ -19,23 +21,28 @@ from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 from fuel_ray.workload.lengths import OUTPUT_TOKENS
 
 MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE, LEARNED = "max_performance", "tuned_static", "load_table", "dqn"
+REQUESTS_TABLE, RATE_REQUESTS_TABLE, REQUESTS_TRIM = "requests_table", "rate_requests_table", "requests_trim"
+PREDICTIVE, PREDICTIVE_TRIM, FAST_LOAD_TABLE = "predictive", "predictive_trim", "load_table_4s"
 REFERENCES = (MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE)
 JUDGED_BY = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)  # the comparison that says most comes first
 DWELL_S = 5.0
 OFFSETS_MHZ = (-320.0, 320.0)  # of all clocks of what is tuned for a load, to be more or less careful
+CLOSER = (-0.4, 0.4)  # to the TPOT limit, as a share of it, by which a prediction stays below
 # Of policies that are not listed below (Tol's muted palette)
-_OTHER_COLORS = ("#882255", "#999933", "#332288", "#88ccee", "#117733", "#aa4499", "#ddcc77", "#bbbbbb")
+_OTHER_COLORS = ("#332288", "#88ccee", "#ddcc77", "#bbbbbb", "#661100", "#6699cc", "#888888", "#aa4466")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a policy is made for; the last two matter only to entries that are ``tuned``."""
+    """What a policy is made for; what is tuned matters only to entries that are ``tuned``."""
 
     spec: NodeSpec
     slo: Slo
     pack: Pack | None  # for rules that need a model
     static: Knobs  # tuned for the load; rules that leave the batch limit alone use its limit
     table: LoadTable  # tuned for the load
+    rules: Mapping[str, LoadTable | Rule] = field(default_factory=dict)  # tuned for the load, by name
+    best_rule: LoadTable | Rule | None = None  # the best simple rule of the load; None: the table
     extra_features: tuple[str, ...] = ()  # code that a policy folder may need
 
 
@@ -82,7 +89,7 @@ class Learner(Protocol):
 def untuned(spec: NodeSpec, slo: Slo, pack: Pack | None, *, extra_features: tuple[str, ...] = ()) -> Case:
     """Where nothing was tuned: maximum performance stands for what would be."""
     most = spec.max_performance
-    return Case(spec, slo, pack, most, LoadTable((), (most,)), extra_features)
+    return Case(spec, slo, pack, most, LoadTable((), (most,)), extra_features=extra_features)
 
 
 def contender(name: str, case: Case) -> Contender:
@@ -115,6 +122,17 @@ def _static(case: Case, offset_mhz: float) -> Policy:
 
 def _load_table(case: Case, offset_mhz: float) -> Policy:
     return case.table.moved(offset_mhz, case.spec.nearest_clock_mhz) if offset_mhz else case.table
+
+
+def _rule(name: str) -> Callable[[Case, float], Policy]:
+    """A maker of a tuned rule; where it was not tuned, tuned static stands for it."""
+
+    def make(case: Case, by: float) -> Policy:
+        if name not in case.rules:
+            return Static(case.static)
+        return at_work(case.rules[name].moved(by), case.spec, case.slo)
+
+    return make
 
 
 def _clipper_binding(case: Case, _: float) -> Policy:
@@ -187,6 +205,54 @@ CATALOGUE: dict[str, Entry] = {
         simple=True,
         dial=OFFSETS_MHZ,
         what="a table from the recent arrival rate to a (clock, limit) pair",
+    ),
+    FAST_LOAD_TABLE: Entry(
+        *("load table, 4 s", "#66c2a5"),
+        _rule(FAST_LOAD_TABLE),
+        tuned=True,
+        simple=True,
+        dial=OFFSETS_MHZ,
+        what="the load table read at an average of 4 s, tuned for itself",
+    ),
+    REQUESTS_TABLE: Entry(
+        *("requests table", "#44aa99"),
+        _rule(REQUESTS_TABLE),
+        tuned=True,
+        simple=True,
+        dial=OFFSETS_MHZ,
+        what="a table from the requests in the system, running or waiting, to a clock",
+    ),
+    RATE_REQUESTS_TABLE: Entry(
+        *("rate and requests table", "#117733"),
+        _rule(RATE_REQUESTS_TABLE),
+        tuned=True,
+        simple=True,
+        dial=OFFSETS_MHZ,
+        what="a table from the recent arrival rate and the requests in the system to a clock",
+    ),
+    REQUESTS_TRIM: Entry(
+        *("requests table, trimmed", "#999933"),
+        _rule(REQUESTS_TRIM),
+        tuned=True,
+        simple=True,
+        dial=OFFSETS_MHZ,
+        what="the requests table and a linear correction by queue, KV usage, time between tokens, prompts",
+    ),
+    PREDICTIVE: Entry(
+        *("predictive", "#aa4499"),
+        _rule(PREDICTIVE),
+        tuned=True,
+        simple=True,
+        dial=CLOSER,
+        what="the clock of least energy per token at which a model of the GPU keeps the TPOT limit",
+    ),
+    PREDICTIVE_TRIM: Entry(
+        *("predictive, trimmed", "#882255"),
+        _rule(PREDICTIVE_TRIM),
+        tuned=True,
+        simple=True,
+        dial=CLOSER,
+        what="the predictive rule and a linear correction by queue, KV usage, time between tokens, prompts",
     ),
     "clipper": Entry("Clipper", "#cc79a7", lambda case, _: Clipper(case.spec, case.slo)),
     "clipper_binding": Entry("Clipper, if binding", "#8c3d6b", _clipper_binding),

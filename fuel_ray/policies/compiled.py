@@ -9,7 +9,7 @@ from fuel_ray.codec import ActionGrid, Codec, Context
 from fuel_ray.sim.program import FEATURES, SIGHT, TABLE, Program, program
 from fuel_ray.types import NodeSpec
 
-_LAYERS = ("trunk.0", "trunk.2", "limit_advantage", "clock_advantage")
+LAYERS = ("trunk.0", "trunk.2", "limit_advantage", "clock_advantage")
 _NAMES = ("{}_1", "{}_2", "limit_{}", "clock_{}")
 _FIXED = ("tpot_limit", "miss_price", "kv_block_size")  # features that no window changes
 
@@ -21,10 +21,10 @@ def network_parts(arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec
     """
     unknown = set(codec.features) - {*FEATURES, *_FIXED}
     layers = {name.rsplit(".", 1)[0] for name in arrays}
-    if unknown or codec.running_scale is not None or layers != {*_LAYERS, "value"}:
+    if unknown or codec.running_scale is not None or layers != {*LAYERS, "value"}:
         return None
     parts: dict[str, Any] = {}
-    for layer, name in zip(_LAYERS, _NAMES, strict=True):
+    for layer, name in zip(LAYERS, _NAMES, strict=True):
         for kind in ("weight", "bias"):
             parts[name.format(kind)] = np.ascontiguousarray(arrays[f"{layer}.{kind}"], float)
     codes = [0 if name in _FIXED else FEATURES.index(name) for name in codec.features]

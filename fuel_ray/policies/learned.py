@@ -16,11 +16,11 @@ from fuel_ray.disk import whole, writing
 from fuel_ray.drift import Range
 from fuel_ray.errors import ConfigError, PolicyError
 from fuel_ray.outside import reference
-from fuel_ray.policies.anchor import Anchor, GridAnchor
-from fuel_ray.policies.compiled import network_parts, untethered
+from fuel_ray.policies.anchor import WEIGHTS, Anchor, GridAnchor, knobs_of
+from fuel_ray.policies.compiled import LAYERS, network_parts, untethered
 from fuel_ray.policies.network import Head, folded, q_values
-from fuel_ray.policies.rules import server_of
-from fuel_ray.policies.static import Compiled, are_counts
+from fuel_ray.policies.rules import Rule, server_of
+from fuel_ray.policies.static import Compiled, LoadTable, are_counts
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 FORMAT = 1
@@ -178,6 +178,23 @@ def save_policy(folder: Path, arrays: Mapping[str, np.ndarray], codec: Codec, ma
         manifest_file.write(json.dumps(manifest.to_dict(), indent=2))
         for file in (weights_file, codec_file, manifest_file):
             file.flush()
+
+
+def save_rule(folder: Path, rule: LoadTable | Rule, manifest: Manifest, *, slo: Slo, clock_mhz: int) -> None:
+    """Write a simple rule as a policy folder: a network that never gains anything, held to the rule for good.
+
+    ``clock_mhz`` is any clock of the GPU, since a grid needs one.
+
+    Raises:
+        DiskError: it cannot be written; a policy that was there stays whole.
+    """
+    (limit, *_), _ = knobs_of(rule)
+    nothing = {"weight": np.zeros((1, 1), np.float32), "bias": np.zeros(1, np.float32)}
+    layers = (*LAYERS, "value")
+    arrays = {f"{layer}.{kind}": array for layer in layers for kind, array in nothing.items()}
+    codec = Codec(("running_of_capacity",), ActionGrid((limit,), (clock_mhz,)), slo)
+    held = Anchor(rule, WEIGHTS[-1])
+    save_policy(folder, arrays, codec, replace(manifest, head="additive", slo=slo, anchor=held))
 
 
 def read_manifest(folder: Path) -> Manifest:

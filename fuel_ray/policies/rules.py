@@ -1,7 +1,8 @@
-"""Simple rules that look at the node: tables and a prediction, with a linear trim; plain data, and at work."""
+"""Simple rules that look at the node: tables and a prediction, with a trim; plain data, and at work."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from fuel_ray.policies.models import token_limits
 from fuel_ray.policies.static import Compiled, are_counts
 from fuel_ray.sim import program as compiled
-from fuel_ray.sim.clock_axis import ClockAxis
+from fuel_ray.sim.clock_axis import AtClock, ClockAxis
 from fuel_ray.sim.pack import Constants, PerfModel
 from fuel_ray.sim.program import TRIM, Program, Server
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
@@ -37,7 +38,7 @@ class Rule:
     clocks_mhz: tuple[tuple[float, ...], ...] = ()  # by the first key, then the second
     perf: PerfModel | None = None  # of a prediction
     stretch: float = 1.0
-    trim_mhz: tuple[float, ...] = _NO_TRIM  # per term of ``sim.program``'s trim
+    trim_mhz: tuple[float, ...] = _NO_TRIM  # per term of ``sim.choice``'s trim
     shift_mhz: float = 0.0  # of every clock: up is more careful
 
     def __post_init__(self) -> None:
@@ -75,6 +76,15 @@ class Rule:
             axis = ClockAxis(**{name: _tuples(value) for name, value in model["axis"].items()})
             typed["perf"] = PerfModel(Constants(**model["constants"]), axis, model["rest_w"])
         return Rule(**typed)
+
+    def moved(self, by: float) -> "Rule":
+        """The same, more careful: clocks higher by so many MHz, a prediction's stretch lower by so much."""
+        return self.stretched(self.stretch - by) if self.predicts else self.shifted(by)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it is a prediction and no table."""
+        return self.perf is not None
 
     def shifted(self, mhz: float) -> "Rule":
         """The same, this much more careful."""
@@ -115,19 +125,28 @@ class RulePolicy:
         self.rule = rule
         self._spec, self._slo = spec, slo
         self._program, self._server = rule.program(), server_of(spec, slo)
-        perf = rule.perf
-        rows = [perf.at(mhz) for mhz in spec.gpu_clocks_mhz] if perf is not None else []
-        self._constants = perf.constants if perf is not None else Constants(*[0.0] * len(Constants._fields))
-        self._clocks = np.array(rows or [[mhz] * 12 for mhz in spec.gpu_clocks_mhz], float)
+        self._constants = rule.perf.constants if rule.perf else Constants(*[0.0] * len(Constants._fields))
         self._hidden = np.zeros((3, 1))
         self.reset()
 
     def reset(self) -> None:
         self._sight = np.zeros(compiled.SIGHT)
+        self._choose()  # compiles it before a server waits
+
+    @cached_property
+    def _clocks(self) -> np.ndarray:
+        """A row per clock, as the model has it."""
+        perf, clocks_mhz = self.rule.perf, self._spec.gpu_clocks_mhz
+        return np.array([perf.at(mhz) if perf else [mhz] * len(AtClock._fields) for mhz in clocks_mhz], float)
 
     def decide(self, window: WindowMetrics) -> Knobs:
         see(self._sight, window)
-        limit, row = compiled.choose(
+        return self._choose()
+
+    def _choose(self) -> Knobs:
+        from fuel_ray.sim.choice import choose  # noqa: PLC0415  (a table does not wait for numba)
+
+        limit, row = choose(
             self._program, self._sight, self._server, self._constants, self._clocks, self._hidden
         )
         return Knobs(limit, self._spec.gpu_clocks_mhz[row])
@@ -136,13 +155,11 @@ class RulePolicy:
         """The rule and what it knows of the node."""
         return self._program, self._server
 
-    def with_rule(self, rule: Rule) -> "RulePolicy":
-        """Another rule on the same node."""
-        return RulePolicy(rule, self._spec, self._slo)
-
 
 def see(sight: np.ndarray, window: WindowMetrics) -> None:
-    """What ``sim.program.look`` sees of a simulated window, of any."""
+    """What ``sim.choice.look`` sees of a simulated window, of any."""
+    from fuel_ray.sim.choice import remember  # noqa: PLC0415  (as above)
+
     per_s = 1.0 / window.duration_s
     sight[compiled.RUNNING], sight[compiled.WAITING] = window.running, window.waiting
     sight[compiled.KV_USAGE], sight[compiled.OLDEST_WAIT_S] = window.kv_usage, window.oldest_wait_s
@@ -150,7 +167,7 @@ def see(sight: np.ndarray, window: WindowMetrics) -> None:
     sight[compiled.PROMPT_TOKENS] = window.prompt_tokens * per_s
     sight[compiled.OUTPUT_TOKENS] = window.output_tokens * per_s
     sight[compiled.LIMIT], sight[compiled.CLOCK_MHZ] = window.knobs.batch_limit, window.knobs.gpu_clock_mhz
-    compiled.remember(sight)
+    remember(sight)
 
 
 def _tuples(value: Any) -> Any:

@@ -13,7 +13,8 @@ from numba import njit
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.closed_loop import run_window
 from fuel_ray.sim.pack import Constants
-from fuel_ray.sim.program import SIGHT, Program, Server, choose, encode, look
+from fuel_ray.sim.choice import choose, encode, look
+from fuel_ray.sim.program import SIGHT, Program, Server
 from fuel_ray.sim.scheduler import Engine, State
 from fuel_ray.sim.snapshot import Limits, copy_state, missed
 

@@ -4,9 +4,10 @@ import numpy as np
 from numba import njit
 
 from fuel_ray.sim import scheduler as rules
+from fuel_ray.sim.choice import choose, look
 from fuel_ray.sim.clock_axis import AtClock
 from fuel_ray.sim.pack import Constants
-from fuel_ray.sim.program import Program, Server, choose, look
+from fuel_ray.sim.program import Program, Server
 from fuel_ray.sim.scheduler import Engine, State, advance
 
 _compiled = njit(cache=True, _nrt=False)

@@ -27,7 +27,7 @@ def train_policies(
 ) -> dict[int, dict[str, Tuned]]:
     """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders.
 
-    Returns the baselines by block size and workload; specialists are trained near to their load tables.
+    Returns the baselines by block size and workload; specialists are trained near to the best simple rules.
     """
     config = found.config
     for setup in found.setups.values():
@@ -36,7 +36,7 @@ def train_policies(
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
     if config.mode == "specialist" and not config.conditional:
-        anchors = {size: Anchor(tuned.table, TRAINING_WEIGHT) for size, tuned in home.items()}
+        anchors = {size: Anchor(tuned.rule, TRAINING_WEIGHT) for size, tuned in home.items()}
     trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors)
     shares = [min(home[size].share for size in trial.block_sizes) for trial in trained]
     scored = _scored(config, trained, shares, anchors if config.anchor else {})

@@ -87,7 +87,7 @@ def find_load_table(
     allowed: float,
     rows: int = 10,
     stride: int = 4,
-    budget: int = 60,
+    budget: int = 30,
     ewma_s: float = EWMA_S,
 ) -> LoadTable:
     """The table from arrival rate to clock of least energy on the seeds that ``run`` plays.

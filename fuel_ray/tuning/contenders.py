@@ -1,7 +1,7 @@
 """Who takes part: what a name, a folder or ``package.module:Class`` among --policies stands for."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +9,19 @@ from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.outside import made
 from fuel_ray.policies.anchor import WEIGHTS, Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, OFFSETS_MHZ, PLAYABLE, Case, Contender, contender, untuned
+from fuel_ray.policies.catalogue import (
+    CATALOGUE,
+    CLOSER,
+    OFFSETS_MHZ,
+    PLAYABLE,
+    Case,
+    Contender,
+    contender,
+    untuned,
+)
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.packs import check_pack
+from fuel_ray.policies.rules import Rule
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, NodeSpec, Slo
@@ -35,6 +45,8 @@ def case_of(
     slo: Slo | None = None,
     static: Knobs | None = None,
     table: LoadTable | None = None,
+    rules: Mapping[str, LoadTable | Rule] | None = None,
+    best_rule: LoadTable | Rule | None = None,
 ) -> Case:
     """What policies are made for on a node of these settings; None: as they say, and nothing tuned."""
     bare = untuned(
@@ -43,7 +55,13 @@ def case_of(
         load_pack(config.pack, config.clock_axis),
         extra_features=config.extra_features,
     )
-    return replace(bare, static=static or bare.static, table=table or bare.table)
+    return replace(
+        bare,
+        static=static or bare.static,
+        table=table or bare.table,
+        rules=rules or {},
+        best_rule=best_rule,
+    )
 
 
 def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Sequence[NodeSpec]) -> None:
@@ -104,7 +122,7 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     """An entry's contenders, each as the variants of which the best on the tuning seeds takes part.
 
     For a policy folder the price of a miss is tuned where it was trained for many prices. One whose reward is
-    energy is kept near the load table, how near is tuned; where it is priced, it takes part once more
+    energy is kept near the best simple rule, how near is tuned; where it is priced, it takes part once more
     without.
     """
     if not is_folder(entry):
@@ -112,7 +130,7 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     policy = _load(entry, case)
     if read_manifest(Path(entry)).reward != "energy":
         return [(free(name, policy, case.slo),)]
-    near = kept_near(name, policy, case.slo, case.table)
+    near = kept_near(name, policy, case.slo, case.best_rule or case.table)
     return [near, (free(f"{name}, free", policy, case.slo),)] if policy.priced else [near]
 
 
@@ -121,15 +139,16 @@ def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
     return _priced(name, policy.near(None), slo)
 
 
-def kept_near(name: str, policy: LearnedPolicy, slo: Slo, table: LoadTable) -> tuple[Contender, ...]:
-    """The policy near this table, a variant for each weight; with the largest it is the table."""
+def kept_near(name: str, policy: LearnedPolicy, slo: Slo, rule: LoadTable | Rule) -> tuple[Contender, ...]:
+    """The policy near this rule, a variant for each weight; with the largest it is the rule."""
     *loose, tight = WEIGHTS
 
-    def as_table(offset_mhz: float) -> LearnedPolicy:
-        return policy.near(Anchor(table.moved(offset_mhz), tight))
+    def as_rule(by: float) -> LearnedPolicy:
+        return policy.near(Anchor(rule.moved(by), tight))
 
-    near = (_priced(name, policy.near(Anchor(table, weight)), slo) for weight in loose)
-    return (*near, Contender(name, as_table, OFFSETS_MHZ, monotone=True, nominal=0.0))
+    near = (_priced(name, policy.near(Anchor(rule, weight)), slo) for weight in loose)
+    dial = CLOSER if isinstance(rule, Rule) and rule.predicts else OFFSETS_MHZ
+    return (*near, Contender(name, as_rule, dial, monotone=True, nominal=0.0))
 
 
 def _as_is(name: str, policy: LearnedPolicy) -> Contender:

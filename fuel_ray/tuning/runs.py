@@ -60,6 +60,10 @@ class Runs:
         self.seeds, self.seconds = tuple(seeds), seconds
         self._static: dict[Knobs, dict[str, list[Trace]]] = {}
 
+    def first(self, seeds: int) -> "Runs":
+        """The same on the first seeds alone."""
+        return Runs(self.loop, seeds=self.seeds[:seeds], seconds=self.seconds, slos=self.slos)
+
     def episode(self, policy: Policy, seed: int) -> Episode:
         """One episode, not remembered."""
         return run_episode(self.loop, policy, seed=seed, seconds=self.seconds)

@@ -1,7 +1,7 @@
 """What is tuned on tuning seeds: the baselines, a policy's price and anchor, the score of its weights."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,50 +10,75 @@ import numpy as np
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, twin_of, twinned
 from fuel_ray.config import LearnConfig, ServingConfig
-from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import CATALOGUE, Learner
+from fuel_ray.policies.anchor import Anchor, rule_of
+from fuel_ray.policies.catalogue import CATALOGUE, LOAD_TABLE, Case, Learner
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
+from fuel_ray.policies.rules import Rule
 from fuel_ray.policies.static import LoadTable
+from fuel_ray.sim.pack import PerfModel, load_pack
 from fuel_ray.tuning import search
 from fuel_ray.tuning.clock_search import allowed_penalty, find_load_table
 from fuel_ray.tuning.contenders import LOG_PRICES, case_of, kept_near, resolve
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.tuning.rules import CHEAP, RULES, best_rule, tuned_rules
 from fuel_ray.tuning.runs import Runs, Score
 from fuel_ray.tuning.search import LIMITS_SCARCE, TABLE_STRIDE, bisected, tune_static_pair
-from fuel_ray.types import Knobs, NodeSpec, Policy
+from fuel_ray.types import Knobs, NodeSpec, Policy, Slo
 
 _ASKED = "asked"  # the SLO of the settings
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The baselines for one block size."""
+    """The baselines for one block size, the simple rules among them."""
 
     static: Knobs
     table: LoadTable
     share: float  # of requests that was asked for
+    rules: Mapping[str, LoadTable | Rule] = field(default_factory=dict)  # by name
+    best_rule: str = LOAD_TABLE  # the name of the best of them and the table
+
+    @property
+    def rule(self) -> LoadTable | Rule:
+        """The best simple rule of the load."""
+        return self.rules.get(self.best_rule, self.table)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        static, table = asdict(self.static), self.table.to_dict()
-        return {"tuned_static": static, "load_table": table, "share": self.share}
+        rules = {name: rule.to_dict() for name, rule in self.rules.items()}
+        return {
+            "tuned_static": asdict(self.static),
+            "load_table": self.table.to_dict(),
+            "share": self.share,
+            "rules": rules,
+            "best_rule": self.best_rule,
+        }
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> "Tuned":
-        """The inverse of ``to_dict``."""
+        """The inverse of ``to_dict``; older runs had no other rule than the load table."""
         table = LoadTable.from_dict(raw["load_table"])
-        return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"])
+        rules = {name: rule_of(rule) for name, rule in raw.get("rules", {}).items()}
+        best = raw.get("best_rule", LOAD_TABLE)
+        return Tuned(Knobs(**raw["tuned_static"]), table, raw["share"], rules, best)
 
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
-    """Tune the static pair and the load table for a workload on the tuning seeds."""
-    return tune_on(_tuning_runs(config, kv_block_size, workload), _ASKED, share=config.tune_share)
+    """Tune the static pair and the simple rules that cost little for a workload on the tuning seeds."""
+    runs, perf = _tuning_runs(config, kv_block_size, workload), perf_of(config)
+    return tune_on(runs, _ASKED, share=config.tune_share, rules=CHEAP, perf=perf)
 
 
 def tune_on(
-    runs: Runs, slo: str, *, share: float, limits: Sequence[int] = LIMITS_SCARCE, budget: int = 60
+    runs: Runs,
+    slo: str,
+    *,
+    share: float,
+    perf: PerfModel,
+    limits: Sequence[int] = LIMITS_SCARCE,
+    rules: Collection[str] = RULES,
 ) -> Tuned:
-    """The same on any tuning seeds, for one of their SLOs; ``budget`` runs are spent on single moves."""
+    """The same on any tuning seeds, for one of their SLOs, with the ``rules`` that are named."""
     static, asked = tune_static_pair(runs, slo, share=share, limits=limits)
     table = find_load_table(
         partial(runs.traces, slo=slo),
@@ -61,9 +86,24 @@ def tune_on(
         batch_limit=static.batch_limit,
         allowed=allowed_penalty(runs.slos[slo], asked),
         stride=TABLE_STRIDE,
-        budget=budget,
     )
-    return Tuned(static, table, asked)
+    return with_rules(Tuned(static, table, asked), rules, runs, slo, perf=perf)
+
+
+def with_rules(tuned: Tuned, names: Collection[str], runs: Runs, slo: str, *, perf: PerfModel) -> Tuned:
+    """The same with the rules of these names, of which those that it has are not tuned again."""
+    left = [name for name in names if name not in tuned.rules]
+    if not left:
+        return tuned
+    own = tuned_rules(left, runs, slo, share=tuned.share, table=tuned.table, perf=perf)
+    rules = {**tuned.rules, **own}
+    best, _ = best_rule(rules, runs, slo, share=tuned.share, table=tuned.table)
+    return replace(tuned, rules=rules, best_rule=best)
+
+
+def perf_of(config: ServingConfig) -> PerfModel:
+    """The model of a node's GPU that predictions use."""
+    return load_pack(config.pack, config.clock_axis).perf
 
 
 def tuned_policies(
@@ -89,20 +129,36 @@ def tuned_policies(
         return policies
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
     tuning = _tuning_runs(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
-    tuned = tuned or tune_on(tuning, _ASKED, share=share)
-    case = case_of(config, spec, static=tuned.static, table=tuned.table)
+    perf, asked = perf_of(config), [name for name in RULES if name in entries.values()]
+    if tuned is None:
+        tuned = tune_on(tuning, _ASKED, share=share, rules=(), perf=perf)
+    tuned = with_rules(tuned, asked, tuning, _ASKED, perf=perf)
+    case = tuned_case(config, spec, tuned)
     for name in needing:
         family = [resolve(entries[name], case)]
         policies[name], _ = search.tuned(family, tuning, _ASKED, share=tuned.share)
     return policies
 
 
+def tuned_case(config: ServingConfig, spec: NodeSpec, tuned: Tuned, *, slo: Slo | None = None) -> Case:
+    """What policies are made for on a node where this was tuned."""
+    return case_of(
+        config,
+        spec,
+        slo=slo,
+        static=tuned.static,
+        table=tuned.table,
+        rules=tuned.rules,
+        best_rule=tuned.rule,
+    )
+
+
 def tune_anchor(
     config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
 ) -> tuple[Anchor, float]:
-    """How near to its load table a policy does best on the tuning seeds, and its price of a miss then."""
+    """How near to the best simple rule a policy does best on tuning seeds, and its price of a miss then."""
     tuning = _tuning_runs(config, kv_block_size, config.workload)
-    variants = kept_near("", policy.policy(tuning.loop.node.spec), config.slo, tuned.table)
+    variants = kept_near("", policy.policy(tuning.loop.node.spec), config.slo, tuned.rule)
     best, _ = search.tuned(variants, tuning, _ASKED, share=tuned.share)
     assert isinstance(best, LearnedPolicy) and best.anchor is not None
     return best.anchor, best.codec.miss_price_j
