@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fuel_ray.averages import FAST_EWMA_S, ArrivalRate, PromptPerArrival, RecentRequests, RequestMeans, TokenGaps
+from fuel_ray.averages import (
+    FAST_EWMA_S,
+    ArrivalRate,
+    PromptPerArrival,
+    RecentRequests,
+    RequestMeans,
+    TokenGaps,
+)
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.outside import load

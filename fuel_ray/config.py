@@ -52,8 +52,9 @@ class TrainConfig:
     """Rewards summed before bootstrapping."""
     hidden: tuple[int, ...] = (128, 128)
     """Units per hidden layer."""
-    head: Literal["joint", "additive", "smooth"] = "smooth"
-    """Advantages: free per (limit, clock); one per limit plus one per clock; so, and smooth in the clock."""
+    head: Literal["joint", "additive", "smooth", "priced"] = "priced"
+    """Advantages: free per (limit, clock); one per limit plus one per clock; so, and smooth in the clock; so,
+    of energy and of misses each, which add up at the price of a miss."""
     epsilon_initial: float = 0.6
     """Share of random actions at the start."""
     epsilon_final: float = 0.15
@@ -69,6 +70,17 @@ class TrainConfig:
     target_update_updates: int = 200
     """After every update the target network goes 1 / this of the way to the network (Polyak averaging; 200 is
     tau = 0.005). It is no number of updates between copies."""
+    branch_tries: int = 3
+    """Of a specialist on the twin: other actions that are tried where an episode branches; 0: it learns by
+    temporal differences from what it does, as on live nodes."""
+    branch_every: int = 4
+    """Windows from one such place to the next."""
+    branch_hold: int = 3
+    """Windows for which an action is held there."""
+    branch_horizon: int = 20
+    """Windows after which the branches are compared."""
+    branch_other_limit: float = 0.1
+    """Share of these actions that have another batch limit."""
     iterations: int = 10
     """Training results, each with a checkpoint."""
     average_results: int = 4

@@ -12,7 +12,8 @@ from fuel_ray.policies.rules import Rule, RulePolicy
 from fuel_ray.policies.static import Compiled, LoadTable
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
-WEIGHTS = (0.0, 0.02, 0.06, 0.2, 10.0)  # that are tried; the last leaves the rule as it is
+REACH_MHZ = 300.0  # how far from the rule's clock training tries other ones, and a policy may go
+WEIGHTS = (0.0, 0.01, 0.03, 0.1, 10.0)  # that are tried; the last leaves the rule as it is
 
 
 @dataclass(frozen=True, slots=True)

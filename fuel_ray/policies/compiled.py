@@ -12,6 +12,7 @@ from fuel_ray.types import NodeSpec
 LAYERS = ("trunk.0", "trunk.2", "limit_advantage", "clock_advantage")
 _NAMES = ("{}_1", "{}_2", "limit_{}", "clock_{}")
 _FIXED = ("tpot_limit", "miss_price", "kv_block_size")  # features that no window changes
+KNOWN = frozenset((*FEATURES, *_FIXED))  # features that can be compiled
 
 
 def network_parts(arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec) -> dict[str, Any] | None:
@@ -19,7 +20,7 @@ def network_parts(arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec
 
     It needs two hidden layers, advantages per limit and per clock, fixed scales and known features.
     """
-    unknown = set(codec.features) - {*FEATURES, *_FIXED}
+    unknown = set(codec.features) - KNOWN
     layers = {name.rsplit(".", 1)[0] for name in arrays}
     if unknown or codec.running_scale is not None or layers != {*LAYERS, "value"}:
         return None

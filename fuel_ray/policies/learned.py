@@ -88,7 +88,9 @@ class LearnedPolicy:
         head: Head,
         anchor: Anchor | None = None,
     ) -> None:
-        self._arrays = folded(arrays, clocks=len(codec.grid.gpu_clocks_mhz))
+        self._arrays = arrays
+        clocks, price_j = len(codec.grid.gpu_clocks_mhz), codec.miss_price_j
+        self._acting = folded(arrays, clocks=clocks, miss_price_j=price_j)
         self._head = head
         self.codec = codec  # what it sees and may choose
         self._spec = spec
@@ -127,7 +129,7 @@ class LearnedPolicy:
 
     def compiled(self, spec: NodeSpec) -> Compiled | None:
         """None where the network or the anchor is of a kind that cannot be compiled."""
-        parts = network_parts(self._arrays, self.codec, self._spec)
+        parts = network_parts(self._acting, self.codec, self._spec)
         own = untethered(self.codec.grid) if self._anchored is None else self._anchored.compiled(spec)
         if parts is None or own is None or len(self._actions) < len(self.codec.grid):
             return None
@@ -146,7 +148,7 @@ class LearnedPolicy:
 
     def _best(self, observation: np.ndarray, penalty: np.ndarray | float = 0.0) -> int:
         """The index of the action of highest Q less penalty."""
-        q = q_values(self._arrays, observation, head=self._head) - penalty
+        q = q_values(self._acting, observation, head=self._head) - penalty
         return self._actions[int(q[self._actions].argmax())]
 
 

@@ -5,8 +5,9 @@ from typing import Literal
 
 import numpy as np
 
-Head = Literal["joint", "additive", "smooth"]
+Head = Literal["joint", "additive", "smooth", "priced"]
 BUMPS = 10  # that a smooth head has across the clocks
+ENERGY_J = 100.0  # of one unit of a priced head's energy; its misses are counted
 
 
 def bumps(clocks: int) -> np.ndarray:
@@ -17,12 +18,30 @@ def bumps(clocks: int) -> np.ndarray:
     return np.asarray(basis / basis.sum(axis=1, keepdims=True), np.float32)
 
 
-def folded(arrays: Mapping[str, np.ndarray], *, clocks: int) -> dict[str, np.ndarray]:
-    """The weights as ``q_values`` reads them: those of a smooth head become the additive head's it equals."""
-    kept = {name: array for name, array in arrays.items() if not name.startswith("clock_bumps.")}
+def worth(miss_price_j: float) -> tuple[float, float]:
+    """What a unit of a priced head's energy, and a miss, are worth in Q; of one size at any price."""
+    size_j = 300.0 * (1.0 + miss_price_j / 200.0)
+    return -ENERGY_J / size_j, -miss_price_j / size_j
+
+
+def folded(
+    arrays: Mapping[str, np.ndarray], *, clocks: int, miss_price_j: float = 0.0
+) -> dict[str, np.ndarray]:
+    """The weights as ``q_values`` reads them: smooth and priced heads become the additive ones they equal.
+
+    A priced one does so at a price of a miss: ``limit_costs`` and ``clock_costs`` have rows for energy and
+    then as many for misses.
+    """
+    heads = ("clock_bumps.", "limit_costs.", "clock_costs.")
+    kept = {name: array for name, array in arrays.items() if not name.startswith(heads)}
+    energy, miss = worth(miss_price_j)
     for kind in ("weight", "bias"):
         if f"clock_bumps.{kind}" in arrays:
             kept[f"clock_advantage.{kind}"] = bumps(clocks) @ arrays[f"clock_bumps.{kind}"]
+        if f"clock_costs.{kind}" in arrays:
+            limits, clock = (np.split(arrays[f"{knob}_costs.{kind}"], 2) for knob in ("limit", "clock"))
+            kept[f"limit_advantage.{kind}"] = energy * limits[0] + miss * limits[1]
+            kept[f"clock_advantage.{kind}"] = bumps(clocks) @ (energy * clock[0] + miss * clock[1])
     return kept
 
 

@@ -11,12 +11,13 @@ import numpy as np
 from numba import njit
 
 from fuel_ray.sim import scheduler as rules
-from fuel_ray.sim.closed_loop import run_window
-from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.choice import choose, encode, look
+from fuel_ray.sim.closed_loop import run_window
+from fuel_ray.sim.node import Inside
+from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.program import SIGHT, Program, Server
 from fuel_ray.sim.scheduler import Engine, State
-from fuel_ray.sim.snapshot import Limits, copy_state, missed
+from fuel_ray.sim.snapshot import Limits, copy_state, new_copy
 
 
 class Plan(NamedTuple):
@@ -42,6 +43,12 @@ class Samples(NamedTuple):
     misses: np.ndarray  # (n,) likewise
 
 
+def start(inside: Inside) -> tuple[State, State, Engine, Constants, np.ndarray]:
+    """The first arguments of ``collect`` for a node that was reset."""
+    state, engine, constants, clock_table = inside
+    return state, new_copy(state), engine, constants, clock_table
+
+
 @njit(cache=True)
 def collect(
     s: State,
@@ -56,19 +63,23 @@ def collect(
     windows: int,
     random: np.ndarray,
     out: Samples,
-    start: int,
+    totals: np.ndarray,
 ) -> int:
-    """Play an episode and fill ``out`` from row ``start`` on; returns the next free row.
+    """Play an episode of so many windows and fill ``out``; returns how many rows.
 
-    ``random`` are draws from 0..1, used one after the other and again from the first.
+    ``random`` are draws from 0..1, used one after the other and again from the first. ``totals`` get the
+    episode's energy (J), arrivals and the sum of its windows' clocks (MHz).
     """
     sight, aside = np.zeros(SIGHT), np.zeros(SIGHT)
     hidden = np.zeros((3, max(len(p.features), len(p.bias_1), len(p.bias_2))))
-    at, drawn, held, away = start, 0, 0, 0.0
+    at, drawn, held, away = 0, 0, 0, 0.0
     limit, row = e.max_num_seqs, len(clocks) - 1
     for k in range(windows):
         run_window(s, e, m, clocks, limit, row)
         look(s, e, sight, limit, clocks[row, 0])
+        totals[0] += s.clock[rules.ENERGY]
+        totals[1] += s.count[rules.ARRIVALS]
+        totals[2] += clocks[row, 0]
         limit, row = choose(p, sight, server, m, clocks, hidden)
         if k % plan.every == 0 and k > 5:
             own_j, own_misses = _branch(
@@ -163,7 +174,11 @@ def soft_missed(s: State, first: int, limits: Limits, soft: float) -> float:
     """As ``missed``, but a request near its limit counts in part: 0 at 1 - soft of it, 1 at 1 + soft."""
     misses, now = 0.0, s.clock[rules.NOW]
     for r in range(first, s.count[rules.ARRIVED]):
-        arrival, got, end = s.time_s[r, rules.ARRIVAL], s.time_s[r, rules.FIRST_TOKEN], s.time_s[r, rules.FINISH]
+        arrival, got, end = (
+            s.time_s[r, rules.ARRIVAL],
+            s.time_s[r, rules.FIRST_TOKEN],
+            s.time_s[r, rules.FINISH],
+        )
         share = (now if got < 0 else got) - arrival
         share /= limits.ttft_s
         output = s.request[r, rules.OUTPUT]

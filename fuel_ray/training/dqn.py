@@ -39,12 +39,19 @@ MAX_GRADIENT = 10.0  # norm to which gradients are cut
 
 def dqn(config: LearnConfig, *, model: Mapping[str, Any]) -> "FastDqnConfig":
     """RLlib's settings of a DQN, as far as another algorithm's differ; ``model`` is what the network is."""
-    found = FastDqnConfig(FastDqn)
+    found = FastDqnConfig(learner_of(config))
     found.learn = config
     fill(found, config, model=model)
     found.env_runners(num_envs_per_env_runner=1 if config.node == "sim" else config.train.num_envs)
     found.training(lr=config.train.lr)
     return found
+
+
+def learner_of(config: LearnConfig) -> "type[FastDqn]":
+    """Who learns under these settings."""
+    from fuel_ray.training.branching import BranchedDqn, branches  # noqa: PLC0415  (it builds on this module)
+
+    return BranchedDqn if branches(config) else FastDqn
 
 
 def fill(found: DQNConfig, config: LearnConfig, *, model: Mapping[str, Any]) -> None:
@@ -174,7 +181,7 @@ class FastDqn(DQN):
             torch.nn.utils.clip_grad_norm_(module.q.parameters(), MAX_GRADIENT)
             optimizer.step()
             self._buffer.set_priorities(batch.index, errors)
-            _follow(module._target_q, module.q, c.tau)
+            follow(module._target_q, module.q, c.tau)
         return {
             "loss": loss.item(),
             "td_error_mean": float(np.abs(errors).mean()),
@@ -182,7 +189,7 @@ class FastDqn(DQN):
         }
 
 
-def _follow(target: torch.nn.Module, online: torch.nn.Module, share: float) -> None:
+def follow(target: torch.nn.Module, online: torch.nn.Module, share: float) -> None:
     """Move the target network by this share of the way to the online one."""
     with torch.no_grad():
         torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), share)

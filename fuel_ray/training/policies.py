@@ -10,7 +10,7 @@ from fuel_ray.build.nodes import twin_of
 from fuel_ray.build.resolve import Learning, Resolved
 from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import LearnConfig
-from fuel_ray.policies.anchor import Anchor
+from fuel_ray.policies.anchor import REACH_MHZ, Anchor
 from fuel_ray.policies.learned import PolicyFolder, read_policy, save_policy
 from fuel_ray.record import read_json, update_csv, write_json
 from fuel_ray.training.run import check_start
@@ -36,7 +36,7 @@ def train_policies(
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
     if config.mode == "specialist" and not config.conditional:
-        anchors = {size: Anchor(tuned.rule, TRAINING_WEIGHT) for size, tuned in home.items()}
+        anchors = {size: Anchor(tuned.rule, TRAINING_WEIGHT, REACH_MHZ) for size, tuned in home.items()}
     trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors)
     shares = [min(home[size].share for size in trial.block_sizes) for trial in trained]
     scored = _scored(config, trained, shares, anchors if config.anchor else {})

@@ -14,7 +14,7 @@ from ray.rllib.utils.schedules.scheduler import Scheduler
 from torch import nn
 
 from fuel_ray.policies.learned import read_policy
-from fuel_ray.policies.network import BUMPS, Head, bumps
+from fuel_ray.policies.network import BUMPS, ENERGY_J, Head, bumps
 
 
 class DuelingQNet(nn.Module):
@@ -22,11 +22,19 @@ class DuelingQNet(nn.Module):
 
     Duelling: Wang et al., ICML 2016. Additive advantages share what is learned of a clock across limits
     (Tavakoli et al., AAAI 2018, call the idea action branching). A smooth head is an additive one whose
-    advantages of the clocks are sums of a few bumps.
+    advantages of the clocks are sums of a few bumps. A priced head is a smooth one that says energy and
+    misses each by itself; the observation has the price at which they add up to Q.
     """
 
     def __init__(
-        self, features: int, *, limits: int, clocks: int, hidden: tuple[int, ...], head: Head
+        self,
+        features: int,
+        *,
+        limits: int,
+        clocks: int,
+        hidden: tuple[int, ...],
+        head: Head,
+        price_feature: int | None = None,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -36,15 +44,19 @@ class DuelingQNet(nn.Module):
             width = units
         self.trunk = nn.Sequential(*layers)
         self.value = nn.Linear(width, 1)
-        self.head = head
+        self.head, self._price_feature = head, price_feature
         if head == "joint":
             self.advantage = nn.Linear(width, limits * clocks)
+        elif head == "priced":
+            self.limit_costs = nn.Linear(width, 2 * limits)
+            self.clock_costs = nn.Linear(width, 2 * BUMPS)
         else:
             self.limit_advantage = nn.Linear(width, limits)
         if head == "additive":
             self.clock_advantage = nn.Linear(width, clocks)
         elif head == "smooth":
             self.clock_bumps = nn.Linear(width, BUMPS)
+        if head in ("smooth", "priced"):
             self.register_buffer("basis", torch.from_numpy(bumps(clocks).T.copy()), persistent=False)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
@@ -52,6 +64,8 @@ class DuelingQNet(nn.Module):
         hidden = self.trunk(observations)
         if self.head == "joint":
             advantage = self.advantage(hidden)
+        elif self.head == "priced":
+            advantage = self._priced(observations, *self._costs(hidden))
         else:
             smooth = self.head == "smooth"
             clocks = self.clock_bumps(hidden) @ self.basis if smooth else self.clock_advantage(hidden)
@@ -59,12 +73,34 @@ class DuelingQNet(nn.Module):
         q: torch.Tensor = self.value(hidden) + advantage - advantage.mean(-1, keepdim=True)
         return q
 
+    def costs(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a priced head, what actions cost more than others: energy in ``ENERGY_J``, and misses.
+
+        (batch, features) -> (batch, actions) each.
+        """
+        return self._costs(self.trunk(observations))
+
+    def _costs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        limits, clocks = (
+            costs(hidden).unflatten(-1, (2, -1)) for costs in (self.limit_costs, self.clock_costs)
+        )
+        joint = limits.unsqueeze(-1) + (clocks @ self.basis).unsqueeze(-2)
+        energy, misses = joint.flatten(-2).unbind(-2)
+        return energy, misses
+
+    def _priced(self, observations: torch.Tensor, energy: torch.Tensor, misses: torch.Tensor) -> torch.Tensor:
+        """As ``network.worth`` has it, with the price that each observation shows."""
+        at = self._price_feature
+        assert at is not None, "a priced head is shown the price"
+        price_j = torch.expm1(10.0 * observations[:, at : at + 1])
+        return -(ENERGY_J * energy + price_j * misses) / (300.0 * (1.0 + price_j / 200.0))
+
 
 def built(
     features: int, *, start_from: str | None, extra_features: Sequence[str] = (), **model: Any
 ) -> DuelingQNet:
     """The network of a module's ``model_config``, with the weights of the policy that it starts from."""
-    names = ("limits", "clocks", "hidden", "head")
+    names = ("limits", "clocks", "hidden", "head", "price_feature")
     network = DuelingQNet(features, **{name: model[name] for name in names})
     if start_from is not None:
         arrays = read_policy(Path(start_from), extra_features=extra_features).arrays

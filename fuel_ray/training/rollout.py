@@ -8,8 +8,7 @@ import numpy as np
 
 from fuel_ray.codec import ActionGrid
 from fuel_ray.env import ServingEnv, unlearnable
-
-NEAR_MHZ = 300.0  # how far from the table's clock random actions go
+from fuel_ray.policies.anchor import REACH_MHZ
 
 
 @dataclass(slots=True, eq=False)
@@ -116,13 +115,13 @@ def _base(env: ServingEnv) -> list[int]:
 
 
 def near(grid: ActionGrid) -> np.ndarray:
-    """Per action, those whose clock is within ``NEAR_MHZ``: (actions, the most that any has).
+    """Per action, those whose clock is within ``REACH_MHZ``: (actions, the most that any has).
 
     None has a lower batch limit, as the policy never takes one lower than its table's. Those of its own are
     there eighteen times or more, and rows with fewer repeat theirs.
     """
     clocks, limits = np.array(grid.gpu_clocks_mhz), len(grid.batch_limits)
-    within = [np.flatnonzero(np.abs(clocks - clock) <= NEAR_MHZ) for clock in clocks]
+    within = [np.flatnonzero(np.abs(clocks - clock) <= REACH_MHZ) for clock in clocks]
     width = max(map(len, within))
     rows = np.stack([np.resize(places, width) for places in within])
     drawn = [[*range(limit, limits), *[limit] * (17 + limit)] for limit in range(limits)]

@@ -187,6 +187,7 @@ def _model(config: LearnConfig, grid: ActionGrid) -> dict[str, Any]:
         "clocks": len(grid.gpu_clocks_mhz),
         "hidden": config.train.hidden,
         "head": config.train.head,
+        "price_feature": config.features.index("miss_price") if "miss_price" in config.features else None,
         "extra_features": config.extra_features,
         "start_from": None if config.start_from is None else str(config.start_from.resolve()),
     }

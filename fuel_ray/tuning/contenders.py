@@ -8,7 +8,7 @@ from pathlib import Path
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.outside import made
-from fuel_ray.policies.anchor import WEIGHTS, Anchor
+from fuel_ray.policies.anchor import REACH_MHZ, WEIGHTS, Anchor
 from fuel_ray.policies.catalogue import (
     CATALOGUE,
     CLOSER,
@@ -122,16 +122,14 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     """An entry's contenders, each as the variants of which the best on the tuning seeds takes part.
 
     For a policy folder the price of a miss is tuned where it was trained for many prices. One whose reward is
-    energy is kept near the best simple rule, how near is tuned; where it is priced, it takes part once more
-    without.
+    energy is kept near the best simple rule, how near is tuned.
     """
     if not is_folder(entry):
         return [(resolve(entry, case),)]
     policy = _load(entry, case)
     if read_manifest(Path(entry)).reward != "energy":
         return [(free(name, policy, case.slo),)]
-    near = kept_near(name, policy, case.slo, case.best_rule or case.table)
-    return [near, (free(f"{name}, free", policy, case.slo),)] if policy.priced else [near]
+    return [kept_near(name, policy, case.slo, case.best_rule or case.table)]
 
 
 def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
@@ -146,7 +144,7 @@ def kept_near(name: str, policy: LearnedPolicy, slo: Slo, rule: LoadTable | Rule
     def as_rule(by: float) -> LearnedPolicy:
         return policy.near(Anchor(rule.moved(by), tight))
 
-    near = (_priced(name, policy.near(Anchor(rule, weight)), slo) for weight in loose)
+    near = (_priced(name, policy.near(Anchor(rule, weight, REACH_MHZ)), slo) for weight in loose)
     dial = CLOSER if isinstance(rule, Rule) and rule.predicts else OFFSETS_MHZ
     return (*near, Contender(name, as_rule, dial, monotone=True, nominal=0.0))
 
