@@ -10,6 +10,7 @@ from fuel_ray.types import WindowMetrics
 
 EWMA_S = 10.0  # time constant of the arrival rate's, unless another is named
 FAST_EWMA_S = 4.0  # of one that sees a change of the load sooner
+GAP_EWMA_S = (3.0, 8.0)  # of times between tokens: about as long as requests live
 EWMA_REQUESTS = 50.0  # the same of the requests', and how many there must have been
 
 
@@ -34,6 +35,25 @@ def smoothed_rates(arrivals: np.ndarray, ewma_s: float = EWMA_S) -> list[float]:
     """What ``ArrivalRate`` says after each of these windows of 1 s."""
     share = -math.expm1(-1.0 / ewma_s)
     return list(accumulate(arrivals.tolist(), lambda rate_rps, count: rate_rps + (count - rate_rps) * share))
+
+
+class TokenGaps:
+    """Time between a request's tokens over the last ``GAP_EWMA_S`` seconds, one mean for each.
+
+    TPOT is a mean over seconds: what was fast lately may be slow now without missing.
+    """
+
+    def __init__(self) -> None:
+        self._gaps_s: list[float] = []
+
+    def update(self, window: WindowMetrics) -> tuple[float, ...]:
+        """The means in s after one more window; of windows without tokens nothing is known."""
+        if window.output_tokens and window.running:
+            gap_s = window.running * window.duration_s / window.output_tokens
+            before = self._gaps_s or [gap_s] * len(GAP_EWMA_S)
+            shares = [-math.expm1(-window.duration_s / average_s) for average_s in GAP_EWMA_S]
+            self._gaps_s = [old + (gap_s - old) * share for old, share in zip(before, shares, strict=True)]
+        return tuple(self._gaps_s) or (0.0,) * len(GAP_EWMA_S)
 
 
 class PromptPerArrival:

@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fuel_ray.averages import FAST_EWMA_S, ArrivalRate, PromptPerArrival, RecentRequests, RequestMeans
+from fuel_ray.averages import (
+    FAST_EWMA_S,
+    ArrivalRate,
+    PromptPerArrival,
+    RecentRequests,
+    RequestMeans,
+    TokenGaps,
+)
 from fuel_ray.errors import ConfigError
 from fuel_ray.metrics import window_attainment
 from fuel_ray.outside import load
@@ -26,6 +33,7 @@ class Context:
     requests: RequestMeans = RequestMeans()  # noqa: RUF009  (it is frozen)
     arrival_rate_4s_rps: float = 0.0
     prompt_tokens_per_arrival: float = 0.0
+    token_gaps_s: tuple[float, ...] = (0.0, 0.0)  # over ``GAP_EWMA_S``
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,10 @@ def _token_gap_of_slo(w: WindowMetrics, c: Context) -> float:
     if not w.output_tokens or c.slo.tpot_s is None:
         return 0.0
     return w.running * w.duration_s / w.output_tokens / c.slo.tpot_s
+
+
+def _mean_gap_of_slo(k: int, c: Context) -> float:
+    return c.token_gaps_s[k] / c.slo.tpot_s if c.slo.tpot_s else 0.0
 
 
 def _free_kv_tokens(w: WindowMetrics, c: Context) -> float:
@@ -106,6 +118,8 @@ FEATURES: dict[str, Feature] = {
     "output_token_throughput": Feature(8_000.0, lambda w, c: w.output_tokens / w.duration_s),
     "free_kv_tokens": Feature(26_000.0, _free_kv_tokens),
     "token_gap": Feature(2.0, _token_gap_of_slo),
+    "token_gap_3s": Feature(2.0, lambda w, c: _mean_gap_of_slo(0, c)),
+    "token_gap_8s": Feature(2.0, lambda w, c: _mean_gap_of_slo(1, c)),
     "tpot_limit": Feature(5.0, lambda w, c: math.log((c.slo.tpot_s or 0.05) / 0.005)),
     "miss_price": Feature(10.0, lambda w, c: math.log1p(c.miss_price_j)),
     # GreenDLS's four (llm/src/scheduler.py): 10 x value, rounded to 3 places
@@ -118,7 +132,8 @@ SEED_FEATURES = tuple(FEATURES)[:10]
 PRICED_FEATURES = (
     "running_of_capacity", "waiting_of_capacity", "kv_usage", "free_kv_tokens", "arrival_rate_10s",
     "arrival_rate_4s", "arrival_rate_trend", "prompt_tokens_per_arrival", "prompt_token_throughput",
-    "output_token_throughput", "token_gap", "gpu_clock", "oldest_wait", "tpot_limit", "miss_price",
+    "output_token_throughput", "token_gap", "token_gap_3s", "token_gap_8s", "gpu_clock", "oldest_wait",
+    "tpot_limit", "miss_price",
 )  # fmt: skip
 GREENDLS_FEATURES = tuple(name for name in FEATURES if name.startswith("greendls_"))
 PLAIN_FEATURES = (*SEED_FEATURES, "arrival_rate_ewma", "gpu_clock", "oldest_wait")
@@ -313,7 +328,7 @@ class Encoder:
 
     def reset(self) -> None:
         self._arrival_rate, self._fast_rate = ArrivalRate(), ArrivalRate(FAST_EWMA_S)
-        self._requests, self._prompts = RecentRequests(), PromptPerArrival()
+        self._requests, self._prompts, self._gaps = RecentRequests(), PromptPerArrival(), TokenGaps()
 
     def context(self, window: WindowMetrics) -> Context:
         """What features may need beside one more window."""
@@ -325,6 +340,7 @@ class Encoder:
             self._requests.update(window),
             self._fast_rate.update(window),
             self._prompts.update(window),
+            self._gaps.update(window),
         )
 
     def encode(self, window: WindowMetrics) -> np.ndarray:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit
 
-from fuel_ray.averages import EWMA_S, FAST_EWMA_S
+from fuel_ray.averages import EWMA_S, FAST_EWMA_S, GAP_EWMA_S
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.clock_axis import AtClock
 from fuel_ray.sim.pack import Constants
@@ -14,6 +14,7 @@ from fuel_ray.sim.program import (
     ARRIVALS,
     CLOCK_MHZ,
     FAST_RATE_RPS,
+    GAP_S,
     IN_SYSTEM,
     KV_USAGE,
     LIMIT,
@@ -25,6 +26,7 @@ from fuel_ray.sim.program import (
     RATE_RPS,
     RUNNING,
     SEEN,
+    SLOW_GAP_S,
     WAITING,
     Program,
     Server,
@@ -33,6 +35,7 @@ from fuel_ray.sim.scheduler import Engine, State
 
 PROMPT_START, PROMPT_LEAST, PROMPT_MOST, PROMPT_SHARE = 512.0, 16.0, 4000.0, 0.05
 _RATE_SHARE, _FAST_SHARE = -math.expm1(-1.0 / EWMA_S), -math.expm1(-1.0 / FAST_EWMA_S)
+_GAP_SHARE, _SLOW_GAP_SHARE = (-math.expm1(-1.0 / average_s) for average_s in GAP_EWMA_S)
 _IDLE_RPS = 0.05  # below which an empty server is idle
 _PRESSURE = 0.85  # KV usage from which preemption is near
 _compiled = njit(cache=True, _nrt=False)
@@ -64,6 +67,12 @@ def remember(sight: np.ndarray) -> None:
     else:
         sight[RATE_RPS] += (arrivals - sight[RATE_RPS]) * _RATE_SHARE
         sight[FAST_RATE_RPS] += (arrivals - sight[FAST_RATE_RPS]) * _FAST_SHARE
+    if sight[OUTPUT_TOKENS] > 0 and sight[RUNNING] > 0:
+        gap_s = sight[RUNNING] / sight[OUTPUT_TOKENS]
+        if sight[GAP_S] == 0.0:
+            sight[GAP_S] = sight[SLOW_GAP_S] = gap_s
+        sight[GAP_S] += (gap_s - sight[GAP_S]) * _GAP_SHARE
+        sight[SLOW_GAP_S] += (gap_s - sight[SLOW_GAP_S]) * _SLOW_GAP_SHARE
     if arrivals > 0:
         prompt = min(max(sight[PROMPT_TOKENS] / arrivals, PROMPT_LEAST), PROMPT_MOST)
         sight[PROMPT_MEAN] += (prompt - sight[PROMPT_MEAN]) * PROMPT_SHARE
@@ -226,6 +235,10 @@ def _feature(code: int, sight: np.ndarray, server: Server) -> float:  # noqa: PL
         value = sight[PROMPT_MEAN] / 2_000.0
     elif code == 15:
         value = sight[LIMIT] / server.capacity
+    elif code == 16:
+        value = sight[GAP_S] / server.tpot_s / 2.0
+    elif code == 17:
+        value = sight[SLOW_GAP_S] / server.tpot_s / 2.0
     return min(max(value, 0.0), 5.0 if code in (12, 13, 14) else 1.0)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 RUNNING, WAITING, IN_SYSTEM, KV_USAGE, ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS = range(7)
 OLDEST_WAIT_S, CLOCK_MHZ, LIMIT = range(7, 10)
 # ... and what is remembered of those before it
-SEEN, RATE_RPS, FAST_RATE_RPS, PROMPT_MEAN = range(10, 14)
-SIGHT = 14
+SEEN, RATE_RPS, FAST_RATE_RPS, PROMPT_MEAN, GAP_S, SLOW_GAP_S = range(10, 16)
+SIGHT = 16
 # Kinds of a base
 TABLE, PREDICTION = range(2)
 TRIM = 9  # terms of a linear trim
@@ -63,6 +63,7 @@ FEATURES = (
     "fixed", "running_of_capacity", "waiting_of_capacity", "kv_usage", "free_kv_tokens", "arrival_rate_ewma",
     "arrival_rate_trend", "prompt_token_throughput", "output_token_throughput", "token_gap", "gpu_clock",
     "oldest_wait", "arrival_rate_10s", "arrival_rate_4s", "prompt_tokens_per_arrival", "batch_limit",
+    "token_gap_3s", "token_gap_8s",
 )  # fmt: skip
 
 
