@@ -46,9 +46,9 @@ def tune_static(
 ) -> Knobs:
     """The pair of least energy that meets the SLO for ``share`` of the requests.
 
-    Walks down a coarse grid of clocks for every limit until attainment is lost, by the score ``coarse``, then
-    that grid and the GPU's own around the best pairs of the best two limits. Without any pair that meets the SLO, the
-    one of highest attainment.
+    Walks down a coarse grid of clocks for every limit until attainment is lost, by the score ``coarse``; then
+    that grid and the GPU's own around the best pairs of the best two limits. Without any pair that meets the
+    SLO, the one of highest attainment.
     """
     attempt = cache(lambda knobs: score(Static(knobs)))
     rough = attempt if coarse is None else cache(lambda knobs: coarse(Static(knobs)))
