@@ -516,7 +516,7 @@ def test_an_arena_leaves_its_files_and_goes_on_where_it_stopped(tmp_path, capsys
     (run / "cells/steady-60.interactive.json").unlink()
     assert main(["arena", "--resume", str(run)]) == 0
     after = json.loads((run / "cells/steady-60.interactive.json").read_text())
-    ran = {"max_performance", STATIC, "load_table", "mine", "mine, free", CHOSEN}
+    ran = {"max_performance", STATIC, *SIMPLE, "mine", "mine, free", CHOSEN}
     assert {row["policy"] for row in after["rows"]} == ran
     assert set(after["axes"]) == set(load_pack("h100-qwen3-8b").clock_axes) - {"nominal"}
     assert all({row["policy"] for row in rows} == ran for rows in after["axes"].values())

@@ -247,7 +247,7 @@ def _mismatches(
         yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
     anchor = manifest.anchor
     limits, clocks_mhz = ((), ()) if anchor is None else knobs_of(anchor.rule)
-    highest = max(*grid.batch_limits, *limits)
+    highest = max((*grid.batch_limits, *limits))
     if highest > spec.batch_limits[-1]:
         yield f"its highest batch limit is {highest}, the server's {spec.batch_limits[-1]}"
     clocks = {*grid.gpu_clocks_mhz, *clocks_mhz}

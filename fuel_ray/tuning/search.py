@@ -46,9 +46,9 @@ def tune_static(
 ) -> Knobs:
     """The pair of least energy that meets the SLO for ``share`` of the requests.
 
-    Walks down a coarse grid of clocks for every limit until attainment is lost, by the score ``coarse``, then
-    the GPU's own grid around the best pair of the best two limits. Without any pair that meets the SLO, the
-    one of highest attainment.
+    Walks down a coarse grid of clocks for every limit until attainment is lost, by the score ``coarse``; then
+    that grid and the GPU's own around the best pairs of the best two limits. Without any pair that meets the
+    SLO, the one of highest attainment.
     """
     attempt = cache(lambda knobs: score(Static(knobs)))
     rough = attempt if coarse is None else cache(lambda knobs: coarse(Static(knobs)))
@@ -61,15 +61,18 @@ def tune_static(
                 break
     ranked = sorted(tried, key=lambda knobs: rough(knobs).rank(share))
     limits = list(dict.fromkeys(knobs.batch_limit for knobs in ranked))[:2]
-    near = [_around(next(k for k in ranked if k.batch_limit == limit), clocks, stride) for limit in limits]
-    return min((knobs for pairs in near for knobs in pairs), key=lambda knobs: attempt(knobs).rank(share))
+    near = [next(knobs for knobs in ranked if knobs.batch_limit == limit) for limit in limits]
+    for step, steps in ((stride, 3), (1, stride - 1)):
+        tried = [other for knobs in near for other in _around(knobs, clocks, step=step, steps=steps)]
+        near = [min(tried, key=lambda knobs: attempt(knobs).rank(share))]
+    return near[0]
 
 
-def _around(knobs: Knobs, clocks_mhz: Sequence[int], stride: int) -> list[Knobs]:
-    """The pairs at the GPU's own clocks up to the next of the coarse grid, these included."""
+def _around(knobs: Knobs, clocks_mhz: Sequence[int], *, step: int, steps: int) -> list[Knobs]:
+    """The pair itself, and those at clocks so many steps up and down."""
     middle = clocks_mhz.index(knobs.gpu_clock_mhz)
-    near = clocks_mhz[max(0, middle - stride) : middle + stride + 1]
-    return [replace(knobs, gpu_clock_mhz=clock_mhz) for clock_mhz in near]
+    places = (middle + step * k for k in range(-steps, steps + 1))
+    return [replace(knobs, gpu_clock_mhz=clocks_mhz[k]) for k in places if 0 <= k < len(clocks_mhz)]
 
 
 @dataclass(frozen=True, slots=True)
