@@ -241,7 +241,7 @@ class ServingConfig:
 class LearnConfig(ServingConfig):
     """What a policy sees, may choose and is trained on."""
 
-    steps: int = 200_000
+    steps: int = 60_000
     """Control windows (1 s each) to train each policy on."""
     tune_share: float = 0.97
     """Share that baselines and checkpoints are tuned to on tuning seeds; some slips on held-out ones."""
