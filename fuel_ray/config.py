@@ -81,9 +81,9 @@ class TrainConfig:
     """Windows after which the branches are compared."""
     branch_other_limit: float = 0.1
     """Share of these actions that have another batch limit."""
-    iterations: int = 10
+    iterations: int = 5
     """Training results, each with a checkpoint."""
-    average_results: int = 4
+    average_results: int = 2
     """A policy is the average of the weights at this many results up to the chosen one."""
 
 
@@ -242,7 +242,7 @@ class LearnConfig(ServingConfig):
     """What a policy sees, may choose and is trained on."""
 
     steps: int = 60_000
-    """Control windows (1 s each) to train each policy on."""
+    """Control windows (1 s each) to train each policy on; without branches take 200,000."""
     tune_share: float = 0.97
     """Share that baselines and checkpoints are tuned to on tuning seeds; some slips on held-out ones."""
     features: tuple[str, ...] = PRICED_FEATURES
@@ -269,6 +269,8 @@ class LearnConfig(ServingConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
+    baselines: Path | None = None
+    """baselines.json of another run on the same load, node and SLO, to be taken as it is."""
     storage: str | None = None
     """Folder or URL (any of fsspec's: s3://...) for checkpoints and results; None: the run's own folder."""
     resume: Path | None = None
@@ -337,7 +339,9 @@ _GENERALIST = SweepConfig(
     preset="generalist",
     steps=700_000,
     mode="generalist",
-    train=TrainConfig(epsilon_initial=1.0, epsilon_final=0.05, average_results=3),
+    train=TrainConfig(
+        head="smooth", epsilon_initial=1.0, epsilon_final=0.05, iterations=10, average_results=3
+    ),
 )
 PRESETS: dict[str, SweepConfig] = {
     config.preset: config for config in (SweepConfig(), _PLAIN, _GENERALIST, _SEED)

@@ -34,15 +34,17 @@ from fuel_ray.record import make_folder, read_json
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import names_of
 
+TRAININGS = 3
 
-def policy_folder(home: Scenario, slo: SloName, out: Path) -> Path:
-    return out / "policies" / f"{home.name}.{slo}" / "DQN"
+
+def policy_folders(home: Scenario, slo: SloName, out: Path) -> list[Path]:
+    """One per training; the arena takes NAME#0, NAME#1, .. for trainings of one policy."""
+    return [out / "policies" / f"{home.name}.{slo}" / f"DQN#{seed}" for seed in range(TRAININGS)]
 
 
 def train(job: Job, slo: SloName, out: Path) -> str:
-    """Train the policy for a cell and name it."""
+    """Train the policies for a cell, the baselines once, and name it."""
     home = job.home
-    folder = policy_folder(home, slo, out)
     promise = tuning_runs(job, loop_of(job, home)).slos[slo]
     flags = ["--workload", home.workload, "--kv-tokens", str(home.kv_tokens), "--pack", job.config.pack]
     flags += ["--clock-axis", job.config.clock_axis]
@@ -50,19 +52,24 @@ def train(job: Job, slo: SloName, out: Path) -> str:
     flags += ["--tune-share", str(job.config.tune_share)]
     for name in ("ttft_s", "tpot_s", "e2e_s", "share"):
         flags += [f"--slo-{name.replace('_', '-')}", str(getattr(promise, name))]
-    runs = folder.parent / "runs"
-    make_folder(runs)
-    command = [sys.executable, "-m", "fuel_ray", "train", *flags, "--out", str(runs)]
-    with (folder.parent / "train.log").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    trained = runs.glob("train-*/policies/block_*")
-    shutil.copytree(max(trained, key=lambda path: path.stat().st_mtime), folder)
+    for seed, folder in enumerate(policy_folders(home, slo, out)):
+        if folder.exists():
+            continue
+        runs = folder.parent / f"runs-{seed}"
+        make_folder(runs)
+        known = next((folder.parent / "runs-0").glob("train-*/baselines.json"), None)
+        same = [] if known is None else ["--baselines", str(known)]
+        command = [sys.executable, "-m", "fuel_ray", "train", *flags, *same, "--seed", str(seed)]
+        with (folder.parent / f"train-{seed}.log").open("w") as log:
+            subprocess.run([*command, "--out", str(runs)], check=True, stdout=log, stderr=subprocess.STDOUT)
+        trained = runs.glob("train-*/policies/block_*")
+        shutil.copytree(max(trained, key=lambda path: path.stat().st_mtime), folder)
     return f"trained for {home.name}, {slo}"
 
 
 def play(job: Job, slo: SloName, out: Path) -> str:
     """Run a cell, keep it, and name it."""
-    policies = (str(policy_folder(job.home, slo, out)), *job.config.policies)
+    policies = (*map(str, policy_folders(job.home, slo, out)), *job.config.policies)
     config = replace(job.config, slos=(slo,), policies=policies)
     run_and_write(replace(job, config=config), out / "cells")
     return f"played {job.scenario.name}, {slo}"
@@ -75,7 +82,7 @@ def main() -> None:
     cells = [(job, slo) for slo in config.slos for job in jobs_of(config)]
     files = [cell_file(folder, job.scenario.name, slo) for job, slo in cells]
     todo = [cell for cell, file in zip(cells, files, strict=True) if not file.is_file()]
-    homes = {policy_folder(job.home, slo, config.out): (job, slo) for job, slo in todo}
+    homes = {policy_folders(job.home, slo, config.out)[-1]: (job, slo) for job, slo in todo}
     untrained = [cell for folder, cell in homes.items() if not folder.exists()]
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         for task, some in ((train, untrained), (play, todo)):

@@ -51,14 +51,15 @@ def tuned_baselines(
 ) -> dict[int, dict[str, Tuned]]:
     """Baselines by block size and workload, on the twin; from the run's folder if they are there already."""
     path = run_dir / "baselines.json"
-    raw = read_json(path) if path.exists() else {}
+    known = path if path.exists() or config.baselines is None else config.baselines
+    raw = read_json(known) if known.exists() else {}
     left = [size for size in config.block_sizes if str(size) not in raw]
     if left:
         jobs = [(twin_of(config), size, load) for size in left for load in workloads]
         found = in_parallel("tune baselines", tune_baselines, jobs)
         for (_, size, workload), tuned in zip(jobs, found, strict=True):
             raw.setdefault(str(size), {})[workload] = tuned.to_dict()
-        write_json(path, raw)
+    write_json(path, raw)
     return {
         size: {workload: Tuned.from_dict(tuned) for workload, tuned in raw[str(size)].items()}
         for size in config.block_sizes
