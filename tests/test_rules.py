@@ -194,3 +194,8 @@ def test_a_rule_that_was_not_tuned_is_tuned_static():
     case = untuned(SPEC, SLO, None)
     for name in rules.RULES:
         assert CATALOGUE[name].simple and contender(name, case).make(0.0).knobs == SPEC.max_performance
+
+
+def test_a_load_table_moved_beyond_the_gpu_takes_the_clocks_that_there_are():
+    moved = at_work(LoadTable((), (Knobs(40, SPEC.gpu_clocks_mhz[-1]),)).moved(500.0), SPEC, SLO)
+    assert isinstance(moved, LoadTable) and moved.knobs[0].gpu_clock_mhz == SPEC.gpu_clocks_mhz[-1]

@@ -111,9 +111,11 @@ def rule_of(raw: Any) -> LoadTable | Rule:
 
 
 def at_work(rule: LoadTable | Rule, spec: NodeSpec, slo: Slo) -> LoadTable | RulePolicy:
-    """A rule as a policy with a memory of its own."""
+    """A rule as a policy with a memory of its own, which takes the nearest clocks that there are."""
     if isinstance(rule, LoadTable):
-        return LoadTable(rule.rates_rps, rule.knobs, ewma_s=rule.ewma_s)
+        nearest = spec.nearest_clock_mhz
+        knobs = [Knobs(own.batch_limit, nearest(own.gpu_clock_mhz)) for own in rule.knobs]
+        return LoadTable(rule.rates_rps, knobs, ewma_s=rule.ewma_s)
     return RulePolicy(rule, spec, slo)
 
 

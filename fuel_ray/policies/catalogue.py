@@ -121,7 +121,7 @@ def _static(case: Case, offset_mhz: float) -> Policy:
 
 
 def _load_table(case: Case, offset_mhz: float) -> Policy:
-    return case.table.moved(offset_mhz, case.spec.nearest_clock_mhz) if offset_mhz else case.table
+    return at_work(case.table.moved(offset_mhz), case.spec, case.slo)
 
 
 def _rule(name: str) -> Callable[[Case, float], Policy]:

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -82,11 +82,9 @@ class LoadTable:
             raise ValueError("the load table's average is none")
         return LoadTable(rates, knobs, ewma_s=ewma_s)
 
-    def moved(self, offset_mhz: float, nearest: Callable[[int], int] = lambda mhz: mhz) -> "LoadTable":
-        """The same with all clocks higher by this, each the ``nearest`` that there is."""
-        clocks_mhz = (nearest(round(own.gpu_clock_mhz + offset_mhz)) for own in self.knobs)
-        pairs = zip(self.knobs, clocks_mhz, strict=True)
-        moved = [Knobs(own.batch_limit, mhz) for own, mhz in pairs]
+    def moved(self, offset_mhz: float) -> "LoadTable":
+        """The same with all clocks higher by this, whether a GPU has them or not."""
+        moved = [Knobs(own.batch_limit, max(round(own.gpu_clock_mhz + offset_mhz), 1)) for own in self.knobs]
         return LoadTable(self.rates_rps, moved, ewma_s=self.ewma_s)
 
     def reset(self) -> None:
