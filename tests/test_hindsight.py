@@ -16,6 +16,7 @@ from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.tuning import hindsight
 from fuel_ray.tuning.hindsight import Hindsight, below, hindsight_points, next_price, schedules_of
 from fuel_ray.tuning.runs import held_out
+from fuel_ray.tuning.search import Setting, Swept
 from fuel_ray.types import Knobs, Slo
 
 TIGHT = Slo(ttft_s=0.5, tpot_s=0.014)
@@ -72,7 +73,8 @@ def test_a_pass_that_makes_it_worse_is_thrown_away(alone, monkeypatch):
 def test_no_policy_is_below_the_bound_and_whoever_were_is_named(alone, monkeypatch):
     monkeypatch.setattr(hindsight, "_PASSES", 3)
     rows = [row for name, policy in POLICIES.items() for row in held_out_rows(name, policy, alone, "tight")]
-    points = _hindsight(alone, "tight", POLICIES, rows)
+    found = {name: Swept(Setting(0.97, 0.0, policy)) for name, policy in POLICIES.items()}
+    points = _hindsight(alone, "tight", found, rows, LOAD_TABLE)
     assert points == json.loads(json.dumps(points))
     searched = [point for point in points if point["price_j"] is not None]
     assert len(searched) == hindsight.PRICES

@@ -101,7 +101,7 @@ def built(
 ) -> DuelingQNet:
     """The network of a module's ``model_config``, with the weights of the policy that it starts from."""
     names = ("limits", "clocks", "hidden", "head", "price_feature")
-    network = DuelingQNet(features, **{name: model[name] for name in names})
+    network = DuelingQNet(features, **{name: model[name] for name in names if name in model})
     if start_from is not None:
         arrays = read_policy(Path(start_from), extra_features=extra_features).arrays
         network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
