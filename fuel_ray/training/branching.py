@@ -32,6 +32,7 @@ from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.snapshot import limits_of
 from fuel_ray.training.dqn import MAX_GRADIENT, FastDqn, follow
 from fuel_ray.training.ray_private import local_module, local_optimizer
+from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
 
 EPISODE_S = 600
 _SOFT = 0.03  # share of a limit around it over which a request counts as missed in part
@@ -100,7 +101,7 @@ class BranchedDqn(FastDqn):
     def _branch(self, rng: np.random.Generator) -> None:
         node, train = self._node, self.config.learn.train
         assert isinstance(node, SimulatedNode)
-        node.reset(seed=int(rng.integers(2**31)))
+        node.reset(seed=int(rng.integers(max(TUNING_SEEDS) + 1, HELD_OUT_SEED)))
         plan = Plan(
             every=train.branch_every,
             tries=train.branch_tries,
