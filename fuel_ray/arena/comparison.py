@@ -10,11 +10,10 @@ import numpy as np
 
 from fuel_ray.arena.equal import Iso, Rows, Sweep, captured, enough, iso, raw, setting_of, sweep_of
 from fuel_ray.errors import ConfigError
-from fuel_ray.policies.catalogue import LOAD_TABLE, REFERENCES, TUNED_STATIC
+from fuel_ray.policies.catalogue import BEST_RULE, LOAD_TABLE, REFERENCES, TUNED_STATIC
 from fuel_ray.stats import Interval
 
 ORACLE = "oracle"
-BEST_RULE = "best_rule"  # the simple rule that ranked best on the cell's tuning seeds
 _TRAINING = re.compile(r"#\d+")
 
 

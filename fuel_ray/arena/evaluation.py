@@ -18,7 +18,8 @@ from fuel_ray.build.recording import recorded_run
 from fuel_ray.config import ServingConfig, SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
-from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
+from fuel_ray.policies.anchor import at_work
+from fuel_ray.policies.catalogue import BEST_RULE, LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.policies.learned import load_policy, read_manifest
 from fuel_ray.policies.static import Static
 from fuel_ray.record import step_line, summary_fields
@@ -112,6 +113,7 @@ def evaluate_block_size(
                 MAX_PERFORMANCE: Static(spec.max_performance),
                 TUNED_STATIC: Static(own.static),
                 LOAD_TABLE: own.table,
+                BEST_RULE: at_work(own.rule, spec, config.slo),
                 learned: load_policy(policy_folder, spec, extra_features=config.extra_features),
                 **tuned_policies(config, workload, spec, also, share=own.share, tuned=own),
             }

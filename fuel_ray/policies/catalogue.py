@@ -24,7 +24,9 @@ MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE, LEARNED = "max_performance", "tuned_s
 REQUESTS_TABLE, RATE_REQUESTS_TABLE, REQUESTS_TRIM = "requests_table", "rate_requests_table", "requests_trim"
 PREDICTIVE, PREDICTIVE_TRIM, FAST_LOAD_TABLE = "predictive", "predictive_trim", "load_table_4s"
 REFERENCES = (MAX_PERFORMANCE, TUNED_STATIC, LOAD_TABLE)
-JUDGED_BY = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)  # the comparison that says most comes first
+BEST_RULE = "best_rule"  # whichever simple rule ranked best on the tuning seeds of a load
+# The comparison that says most comes first
+JUDGED_BY = (TUNED_STATIC, BEST_RULE, LOAD_TABLE, MAX_PERFORMANCE)
 DWELL_S = 5.0
 OFFSETS_MHZ = (-320.0, 320.0)  # of all clocks of what is tuned for a load, to be more or less careful
 CLOSER = (-0.4, 0.4)  # to the TPOT limit, as a share of it, by which a prediction stays below
@@ -261,6 +263,12 @@ CATALOGUE: dict[str, Entry] = {
     "voltana_dwell": Entry("VoltanaLLM, dwell", "#1f78b4", _voltana_dwell, _MARGINS, tuned=True),
     "feedback": Entry("feedback", "#f0e442", _feedback, _BOUNDS, tuned=True),
     "agft": Entry("AGFT", "#6a51a3", _agft, tuned=True),
+    BEST_RULE: Entry(
+        "best simple rule",
+        "#44aa99",
+        make=None,
+        what="the simple rule of least energy within the SLO on the tuning seeds: what learning has to beat",
+    ),
     LEARNED: Entry("learned (DQN)", "#0072b2", make=None),
     "ppo": Entry("learned (PPO)", "#0072b2", make=None),
     "rllib-dqn": Entry("learned (RLlib's DQN)", "#8c564b", make=None),

@@ -115,7 +115,7 @@ def _answer(run: Run) -> Iterator[str]:
 
 def _meaning(run: Run, policy: str) -> str:
     if policy == run.learned:
-        return "what this run trained, one per KV block size, held to the load table where that helped"
+        return "what this run trained, one per KV block size, held to the best simple rule where that helped"
     return CATALOGUE[policy].what if policy in CATALOGUE else "a further baseline"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fuel_ray.policies.catalogue import JUDGED_BY, color, label
+from fuel_ray.policies.catalogue import JUDGED_BY, LOAD_TABLE, color, label
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.report.data import (
     ENERGY,
@@ -22,7 +22,7 @@ from fuel_ray.report.text import percent
 from fuel_ray.stats import Interval
 from fuel_ray.types import Knobs
 
-_AGAINST = ("J/request", "vs static", "vs table", "vs max", "SLO met")
+_AGAINST = ("J/request", "vs static", "vs rule", "vs table", "vs max", "SLO met")
 _MEAN = ("TTFT p99 s", "TPOT p99 ms", "MHz", "limit", "switches")
 _AXIS_HEAD = (Cell("policy", style="text"), *map(Cell, (*_AGAINST[1:], "MHz")))
 _HEAD = (Cell("block"), Cell("policy", style="text"), *(Cell(name) for name in (*_AGAINST, *_MEAN)))
@@ -102,13 +102,16 @@ def chosen_pairs(run: Run) -> str:
         "block size",
         "tuned static",
         "load table, by arrival rate",
+        "best simple rule",
         f"{label(run.learned)}'s weight on it",
     )
     groups = []
     for size, tuned in (run.info.get("tuned") or {}).items():
         weight = tuned.get("anchor_weight")
-        groups.append([[size, _static(tuned), _rates(tuned), f"{weight:g}" if weight else "free"]])
-    return _listing(head, groups, ("", "text", "text wrap", "text"))
+        best = label(tuned.get("best_rule", LOAD_TABLE))
+        held = f"{weight:g}" if weight else "free"
+        groups.append([[size, _static(tuned), _rates(tuned), best, held]])
+    return _listing(head, groups, ("", "text", "text wrap", "text", "text"))
 
 
 def key_values(tree: Mapping[str, Any]) -> str:

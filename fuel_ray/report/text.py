@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fuel_ray.policies.catalogue import JUDGED_BY, LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
+from fuel_ray.policies.catalogue import BEST_RULE, JUDGED_BY, LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.report.data import (
     Run,
     axis_names,
@@ -18,7 +18,11 @@ from fuel_ray.stats import Interval
 
 SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
 
-_IN_PROSE = {TUNED_STATIC: "the tuned static pair", LOAD_TABLE: "the load table"}
+_IN_PROSE = {
+    TUNED_STATIC: "the tuned static pair",
+    BEST_RULE: "the best simple rule",
+    LOAD_TABLE: "the load table",
+}
 
 
 def percent(share: float) -> str:
