@@ -13,7 +13,6 @@ LIMITS_SCARCE = (24, 32, 40, 48, 64)
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
 HALVINGS = 3  # of the distance between settings
 BISECTIONS = 8
-_FEW_SEEDS = 3  # of a first look
 AROUND = (-0.01, -0.005, 0.005, 0.01)  # of the share asked: where a dial is set besides
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 
@@ -32,47 +31,31 @@ def tune_static_pair(tuning: Runs, slo: str, *, share: float, limits: Sequence[i
     asked = share
     if reachable < share:  # means are at share / reachable of what is asked
         asked = reachable - SLACK if tuning.slos[slo].share is not None else share * share / reachable + SLACK
-    few, every = (partial(own.score, slo=slo, share=asked) for own in (tuning.first(_FEW_SEEDS), tuning))
-    return tune_static(every, spec, share=asked, limits=limits, coarse=few), asked
+    score = partial(tuning.score, slo=slo, share=asked)
+    return tune_static(score, spec, share=asked, limits=limits), asked
 
 
 def tune_static(
-    score: Callable[[Policy], Score],
-    spec: NodeSpec,
-    *,
-    share: float,
-    limits: Sequence[int],
-    coarse: Callable[[Policy], Score] | None = None,
+    score: Callable[[Policy], Score], spec: NodeSpec, *, share: float, limits: Sequence[int]
 ) -> Knobs:
     """The pair of least energy that meets the SLO for ``share`` of the requests.
 
-    Walks down a coarse grid of clocks for every limit until attainment is lost, by the score ``coarse``; then
-    that grid and the GPU's own around the best pairs of the best two limits. Without any pair that meets the
-    SLO, the one of highest attainment.
+    Walks down a coarse grid of clocks for every limit until attainment is lost, then the GPU's own grid
+    around the best pair. Without any pair that meets the SLO, the one of highest attainment.
     """
     attempt = cache(lambda knobs: score(Static(knobs)))
-    rough = attempt if coarse is None else cache(lambda knobs: coarse(Static(knobs)))
     clocks, tried = spec.gpu_clocks_mhz, []
     stride = max(1, len(clocks) // 16)
     for limit in sorted(limits, reverse=True):
         for clock_mhz in clocks[::-1][::stride]:
             tried.append(Knobs(limit, clock_mhz))
-            if rough(tried[-1]).slo_attainment < share - 0.05:
+            if attempt(tried[-1]).slo_attainment < share - 0.05:
                 break
-    ranked = sorted(tried, key=lambda knobs: rough(knobs).rank(share))
-    limits = list(dict.fromkeys(knobs.batch_limit for knobs in ranked))[:2]
-    near = [next(knobs for knobs in ranked if knobs.batch_limit == limit) for limit in limits]
-    for step, steps in ((stride, 3), (1, stride - 1)):
-        tried = [other for knobs in near for other in _around(knobs, clocks, step=step, steps=steps)]
-        near = [min(tried, key=lambda knobs: attempt(knobs).rank(share))]
-    return near[0]
-
-
-def _around(knobs: Knobs, clocks_mhz: Sequence[int], *, step: int, steps: int) -> list[Knobs]:
-    """The pair itself, and those at clocks so many steps up and down."""
-    middle = clocks_mhz.index(knobs.gpu_clock_mhz)
-    places = (middle + step * k for k in range(-steps, steps + 1))
-    return [replace(knobs, gpu_clock_mhz=clocks_mhz[k]) for k in places if 0 <= k < len(clocks_mhz)]
+    coarse = min(tried, key=lambda knobs: attempt(knobs).rank(share))
+    middle = clocks.index(coarse.gpu_clock_mhz)
+    around = clocks[max(0, middle - stride + 1) : middle + stride]
+    tried += [replace(coarse, gpu_clock_mhz=clock_mhz) for clock_mhz in around]
+    return min(tried, key=lambda knobs: attempt(knobs).rank(share))
 
 
 @dataclass(frozen=True, slots=True)
