@@ -110,7 +110,7 @@ def test_a_request_near_its_limit_counts_in_part():
     _, node = served({}, 60)
     state, limits = node.inside.state, limits_of(CONFIG.slo)
     assert soft_missed(state, 0, limits, 1e-9) == pytest.approx(missed(state, 0, limits))
-    assert abs(soft_missed(state, 0, limits, 0.1) - missed(state, 0, limits)) > 0
+    assert missed(state, 0, limits) < soft_missed(state, 0, limits, 0.6)
 
 
 @pytest.mark.parametrize("price_j", [10.0, 200.0, 4000.0])
