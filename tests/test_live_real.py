@@ -197,7 +197,13 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp
     run = json.loads((folder / "run.json").read_text())
     assert list(run["unsupported"]) == ["8"] and run["engine"].startswith("vLLM 0.")
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
-    assert {row["policy"] for row in rows} == {"max_performance", "tuned_static", "load_table", "dqn"}
+    assert {row["policy"] for row in rows} == {
+        "max_performance",
+        "tuned_static",
+        "load_table",
+        "best_rule",
+        "dqn",
+    }
     assert all(float(row["energy_j_per_request"]) > 0 for row in rows)
     manifest = json.loads((folder / "policies" / "block_32" / "manifest.json").read_text())
     assert (manifest["gpu_name"], manifest["engine"]) == ("NVIDIA H100 80GB HBM3", run["engine"])
