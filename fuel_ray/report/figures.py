@@ -63,10 +63,13 @@ class ProfilePoint:
 
 def learning_curves(run: Run) -> str:
     """Reward and energy per request against environment steps, one line per block size."""
-    panels = (("reward", "reward per window"), (ENERGY, "energy per request (J)"))
+    named = (("reward", "reward per window"), (ENERGY, "energy per request (J)"))
+    panels = [(column, name) for column, name in named if run.learning[column].notna().any()]
 
     def paint(figure: Figure) -> None:
-        for axes, (column, name) in zip(figure.subplots(1, 2), panels, strict=True):
+        for axes, (column, name) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
             by_size = run.learning.dropna(subset=[column]).sort_values("env_steps").groupby("block_size")
             for (size, curve), ink in zip(by_size, cycle(_BLOCK_COLORS), strict=False):
                 axes.plot(curve["env_steps"], curve[column], color=ink, alpha=0.3, linewidth=0.8)

@@ -16,15 +16,15 @@ _TERMS = {
     "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
     "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
     "limit": "batch limit: requests that may run at once; the others wait",
-    "weight on it": "reward per 100 MHz that a policy must gain to leave the table; at 10 it never does",
+    "weight on it": "what a policy must gain per 100 MHz off the best simple rule; at 10 it never leaves it",
     "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
     "small print": "in tables: 95 % t intervals over held-out seeds; comparisons are paired by seed; "
     "in that of the clock axes, the lowest to the highest",
 }
 _LEARNING = (
-    "Left, the reward with the random actions of training; it should rise until it is flat. Right, the "
-    "greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing the SLO. "
-    "Thin: each checkpoint. Bold: mean of five."
+    "Energy: the greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing "
+    "the SLO. Reward, where it learned from rewards: with the random actions of training; it should rise until it "
+    "is flat. Thin: each checkpoint. Bold: mean of five."
 )
 _SCATTER = (
     "Left is less energy, up is more requests within the SLO. A policy is better than another only if it "

@@ -95,7 +95,7 @@ def sample(run: Run) -> str:
     seeds = sum(name == workload for name, _ in sent)
     paired = all(len(found) == 1 for found in sent.values())
     warning = "" if paired else " Warning: policies faced different requests at the same seed."
-    brackets = "brackets: paired 95 % t intervals"
+    brackets = "compared as tuned, each at the attainment that it reached; brackets: paired 95 % t intervals"
     return f"Workload {workload}, {scope}; n = {seeds} held-out seeds; {brackets}.{warning}"
 
 
