@@ -23,8 +23,8 @@ _TERMS = {
 }
 _LEARNING = (
     "Energy: the greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing "
-    "the SLO. Reward, where it learned from rewards: with the random actions of training; it should rise until it "
-    "is flat. Thin: each checkpoint. Bold: mean of five."
+    "the SLO. Reward, where it learned from rewards: with the random actions of training; it should rise "
+    "until it is flat. Thin: each checkpoint. Bold: mean of five."
 )
 _SCATTER = (
     "Left is less energy, up is more requests within the SLO. A policy is better than another only if it "
