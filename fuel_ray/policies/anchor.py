@@ -44,6 +44,8 @@ class Anchor:
         if not 0 <= raw["weight"] < math.inf:
             raise ValueError("the anchor's weight is not one")
         reach_mhz = float(raw.get("reach_mhz", math.inf))
+        if not reach_mhz >= 0:
+            raise ValueError("the anchor's reach is not one")
         return Anchor(rule_of(raw.get("rule", raw)), float(raw["weight"]), reach_mhz)
 
 

@@ -16,7 +16,7 @@ from fuel_ray.record import read_json, update_csv, write_json
 from fuel_ray.training.run import check_start
 from fuel_ray.training.trials import Trained, run_trials
 from fuel_ray.tuning.runs import Score
-from fuel_ray.tuning.tuned import Tuned, score_weights, tune_anchor, tune_baselines
+from fuel_ray.tuning.tuned import Tuned, read_baselines, score_weights, tune_anchor, tune_baselines
 
 TRAINING_WEIGHT = 0.03  # of the anchor that a specialist is trained near to
 Scored = tuple[Score, float]  # a result on the tuning seeds of the twin, and its price of a miss
@@ -49,21 +49,24 @@ def train_policies(
 def tuned_baselines(
     config: LearnConfig, run_dir: Path, workloads: Sequence[str]
 ) -> dict[int, dict[str, Tuned]]:
-    """Baselines by block size and workload, on the twin; from the run's folder if they are there already."""
-    path = run_dir / "baselines.json"
-    known = path if path.exists() or config.baselines is None else config.baselines
-    raw = read_json(known) if known.exists() else {}
-    left = [size for size in config.block_sizes if str(size) not in raw]
-    if left:
+    """Baselines by block size and workload, on the twin; from the run's folder if they are there already.
+
+    Raises:
+        ConfigError: those that --baselines names are none, or of other block sizes or workloads.
+    """
+    path, sizes = run_dir / "baselines.json", config.block_sizes
+    raw = read_json(path) if path.exists() else {}
+    left = [size for size in sizes if str(size) not in raw]
+    if left and config.baselines is not None:
+        given = read_baselines(config.baselines, left, workloads)
+        raw |= {str(size): {load: own.to_dict() for load, own in given[size].items()} for size in left}
+    elif left:
         jobs = [(twin_of(config), size, load) for size in left for load in workloads]
         found = in_parallel("tune baselines", tune_baselines, jobs)
         for (_, size, workload), tuned in zip(jobs, found, strict=True):
             raw.setdefault(str(size), {})[workload] = tuned.to_dict()
     write_json(path, raw)
-    return {
-        size: {workload: Tuned.from_dict(tuned) for workload, tuned in raw[str(size)].items()}
-        for size in config.block_sizes
-    }
+    return read_baselines(path, sizes, workloads)
 
 
 def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Path:

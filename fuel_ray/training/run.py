@@ -21,6 +21,7 @@ from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_j
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.trials import algorithm_of, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
+from fuel_ray.tuning.tuned import read_baselines
 from fuel_ray.workload.spec import parse_workload
 
 _PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
@@ -105,6 +106,8 @@ def _check(config: LearnConfig, workloads: Sequence[str]) -> None:
     for workload in workloads:
         parse_workload(workload)
     _check_pack_of_start(config)
+    if config.baselines is not None and config.resume is None:  # later the run has its own
+        read_baselines(config.baselines, config.block_sizes, workloads)
     if config.node == "ray":
         start_ray(config)
     if config.node == "live":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import numpy as np
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_loop, twin_of, twinned
 from fuel_ray.config import LearnConfig, ServingConfig
+from fuel_ray.errors import ConfigError
 from fuel_ray.policies.anchor import Anchor, rule_of
 from fuel_ray.policies.catalogue import CATALOGUE, LOAD_TABLE, Case, Learner
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder
 from fuel_ray.policies.rules import Rule
 from fuel_ray.policies.static import LoadTable
+from fuel_ray.record import read_json
 from fuel_ray.sim.pack import PerfModel, load_pack
 from fuel_ray.tuning import search
 from fuel_ray.tuning.clock_search import allowed_penalty, find_load_table
@@ -67,6 +70,27 @@ def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tu
     """Tune the static pair and the simple rules that cost little for a workload on the tuning seeds."""
     runs, perf = _tuning_runs(config, kv_block_size, workload), perf_of(config)
     return tune_on(runs, _ASKED, share=config.tune_share, rules=CHEAP, perf=perf)
+
+
+def read_baselines(
+    path: Path, block_sizes: Sequence[int], workloads: Sequence[str]
+) -> dict[int, dict[str, Tuned]]:
+    """Those of a run's baselines.json for these block sizes and workloads.
+
+    Raises:
+        ConfigError: the file is not there or no such file, or lacks one of them.
+    """
+    raw = read_json(path)
+    try:
+        known = {size: dict(raw.get(str(size), {})) for size in block_sizes}
+        lacking = [
+            f"{load} at block size {size}" for size in known for load in workloads if load not in known[size]
+        ]
+        if lacking:
+            raise ConfigError(f"--baselines {path} has none of {', '.join(lacking)}")
+        return {size: {load: Tuned.from_dict(own[load]) for load in workloads} for size, own in known.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"--baselines {path}: not a run's baselines.json: {error!r}") from error
 
 
 def tune_on(
