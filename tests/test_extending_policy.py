@@ -120,7 +120,7 @@ def test_a_sweep_evaluates_others_beside_its_own(tmp_path, few_tuning_seeds, mon
     folder = a_priced_policy(tmp_path / "p")
     rows = evaluate_block_size(config, 16, {"steady:rate_rps=4": own}, folder).rows
     alone = evaluate_block_size(replace(config, also=()), 16, {"steady:rate_rps=4": own}, folder).rows
-    assert rows[:4] == alone and [row["policy"] for row in rows[4:]] == list(config.also)
+    assert rows[:5] == alone and [row["policy"] for row in rows[5:]] == list(config.also)
 
 
 def test_a_policy_that_learns_while_it_serves_has_played_the_tuning_seeds(few_tuning_seeds):

@@ -252,7 +252,7 @@ def test_a_simulated_evaluation_writes_traces_if_asked_and_its_pack_predicts_the
     run = read_trace(str(path))
     predicted, measured = predicted_figures(run, load_pack("h100-qwen3-8b")), measured_figures(run)
     errors = relative_errors(predicted, measured)
-    assert all(abs(errors[name]) < 0.01 for name in BOUNDS), errors
+    assert all(abs(errors[name]) < 0.02 for name in BOUNDS), errors
     assert run.clock_schedule == ((0.0, 1980), (1.0, 1350)) and run.limit_schedule == ((0.0, 128), (1.0, 16))
     assert run.info["origin"].startswith("modelled, pack h100-qwen3-8b")
 
