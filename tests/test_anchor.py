@@ -100,6 +100,19 @@ def test_the_promise_and_the_price_can_be_told_without_losing_the_anchor(tmp_pat
     assert policy.for_slo(Slo(tpot_s=0.01), miss_price_j=3.0).anchor == Anchor(TABLE, 0.1)
 
 
+def test_a_reach_is_kept_and_bounds_the_clock(tmp_path):
+    """Its best action is 510 MHz from the table's clock; one 480 MHz away is next."""
+    anchor = Anchor(TABLE, 0.01, 500.0)
+    folder = write_policy(tmp_path / "p", best=Knobs(32, 990), anchor=anchor)
+    policy = read_policy(folder).policy(SPEC)
+    assert policy.anchor.to_dict() == anchor.to_dict()
+    calm = "steady:rate_rps=0.5"
+    assert set(decisions(policy, calm)) == {BASE}
+    assert set(decisions(policy.near(replace(anchor, reach_mhz=510.0)), calm)) == {Knobs(32, 990)}
+    assert "reach_mhz" not in Anchor(TABLE, 0.01).to_dict(), "as folders of before"
+    assert set(decisions(policy.near(Anchor(TABLE, 0.01)), calm)) == {Knobs(32, 990)}
+
+
 def test_penalties_by_action_are_those_of_the_tables_knobs():
     anchor = GridAnchor(Anchor(TABLE, 0.1), GRID, SPEC, Slo(1.0))
     found = anchor.penalties()
@@ -127,6 +140,10 @@ def test_a_policy_folder_keeps_its_anchor(tmp_path):
     [
         {"weight": float("nan")},
         {"weight": "much"},
+        {"reach_mhz": float("nan")},
+        {"reach_mhz": -15.0},
+        {"reach_mhz": "far"},
+        {"reach_mhz": None},
         {"rates_rps": [2.0, 1.0]},
         {"rates_rps": [3.0, 2.0], "knobs": [[4, 990]] * 3},
         {"knobs": [[4, 990]]},

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuel_ray.averages import TokenGaps
 from fuel_ray.codec import (
     FEATURES,
     GREENDLS_FEATURES,
@@ -21,6 +22,8 @@ from fuel_ray.codec import (
     node_grid,
 )
 from fuel_ray.errors import ConfigError
+from fuel_ray.policies.rules import see
+from fuel_ray.sim.program import GAP_S, SIGHT, SLOW_GAP_S
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
 
 SPEC = NodeSpec("n", "gpu", ("GPU-0",), "model", 16, 1000, (1, 128), tuple(range(990, 1981, 15)))
@@ -79,6 +82,30 @@ def test_greendls_sees_four_features_times_ten():
 def test_what_is_unknown_reads_as_zero():
     unknown = replace(WINDOW, cpu_energy_j=None, gpu_util=None, prefix_hit_rate=None)
     assert encode("cpu_power", "gpu_util", "prefix_cache_hit_rate", window=unknown) == [0.0, 0.0, 0.0]
+
+
+def test_times_between_tokens_are_averaged_over_seconds_as_the_compiled_loop_has_them():
+    rng, gaps, sight = np.random.default_rng(0), TokenGaps(), np.zeros(SIGHT)
+    unknown = replace(WINDOW, duration_s=1.0, output_tokens=0)
+    assert gaps.update(unknown) == gaps.update(replace(unknown, output_tokens=5, running=0)) == (0.0, 0.0)
+    for _ in range(50):
+        running, tokens = int(rng.integers(4)) * 10, int(rng.integers(3)) * 300
+        window = replace(WINDOW, duration_s=1.0, running=running, output_tokens=tokens)
+        see(sight, window)
+        assert gaps.update(window) == pytest.approx((sight[GAP_S], sight[SLOW_GAP_S]), rel=1e-12)
+    assert 0.0 < sight[GAP_S] != sight[SLOW_GAP_S] > 0.0
+
+
+def test_a_gap_of_before_fades_over_three_and_eight_seconds():
+    encoder = Encoder(Codec(("token_gap_3s", "token_gap_8s"), SEED_GRID, Slo(1.0, 0.05)), SPEC)
+    quick = replace(WINDOW, duration_s=1.0, running=20, output_tokens=800)
+    slow = replace(quick, output_tokens=400)
+    assert encoder.encode(quick).tolist() == pytest.approx([0.25, 0.25])
+    for _ in range(3):
+        seen = encoder.encode(slow)
+    assert seen.tolist() == pytest.approx([0.5 - 0.25 * np.exp(-1.0), 0.5 - 0.25 * np.exp(-3 / 8)], rel=1e-5)
+    encoder.reset()
+    assert encoder.encode(slow).tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_the_arrival_rate_is_averaged_over_ten_seconds_and_forgotten_on_reset():

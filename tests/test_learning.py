@@ -78,14 +78,20 @@ def sweep(*flags, out, cwd):
 
 
 SMALL = ["--block-sizes", "16", "--seeds", "1", "--steps", "30000", "--train.iterations", "6"]
+SEEN = {"energy_j_per_request", "slo_attainment", "mean_gpu_clock_mhz"}
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_killed_sweep_goes_on_from_its_last_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "seen"),
+    [([], SEEN), (["--train.branch-tries", "0"], SEEN | {"reward"})],
+    ids=["branches", "td"],
+)
+def test_a_killed_sweep_goes_on_from_its_last_checkpoint(flags, seen, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as out:
-        process = sweep(*SMALL, "--out", "results", out=out, cwd=tmp_path)
+        process = sweep(*SMALL, *flags, "--out", "results", out=out, cwd=tmp_path)
         deadline = time.monotonic() + 240
         while log.read_text().count("\ntrain ") < 4 and time.monotonic() < deadline:
             assert process.poll() is None, log.read_text()
@@ -105,4 +111,4 @@ def test_a_killed_sweep_goes_on_from_its_last_checkpoint(tmp_path):
     assert list(run_dir.glob("tune/*/events.out.tfevents.*"))
     results = next(run_dir.glob("tune/*/result.json")).read_text().splitlines()
     fuel = json.loads(results[-1])["env_runners"]["fuel"]
-    assert {"energy_j_per_request", "slo_attainment", "mean_gpu_clock_mhz", "reward"} <= set(fuel)
+    assert seen == set(fuel)

@@ -22,6 +22,8 @@ from fuel_ray.config import LearnConfig, TrainConfig
 from fuel_ray.env import ServingEnv
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.static import LoadTable
+from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.training.branching import BranchedDqn
 from fuel_ray.training.dqn import _loss
 from fuel_ray.training.envs import make_env
 from fuel_ray.training.replay import Batch
@@ -35,7 +37,8 @@ MODEL = {"limits": 3, "clocks": 5, "hidden": (16,), "head": "additive", "start_f
 TINY = TrainConfig(
     num_envs=2, episode_steps=12, fragment_steps=8, updates_per_round=2, batch_size=16, learning_starts=16
 )
-HIGH, LOW = Knobs(40, 1980), Knobs(128, 1500)
+HIGH, LOW = Knobs(40, 1980), Knobs(40, 1500)
+BY_DIFFERENCES = {"branch_tries": 0}  # temporal ones, of what a node did
 
 
 def test_our_loss_targets_and_gradients_are_those_of_rllibs_learner():
@@ -139,10 +142,11 @@ def counted(monkeypatch):
 def test_who_does_what_in_a_training(monkeypatch):
     connect(cluster=False)
     calls = counted(monkeypatch)
-    algorithm = anchored("dqn").build_algo()
-    result = algorithm.train()
-    algorithm.stop()
-    assert result["learners"]["default_policy"]["loss"] > 0 and not calls
+    for settings in ({}, BY_DIFFERENCES):
+        algorithm = anchored("dqn", **settings).build_algo()
+        result = algorithm.train()
+        algorithm.stop()
+        assert result["learners"]["default_policy"]["loss"] > 0 and not calls
     algorithm = anchored("rllib-dqn").build_algo()
     result = algorithm.train()
     algorithm.stop()
@@ -156,14 +160,20 @@ def test_who_does_what_in_a_training(monkeypatch):
 def begun(monkeypatch, settings, *, checkpoint=None, results=1):
     """Seeds of the first resets, after a number of training results; with a folder, restored from it."""
     seeds = []
-    real = ServingEnv.reset
+    real, real_node = ServingEnv.reset, SimulatedNode.reset
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             seeds.append(seed)
         return real(self, seed=seed, options=options)
 
+    def branch(self, *, seed):
+        seeds.append(seed)
+        return real_node(self, seed=seed)
+
     algorithm = settings.build_algo()
+    if isinstance(algorithm, BranchedDqn):
+        monkeypatch.setattr(SimulatedNode, "reset", branch)
     monkeypatch.setattr(ServingEnv, "reset", reset)
     if checkpoint is not None and checkpoint.exists():
         algorithm.load_checkpoint(str(checkpoint))
@@ -178,10 +188,19 @@ def begun(monkeypatch, settings, *, checkpoint=None, results=1):
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_resumed_training_branches_new_arrivals(monkeypatch, tmp_path):
+    connect(cluster=False)
+    settings = anchored("dqn")
+    first, resumed, again = (begun(monkeypatch, settings, checkpoint=tmp_path / "c") for _ in range(3))
+    assert len(first) == len(resumed) == 1 and first != resumed == again
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["dqn", "rllib-dqn", "ppo"])
 def test_a_resumed_training_does_not_begin_with_the_arrivals_of_the_start(algorithm, monkeypatch, tmp_path):
     connect(cluster=False)
-    settings = anchored(algorithm)
+    settings = anchored(algorithm, **BY_DIFFERENCES)
     first = begun(monkeypatch, settings, checkpoint=tmp_path / "c")
     resumed = begun(monkeypatch, settings, checkpoint=tmp_path / "c")
     again = begun(monkeypatch, settings, checkpoint=tmp_path / "c")

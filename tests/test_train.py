@@ -78,6 +78,57 @@ def test_a_conditional_policy_falls_back_to_the_fastest_of_its_static_pairs(monk
     assert policy.manifest.tuned_static == Knobs(48, 1492)
 
 
+def refuse(*_, **__):
+    pytest.fail("nothing is left to tune")
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A baselines.json of another run, of block size 16 and the default load."""
+    path = tmp_path / "other.json"
+    write_json(path, {"16": {SweepConfig().workload: TUNED.to_dict()}})
+    return replace(SweepConfig(), block_sizes=(16,), baselines=path)
+
+
+def test_baselines_of_another_run_are_taken_as_they_are(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "in_parallel", refuse)
+    for _ in range(2):
+        taken = train.tuned_baselines(given, tmp_path, [given.workload])
+        assert taken[16][given.workload].to_dict() == TUNED.to_dict()
+        given.baselines.unlink(missing_ok=True)  # the run has its own from there on
+
+
+def test_given_baselines_that_are_not_those_that_are_needed_are_refused(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "in_parallel", refuse)
+    size, load, gone = replace(given, block_sizes=(8, 16)), "mmpp", replace(given, baselines=tmp_path / "no")
+    for config, loads, said in (
+        (size, [given.workload], "has none of diurnal at block size 8"),
+        (given, [given.workload, load], "has none of mmpp at block size 16"),
+        (gone, [given.workload], "No such file"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train.tuned_baselines(config, tmp_path, loads)
+        with pytest.raises(ConfigError, match=said), run.running(config, "sweep", loads, held_out=()):
+            pass
+    assert not (tmp_path / "baselines.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"16": []}',
+        '{"16": {"diurnal": {}}}',
+        '{"16": {"diurnal": {"load_table": 5, "share": 1}}}',
+    ],
+)
+def test_malformed_baselines_are_named(content, given, tmp_path):
+    given.baselines.write_text(content)
+    with pytest.raises(ConfigError, match=r"other\.json"):
+        train.tuned_baselines(given, tmp_path, [given.workload])
+
+
 def test_a_policy_of_one_price_is_saved_with_it():
     config = replace(PRESETS["plain"], miss_price_j=70.0)
     assert build_codec(config, build_spec(config, 16)).miss_price_j == 70.0

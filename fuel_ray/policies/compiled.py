@@ -13,14 +13,16 @@ LAYERS = ("trunk.0", "trunk.2", "limit_advantage", "clock_advantage")
 _NAMES = ("{}_1", "{}_2", "limit_{}", "clock_{}")
 _FIXED = ("tpot_limit", "miss_price", "kv_block_size")  # features that no window changes
 KNOWN = frozenset((*FEATURES, *_FIXED))  # features that can be compiled
+_TIMES = frozenset(("oldest_wait", "token_gap", "token_gap_3s", "token_gap_8s"))  # by limits on tokens
 
 
 def network_parts(arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec) -> dict[str, Any] | None:
     """The fields of a ``Program`` that are the network's, of ``folded`` arrays; None where it has none.
 
-    It needs two hidden layers, advantages per limit and per clock, fixed scales and known features.
+    It needs two hidden layers, advantages per limit and per clock, fixed scales and known features; under an
+    end-to-end limit the times among them mean something else.
     """
-    unknown = set(codec.features) - KNOWN
+    unknown = set(codec.features) - (KNOWN if codec.slo.e2e_s is None else KNOWN - _TIMES)
     layers = {name.rsplit(".", 1)[0] for name in arrays}
     if unknown or codec.running_scale is not None or layers != {*LAYERS, "value"}:
         return None

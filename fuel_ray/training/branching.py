@@ -50,6 +50,7 @@ def branches(config: LearnConfig) -> bool:
         and not config.conditional
         and config.reward == "energy"
         and config.slo.share is not None
+        and config.slo.e2e_s is None
         and config.grid == "node"
         and config.normalisation == "fixed"
         and train.head == "priced"
