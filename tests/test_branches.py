@@ -128,11 +128,7 @@ def test_the_episode_is_not_disturbed_by_its_branches():
     assert totals.tolist() == own_totals.tolist()
     for column, own in zip(node.inside.state, alone.inside.state, strict=True):
         assert np.array_equal(column, own)
-<<<<<<< HEAD
-    _, _, seen, _wanted = by_hand(RULES["trimmed table"])
-=======
     _, _, seen, _ = by_hand(RULES["trimmed table"])
->>>>>>> t19tests
     mhz = np.mean([window.knobs.gpu_clock_mhz for window in seen])
     assert totals[2] / WINDOWS - mhz > 15.0, "the episode itself is 60 MHz above its rule"
 
