@@ -58,7 +58,8 @@ _GROUPS: dict[tuple[float, float], str] = {
     "guard.max_step_mhz guard.switches_per_minute episodes steps_per_episode batches contexts prompts "
     "max_num_batched_tokens live.max_num_batched_tokens "
     "output_tokens windows num_prompts random_input_len random_output_len vocab_size",
-    _SHARE: "grid_lowest_clock_share train.gamma train.priority train.epsilon_initial train.epsilon_final",
+    _SHARE: "grid_lowest_clock_share train.gamma train.priority train.epsilon_initial train.epsilon_final "
+    "train.branch_other_limit",
     _STEP_SIZE: "train.lr train.epsilon_share train.lr_final_share",
     _WAIT_S: "node_wait_s guard.max_wait_s guard.release_s guard.dwell_s",
     (1.0, 86_400.0): "live.request_timeout_s live.start_timeout_s seconds",
@@ -69,14 +70,15 @@ _GROUPS: dict[tuple[float, float], str] = {
     (1, 65_535): "metrics_port port",
     (1, 10_000): "tuning_seeds",
     (0, 10_000): "axis_seeds",
+    (0, 30): "train.branch_tries",
     (1, 256): "workers",
     (1e-6, 1e6): "request_rate power_cap_w",
     (0.01, 3600.0): "gpu_monitor_interval kv_monitor_interval",
     (0.001, 86_400.0): "timeout_s",
 }
-_RANGES = {name: limits for limits, names in _GROUPS.items() for name in names.split()} | {
+_RANGES = {
     f"train.{f.name}": _COUNT for f in dataclasses.fields(TrainConfig) if f.type in (int, tuple[int, ...])
-}
+} | {name: limits for limits, names in _GROUPS.items() for name in names.split()}
 
 T = TypeVar("T")
 
@@ -259,6 +261,9 @@ def _validate_algorithm(config: LearnConfig) -> None:
     if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
         allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
         raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
+    if train.branch_hold > train.branch_horizon:
+        longest = f"--train.branch-horizon {train.branch_horizon}"
+        raise ConfigError(f"--train.branch-hold {train.branch_hold}: longer than {longest}")
     if train.algorithm in ("dqn", "rllib-dqn") and train.fragment_steps < train.n_step:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
     for name in UNUSED.get(train.algorithm, ()):

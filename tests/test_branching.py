@@ -8,7 +8,9 @@ import torch
 
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.codec import PRICED_FEATURES, ActionGrid, Codec
-from fuel_ray.config import PRESETS
+from fuel_ray.config import PRESETS, LearnConfig
+from fuel_ray.errors import ConfigError
+from fuel_ray.flags import parse_serving
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.compiled import room
 from fuel_ray.policies.learned import LearnedPolicy, load_policy, read_policy, save_policy
@@ -220,3 +222,10 @@ def test_the_ring_keeps_the_newest_samples():
     kept = ring.sample(400, np.random.default_rng(0)).energy_j
     assert set(kept) == {2.0, 8.0, 9.0, 10.0, 11.0}
     assert ring.spread()[0] == pytest.approx(np.std([2, 8, 9, 10, 11]) / ENERGY_J, rel=1e-4)
+
+
+def test_an_action_that_is_held_beyond_the_comparison_is_refused():
+    with pytest.raises(ConfigError, match="--train.branch-hold 30: longer than --train.branch-horizon 20"):
+        parse_serving(LearnConfig, ["--train.branch-hold", "30"], prog="train")
+    own = parse_serving(LearnConfig, ["--train.branch-tries", "0"], prog="train")
+    assert not branches(own)

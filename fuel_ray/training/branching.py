@@ -113,7 +113,8 @@ class BranchedDqn(FastDqn):
             soft=_SOFT,
             noise_mhz=_NOISE_MHZ,
         )
-        new, totals = empty(EPISODE_S * 8, self._seen.features), np.zeros(3)
+        most = (EPISODE_S // train.branch_every + 1) * train.branch_tries
+        new, totals = empty(most, self._seen.features), np.zeros(3)
         state, limits = start(node.inside), limits_of(self.config.learn.slo)
         n = collect(*state, *self._program, limits, plan, EPISODE_S, rng.random(4 * EPISODE_S), new, totals)
         self._seen.add(new, n)
