@@ -13,7 +13,9 @@ held-out episodes in five cells after it; ``--only`` picks rows.
 
 What to expect: no row beats "the preset" in all five cells. docs/arena.md, "The generalist", has the table of
 2026-11-25: the preset is at -17.7, -25.3, -11.8, -8.6 and -0.6 % in the order of CELLS, uniform replay with
-gamma 0.9 at -11.2, -23.0, -10.7, -10.1 and -0.3 %.
+gamma 0.9 at -11.2, -23.0, -10.7, -10.1 and -0.3 %. That was with the pack's format 1 and fewer features.
+
+The default preset learns from branches and not by these settings: the study is of the generalist alone.
 """
 
 import argparse

@@ -43,7 +43,7 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
     """A training environment over these block sizes, and over what the mode varies besides; a node per pool.
 
     Episodes begin at a random point of the workload. ``anchor`` is what a specialist, on one block size of a
-    simulated node, explores near to, with its load table beside it.
+    simulated node, explores near to, with its rule beside it.
     """
     pools, tpots_s, prices_j = _varied(config)
     if config.mode != "specialist" or config.node != "sim":

@@ -37,7 +37,7 @@ class ReplayBuffer:
         beta: float = BETA,
         penalties: np.ndarray | None = None,
     ) -> None:
-        """``penalties[a]`` is what Q loses, per action, where the load table would take the action a."""
+        """``penalties[a]`` is what Q loses, per action, where the rule would take the action a."""
         self._capacity, self._gamma, self._n_step = capacity, gamma, n_step
         self._rng, self._alpha, self._beta = rng, alpha, beta
         self._observations = np.zeros((capacity, features), np.float32)
@@ -66,7 +66,7 @@ class ReplayBuffer:
     ) -> None:
         """Add t consecutive steps of one episode: (t + 1, features), (t,), (t,), arrays or what makes them.
 
-        ``bases`` (t + 1,) are the actions that the load table would take; empty: nothing is held to one.
+        ``bases`` (t + 1,) are the actions that the rule would take; empty: nothing is held to one.
         The last n_step - 1 of them are bootstrapped sooner, from the last observation.
         """
         steps = len(actions)

@@ -1,6 +1,6 @@
 """RLlib's own DQN whole, to have beside ours: its training step, runner, replay buffer, learner and loss.
 
-Ours are the network, the environment and the settings. RLlib knows nothing of a load table, so what ``dqn``
+Ours are the network, the environment and the settings. RLlib knows nothing of a rule, so what ``dqn``
 does with one is not here: random actions are drawn evenly from the whole grid for a window each, the greedy
 action is the highest Q without a charge for leaving the table, and so it is in the targets. An action of a
 lower batch limit than the table's is served at the table's, which the environment sees to; runner and targets

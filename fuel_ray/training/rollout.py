@@ -15,7 +15,7 @@ from fuel_ray.policies.anchor import REACH_MHZ
 class Fragment:
     """Consecutive steps of one episode, which grow: one observation more than actions, rewards and infos.
 
-    ``bases`` are the actions that the load table would take after each observation; empty without a table.
+    ``bases`` are the actions that the rule would take after each observation; empty without one.
     """
 
     observations: list[np.ndarray]

@@ -1,1 +1,1 @@
-"""What is fitted on tuning seeds: static pairs, load tables, prices, anchors."""
+"""What is fitted on tuning seeds: static pairs, simple rules, prices, anchors."""
