@@ -148,7 +148,7 @@ def _branch(
 
 @njit(inline="always")
 def _row(clocks: np.ndarray, mhz: float) -> int:
-    best = 0
+    best = np.int64(0)  # as in ``choice``
     for i in range(1, len(clocks)):
         if abs(clocks[i, 0] - mhz) < abs(clocks[best, 0] - mhz):
             best = i

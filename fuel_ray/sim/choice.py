@@ -97,7 +97,7 @@ def choose(
 @_inlined
 def _nearest(values: np.ndarray, value: float) -> int:
     """The place of the nearest of ascending values; the first of two."""
-    best = 0
+    best = np.int64(0)  # of a literal, whatever takes it would be compiled once more
     for i in range(1, len(values)):
         if abs(values[i] - value) < abs(values[best] - value):
             best = i
