@@ -15,7 +15,7 @@ from fuel_ray.sim.scheduler import ADMITTED, ARRIVED, ENERGY, NOW, PREEMPTED, RU
 from fuel_ray.sim.snapshot import Limits, copy_state, met, missed, new_copy
 
 WINDOW_S = 1.0
-# Where numbers are np.int64, what is called with a literal would be compiled once more.
+# Where a number is int(np.int64), what is called with a literal would be compiled once more.
 
 
 class Episode(NamedTuple):
@@ -50,7 +50,7 @@ def outcome(e: Episode, work: State, knobs: np.ndarray) -> tuple[float, int, int
     ``knobs`` has a batch limit and the index of a clock as a row per window; ``work`` is a ``new_copy``.
     """
     copy_state(work, e.start)
-    energy_j = _serve(e, work, knobs, np.int64(0), len(knobs))
+    energy_j = _serve(e, work, knobs, int(np.int64(0)), len(knobs))
     return energy_j, work.count[ARRIVED], met(work, e.limits)
 
 
@@ -67,8 +67,8 @@ def improve(
     """
     copy_state(s, e.start)
     windows, made = len(knobs), 0
-    begin = np.int64(1)
-    _serve(e, s, knobs, np.int64(0), begin)
+    begin = int(np.int64(1))
+    _serve(e, s, knobs, int(np.int64(0)), begin)
     while begin < windows and not _is_over(e, s, begin):
         end = min((begin + offset) // moves.segment * moves.segment + moves.segment - offset, windows)
         last = min(end + moves.horizon, windows)

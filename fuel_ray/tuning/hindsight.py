@@ -14,7 +14,7 @@ from fuel_ray.sim.snapshot import limits_of, new_copy
 from fuel_ray.tuning.episodes import DRAIN_S
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.search import LIMITS_SCARCE
-from fuel_ray.types import Policy, Slo
+from fuel_ray.types import Slo
 
 PRICES = 4
 ENOUGH = 5e-4  # of the Lagrangian: the second pass in a row that gains less is the last
@@ -88,12 +88,6 @@ class Hindsight:
 
     def _served(self, knobs: np.ndarray) -> Found:
         return Found(knobs, *outcome(self._episode, self._state, knobs))
-
-
-def schedules_of(policy: Policy, alone: Sequence[Runs]) -> list[np.ndarray]:
-    """The batch limit and clock (MHz) in force in each window of each seed: (windows, 2) per seed."""
-    episodes = [runs.episode(policy, seed) for runs in alone for seed in runs.seeds]
-    return [np.array([(w.knobs.batch_limit, w.knobs.gpu_clock_mhz) for w in e.windows]) for e in episodes]
 
 
 def hindsight_points(
