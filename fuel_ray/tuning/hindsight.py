@@ -17,8 +17,8 @@ from fuel_ray.tuning.search import LIMITS_SCARCE
 from fuel_ray.types import Slo
 
 PRICES = 4
-# Of the Lagrangian: a pass that gains less is the last. With one more such pass the bound was 0 to 0.24 % lower
-# in two cells (diurnal-scarce and mmpp, tight, 10 seeds, 2026-11-27), for 40 to 50 % more time.
+# Of the Lagrangian: a pass that gains less is the last. With one more such pass the bound was at most 0.24 %
+# lower in two cells (diurnal-scarce and mmpp, tight, 10 seeds, 2026-11-27), for 40 to 50 % more time.
 ENOUGH = 5e-4
 _PASSES = 12
 _SEGMENT_S = 5
