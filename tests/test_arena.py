@@ -171,8 +171,10 @@ def test_a_dial_is_set_for_the_shares_around_what_is_asked_and_runs_are_remember
     assert [setting.asked for setting in own.settings] == pytest.approx(
         [0.97, 0.96, 0.965, 0.974]
     )  # not 0.975
-    assert [setting.setting for setting in own.settings] == pytest.approx([1600, 1500, 1550, 1640], abs=5)
-    assert len(own.scores) == tuning.runs - 1 < 8 + 3 * 6  # one is the fastest pair's
+    nominal, *around = [setting.setting for setting in own.settings]
+    assert nominal == pytest.approx(1600, abs=5)
+    assert around == pytest.approx([1500, 1550, 1640], abs=(1980 - 900) / 2**5)  # found coarsely
+    assert len(own.scores) == tuning.runs - 1 < 8 + 3 * 5  # one is the fastest pair's
     assert own.rank(0.97) == (False, pytest.approx(1.6, abs=0.002))
 
 

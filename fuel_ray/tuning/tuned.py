@@ -66,7 +66,7 @@ class Tuned:
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
     """Tune the static pair and the load table for a workload on the tuning seeds.
 
-    For the workload that is trained for also the simple rules that cost little: who learns is held by the best.
+    Where it is trained for, also the simple rules that cost little: who learns is held by the best of them.
     """
     runs, perf = _tuning_runs(config, kv_block_size, workload), perf_of(config)
     rules = CHEAP if workload == config.workload else ()
