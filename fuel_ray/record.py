@@ -22,6 +22,7 @@ from fuel_ray.control import StepRecord
 from fuel_ray.disk import FAULTS, reason, whole, writing
 from fuel_ray.errors import ConfigError, DiskError
 from fuel_ray.metrics import EpisodeSummary
+from fuel_ray.stages import timed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,18 @@ def publish(run_dir: Path, storage: str) -> None:
             if path.is_file() and not name.parts[0].startswith(_TUNE):
                 files.makedirs(f"{there}/{name.parent.as_posix()}", exist_ok=True)
                 _put(files, path, f"{there}/{name.as_posix()}")
+
+
+@contextmanager
+def stage(run_dir: Path, name: str) -> Iterator[None]:
+    """Add the seconds that a stage takes to those in run.json."""
+    spent: dict[str, float] = {}
+    with timed(spent, name):
+        yield
+    facts = read_json(run_dir / "run.json")
+    before = facts.get("seconds", {})
+    facts["seconds"] = {**before, name: round(before.get(name, 0.0) + spent[name], 1)}
+    write_json(run_dir / "run.json", facts)
 
 
 def fetch(run_dir: Path, storage: str) -> None:

@@ -14,9 +14,8 @@ from fuel_ray.policies.catalogue import LOAD_TABLE
 from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.tuning import hindsight
-from fuel_ray.tuning.hindsight import Hindsight, below, hindsight_points, next_price, schedules_of
-from fuel_ray.tuning.runs import held_out
-from fuel_ray.tuning.search import Setting, Swept
+from fuel_ray.tuning.hindsight import Hindsight, below, hindsight_points, next_price
+from fuel_ray.tuning.runs import held_out, plays_of
 from fuel_ray.types import Knobs, Slo
 
 TIGHT = Slo(ttft_s=0.5, tpot_s=0.014)
@@ -25,6 +24,10 @@ POLICIES = {
     "slow": Static(Knobs(24, 1200)),
     LOAD_TABLE: LoadTable([4.0, 8.0], [Knobs(32, 1200), Knobs(48, 1500), Knobs(64, 1980)]),
 }
+
+
+def schedules_of(policy, alone):
+    return [own.schedule for own in plays_of(policy, alone)]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +75,9 @@ def test_a_pass_that_makes_it_worse_is_thrown_away(alone, monkeypatch):
 
 def test_no_policy_is_below_the_bound_and_whoever_were_is_named(alone, monkeypatch):
     monkeypatch.setattr(hindsight, "_PASSES", 3)
-    rows = [row for name, policy in POLICIES.items() for row in held_out_rows(name, policy, alone, "tight")]
-    found = {name: Swept(Setting(0.97, 0.0, policy)) for name, policy in POLICIES.items()}
-    points = _hindsight(alone, "tight", found, rows, LOAD_TABLE)
+    plays = {name: plays_of(policy, alone) for name, policy in POLICIES.items()}
+    rows = [row for name, own in plays.items() for row in held_out_rows(name, own, alone, "tight")]
+    points = _hindsight(alone, "tight", plays, rows, LOAD_TABLE)
     assert points == json.loads(json.dumps(points))
     searched = [point for point in points if point["price_j"] is not None]
     assert len(searched) == hindsight.PRICES

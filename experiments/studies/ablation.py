@@ -37,7 +37,7 @@ from fuel_ray.policies.static import Static
 from fuel_ray.training.trials import averaged, run_trials, start_ray
 from fuel_ray.tuning.contenders import LOG_PRICES
 from fuel_ray.tuning.episodes import HELD_OUT_SEED
-from fuel_ray.tuning.runs import Runs
+from fuel_ray.tuning.runs import Runs, plays_of
 from fuel_ray.tuning.search import LIMITS_SCARCE, tuned
 from fuel_ray.tuning.search import tune_static_pair as tune_static
 
@@ -83,7 +83,7 @@ class Cell:
 
     def figures(self, policy: Static | LearnedPolicy) -> tuple[float, float]:
         """J per request and attainment."""
-        rows = held_out_rows("", policy, self.alone, self.slo)
+        rows = held_out_rows("", plays_of(policy, self.alone), self.alone, self.slo)
         requests = [row["requests"] for row in rows]
         kept = float(np.average([row["slo_attainment"] for row in rows], weights=requests))
         return sum(row["energy_j"] for row in rows) / sum(requests), kept

@@ -36,7 +36,7 @@ from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.stats import paired_ratio
 from fuel_ray.training.trials import Trained, run_trials, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, TUNING_SEEDS
-from fuel_ray.tuning.runs import Runs, Score
+from fuel_ray.tuning.runs import Runs, Score, plays_of
 from fuel_ray.types import Slo
 
 PLAIN = replace(PRESETS["plain"], block_sizes=(16,))
@@ -99,7 +99,7 @@ def answer(label: str, config: SweepConfig, sizes: tuple[int, ...], given: Any) 
         arrays = _best(config, trained, size)
         policy = _policy(config, arrays, size)
         runs = [_runs(config, size, [HELD_OUT_SEED + i], config.slo) for i in range(given.seeds)]
-        rows = held_out_rows(label, policy, runs, "asked")
+        rows = held_out_rows(label, plays_of(policy, runs), runs, "asked")
         requests = np.array([row["requests"] for row in rows])
         attained = np.average([row["slo_attainment"] for row in rows], weights=requests)
         name = label if len(sizes) == 1 else f"{label}, at {size}"

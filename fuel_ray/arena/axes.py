@@ -9,9 +9,9 @@ from fuel_ray.control import ControlLoop
 from fuel_ray.metrics import attained
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.clock_search import met
-from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.runs import Played, Runs, held_out
 from fuel_ray.tuning.search import Swept
-from fuel_ray.types import Policy, Slo
+from fuel_ray.types import Slo
 
 
 def on_other_axes(
@@ -27,26 +27,23 @@ def on_other_axes(
     }
 
 
-def axis_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
+def axis_rows(name: str, plays: Sequence[Played], alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
     """One row per seed: what a comparison under a clock axis needs."""
-    rows = []
-    for runs in alone:
-        (seed,) = runs.seeds
-        energy_j, arrivals, records = runs.played(policy, seed)
-        requests = int(arrivals.sum())
-        share, kept = attained(records, runs.slos[slo], arrivals=requests)
-        rows.append(
-            {
-                "policy": name,
-                "seed": seed,
-                "energy_j": float(energy_j.sum()),
-                "requests": requests,
-                "slo_attainment": share,
-                "slo_met": kept,
-                "met": met(records, runs.slos[slo], arrivals=requests),
-            }
-        )
-    return rows
+    return [_row(name, own, runs, slo) for own, runs in zip(plays, alone, strict=True)]
+
+
+def _row(name: str, own: Played, runs: Runs, slo: str) -> dict[str, Any]:
+    requests, (seed,) = int(own.arrivals.sum()), runs.seeds
+    share, kept = attained(own.records, runs.slos[slo], arrivals=requests)
+    return {
+        "policy": name,
+        "seed": seed,
+        "energy_j": float(own.energy_j.sum()),
+        "requests": requests,
+        "slo_attainment": share,
+        "slo_met": kept,
+        "met": met(own.records, runs.slos[slo], arrivals=requests),
+    }
 
 
 def played(swept: Swept, nominal: Rows, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:

@@ -14,25 +14,24 @@ from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.arena.scenarios import SCENARIOS, Scenario, SloName, serving, slo_of
 from fuel_ray.build.nodes import Part, build_node
 from fuel_ray.control import ControlLoop
+from fuel_ray.metrics import latency
 from fuel_ray.objective import Unscored
 from fuel_ray.policies.catalogue import PUBLISHED, REFERENCES, SIMPLE, TUNED_STATIC, Case, Contender
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.static import Static
-from fuel_ray.record import summary_fields
-from fuel_ray.tuning.clock_search import met
+from fuel_ray.stages import timed
 from fuel_ray.tuning.contenders import families, is_folder, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes, run_episode
-from fuel_ray.tuning.hindsight import below, hindsight_points, schedules_of
-from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.hindsight import below, hindsight_points
+from fuel_ray.tuning.rules import RULES
+from fuel_ray.tuning.runs import Played, Runs, held_out, plays_of
 from fuel_ray.tuning.search import LIMITS_SCARCE, SLACK, Setting, Swept, swept
-from fuel_ray.tuning.tuned import perf_of, tune_on, tuned_case
-from fuel_ray.types import Policy, Slo
+from fuel_ray.tuning.tuned import perf_of, tune_on, tuned_case, with_rules
+from fuel_ray.types import Slo
 
 LIMITS_AMPLE = (48,)  # with ample KV the limit moves energy by 0.1 %
 CHOSEN = "chosen: learned or static"  # by ``choose``
-_RowsOf = Callable[[str, Policy, Sequence[Runs], str], list[dict[str, Any]]]
-_RECORDED = ("energy_j", "requests", "slo_attainment", "slo_met", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s",
-             "preemptions", "mean_gpu_clock_mhz", "mean_batch_limit", "clock_switches")  # fmt: skip
+_RowsOf = Callable[[str, Sequence[Played], Sequence[Runs], str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +87,31 @@ def tuning_runs(job: Job, loop: ControlLoop) -> Runs:
 def _cell(
     job: Job, slo: SloName, tuning: Runs, alone: Sequence[Runs], others: Mapping[str, Sequence[Runs]]
 ) -> dict[str, Any]:
-    spec = tuning.loop.node.spec
+    spec, perf = tuning.loop.node.spec, perf_of(job.config)
     limits = LIMITS_AMPLE if job.scenario.kv_tokens is None else LIMITS_SCARCE
-    share, perf = job.config.tune_share, perf_of(job.config)
-    base = tune_on(tuning, slo, share=share, perf=perf, limits=limits)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "baselines"):
+        base = tune_on(tuning, slo, share=job.config.tune_share, perf=perf, limits=limits, rules=())
+    with timed(seconds, "rules"):
+        base = with_rules(base, RULES, tuning, slo, perf=perf)
     static, share = base.static, base.share
     case = tuned_case(job.config, spec, base, slo=tuning.slos[slo])
-    found = {f[0].name: swept(f, tuning, slo, share=share) for f in _contenders(job.config, case)}
+    with timed(seconds, "sweep"):
+        found = {f[0].name: swept(f, tuning, slo, share=share) for f in _contenders(job.config, case)}
     own = of_size(job.config.policies, spec.kv_block_size)
     folders = [name for name, entry in own.items() if is_folder(entry)]
     chosen = choose({name: found[name] for name in (TUNED_STATIC, *folders)}, share=share)
     best_rule = choose({name: found[name] for name in SIMPLE if name in found}, share=share)
-    rows, played_at = _on_held_out(found, alone, slo, held_out_rows)
-    axes = {axis: _on_held_out(found, under, slo, axis_rows) for axis, under in others.items()}
-    hindsight = _hindsight(alone, slo, found, rows, best_rule) if job.config.oracle else []
+    with timed(seconds, "held_out"):
+        plays = {name: plays_of(own.nominal.policy, alone) for name, own in found.items()}
+        rows, played_at = _on_held_out(found, plays, alone, slo, held_out_rows)
+    axes = {}
+    with timed(seconds, "axes"):
+        for axis, under in others.items():
+            there = {name: plays_of(own.nominal.policy, under) for name, own in found.items()}
+            axes[axis] = _on_held_out(found, there, under, slo, axis_rows)
+    with timed(seconds, "hindsight"):
+        hindsight = _hindsight(alone, slo, plays, rows, best_rule) if job.config.oracle else []
     below_hindsight = below(hindsight, rows)
     deployed = found | ({CHOSEN: found[chosen]} if folders else {})
     if folders:
@@ -126,6 +136,7 @@ def _cell(
         "hindsight": hindsight,
         "below_hindsight": below_hindsight,
         "lowest_clock_mhz": spec.gpu_clocks_mhz[0],
+        "seconds": seconds,
     }
 
 
@@ -143,12 +154,16 @@ def _settings(nominal: Setting) -> dict[str, float]:
 
 
 def _on_held_out(
-    found: Mapping[str, Swept], alone: Sequence[Runs], slo: str, rows_of: _RowsOf
+    found: Mapping[str, Swept],
+    plays: Mapping[str, Sequence[Played]],
+    alone: Sequence[Runs],
+    slo: str,
+    rows_of: _RowsOf,
 ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
     """Rows of every policy as it was tuned, and what each did at all of its settings."""
     rows, settings = [], {}
     for name, own in found.items():
-        of_policy = rows_of(name, own.nominal.policy, alone, slo)
+        of_policy = rows_of(name, plays[name], alone, slo)
         rows += of_policy
         settings[name] = played(own, of_policy, alone, slo)
     return rows, settings
@@ -161,26 +176,35 @@ def _contenders(config: ArenaConfig, case: Case) -> list[tuple[Contender, ...]]:
     return [family for name, entry in entries.items() for family in families(name, entry, case)]
 
 
-def held_out_rows(name: str, policy: Policy, alone: Sequence[Runs], slo: str) -> list[dict[str, Any]]:
-    """One row per held-out seed."""
-    rows = []
-    for runs in alone:
-        (seed,) = runs.seeds
-        episode = runs.episode(policy, seed)
-        fields = summary_fields(episode.totals.summary(episode.records, runs.slos[slo]))
-        kept = met(episode.records, runs.slos[slo], arrivals=fields["requests"])
-        rows.append({"policy": name, "seed": seed, **{key: fields[key] for key in _RECORDED}, "met": kept})
-    return rows
+def held_out_rows(
+    name: str, plays: Sequence[Played], alone: Sequence[Runs], slo: str
+) -> list[dict[str, Any]]:
+    """The same as under a clock axis, and what else is told of an episode: one row per held-out seed."""
+    rows = axis_rows(name, plays, alone, slo)
+    return [{**row, **_told(own)} for row, own in zip(rows, plays, strict=True)]
+
+
+def _told(own: Played) -> dict[str, Any]:
+    records = own.records
+    return {
+        "ttft_p50_s": latency(records.ttft_s).p50_s,
+        "tpot_p50_s": latency(records.tpot_s).p50_s,
+        "e2e_mean_s": latency(records.e2e_s).mean_s,
+        "preemptions": own.preemptions,
+        "mean_gpu_clock_mhz": float(own.clocks_mhz.mean()),
+        "mean_batch_limit": float(own.limits.mean()),
+        "clock_switches": int((np.diff(own.clocks_mhz) != 0).sum()),
+    }
 
 
 def _hindsight(
     alone: Sequence[Runs],
     slo: SloName,
-    found: Mapping[str, Swept],
+    plays: Mapping[str, Sequence[Played]],
     rows: Sequence[Mapping[str, Any]],
     best_rule: str,
 ) -> list[dict[str, Any]]:
     """The bound about where the best rule is, searched from what every policy chose on each seed."""
     attained = attainment([row for row in rows if row["policy"] == best_rule])
-    schedules = {name: schedules_of(own.nominal.policy, alone) for name, own in found.items()}
+    schedules = {name: [own.schedule for own in of_policy] for name, of_policy in plays.items()}
     return hindsight_points(alone, slo, schedules, (attained - SLACK, attained + SLACK))

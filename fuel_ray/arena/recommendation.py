@@ -28,7 +28,7 @@ from fuel_ray.sim.pack import load_pack
 from fuel_ray.stats import Interval
 from fuel_ray.tuning.contenders import families, of_size
 from fuel_ray.tuning.episodes import TUNING_SEEDS, held_out_episodes
-from fuel_ray.tuning.runs import Runs, held_out
+from fuel_ray.tuning.runs import Runs, held_out, plays_of
 from fuel_ray.tuning.search import SLACK, Swept, swept
 from fuel_ray.tuning.tuned import perf_of, tune_on, tuned_case
 from fuel_ray.types import Knobs, Policy
@@ -180,7 +180,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
         (family, *_) = families(name, entry, case)
         found = swept(family, tuning, _ASKED, share=base.share)
         policy = found.nominal.policy
-        rows = held_out_rows(name, policy, alone, _ASKED)
+        rows = held_out_rows(name, plays_of(policy, alone), alone, _ASKED)
         pair = Pair(
             kv_block_size=kv_block_size,
             policy=name,
@@ -190,7 +190,7 @@ def _pairs(config: RecommendConfig, kv_block_size: int) -> list[Pair]:
             how=_how(policy),
             fitted=_fitted(entry, policy, base.static, tuning),
         )
-        under = {axis: axis_rows(name, policy, runs, _ASKED) for axis, runs in others.items()}
+        under = {axis: axis_rows(name, plays_of(policy, runs), runs, _ASKED) for axis, runs in others.items()}
         axes = {
             axis: _under(pair, rows[: len(own)], own, _outcome(found, own, others[axis]))
             for axis, own in under.items()

@@ -13,7 +13,7 @@ from fuel_ray.cluster.hosts import num_nodes
 from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import SweepConfig
 from fuel_ray.policies.learned import read_manifest
-from fuel_ray.record import read_json, update_csv, update_lines, write_json
+from fuel_ray.record import read_json, stage, update_csv, update_lines, write_json
 from fuel_ray.report.sections import summary_table, write_report
 from fuel_ray.training.policies import policy_folder, train_policies
 from fuel_ray.training.run import in_rounds, parse_run, running
@@ -62,7 +62,8 @@ def _round(found: Resolved[SweepConfig], run_dir: Path) -> None:
     write_json(run_dir / "run.json", facts)
     if config.also:
         print(f"also  {', '.join(config.also)}; what they need is tuned on the tuning seeds of the twin")
-    _evaluate(config, run_dir, tuned)
+    with stage(run_dir, "evaluation"):
+        _evaluate(config, run_dir, tuned)
 
 
 def _weight(config: SweepConfig, run_dir: Path, kv_block_size: int) -> float | None:

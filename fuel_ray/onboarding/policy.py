@@ -42,7 +42,7 @@ def check_slo(state: Onboarding) -> dict[str, Any]:
     runs = Runs(loop, seeds=seeds, seconds=EPISODE_S, slos={_ASKED: slo})
     fastest = Static(loop.node.spec.max_performance)
     score = runs.score(fastest, _ASKED, share=slo.share or 1.0)
-    reached = _reached([runs.played(fastest, seed)[2] for seed in seeds], slo)
+    reached = _reached([runs.played(fastest, seed).records for seed in seeds], slo)
     met = score.slo_attainment >= (slo.share or 1.0)
     found = {"slo": asdict(slo), "attained": score.slo_attainment, "met": met, "reached": reached}
     found |= {"energy_j_per_request": score.energy_j_per_request, "seeds": seeds, "seconds": EPISODE_S}

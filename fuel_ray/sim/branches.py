@@ -148,9 +148,9 @@ def _branch(
 
 @njit(inline="always")
 def _row(clocks: np.ndarray, mhz: float) -> int:
-    best = 0
-    for i in range(1, len(clocks)):
-        if abs(clocks[i, 0] - mhz) < abs(clocks[best, 0] - mhz):
+    best = len(clocks) - 1  # as in ``choice``
+    for i in range(len(clocks) - 2, -1, -1):
+        if abs(clocks[i, 0] - mhz) <= abs(clocks[best, 0] - mhz):
             best = i
     return best
 

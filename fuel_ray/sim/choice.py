@@ -97,9 +97,9 @@ def choose(
 @_inlined
 def _nearest(values: np.ndarray, value: float) -> int:
     """The place of the nearest of ascending values; the first of two."""
-    best = 0
-    for i in range(1, len(values)):
-        if abs(values[i] - value) < abs(values[best] - value):
+    best = len(values) - 1  # with a literal, whatever takes it would be compiled once more
+    for i in range(len(values) - 2, -1, -1):
+        if abs(values[i] - value) <= abs(values[best] - value):
             best = i
     return best
 

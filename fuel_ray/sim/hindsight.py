@@ -11,10 +11,22 @@ from numba import njit
 from fuel_ray.sim.clock_axis import AtClock
 from fuel_ray.sim.node import Inside
 from fuel_ray.sim.pack import Constants
-from fuel_ray.sim.scheduler import ADMITTED, ARRIVED, ENERGY, NOW, PREEMPTED, RUNNING, Engine, State, advance
+from fuel_ray.sim.scheduler import (
+    ADMITTED,
+    ARRIVAL,
+    ARRIVED,
+    ENERGY,
+    NOW,
+    PREEMPTED,
+    RUNNING,
+    Engine,
+    State,
+    advance,
+)
 from fuel_ray.sim.snapshot import Limits, copy_state, met, missed, new_copy
 
 WINDOW_S = 1.0
+# Where a number is int(np.int64), what is called with a literal would be compiled once more.
 
 
 class Episode(NamedTuple):
@@ -49,7 +61,7 @@ def outcome(e: Episode, work: State, knobs: np.ndarray) -> tuple[float, int, int
     ``knobs`` has a batch limit and the index of a clock as a row per window; ``work`` is a ``new_copy``.
     """
     copy_state(work, e.start)
-    energy_j = _serve(e, work, knobs, 0, len(knobs))
+    energy_j = _serve(e, work, knobs, int(np.int64(0)), len(knobs))
     return energy_j, work.count[ARRIVED], met(work, e.limits)
 
 
@@ -66,17 +78,22 @@ def improve(
     """
     copy_state(s, e.start)
     windows, made = len(knobs), 0
-    _serve(e, s, knobs, 0, 1)
-    begin = 1
+    begin = int(np.int64(1))
+    _serve(e, s, knobs, int(np.int64(0)), begin)
     while begin < windows and not _is_over(e, s, begin):
         end = min((begin + offset) // moves.segment * moves.segment + moves.segment - offset, windows)
         last = min(end + moves.horizon, windows)
-        before = knobs[begin:end].copy()
+        before, tried = knobs[begin:end].copy(), knobs[begin:end].copy()
+        least, crowd = before[:, 0].min(), _crowd(s, end - begin)
         best, best_j = before, _lagrangian(e, s, branch, knobs, begin, last, price_j)
         for k in range(len(moves.places) + len(moves.batch_limits)):
+            limits = k >= len(moves.places)
+            if limits and crowd <= min(least, moves.batch_limits[k - len(moves.places)]):
+                continue  # neither limit keeps anybody waiting
             knobs[begin:end] = before
-            if not _move(knobs[begin:end], moves, k, len(e.clock_table)):
+            if not _move(knobs[begin:end], moves, k, len(e.clock_table)) or (knobs[begin:end] == tried).all():
                 continue
+            tried[:] = knobs[begin:end]
             cost_j = _lagrangian(e, s, branch, knobs, begin, last, price_j)
             if cost_j < best_j - 1e-6:
                 best, best_j = knobs[begin:end].copy(), cost_j
@@ -85,6 +102,15 @@ def improve(
         _serve(e, s, knobs, begin, end)
         begin = end
     return made
+
+
+@njit(cache=True)
+def _crowd(s: State, windows: int) -> int:
+    """At most so many requests are in the system at once in the next windows."""
+    arrived, until_s = s.count[ARRIVED], s.clock[NOW] + windows * WINDOW_S
+    while arrived < len(s.time_s) and s.time_s[arrived, ARRIVAL] <= until_s:
+        arrived += 1
+    return s.count[RUNNING] + s.count[PREEMPTED] + arrived - s.count[ADMITTED]
 
 
 @njit(cache=True)

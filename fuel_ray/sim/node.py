@@ -173,6 +173,11 @@ class SimulatedNode:
             preemptions=s.request[finished, rules.PREEMPTED_TIMES],
         )
 
+    @property
+    def preemptions(self) -> int:
+        """Since the node was reset."""
+        return int(self._running().request[:, rules.PREEMPTED_TIMES].sum())
+
     def close(self) -> None:
         """Forget the requests."""
         self._state = None

@@ -130,8 +130,8 @@ class PerfModel:
     rest_w: float | None = None  # with no request in the server, at most; None: idle power
 
     def at(self, clock_mhz: float) -> AtClock:
-        """What this clock makes of the constants."""
-        m = self.constants
+        """What this clock makes of the constants, all floats: for other types ``advance`` compiles anew."""
+        m, clock_mhz = self.constants, float(clock_mhz)
         streaming, switched, idle = self.axis.read(clock_mhz)
         measured_mhz = m.prefill_clock * m.max_clock_mhz
         bound_mhz = min(clock_mhz, measured_mhz)

@@ -12,7 +12,7 @@ from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import LearnConfig
 from fuel_ray.policies.anchor import REACH_MHZ, Anchor
 from fuel_ray.policies.learned import PolicyFolder, read_policy, save_policy
-from fuel_ray.record import read_json, update_csv, write_json
+from fuel_ray.record import read_json, stage, update_csv, write_json
 from fuel_ray.training.run import check_start
 from fuel_ray.training.trials import Trained, run_trials
 from fuel_ray.tuning.runs import Score
@@ -32,16 +32,20 @@ def train_policies(
     config = found.config
     for setup in found.setups.values():
         check_start(config, setup.codec)
-    by_size = tuned_baselines(config, run_dir, workloads)
+    with stage(run_dir, "baselines"):
+        by_size = tuned_baselines(config, run_dir, workloads)
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
     if config.mode == "specialist" and not config.conditional:
         anchors = {size: Anchor(tuned.rule, TRAINING_WEIGHT, REACH_MHZ) for size, tuned in home.items()}
-    trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors)
+    with stage(run_dir, "training"):
+        trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors)
     shares = [min(home[size].share for size in trial.block_sizes) for trial in trained]
-    scored = _scored(config, trained, shares, anchors if config.anchor else {})
+    with stage(run_dir, "scoring"):
+        scored = _scored(config, trained, shares, anchors if config.anchor else {})
     results = list(zip(trained, scored, shares, strict=True))
-    _add_tuned(config, [_chosen(found, run_dir, *result) for result in results], home)
+    with stage(run_dir, "anchors"):
+        _add_tuned(config, [_chosen(found, run_dir, *result) for result in results], home)
     update_csv(run_dir / "learning.csv", [row for trial, own, _ in results for row in _curve(trial, own)])
     return by_size
 

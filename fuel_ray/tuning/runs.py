@@ -15,7 +15,22 @@ from fuel_ray.tuning.clock_search import Trace, trace_of
 from fuel_ray.tuning.episodes import DRAIN_S, HELD_OUT_SEED, Episode, run_episode
 from fuel_ray.types import Knobs, Policy, RequestRecords, Slo
 
-Played = tuple[np.ndarray, np.ndarray, RequestRecords]  # energy (J) and arrivals per window of 1 s
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Played:
+    """One episode: arrays per window of 1 s, and its requests."""
+
+    energy_j: np.ndarray
+    arrivals: np.ndarray
+    limits: np.ndarray  # batch limits in force
+    clocks_mhz: np.ndarray
+    records: RequestRecords
+    preemptions: int
+
+    @property
+    def schedule(self) -> np.ndarray:
+        """The batch limit and clock (MHz) in force: (windows, 2)."""
+        return np.stack([self.limits, self.clocks_mhz], axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +84,7 @@ class Runs:
         return run_episode(self.loop, policy, seed=seed, seconds=self.seconds)
 
     def played(self, policy: Policy, seed: int) -> Played:
-        """The same without what else its windows say, which is fast for a policy that can be planned."""
+        """The same without what else its windows say: fast for what can be planned or compiled."""
         return self._fast(policy, seed) or self._slow(policy, seed)
 
     def traces(self, policy: Policy, slo: str) -> list[Trace]:
@@ -90,15 +105,17 @@ class Runs:
     def _play(self, policy: Policy, slos: Sequence[str]) -> dict[str, list[Trace]]:
         traces: dict[str, list[Trace]] = {name: [] for name in slos}
         for seed in self.seeds:
-            energy_j, arrivals, records = self.played(policy, seed)
+            own = self.played(policy, seed)
             for name in slos:
-                traces[name].append(trace_of(energy_j, arrivals, records, self.slos[name]))
+                traces[name].append(trace_of(own.energy_j, own.arrivals, own.records, self.slos[name]))
         return traces
 
     def _slow(self, policy: Policy, seed: int) -> Played:
         episode = self.episode(policy, seed)
-        energy_j, arrivals = zip(*((w.energy_j, w.arrivals) for w in episode.windows), strict=True)
-        return np.array(energy_j), np.array(arrivals), episode.records
+        rows = [(w.arrivals, w.knobs.batch_limit, w.knobs.gpu_clock_mhz) for w in episode.windows]
+        arrivals, limits, clocks_mhz = np.array(rows).T
+        energy_j = np.array([w.energy_j for w in episode.windows])
+        return Played(energy_j, arrivals, limits, clocks_mhz, episode.records, episode.totals.preemptions)
 
     def _fast(self, policy: Policy, seed: int) -> Played | None:
         """The same without looking at windows, for a policy that need not; None for any other."""
@@ -112,20 +129,18 @@ class Runs:
             return None
         node.reset(seed=seed)
         arrivals = node.arrivals_to_come(int(self.seconds) + DRAIN_S)
-        energy_j, _, _ = run_program(node, *found, windows=len(arrivals), at_least=int(self.seconds))
-        return energy_j, arrivals[: len(energy_j)], node.take_records()
+        served = run_program(node, *found, windows=len(arrivals), at_least=int(self.seconds))
+        return _played(node, arrivals, *served)
 
     def _planned(self, policy: Planned, node: SimulatedNode, seed: int) -> Played:
         node.reset(seed=seed)
         arrivals = node.arrivals_to_come(int(self.seconds) + DRAIN_S)
         limits, clocks_mhz = policy.plan(arrivals[:-1])
         first = node.spec.max_performance  # as ``ControlLoop.reset`` has it
-        energy_j = node.play(
-            np.array([first.batch_limit, *limits]),
-            np.array([first.gpu_clock_mhz, *clocks_mhz]),
-            at_least=int(self.seconds),
-        )
-        return energy_j, arrivals[: len(energy_j)], node.take_records()
+        limits = np.array([first.batch_limit, *limits])
+        clocks_mhz = np.array([first.gpu_clock_mhz, *clocks_mhz])
+        energy_j = node.play(limits, clocks_mhz, at_least=int(self.seconds))
+        return _played(node, arrivals, energy_j, limits, clocks_mhz)
 
 
 def run_program(
@@ -136,6 +151,24 @@ def run_program(
     s, e, m, clocks = node.inside
     ran = play(s, e, m, clocks, p, server, *room(p), at_least, energy_j, limits, rows)
     return energy_j[:ran], limits[:ran], np.array(node.spec.gpu_clocks_mhz)[rows[:ran]]
+
+
+def _played(
+    node: SimulatedNode,
+    arrivals: np.ndarray,
+    energy_j: np.ndarray,
+    limits: np.ndarray,
+    clocks_mhz: np.ndarray,
+) -> Played:
+    """What a node has just served, which may have ended before the arrivals."""
+    ran, (lowest, highest) = len(energy_j), node.spec.batch_limits
+    in_force = np.clip(limits[:ran], lowest, highest)
+    return Played(energy_j, arrivals[:ran], in_force, clocks_mhz[:ran], node.take_records(), node.preemptions)
+
+
+def plays_of(policy: Policy, alone: Sequence[Runs]) -> list[Played]:
+    """What a policy does on held-out seeds, each by itself."""
+    return [runs.played(policy, seed) for runs in alone for seed in runs.seeds]
 
 
 def held_out(loop: ControlLoop, seeds: int, *, seconds: float, slos: Mapping[str, Slo]) -> list[Runs]:

@@ -13,6 +13,7 @@ LIMITS_SCARCE = (24, 32, 40, 48, 64)
 SLACK = 0.005  # of attainment: what is called equal, and what is asked below the best there is
 HALVINGS = 3  # of the distance between settings
 BISECTIONS = 8
+_AROUND_BISECTIONS = 5  # of the settings besides, which need not be at just what is asked
 AROUND = (-0.01, -0.005, 0.005, 0.01)  # of the share asked: where a dial is set besides
 TABLE_STRIDE = 4  # 60 MHz on a GPU with clocks 15 MHz apart
 
@@ -113,7 +114,7 @@ def swept(family: Sequence[Contender], tuning: Runs, slo: str, *, share: float) 
         fastest = Static(tuning.loop.node.spec.max_performance)
         reachable = tuning.score(fastest, slo, share=share).slo_attainment
         for asked in sorted({min(share + step, max(reachable, share)) for step in AROUND} - {share}):
-            found = best.search(asked)
+            found = best.search(asked, bisections=_AROUND_BISECTIONS)
             around[found] = Setting(asked, found, best.contender.make(found))
     around.pop(setting, None)
     return Swept(nominal, tuple(around.values()), tuple(best.scores.values()))
@@ -137,9 +138,9 @@ class _Dial:
         known = self.contender.nominal
         return self.search(self.share) if known is None else known
 
-    def search(self, asked: float) -> float:
+    def search(self, asked: float, *, bisections: int = BISECTIONS) -> float:
         """The setting that ranks best for this share."""
-        return _search(self.contender, lambda setting: self.score(setting).rank(asked))
+        return _search(self.contender, lambda x: self.score(x).rank(asked), bisections=bisections)
 
 
 def _nominal(dials: Sequence[_Dial]) -> tuple[_Dial, float]:
@@ -165,7 +166,7 @@ def _learned(policy: Policy, tuning: Runs) -> Policy:
     return policy
 
 
-def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -> float:
+def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]], *, bisections: int) -> float:
     """The setting of lowest rank; where there is only one, it is not run.
 
     The settings listed are tried, then halfway to those beside the best, a few times: the SLO is often
@@ -174,7 +175,7 @@ def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -
     if len(contender.settings) == 1:
         return contender.settings[0]
     if contender.monotone:
-        return bisected(rank, *contender.settings)
+        return bisected(rank, *contender.settings, times=bisections)
     tried = set(contender.settings)
     best = min(contender.settings, key=rank)
     for _ in range(HALVINGS):
@@ -186,10 +187,12 @@ def _search(contender: Contender, rank: Callable[[float], tuple[bool, float]]) -
     return best
 
 
-def bisected(rank: Callable[[float], tuple[bool, float]], low: float, high: float) -> float:
+def bisected(
+    rank: Callable[[float], tuple[bool, float]], low: float, high: float, *, times: int = BISECTIONS
+) -> float:
     """The best setting seen while looking for the lowest one that meets the SLO."""
     ranks: dict[float, tuple[bool, float]] = {}
-    for _ in range(BISECTIONS):
+    for _ in range(times):
         middle = (low + high) / 2
         ranks[middle] = rank(middle)
         missed, _ = ranks[middle]

@@ -67,9 +67,13 @@ class Tuned:
 
 
 def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tuned:
-    """Tune the static pair and the simple rules that cost little for a workload on the tuning seeds."""
+    """Tune the static pair and the load table for a workload on the tuning seeds.
+
+    Where it is trained for, also the simple rules that cost little: who learns is held by the best of them.
+    """
     runs, perf = _tuning_runs(config, kv_block_size, workload), perf_of(config)
-    return tune_on(runs, _ASKED, share=config.tune_share, rules=CHEAP, perf=perf)
+    rules = CHEAP if workload == config.workload else ()
+    return tune_on(runs, _ASKED, share=config.tune_share, rules=rules, perf=perf)
 
 
 def read_baselines(
