@@ -47,8 +47,11 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         codecs: Sequence[Codec] = (),
         anchor: GridAnchor | None = None,
         shadows: Sequence[ControlLoop | None] = (),
+        whole_windows: bool = False,
     ) -> None:
         """``codecs``, one per loop, may differ from ``codec`` in SLO and price; not in features or grid.
+
+        With ``whole_windows`` each ``info`` has the window and its latencies, for rewards from outside.
 
         ``anchor`` is what the policy will be held by: ``base`` and ``penalty`` say what it says.
 
@@ -60,7 +63,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         of_all = zip(loops, codecs or [codec] * len(loops), shadows or [None] * len(loops), strict=True)
         self._loops = [(loop, own, Encoder(own, loop.node.spec), shadow) for loop, own, shadow in of_all]
         self._loop, self._own, self._encoder, self._shadow = self._loops[0]
-        self._steps = steps
+        self._steps, self._whole_windows = steps, whole_windows
         self._anchored = anchor
         self._table = loops[0].node.spec.max_performance  # what the load table would set next
         self.base: int | None = None  # the action that the load table would take next
@@ -83,8 +86,9 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         self._step = 0
         if self._anchored is not None:
             self._anchored.reset()
-        self._look(self._first_window())
-        return self._seen, {}
+        window = self._first_window()
+        self._look(window)
+        return self._seen, self._whole(window)
 
     def _look(self, window: WindowMetrics) -> None:
         self._seen = self._encoder.encode(window)
@@ -125,9 +129,13 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
             "arrivals": window.arrivals,
             "slo_attainment": window_attainment(window, self._own.slo),
             "gpu_clock_mhz": record.applied.gpu_clock_mhz,
+            **self._whole(window),
         }
         self._look(window)
         return self._seen, reward, False, self._step >= self._steps, info
+
+    def _whole(self, window: WindowMetrics) -> dict[str, Any]:
+        return {"window": window, "latencies_s": window.latencies_s} if self._whole_windows else {}
 
     def _decode(self, action: int) -> Knobs:
         """As the policy will, whose table may have knobs that the grid has not."""

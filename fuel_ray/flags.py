@@ -130,6 +130,16 @@ def parse_serving(
             raise ConfigError(f"--preset {preset}: --config {path} has settings of preset {base.preset}")
     config = parse_flags(config_class, argv, prog=prog, default=base)
     check_named(config, argv)
+    return checked(config)
+
+
+def checked(config: Serving) -> Serving:
+    """The settings, checked, whoever gives them; a server's login and key are in the environment alone.
+
+    Raises:
+        ConfigError: names the first value that is wrong.
+    """
+    check_ranges(config)
     validate(config)
     return dataclasses.replace(config, live=_without_secrets(config))
 

@@ -1,13 +1,10 @@
 """The control loop and the environment around it."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.config import PRESETS, GuardConfig
@@ -113,35 +110,6 @@ def test_an_error_of_the_node_is_not_hidden():
 
     with pytest.raises(NodeError, match="gone"):
         ControlLoop(Dead(), OBJECTIVE).reset(seed=0)
-
-
-ENV_ID = "fuel_ray.env:fuel_ray/Serving-v0"  # as a user writes it, with nothing of fuel_ray imported
-
-
-def test_gymnasium_finds_the_environment_by_its_name():
-    code = f"import gymnasium; gymnasium.make({ENV_ID!r}).close()"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_gymnasium_accepts_the_environment():
-    check_env(gymnasium.make(ENV_ID).unwrapped, skip_render_check=True)
-
-
-def test_gymnasium_refuses_an_unknown_key():
-    with pytest.raises(TypeError, match="block_size"):
-        gymnasium.make(ENV_ID, block_size=32)
-
-
-@pytest.mark.parametrize(("preset", "actions"), [("default", 219), ("plain", 45), ("seed", 187)])
-def test_gymnasium_makes_it_for_a_block_size_and_preset(preset, actions):
-    env = gymnasium.make(ENV_ID, kv_block_size=32, preset=preset)
-    assert env.action_space.n == actions
-    env.reset(seed=0)
-    observation, reward, terminated, truncated, info = env.step(3)
-    assert env.observation_space.contains(observation) and np.isfinite(reward)
-    assert not terminated and not truncated
-    assert {"energy_j", "arrivals", "slo_attainment", "gpu_clock_mhz"} <= set(info)
-    env.close()
 
 
 def test_serving_never_terminates_and_is_truncated_at_the_horizon():

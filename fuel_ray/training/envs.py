@@ -1,6 +1,6 @@
 """Training environments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import product
@@ -9,12 +9,14 @@ from typing import Any
 from fuel_ray.build.codec import POOLS, build_codec
 from fuel_ray.build.nodes import build_node, numbered, patience
 from fuel_ray.build.objective import build_objective
-from fuel_ray.config import PRESETS, LearnConfig, from_dict, to_dict
+from fuel_ray.config import LearnConfig, from_dict, to_dict
 from fuel_ray.control import ControlLoop
 from fuel_ray.env import ParallelServingEnv, ServingEnv
+from fuel_ray.errors import ConfigError
 from fuel_ray.guard import Guard
 from fuel_ray.objective import Energy
 from fuel_ray.policies.anchor import Anchor, GridAnchor
+from fuel_ray.training.env_settings import env_settings
 from fuel_ray.types import Node
 
 _TPOTS_S = (0.0095, 0.011, 0.0125, 0.015, 0.018, 0.021, 0.03, 0.05)
@@ -29,17 +31,37 @@ def learning_settings(config: LearnConfig) -> dict[str, Any]:
 
 
 def make_env(settings: Mapping[str, Any]) -> ServingEnv | ParallelServingEnv:
-    """What RLlib makes from its env_config: one environment, or ``num_envs`` side by side."""
+    """What RLlib makes from its env_config: one environment, or ``num_envs`` side by side.
+
+    The env_config is that of our own trials, or has the arguments of ``gymnasium.make``.
+
+    Raises:
+        ConfigError: an argument is unknown or has a wrong value.
+    """
+    count = settings.get("num_envs")
+    builds = _builds({name: value for name, value in settings.items() if name != "num_envs"}, count or 1)
+    return builds[0]() if count is None else ParallelServingEnv(builds)
+
+
+def _builds(settings: Mapping[str, Any], count: int) -> list[Callable[[], ServingEnv]]:
+    if not isinstance(settings.get("config"), Mapping):
+        return [partial(serving_env, **settings)] * count
+    if unknown := set(settings) - {"config", "block_sizes", "anchors"}:
+        raise ConfigError(f"env_config: unknown {', '.join(sorted(unknown))} beside config")
     config = from_dict(settings["config"], base=LearnConfig(), source="env_config")
-    size = settings["block_sizes"][0]
-    raw = settings.get("anchors", {}).get(str(size))
+    raw = settings.get("anchors", {}).get(str(settings["block_sizes"][0]))
     anchor = None if raw is None else Anchor.from_dict(raw)
-    nodes = [numbered(config, k) for k in range(settings.get("num_envs", 1))]
-    builds = [partial(build_env, own, settings["block_sizes"], anchor=anchor) for own in nodes]
-    return ParallelServingEnv(builds) if "num_envs" in settings else builds[0]()
+    nodes = [numbered(config, k) for k in range(count)]
+    return [partial(build_env, own, settings["block_sizes"], anchor=anchor) for own in nodes]
 
 
-def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor | None = None) -> ServingEnv:
+def build_env(
+    config: LearnConfig,
+    block_sizes: Sequence[int],
+    *,
+    anchor: Anchor | None = None,
+    whole_windows: bool = False,
+) -> ServingEnv:
     """A training environment over these block sizes, and over what the mode varies besides; a node per pool.
 
     Episodes begin at a random point of the workload. ``anchor`` is what a specialist, on one block size of a
@@ -72,6 +94,7 @@ def build_env(config: LearnConfig, block_sizes: Sequence[int], *, anchor: Anchor
         if anchor is None
         else GridAnchor(anchor, codecs[0].grid, loops[0].node.spec, codecs[0].slo),
         shadows=shadows,
+        whole_windows=whole_windows,
     )
 
 
@@ -91,6 +114,13 @@ def _loop(priced: LearnConfig, node: Node) -> ControlLoop:
     return ControlLoop(node, objective, guard=Guard(priced.guard.rules(priced.slo, node.spec)))
 
 
-def serving_env(kv_block_size: int = 16, preset: str = "default") -> ServingEnv:
-    """What ``gymnasium.make("fuel_ray.env:fuel_ray/Serving-v0")`` makes."""
-    return build_env(PRESETS[preset], [kv_block_size])
+def serving_env(*, render_mode: None = None, **settings: Any) -> ServingEnv:
+    """What ``gymnasium.make("fuel_ray.env:fuel_ray/Serving-v0", ...)`` makes.
+
+    Raises:
+        ConfigError: an argument is unknown or has a wrong value.
+    """
+    if render_mode is not None:  # TypeError: Stable-Baselines3 asks so whether there is one
+        raise TypeError(f"fuel_ray/Serving-v0 has no render_mode, {render_mode!r} neither")
+    config = env_settings(settings)
+    return build_env(config, config.block_sizes, whole_windows=True)
