@@ -13,6 +13,7 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
+from fuel_ray.deploy.recorder import Recorder
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_manifest, save_rule
 from fuel_ray.policies.static import LoadTable
@@ -281,7 +282,7 @@ def test_a_deployment_that_is_told_to_end_gives_back_and_writes_what_it_did(
     assert json.loads(run.read_text())["summary"]["windows"] > 0
 
 
-def test_a_second_deployment_on_the_gpu_is_refused_by_the_firsts_pid(controller, tmp_path):
+def test_a_second_deployment_on_the_gpu_is_refused_by_the_firsts_pid(controller, stub, tmp_path):
     first = start_with_limit(controller, stub, tmp_path)
     second = controller(state=first.state)
     _, err = second.process.communicate(timeout=20)
@@ -338,7 +339,7 @@ MISFITS = [
     ({"model": "Llama"}, "trained for model Llama, the server has tiny"),
     ({"gpu_name": "NVIDIA A100"}, "trained for GPU NVIDIA A100, this is NVIDIA H100"),
     ({"pack": "h100-qwen3-8b"}, "it was trained on pack h100-qwen3-8b as it was before"),
-    ({"engine": "vLLM 0.20.2"}, "trained for vLLM 0.20.2, the server is vLLM 0.32.0"),
+    ({"engine": "Hugging Face transformers"}, "trained for Hugging Face transformers, the server is vLLM"),
     ({"grid": ActionGrid((4,), (990, 1007))}, "the GPU does not support its clocks 1007 MHz"),
     ({"grid": ActionGrid((4, 64), (990,))}, "its highest batch limit is 64, the server's 32"),
     ({"anchor": near(Knobs(4, 1007))}, "the GPU does not support its clocks 1007 MHz"),
@@ -356,6 +357,41 @@ def test_a_policy_for_something_else_is_refused_unless_that_is_harmless_and_allo
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert main([*arguments, "--allow-mismatch"]) == (2 if "block size" in message else 0)
+
+
+@pytest.mark.parametrize(
+    ("trained_for", "serves", "said"),
+    [
+        ("vLLM 0.32.0", "0.32.0", ()),
+        ("vLLM 0.20.2", "0.32.0", ("trained for vLLM 0.20.2, the server is vLLM 0.32.0",)),
+        ("vLLM 0.11", "0.9.1", ("trained for vLLM 0.11", "vLLM 0.9.1 is not one of 0.20 to 0.33")),
+    ],
+)
+def test_another_version_of_vllm_is_said_and_taken(
+    stub, gpu, tmp_path, caplog, capsys, trained_for, serves, said
+):
+    stub.version = serves
+    folder = write_policy(tmp_path / "p", engine=trained_for)
+    assert deploy(stub, folder, tmp_path, "--max-num-seqs", "32")[0] == 0, capsys.readouterr().err
+    assert all(words in caplog.text for words in said)
+    assert caplog.text.count(str(folder)) == len(said)
+
+
+def test_run_json_is_there_from_the_start_and_has_the_summary_at_the_end(
+    stub, gpu, policy, tmp_path, monkeypatch
+):
+    seen = []
+    measured = Recorder.measured
+
+    def look(recorder, record, **facts):
+        seen.append(json.loads((recorder._run_dir / "run.json").read_text()))
+        measured(recorder, record, **facts)
+
+    monkeypatch.setattr(Recorder, "measured", look)
+    _, _, run = deploy(stub, policy, tmp_path)
+    assert len(seen) == 4 and all("summary" not in each for each in seen)
+    assert seen[0] == {key: value for key, value in run.items() if key != "summary"}
+    assert seen[0]["spec"]["kv_block_size"] == 16 and seen[0]["slo"]["ttft_s"] == 1.0
 
 
 HISTOGRAMS = {

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
 from fuel_ray.deploy.estimate import SavingEstimate
+from fuel_ray.deploy.fit import check_fit
 from fuel_ray.deploy.limits import check_judged, how_judged
 from fuel_ray.deploy.rule import Rule
 from fuel_ray.drift import DriftDetector
@@ -31,11 +32,10 @@ from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.metrics import MetricsSnapshot
-from fuel_ray.live.vllm.server import ServedModel, plain_name, served_model, server_version
+from fuel_ray.live.vllm.server import served_model, server_version
 from fuel_ray.objective import Energy
-from fuel_ray.policies.anchor import knobs_of
 from fuel_ray.policies.learned import PolicyFolder
-from fuel_ray.policies.packs import pack_here, pack_mismatch
+from fuel_ray.policies.packs import pack_here
 from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
@@ -69,7 +69,7 @@ class Target(Access):
     shadow: bool = False
     """Change nothing; record what the policy would have done."""
     allow_mismatch: bool = False
-    """Take a policy made for another model, GPU, vLLM, pack, clocks or limits; never another block size."""
+    """Take a policy made for another model, GPU, pack, clocks or limits; never another block size."""
     guard: GuardConfig = _RULES
 
 
@@ -103,7 +103,7 @@ def attach(
         spec = _spec(target, folder, gpus, cache, limiter, name=server.url, model=model.name)
         if isinstance(folder, PolicyFolder):
             engine, unsure = server_version(server), cache.block_size if cache.uncertain else None
-            _check_fit(folder, spec, model, engine, unsure=unsure, allow_mismatch=target.allow_mismatch)
+            check_fit(folder, spec, model, engine, unsure=unsure, allow_mismatch=target.allow_mismatch)
         if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
             logger.warning("neither the clock nor the batch limit can be set here: this only watches")
         guard = _guard(target.guard, folder, spec)
@@ -203,57 +203,6 @@ def _objective(folder: PolicyFolder | Rule) -> Energy:
 
 def _model(folder: PolicyFolder | Rule) -> str | None:
     return folder.manifest.model if isinstance(folder, PolicyFolder) else None
-
-
-def _check_fit(
-    folder: PolicyFolder,
-    spec: NodeSpec,
-    model: ServedModel,
-    engine: str | None,
-    *,
-    unsure: int | None,
-    allow_mismatch: bool,
-) -> None:
-    """Raises PolicyError where a policy was made for another node."""
-    manifest = folder.manifest
-    if spec.kv_block_size not in manifest.kv_block_sizes:
-        sizes = ", ".join(map(str, manifest.kv_block_sizes))
-        raise PolicyError(
-            f"{folder.path} was trained for KV block size {sizes}, the server has {spec.kv_block_size}"
-        )
-    found = list(_mismatches(folder, spec, model, engine))
-    if unsure not in (None, spec.kv_block_size):
-        shown = f"it was trained for KV block size {spec.kv_block_size}, the server's page says {unsure}"
-        found.append(f"{shown}, which need not be that of a hybrid model's attention")
-    if found and not allow_mismatch:
-        raise PolicyError(f"{folder.path} does not fit: {'; '.join(found)} (--allow-mismatch takes it)")
-    for mismatch in found:
-        logger.warning("%s: %s", folder.path, mismatch)
-
-
-def _mismatches(
-    folder: PolicyFolder, spec: NodeSpec, model: ServedModel, engine: str | None
-) -> Iterator[str]:
-    manifest, grid = folder.manifest, folder.codec.grid
-    if (changed := pack_mismatch(manifest, pack_here(manifest))) is not None:
-        yield f"it {changed}"
-    if not model.fits(manifest.model):
-        yield f"it was trained for model {manifest.model}, the server has {spec.model}"
-    if spec.gpu_name != manifest.gpu_name:
-        yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
-    if engine is None:
-        yield f"it was trained for {manifest.engine}, the server's version is not known (it has no /version)"
-    elif plain_name(manifest.engine) != plain_name(f"vLLM {engine}"):
-        yield f"it was trained for {manifest.engine}, the server is vLLM {engine}"
-    anchor = manifest.anchor
-    limits, clocks_mhz = ((), ()) if anchor is None else knobs_of(anchor.rule)
-    highest = max((*grid.batch_limits, *limits))
-    if highest > spec.batch_limits[-1]:
-        yield f"its highest batch limit is {highest}, the server's {spec.batch_limits[-1]}"
-    clocks = {*grid.gpu_clocks_mhz, *clocks_mhz}
-    missing = sorted(clocks - set(spec.gpu_clocks_mhz))
-    if missing and len(spec.gpu_clocks_mhz) > 1:
-        yield f"the GPU does not support its clocks {', '.join(map(str, missing))} MHz"
 
 
 def _cache(client: MetricsClient, page: MetricsSnapshot) -> CacheConfig:

@@ -45,11 +45,13 @@ class Recorder:
         self._samples: dict[str, deque[float]] = {
             name: deque(maxlen=LATENCY_SAMPLES) for name in (*_LATENCIES, "decision")
         }
+        write_json(run_dir / "run.json", facts)
 
     def attached(self, attached: Attached) -> None:
         """Say what is controlled."""
         spec = attached.loop.node.spec
         self._facts["spec"] = asdict(spec)
+        self._write("what is controlled is only here", self._facts)
         clocks, limits = spec.gpu_clocks_mhz, spec.batch_limits
         what = f"{spec.name}: {spec.model} on {spec.gpu_name}, KV blocks of {spec.kv_block_size}"
         may = f"clock {clocks[0]}..{clocks[-1]} MHz, batch limit {limits[0]}..{limits[-1]}"
@@ -112,13 +114,17 @@ class Recorder:
             logger.warning("%s: %s", what, why)
 
     def close(self) -> None:
-        """Close steps.jsonl, write run.json and print the summary."""
+        """Close steps.jsonl, write the summary into run.json and print it."""
         self._log.close()
-        try:
-            write_json(self._run_dir / "run.json", {**self._facts, "summary": self.summary()})
-        except (DiskError, ConfigError) as error:  # it must not hide why the deployment ended
-            logger.warning("the summary is only here: %s", error)
+        self._write("the summary is only here", {**self._facts, "summary": self.summary()})
         print(f"{self.summary_text()}\nwrote {self._run_dir}", flush=True)
+
+    def _write(self, otherwise: str, facts: dict[str, Any]) -> None:
+        """Write run.json; a disk without room neither ends a deployment nor hides why it ended."""
+        try:
+            write_json(self._run_dir / "run.json", facts)
+        except (DiskError, ConfigError) as error:
+            logger.warning("%s: %s", otherwise, error)
 
     def summary(self) -> dict[str, Any]:
         """What the run measured."""
