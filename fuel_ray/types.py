@@ -237,6 +237,12 @@ class WindowMetrics:
         """Whether every latency that the SLO limits is known."""
         return self.histograms is None or all(map(self.measured, slo.limits_s))
 
+    def count(self, name: LatencyName) -> int:
+        """How many requests have this latency."""
+        if self.histograms is not None:
+            return self.histograms[name].count if name in self.histograms else 0
+        return len(self.latencies_s[name])
+
     def misses(self, name: LatencyName, limit_s: float) -> tuple[int, int]:
         """Fewest and most requests that can have been above a limit: equal where latencies are exact."""
         if self.histograms is not None:

@@ -264,15 +264,18 @@ def test_a_nodes_figures_are_on_the_metrics_page_of_its_host(node, two_hosts):
                 urllib.request.urlopen(url, timeout=10) as answer,
             ):
                 page += answer.read().decode()  # that of a host that was lost just now is closed
-    figures = {
-        line.split("{")[0].removeprefix("ray_fuel_ray_"): float(line.rpartition(" ")[2])
-        for line in page.splitlines()
-        if line.startswith("ray_fuel_ray_")
-    }
-    assert figures["batch_limit"] == 8 and figures["gpu_clock_mhz"] == 1500
-    assert figures["power_w"] == pytest.approx(window.energy_j)
-    assert (figures["running"], figures["waiting"]) == (window.running, window.waiting)
-    assert figures["kv_usage"] == pytest.approx(window.kv_usage)
+    lines = [line for line in page.splitlines() if line.startswith("ray_fuel_ray_")]
+
+    def figure(name, label=""):
+        (line,) = {line for line in lines if line.startswith(f"ray_fuel_ray_{name}{{") and label in line}
+        return float(line.rpartition(" ")[2])
+
+    assert figure("batch_limit", 'kind="applied"') == 8
+    assert figure("gpu_clock_mhz", 'kind="applied"') == 1500
+    assert figure("power_watts") == pytest.approx(window.energy_j)
+    states = [figure("requests", f'state="{state}"') for state in ("running", "waiting")]
+    assert states == [window.running, window.waiting]
+    assert figure("kv_usage") == pytest.approx(window.kv_usage)
 
 
 def test_a_server_outlives_the_nodes_on_it_and_is_started_once(two_hosts, tmp_path):

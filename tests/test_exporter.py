@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from fuel_ray.cli import main
 from fuel_ray.control import StepRecord
@@ -99,15 +101,124 @@ def test_a_port_that_is_taken_is_named(exporter):
         Exporter(int(exporter.url.rpartition(":")[2]), Slo(1.0), host="127.0.0.1", info={"policy": "p"})
 
 
-def test_the_dashboard_asks_only_for_what_the_page_has(exporter):
+def full_page(exporter):
+    """Every sample of a page on which everything has happened."""
     exporter.attached(None)
+    exporter.measured(replace(record(), metrics=window("ttft", [0.9] * 8)), decision_s=0.0001, saved_j=50.0)
     exporter.measured(record(), decision_s=0.0001, saved_j=50.0)
     exporter.lost(1, LOW, TelemetryError("x"))
     page = urllib.request.urlopen(f"{exporter.url}/metrics", timeout=5).read().decode()
+    return [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+
+
+def rules():
+    groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def asked(text):
+    """Metrics of an expression, and the labels that each is asked for by."""
+    return [
+        (name, dict(re.findall(r'(\w+)(?:=~?)"([^"$]+)"', labels)))
+        for name, labels in re.findall(r"\b(fuel_ray_\w+)(?:\{([^}]*)\})?", text)
+    ]
+
+
+def test_the_dashboard_and_the_alerts_ask_only_for_what_the_page_has(exporter):
+    page = full_page(exporter)
     dashboard = json.loads((ROOT / "deploy/grafana/fuel-ray.json").read_text())
-    asked = re.findall(r"fuel_ray_\w+", json.dumps([p.get("targets") for p in dashboard["panels"]]))
-    assert len(set(asked)) >= 12
-    assert [name for name in asked if name not in page] == []
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    alerts = [rule["expr"] for rule in rules()]
+    for text, least in ((" ".join(panels), 15), (" ".join(alerts), 9)):
+        names = {name for name, _ in asked(text)}
+        assert len(names) >= least
+        for name, labels in asked(text):
+            there = [sample.labels for sample in page if sample.name == name]
+            assert there, name
+            for label, values in labels.items():
+                known = {own.get(label) for own in there} | ({"e2e"} if label == "limit" else set())
+                assert label == "reason" or set(values.split("|")) <= known, (name, label)
+
+
+def test_an_alert_says_how_bad_it_is_and_what_to_do_and_uses_only_rates_that_are_recorded():
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    alerts = [rule for rule in rules() if "alert" in rule]
+    assert len(alerts) >= 8 and len({rule["alert"] for rule in alerts}) == len(alerts)
+    for rule in alerts:
+        assert set(re.findall(r"fuel_ray:[\w:]+", rule["expr"])) <= recorded
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert (
+            "{{ $labels.instance }}" in rule["annotations"]["summary"] and rule["annotations"]["description"]
+        )
+
+
+def test_every_panel_of_the_dashboard_has_a_unit():
+    panels = json.loads((ROOT / "deploy/grafana/fuel-ray.json").read_text())["panels"]
+    assert [panel["title"] for panel in panels if not panel["fieldConfig"]["defaults"].get("unit")] == []
+    assert len({panel["id"] for panel in panels}) == len(panels) >= 21
+
+
+def test_a_clusters_gauges_have_the_names_of_a_deployments(exporter):
+    from fuel_ray.cluster.gauges import _GAUGES
+
+    page = full_page(exporter)
+    for name, labels, *_ in _GAUGES:
+        there = [sample.labels for sample in page if sample.name == f"fuel_ray_{name}"]
+        assert labels in there, name
+
+
+def total(page, limit, result):
+    (found,) = (
+        sample.value
+        for sample in page
+        if sample.name == "fuel_ray_slo_requests_total"
+        and (sample.labels["limit"], sample.labels["result"]) == (limit, result)
+    )
+    return found
+
+
+def by_limit(exporter, limit="tpot"):
+    page = urllib.request.urlopen(f"{exporter.url}/metrics", timeout=5).read().decode()
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return [total(samples, limit, result) for result in ("within", "outside", "unsure")]
+
+
+@pytest.mark.parametrize(
+    ("tpot_s", "values_s", "expected"),
+    [
+        (0.025, [0.008] * 3 + [0.03] * 5, [3, 5, 0]),  # a bucket's bound: exact
+        (0.02, [0.008] * 3 + [0.03] * 5, [3, 5, 0]),  # nobody in its bucket
+        (0.02, [0.0249] * 8, [0, 8, 0]),  # the mean leaves no other possibility
+        (0.02, [0.016] * 8, [4, 0, 4]),  # it leaves several
+    ],
+)
+def test_requests_are_counted_as_within_or_outside_only_where_that_is_certain(tpot_s, values_s, expected):
+    port = free_port()
+    exporter = Exporter(port, Slo(1.0, tpot_s), host="127.0.0.1", info={"policy": "p"})
+    exporter.url = f"http://127.0.0.1:{port}"
+    try:
+        assert by_limit(exporter) == [0, 0, 0]
+        for _ in range(2):
+            seen = window("tpot", values_s)
+            exporter.measured(replace(record(), metrics=seen), decision_s=0.0001, saved_j=None)
+        assert by_limit(exporter) == [2 * n for n in expected]
+        assert by_limit(exporter, "ttft") == [2 * len(values_s), 0, 0]
+        lacking = replace(seen, histograms={}, ttfts_s=(), tpots_s=(), e2es_s=())
+        exporter.measured(replace(record(), metrics=lacking), decision_s=0.0001, saved_j=None)
+        assert by_limit(exporter) == [2 * n for n in expected]
+    finally:
+        exporter.close()
+
+
+def test_the_engines_histograms_are_added_up_over_the_windows(exporter):
+    for _ in range(3):
+        seen = window("ttft", [0.9] * 8 + [3.0] * 2, (0.5, 1.25, math.inf))
+        exporter.measured(replace(record(), metrics=seen), decision_s=0.0001, saved_j=None)
+    page = read_page(exporter.url)
+    assert page.labelled("ttft_seconds_bucket") == {"0.5": 0.0, "1.25": 24.0, "+Inf": 30.0}
+    assert page.get("ttft_seconds_count") == 30 and page.get("ttft_seconds_sum") == pytest.approx(39.6)
+    assert page.get("tpot_seconds_count") == 30
+    assert page.get("slo_limit_seconds", "ttft") == 1.0 and page.get("slo_share") == 0.95
 
 
 def test_watch_shows_a_row_per_controller_and_what_is_wrong_with_it(exporter, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
+from functools import cache
 
 from ray.util.metrics import Gauge
 
@@ -13,7 +14,7 @@ GAUGE_INTERVAL_S = 1.0
 
 
 class NodeGauges:
-    """A node's last window as Ray metrics, which Prometheus and the dashboard read."""
+    """A node's last window under the names that `fuel-ray deploy` has, which Ray puts ``ray_`` before."""
 
     def __init__(self, spec: NodeSpec) -> None:
         tags = {
@@ -21,12 +22,10 @@ class NodeGauges:
             "gpu": spec.gpu_uuids[0],
             "kv_block_size": str(spec.kv_block_size),
         }
-        self._gauges = [
-            (Gauge(f"fuel_ray_{name}", description=what, tag_keys=tuple(tags)), value)
-            for name, (what, value) in _GAUGES.items()
+        self._shown = [
+            (_gauge(name, what, (*tags, *labels)), {**tags, **labels}, value)
+            for name, labels, what, value in _GAUGES
         ]
-        for gauge, _ in self._gauges:
-            gauge.set_default_tags(tags)
         self._shown_s = -math.inf
 
     def show(self, window: WindowMetrics) -> None:
@@ -34,18 +33,21 @@ class NodeGauges:
         now_s = time.monotonic()
         if now_s - self._shown_s >= GAUGE_INTERVAL_S:
             self._shown_s = now_s
-            for gauge, value in self._gauges:
-                gauge.set(value(window))
+            for gauge, tags, value in self._shown:
+                gauge.set(value(window), tags)
 
 
-_GAUGES: dict[str, tuple[str, Callable[[WindowMetrics], float]]] = {
-    "power_w": (
-        "Mean power of the node's GPUs over the last control window in W",
-        lambda window: window.energy_j / window.duration_s,
-    ),
-    "gpu_clock_mhz": ("SM clock in force in MHz", lambda window: window.knobs.gpu_clock_mhz),
-    "batch_limit": ("Requests that may run at once", lambda window: window.knobs.batch_limit),
-    "running": ("Requests that run", lambda window: window.running),
-    "waiting": ("Requests that wait", lambda window: window.waiting),
-    "kv_usage": ("Share of the KV blocks in use, 0..1", lambda window: window.kv_usage),
-}
+@cache
+def _gauge(name: str, what: str, tag_keys: tuple[str, ...]) -> Gauge:
+    """One of a name: two would be two figures of one name to Ray."""
+    return Gauge(f"fuel_ray_{name}", description=what, tag_keys=tag_keys)
+
+
+_GAUGES: tuple[tuple[str, dict[str, str], str, Callable[[WindowMetrics], float]], ...] = (
+    ("power_watts", {}, "Mean GPU power of the last window", lambda w: w.energy_j / w.duration_s),
+    ("gpu_clock_mhz", {"kind": "applied"}, "GPU clock in MHz", lambda w: w.knobs.gpu_clock_mhz),
+    ("batch_limit", {"kind": "applied"}, "Batch limit in requests", lambda w: w.knobs.batch_limit),
+    ("requests", {"state": "running"}, "Requests at the end of the last window", lambda w: w.running),
+    ("requests", {"state": "waiting"}, "Requests at the end of the last window", lambda w: w.waiting),
+    ("kv_usage", {}, "Share of the KV blocks in use", lambda w: w.kv_usage),
+)

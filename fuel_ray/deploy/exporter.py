@@ -3,20 +3,24 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from fuel_ray.control import StepRecord
 from fuel_ray.deploy.deployment import Attached
 from fuel_ray.errors import ConfigError, FuelRayError, NodeError, TelemetryError
+from fuel_ray.histogram import Histogram
 from fuel_ray.live.vllm.endpoint import Endpoint, ask
 from fuel_ray.metrics import attainment_bounds, window_attainment
-from fuel_ray.types import Knobs, Slo
+from fuel_ray.types import Knobs, LatencyName, Slo, WindowMetrics
 
 _GAUGES: dict[str, tuple[str, Callable[[StepRecord], float | None]]] = {
     "power_watts": ("Mean GPU power of the last window", lambda r: r.metrics.energy_j / r.metrics.duration_s),
@@ -29,7 +33,21 @@ _COUNTERS: dict[str, tuple[str, Callable[[StepRecord], float]]] = {
     "output_tokens": ("Output tokens of all measured windows", lambda r: r.metrics.output_tokens),
     "requests_completed": ("Requests that finished", lambda r: r.metrics.completed),
 }
-_KNOBS = {"gpu_clock_mhz": "GPU clock", "batch_limit": "Batch limit"}
+_KNOBS = {"gpu_clock_mhz": "GPU clock in MHz", "batch_limit": "Batch limit in requests"}
+_HISTOGRAMS: dict[LatencyName, str] = {
+    "ttft": "Time to first token of the requests whose first token came",
+    "tpot": "Mean time per output token of the requests that finished",
+    "e2e": "Time from arrival to the last token of the requests that finished",
+}
+_BY_BUCKET = (
+    "in all measured windows, as the engine counted them: counts at its bucket bounds and the sum are exact, "
+    "a quantile is known to its bucket"
+)
+_JUDGED = (
+    "Requests of all measured windows by limit: within, outside, or unsure where the limit lies inside a "
+    "bucket of the engine's and the window's mean leaves both possible. A limit that is a bucket bound has no "
+    "unsure ones. TTFT counts when the first token came, TPOT and e2e when the request finished"
+)
 
 
 class Exporter:
@@ -57,12 +75,10 @@ class Exporter:
         self._counters = {counter(name, what): value for name, (what, value) in _COUNTERS.items()}
         kinds = "chosen, permitted by the guard, applied"
         self._knobs = {name: gauge(name, f"{what}: {kinds}", ["kind"]) for name, what in _KNOBS.items()}
-        self._attainment = gauge(
-            "slo_attainment",
-            "Smallest share of a limit met in the last window, an estimate within its bounds; NaN: unknown",
-        )
-        self._bounds = gauge("slo_attainment_bounds", "What is certain of it", ["which"])
-        self._judge(None, None)
+        self._slo_gauges(gauge)
+        self._judged = _judged(slo, gauge, counter)
+        self._latencies = _Latencies()
+        registry.register(self._latencies)
         self._load = gauge("requests", "Requests at the end of the last window", ["state"])
         self._latency_s = gauge(
             "latency_seconds", "Exact mean of the last window with requests; NaN: unknown", ["which"]
@@ -78,6 +94,14 @@ class Exporter:
         gauge("window_age_seconds", "Since the last window was measured").set_function(self._age_s)
         gauge("info", "What runs", tuple(info)).labels(**info).set(1)
         self._server, self._thread = _serve(port, host, registry)
+
+    def _slo_gauges(self, gauge: Callable[..., Gauge]) -> None:
+        self._attainment = gauge(
+            "slo_attainment",
+            "Smallest share of a limit met in the last window, an estimate within its bounds; NaN: unknown",
+        )
+        self._bounds = gauge("slo_attainment_bounds", "What is certain of it", ["which"])
+        self._judge(None, None)
 
     def attached(self, attached: Attached) -> None:
         """The server is under control."""
@@ -96,6 +120,8 @@ class Exporter:
         for counter, value in self._counters.items():
             counter.inc(value(record))
         self._judge(window_attainment(window, self._slo), attainment_bounds(window, self._slo))
+        self._count_limits(window)
+        self._latencies.add(window)
         self._load.labels("running").set(window.running)
         self._load.labels("waiting").set(window.waiting)
         for which, values_s in window.latencies_s.items():
@@ -128,8 +154,52 @@ class Exporter:
         for which, value in zip(("lowest", "highest"), bounds or (None, None), strict=True):
             self._bounds.labels(which).set(_or_nan(value))
 
+    def _count_limits(self, window: WindowMetrics) -> None:
+        """Count what is certain of each limit, and beside it what is not."""
+        for name, limit_s in self._slo.limits_s.items():
+            fewest, most = window.misses(name, limit_s)
+            counts = {"within": window.count(name) - most, "outside": fewest, "unsure": most - fewest}
+            for result, count in counts.items():
+                self._judged.labels(name, result).inc(count)
+
     def _age_s(self) -> float:
         return float("nan") if self._window_s is None else self._clock() - self._window_s
+
+
+class _Latencies(Collector):
+    """The engine's own histograms of the windows that were measured."""
+
+    def __init__(self) -> None:
+        self._totals: dict[LatencyName, Histogram] = {}
+
+    def add(self, window: WindowMetrics) -> None:
+        """Count the requests of one more window."""
+        for name, histogram in (window.histograms or {}).items():
+            self._totals[name] = self._totals.get(name, Histogram((), (), 0, 0.0)) + histogram
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """A histogram per latency; without a line before the first request."""
+        for name, what in _HISTOGRAMS.items():
+            family = HistogramMetricFamily(f"fuel_ray_{name}_seconds", f"{what}, {_BY_BUCKET}")
+            total = self._totals.get(name)
+            if total is not None and total.upper_bounds_s:
+                bounds = map(floatToGoString, total.upper_bounds_s)
+                buckets = list(zip(bounds, map(float, total.cumulative_counts), strict=True))
+                family.add_metric([], buckets, total.sum_s)
+            yield family
+
+
+def _judged(slo: Slo, gauge: Callable[..., Gauge], counter: Callable[..., Counter]) -> Counter:
+    """The counter of requests by limit, which begins at 0; the limits and the share are beside it."""
+    limits_s = gauge("slo_limit_seconds", "Limit of the SLO", ["limit"])
+    share = gauge("slo_share", "Share of requests that must meet the SLO; NaN: its means must")
+    share.set(_or_nan(slo.share))
+    judged = counter("slo_requests", _JUDGED, ["limit", "result"])
+    for name, limit_s in slo.limits_s.items():
+        limits_s.labels(name).set(limit_s)
+        for result in ("within", "outside", "unsure"):
+            judged.labels(name, result)
+    return judged
 
 
 def _or_nan(value: float | None) -> float:
