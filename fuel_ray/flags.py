@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     "grid_clock_step_mhz grid_batch_limits live.vocab_size guard.max_waiting guard.floor_mhz max_steps "
     "guard.max_step_mhz guard.switches_per_minute episodes steps_per_episode batches contexts prompts "
     "max_num_batched_tokens live.max_num_batched_tokens "
-    "output_tokens windows num_prompts random_input_len random_output_len vocab_size",
+    "output_tokens windows num_prompts max_concurrency random_input_len random_output_len vocab_size",
     _SHARE: "grid_lowest_clock_share train.gamma train.priority train.epsilon_initial train.epsilon_final "
     "train.branch_other_limit",
     _STEP_SIZE: "train.lr train.epsilon_share train.lr_final_share",
@@ -72,7 +73,8 @@ _GROUPS: dict[tuple[float, float], str] = {
     (0, 10_000): "axis_seeds",
     (0, 30): "train.branch_tries",
     (1, 256): "workers",
-    (1e-6, 1e6): "request_rate power_cap_w",
+    (1e-6, 1e6): "power_cap_w",
+    (1e-6, math.inf): "request_rate",
     (0.01, 3600.0): "gpu_monitor_interval kv_monitor_interval",
     (0.001, 86_400.0): "timeout_s",
 }

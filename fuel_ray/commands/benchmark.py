@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,8 +24,10 @@ from fuel_ray.record import make_folder
 from fuel_ray.report.benchmark import benchmark_result, check, errors_by_kind
 from fuel_ray.sim.doubts import run_doubts
 from fuel_ray.sim.recorded import trace_text
+from fuel_ray.types import Slo
 
 _INTERRUPTED = "interrupted"
+_GOODPUT = {"ttft": "ttft_s", "tpot": "tpot_s", "e2el": "e2e_s"}  # of `vllm bench serve`
 _NAME_LETTERS = 60  # of the model, in the name of a file
 
 
@@ -42,6 +45,12 @@ class BenchmarkConfig(DrawnLoad, Access):
     """Host of the server."""
     port: int = 8000
     """Port of the server."""
+    max_concurrency: int | None = None
+    """Requests that may be in flight at once; the others are kept back, which --request-rate does not see.
+    With --request-rate inf the server always has that many. None: as many as come."""
+    goodput: tuple[str, ...] = ()
+    """Limits in ms, KEY:VALUE, such as ttft:1000 tpot:50 e2el:8000; request_goodput counts the requests per
+    second within all of them, as `vllm bench serve --goodput` does."""
     gpu_ids: tuple[str, ...] | None = None
     """The server's GPUs, by nvidia-smi's index or by UUID; None: the first that CUDA_VISIBLE_DEVICES shows;
     empty: none."""
@@ -75,13 +84,21 @@ def run(config: BenchmarkConfig) -> int:
     Raises:
         DiskError: the result is not in its folder; the message says where it is.
     """
+    goodput = _goodput(config.goodput)
     requests, prompts = config.draw()
     if config.save_result or config.save_trace:
         make_folder(config.result_dir)
     server = _endpoint(config)
     before = _before(config, server)
     model = _served_as(server, config.model)
-    load = LoadGenerator(server, requests, prompts=prompts, model=model, timeout_s=config.timeout_s)
+    load = LoadGenerator(
+        server,
+        requests,
+        prompts=prompts,
+        model=model,
+        timeout_s=config.timeout_s,
+        max_concurrency=config.max_concurrency,
+    )
     monitored = monitors(
         server,
         gpu_ids=config.gpu_ids,
@@ -100,6 +117,8 @@ def run(config: BenchmarkConfig) -> int:
         request_rate=config.request_rate,
         num_prompts=config.num_prompts,
         ended=ended,
+        max_concurrency=config.max_concurrency,
+        goodput=goodput,
     )
     print("\n".join(check(result)), flush=True)
     now = datetime.now()
@@ -110,6 +129,27 @@ def run(config: BenchmarkConfig) -> int:
         if trace is not None:
             _save(config, "trace", trace, now)
     return _code(result)
+
+
+def _goodput(pairs: Sequence[str]) -> Slo | None:
+    """The limits that --goodput names; None without any.
+
+    Raises:
+        ConfigError: a pair is no KEY:VALUE, its key is unknown or its value is none that a latency can have.
+    """
+    limits_s: dict[str, float] = {}
+    for pair in pairs:
+        name, _, value = pair.partition(":")
+        try:
+            limit_ms = float(value)
+        except ValueError:
+            raise ConfigError(f"--goodput {pair}: KEY:VALUE with a value in ms, such as ttft:1000") from None
+        if name not in _GOODPUT:
+            raise ConfigError(f"--goodput {pair}: {name!r} is none of {', '.join(_GOODPUT)}")
+        if not limit_ms >= 0:
+            raise ConfigError(f"--goodput {pair}: must be at least 0 ms")
+        limits_s[_GOODPUT[name]] = limit_ms / 1000
+    return Slo(**limits_s) if limits_s else None
 
 
 def _before(config: BenchmarkConfig, server: Endpoint) -> MetricsSnapshot:
@@ -180,7 +220,7 @@ def _trace(
     run = benchmark_run(
         sent, measured, start_s=load.start_s, energy_j=result["gpu_energy_j"], spec=spec, counted=counted
     )
-    facts = {"origin": "measured", "request_rate": config.request_rate, "seed": config.seed}
+    facts = {"origin": "measured", "request_rate": result["request_rate"], "seed": config.seed}
     try:
         text = trace_text(run, **facts, dataset=config.dataset_name, partial=result["partial"])
     except ConfigError as error:

@@ -45,8 +45,8 @@ _BY_BUCKET = (
 )
 _JUDGED = (
     "Requests of all measured windows by limit: within, outside, or unsure where the limit lies inside a "
-    "bucket of the engine's and the window's mean leaves both possible. A limit that is a bucket bound has no "
-    "unsure ones. TTFT counts when the first token came, TPOT and e2e when the request finished"
+    "bucket of the engine's and the window's mean leaves both possible. A limit that is a bucket bound has "
+    "no unsure ones. TTFT counts when the first token came, TPOT and e2e when the request finished"
 )
 
 

@@ -1,5 +1,6 @@
 """What a benchmark leaves: the JSON of one run, figure by figure, what is missing in it, and its check."""
 
+import math
 from collections import Counter
 from datetime import datetime
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 from fuel_ray.live.load.loadgen import LoadResult
 from fuel_ray.live.monitors import Measured
 from fuel_ray.report.monitored import cpu_stats, gpu_stats, kv_stats
+from fuel_ray.types import Slo
 
 _PERCENTILES = (50, 90, 95, 99)
 _SHOWN_ERRORS, _SHOWN_LETTERS = 3, 300
@@ -23,6 +25,8 @@ def benchmark_result(
     request_rate: float,
     num_prompts: int,
     ended: str | None,
+    max_concurrency: int | None = None,
+    goodput: Slo | None = None,
 ) -> dict[str, Any]:
     """Latencies, energy, power and KV cache of a benchmark, as it is written.
 
@@ -34,6 +38,8 @@ def benchmark_result(
     gpus = {str(index): gpu_stats(measured, index, missing.append) for index in measured.gpus}
     result = {
         **_serving_figures(load, model=model, request_rate=request_rate),
+        **_goodput_figures(load, goodput),
+        **_concurrency_figures(load, max_concurrency, request_rate=request_rate),
         "partial": ended is not None,
         "num_prompts": num_prompts,
         "gpu_power_stats": gpus,
@@ -51,6 +57,8 @@ def check(result: dict[str, Any]) -> list[str]:
         f"TTFT p50 {shown('p50_ttft_ms', '.1f', ' ms')}, TPOT p50 {shown('p50_tpot_ms', '.1f', ' ms')}"
     )
     lines = [f"requests   {result['completed']} completed, {result['failed']} failed, {latencies}"]
+    if result["request_goodput"] is not None:
+        lines.append(f"goodput    {result['request_goodput']:.2f} requests/s within all limits")
     lines += [f"failed     {line}" for line in errors_by_kind(result["errors"])]
     gpu_samples = [len(stats["power_trace"]) for stats in result["gpu_power_stats"].values()]
     kv = result["kv_cache_monitoring_stats"]
@@ -100,7 +108,7 @@ def _serving_figures(result: LoadResult, *, model: str, request_rate: float) -> 
         "backend": "vllm",
         "label": None,
         "model_id": model,
-        "request_rate": request_rate,
+        "request_rate": request_rate if math.isfinite(request_rate) else "inf",
         "burstiness": 1.0,
         "duration": seconds,
         "completed": int(finished.sum()),
@@ -117,6 +125,28 @@ def _serving_figures(result: LoadResult, *, model: str, request_rate: float) -> 
     for name, values_s in latencies_s.items():
         figures |= _latency_ms(name, values_s[finished])
     return figures | _latency_ms("itl", np.array(itls_s))
+
+
+def _goodput_figures(result: LoadResult, limits: Slo | None) -> dict[str, Any]:
+    """Requests per second within all limits, one-token outputs within that on TPOT; None without limits."""
+    if limits is None or not result.duration_s > 0:
+        return {"request_goodput": None}
+    return {"request_goodput": int(result.records.meets(limits).sum()) / result.duration_s}
+
+
+def _concurrency_figures(
+    result: LoadResult, max_concurrency: int | None, *, request_rate: float
+) -> dict[str, Any]:
+    """How long requests were kept back, which no other latency includes; of what completed."""
+    figures: dict[str, Any] = {"max_concurrency": max_concurrency}
+    if max_concurrency is None:
+        return figures
+    finished = np.isfinite(result.records.finished_s)
+    held_s = np.array(result.held_s)[finished]
+    figures |= _latency_ms("client_queue_time", held_s)
+    if math.isinf(request_rate):
+        return figures  # all came at once: how long the last one waited says nothing
+    return figures | _latency_ms("e2el_including_client_queue", result.records.e2e_s[finished] + held_s)
 
 
 def _latency_ms(name: str, values_s: np.ndarray) -> dict[str, float | None]:

@@ -23,6 +23,7 @@ class Attempt:
     arrival_s: float  # when it had to be sent
     prompt_tokens: int  # asked for; as the server counted them once it has said
     output_tokens: int  # asked for
+    held_s: float = 0.0  # for which it waited before arrival_s, as too many others were in flight
     sent_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None  # its last token; None if it failed

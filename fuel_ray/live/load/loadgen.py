@@ -39,6 +39,7 @@ class LoadResult:
     errors: tuple[str | None, ...]
     late_sends: int  # more than 10 ms after their time
     duration_s: float
+    held_s: tuple[float, ...]  # for which each was kept back before it arrived, by ``max_concurrency``
 
 
 def late_sends(ended: Iterable[Attempt]) -> int:
@@ -73,7 +74,8 @@ class LoadGenerator:
     """A load in a background thread, whose ended requests can be taken while it runs; it runs once.
 
     Each request is sent at its arrival time, counted from ``start``, and its answer is followed to the end.
-    Errors and time-outs are noted per request.
+    While ``max_concurrency`` are in flight the next one is kept back, and arrives when it is let go, as the
+    server sees it. Errors and time-outs are noted per request.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class LoadGenerator:
         prompts: Prompts,
         model: str,
         timeout_s: float = 600.0,
+        max_concurrency: int | None = None,
     ) -> None:
+        self._max_concurrency = max_concurrency
         self._requests, self._prompts = requests, prompts
         self._endpoint = Endpoint.of(base_url)
         self._server = partial(Completions, server=self._endpoint, model=model, timeout_s=timeout_s)
@@ -163,6 +167,7 @@ class LoadGenerator:
             errors=tuple(attempt.error for attempt in ended),
             late_sends=late_sends(ended),
             duration_s=now_s - self._start_s,
+            held_s=tuple(attempt.held_s for attempt in ended),
         )
 
     def _run(self) -> None:
@@ -185,6 +190,7 @@ class LoadGenerator:
         no_limit = aiohttp.ClientTimeout(total=None, sock_connect=None)  # each request has its own
         async with aiohttp.ClientSession(connector=connector, timeout=no_limit) as session:
             server = self._server(session, start_s=self._start_s)
+            free = None if self._max_concurrency is None else asyncio.Semaphore(self._max_concurrency)
             try:
                 for index in range(len(self._requests)):
                     request = self._requests[index]
@@ -192,7 +198,9 @@ class LoadGenerator:
                     # 0 s too: a burst must not keep the answers waiting
                     await asyncio.sleep(max(0.0, request.arrival_s - server.now_s()))
                     attempt = Attempt(index, request.arrival_s, request.prompt_tokens, request.output_tokens)
-                    self._send(server, attempt, body)
+                    if free is not None:
+                        await _let_go(attempt, server, free)
+                    self._send(server, attempt, body, free)
             except BaseException:
                 for task in self._in_flight:
                     task.cancel()
@@ -200,11 +208,15 @@ class LoadGenerator:
             finally:
                 await asyncio.gather(*self._in_flight, return_exceptions=True)
 
-    def _send(self, server: Completions, attempt: Attempt, body: bytes) -> None:
+    def _send(
+        self, server: Completions, attempt: Attempt, body: bytes, free: asyncio.Semaphore | None
+    ) -> None:
         task = asyncio.ensure_future(server.fetch(attempt, body))
         with self._lock:
             self._in_flight[task] = attempt
         task.add_done_callback(self._end)
+        if free is not None:
+            task.add_done_callback(lambda _: free.release())
 
     def _end(self, task: asyncio.Task[None]) -> None:
         with self._lock:
@@ -218,3 +230,11 @@ class LoadGenerator:
     def _raise_fault(self) -> None:
         if self._fault is not None:
             raise TelemetryError(f"the load generator failed: {self._fault!r}") from self._fault
+
+
+async def _let_go(attempt: Attempt, server: Completions, free: asyncio.Semaphore) -> None:
+    """Keep the request back while too many are in flight, or while one before it is kept back."""
+    await free.acquire()
+    due_s = attempt.arrival_s
+    attempt.arrival_s = max(due_s, server.now_s())
+    attempt.held_s = attempt.arrival_s - due_s

@@ -56,7 +56,7 @@ class DrawnLoad:
     num_prompts: int = 100
     """Requests to send."""
     request_rate: float = 10.0
-    """Requests per second; inter-arrival times are exponential."""
+    """Requests per second; inter-arrival times are exponential. inf: all at once."""
     random_input_len: int = 512
     """Prompt tokens of the random dataset."""
     random_output_len: int = 128
