@@ -140,6 +140,18 @@ def test_the_dashboard_and_the_alerts_ask_only_for_what_the_page_has(exporter):
                 assert label == "reason" or set(values.split("|")) <= known, (name, label)
 
 
+def test_the_page_on_deploying_names_what_there_is(exporter):
+    names = {sample.name for sample in full_page(exporter)}
+    text = (ROOT / "docs/deploy.md").read_text()
+    (table,) = re.findall(r"(?ms)^\| metrics, `fuel_ray_` before each .*?\n\n", text)
+    shown = {name for row in table.split("\n")[2:-2] for name in re.findall(r"`(\w+)", row.split("|")[1])}
+    histograms = {"ttft_seconds", "tpot_seconds", "e2e_seconds"}
+    families = {name.removeprefix("fuel_ray_") for name in names if not name.endswith("_created")}
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in families}
+    assert histograms < shown and shown == families
+    assert {name for name, _ in asked(text)} <= names
+
+
 def test_an_alert_says_how_bad_it_is_and_what_to_do_and_uses_only_rates_that_are_recorded():
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     alerts = [rule for rule in rules() if "alert" in rule]
