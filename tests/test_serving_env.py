@@ -1,6 +1,7 @@
 """The environment as its users make it: by Gymnasium's name, with settings, with a reward of their own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -175,6 +176,21 @@ def test_rllib_trains_on_it_as_the_page_shows():
     shown = {}
     exec(block, shown)
     assert shown["result"]["env_runners"]["num_env_steps_sampled"] >= 100
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_its_node_may_be_a_clusters():
+    code = f"""
+import gymnasium
+env = gymnasium.make({ENV_ID!r}, node="ray", workload="steady", steps=3)
+env.reset(seed=1)
+print([env.step(3)[3] for _ in range(3)])
+env.close()
+"""
+    own = os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True)
+    assert "[False, False, True]" in done.stdout
 
 
 def test_the_pages_tables_are_the_default_environments():

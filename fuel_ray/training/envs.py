@@ -123,4 +123,8 @@ def serving_env(*, render_mode: None = None, **settings: Any) -> ServingEnv:
     if render_mode is not None:  # TypeError: Stable-Baselines3 asks so whether there is one
         raise TypeError(f"fuel_ray/Serving-v0 has no render_mode, {render_mode!r} neither")
     config = env_settings(settings)
+    if config.node == "ray":
+        from fuel_ray.cluster.hosts import connect  # noqa: PLC0415  (only this kind of node waits for Ray)
+
+        connect(cluster=True)
     return build_env(config, config.block_sizes, whole_windows=True)
