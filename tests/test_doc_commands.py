@@ -15,12 +15,17 @@ from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import write_policy
 
 COMMANDS = commands()
-FAST = ["--block-sizes", "16", "--seeds", "1", "--seconds", "30"]
 # These run here as they are shown, with what is added so that they take seconds
 RUN = {
     "packs h100-qwen3-8b": [],
-    "evaluate --policies examples.outside.policies:Mine": FAST,
-    "evaluate --policies examples.outside.policies:Mine clipper agft": FAST,
+    "evaluate --policies examples.outside.policies:Mine": [
+        "--block-sizes",
+        "16",
+        "--seeds",
+        "1",
+        "--seconds",
+        "30",
+    ],
     "doctor": ["--backend", "sim"],
     "unlock": [],
     "sweep --help": [],
