@@ -21,14 +21,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from fuel_ray.arena.cell import Job, loop_of, tuning_runs
 from fuel_ray.arena.config import ArenaConfig
+from fuel_ray.arena.pool import in_processes
 from fuel_ray.arena.runner import cell_file, facts, jobs_of, publish, run_and_write
 from fuel_ray.arena.scenarios import SloName
 from fuel_ray.commands.arena import parse
@@ -88,25 +87,16 @@ def study(config: ArenaConfig, variants: Sequence[Variant]) -> str:
     make_folder(config.out / "cells")
     write_json(config.out / "run.json", facts(config) | {"variants": {v.name: v.flags for v in variants}})
     homes = list({cell.baselines: cell for cell in todo}.values())
-    first, then = (
-        [
-            (cell, v, seed)
-            for cell in homes
-            for v in variants
-            if bool(v.as_long) == late
-            for seed in _left(cell, v)
-        ]
-        for late in (False, True)
-    )
+    left = [(cell, v, seed) for cell in homes for v in variants for seed in _left(cell, v)]
+    first, then = ([call for call in left if bool(call[1].as_long) == late] for late in (False, True))
     untuned = [(cell,) for cell in homes if not cell.baselines.is_file()]
     began_s = time.monotonic()
     tasks: list[tuple[Callable[..., str], Sequence[tuple[Any, ...]]]] = [
         *((tune, untuned), (train, first), (train, then), (play, [(cell,) for cell in todo])),
     ]
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
-        for task, calls in tasks:
-            for future in as_completed([pool.submit(task, *call) for call in calls]):
-                print(f"{future.result()}  {time.monotonic() - began_s:.0f} s", flush=True)
+    for task, calls in tasks:
+        for done in in_processes(task, calls, workers=config.workers):
+            print(f"{done}  {time.monotonic() - began_s:.0f} s", flush=True)
     names = [*(variant.name for variant in variants), *names_of(config.policies)]
     notes = load_pack(config.pack).clock_axis_notes
     return publish([read_json(cell.file) for cell in cells], config.out, names=names, notes=notes)
