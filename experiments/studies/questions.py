@@ -18,7 +18,7 @@ scarce KV         block sizes 8 to 64, a DQN each, on the default load
 ample KV          the same on diurnal 1..20
 conditional       one DQN for the four sizes, on as many windows as each of those beside it; without branches
 
-It takes 2 CPU minutes of baselines per cell and, estimated, per training: 1.5 CPU minutes (60,000 windows on
+It takes a CPU minute of baselines per cell and, estimated, per training: 1.5 CPU minutes (60,000 windows on
 branches), 3 (``reward``, ``conditional``) or 7 (``features``: not compiled, so that scoring takes most of
 it), then half a minute per policy in the arena, 2 where it is not compiled. In 3 trainings each: features
 160 CPU minutes, reward 30, prefix caching 20, scarce KV 35, ample KV 35, conditional 75. ``--only`` picks
