@@ -3,11 +3,12 @@
     python experiments/studies/importance.py POLICY_FOLDER [--scenario diurnal-scarce] [--slo tight]
         [--seeds 10] [--workers 2] [--out FILE]
 
-One feature at a time is replaced, window by window, by its value in another window drawn at random from those
-that the intact policy sees on the tuning seeds. The policy keeps the anchor of its folder. The price of a
-miss is tuned and swept for each as for any policy in the arena, so that energies are compared at equal
-attainment: against the best simple rule, and against the policy intact; n held-out episodes, 95 % intervals
-over seeds of this one training. (Breiman, Machine Learning 45, 2001.)
+One feature at a time is replaced, window by window, by its value in another window drawn at random from
+those that the intact policy sees on the tuning seeds. The policy keeps the anchor of its folder: take one
+that was trained for this load and SLO. The price of a miss is tuned and swept for each as for any policy in
+the arena, so that energies are compared at equal attainment: against the best simple rule, and against the
+policy intact; n held-out episodes, 95 % intervals over seeds of this one training. (Breiman, Machine
+Learning 45, 2001.)
 
 It asks which features a trained policy could do without. It takes 2 CPU minutes for the simple rules and,
 estimated, 1.5 per feature, since a policy with a feature replaced does not run compiled: half an hour for 17.
