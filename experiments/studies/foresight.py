@@ -229,7 +229,7 @@ def main() -> None:
     bench, tell = bench_of(given), partial(say, given.out)
     where = f"{given.scenario}, {given.slo} SLO"
     best = f"best simple rule: {bench.name}, {bench.attained:.3f} of SLO"
-    tell(f"**{where}** (n = {given.seeds}, modelled; {best}; 95 % intervals)\n")
+    tell(f"**{where}** (n = {len(bench.alone)}, modelled; {best}; 95 % intervals)\n")
     tell("| | J/req where the rule is | settings' of SLO | iso best rule, % |\n|---|--:|--:|--:|")
     tell(row(bench.name, bench.rule, bench))
     spec, slo = bench.tuning.loop.node.spec, bench.tuning.slos[bench.slo]

@@ -37,7 +37,7 @@ from fuel_ray.policies.catalogue import Contender, label
 from fuel_ray.policies.learned import LearnedPolicy, PolicyFolder, read_policy
 from fuel_ray.stats import Interval
 from fuel_ray.tuning.contenders import LOG_PRICES, families
-from fuel_ray.tuning.episodes import EPISODE_S
+from fuel_ray.tuning.episodes import EPISODE_S, held_out_episodes
 from fuel_ray.tuning.runs import Runs, held_out, plays_of
 from fuel_ray.tuning.search import LIMITS_SCARCE, Swept, swept
 from fuel_ray.tuning.tuned import Tuned, perf_of, tune_on, tuned_case
@@ -82,15 +82,15 @@ def arguments() -> argparse.ArgumentParser:
 def bench_of(given: argparse.Namespace) -> Bench:
     """Tune the simple rules as the arena does, and play the best of them on the held-out seeds."""
     scenario, slo = SCENARIOS[given.scenario], given.slo
-    seeds = {"seeds": given.seeds, "tuning_seeds": given.tuning_seeds, "seconds": given.seconds}
-    job = Job(ArenaConfig(slos=(slo,), **seeds), scenario)
+    job = Job(ArenaConfig(slos=(slo,), tuning_seeds=given.tuning_seeds, seconds=given.seconds), scenario)
     tuning = tuning_runs(job, loop_of(job, job.home))
     limits = LIMITS_AMPLE if scenario.kv_tokens is None else LIMITS_SCARCE
     base = tune_on(tuning, slo, share=SHARE, perf=perf_of(job.config), limits=limits)
     case = tuned_case(job.config, tuning.loop.node.spec, base, slo=tuning.slos[slo])
     (family,) = families(base.best_rule, base.best_rule, case)
-    stage = loop_of(job, scenario, part="second half")
-    alone = held_out(stage, given.seeds, seconds=given.seconds, slos=tuning.slos)
+    seeds, seconds = held_out_episodes(scenario.workload, given.seeds, given.seconds)
+    stage = loop_of(replace(job, config=replace(job.config, seconds=seconds)), scenario, part="second half")
+    alone = held_out(stage, seeds, seconds=seconds, slos=tuning.slos)
     found = swept(family, tuning, slo, share=base.share)
     return Bench(tuning, alone, slo, base, judged(found, alone, slo, base.share))
 
@@ -191,7 +191,7 @@ def main() -> None:
     tell = partial(say, given.out)
     intact, log_price = swept_prices(partial(at_price, own, bench), bench)
     where = f"{given.policy.name} on {given.scenario}, {given.slo} SLO"
-    tell(f"**{where}** (n = {given.seeds}, modelled; best simple rule: {bench.name}; 95 % intervals)\n")
+    tell(f"**{where}** (n = {len(bench.alone)}, modelled; best simple rule: {bench.name}; 95 % intervals)\n")
     tell("| feature replaced | J/req | of SLO | iso best rule, % | raw | iso intact |\n|---|" + "--:|" * 5)
     tell(row("none", intact, bench.rule, intact))
     seen = seen_by(at_price(own, bench, log_price), bench.tuning)
