@@ -81,6 +81,8 @@ class TrainConfig:
     """Windows after which the branches are compared."""
     branch_other_limit: float = 0.1
     """Share of these actions that have another batch limit."""
+    lower_limits: bool = False
+    """Whether a policy may have a lower batch limit than the rule that it is kept near, and tries some."""
     iterations: int = 5
     """Training results, each with a checkpoint."""
     average_results: int = 2

@@ -14,12 +14,13 @@ from fuel_ray.arena.scenarios import SCENARIOS
 from fuel_ray.build.nodes import build_loop, build_spec
 from fuel_ray.config import PRESETS
 from fuel_ray.errors import PolicyError
-from fuel_ray.policies.anchor import REACH_MHZ, Anchor, GridAnchor
+from fuel_ray.policies.anchor import REACH_MHZ, WEIGHTS, Anchor, GridAnchor
+from fuel_ray.policies.catalogue import untuned
 from fuel_ray.policies.learned import load_policy, read_policy
 from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.training.envs import build_env
 from fuel_ray.tuning.clock_search import find_load_table
-from fuel_ray.tuning.contenders import kept_near
+from fuel_ray.tuning.contenders import families, kept_near
 from fuel_ray.tuning.search import tuned
 from fuel_ray.types import Knobs, Slo
 from tests.policy_folders import GRID, write_policy
@@ -28,6 +29,11 @@ from tests.test_codec import WINDOW
 SPEC = build_spec(PRESETS["default"], 16)
 BASE = Knobs(batch_limit=20, gpu_clock_mhz=1485)  # neither is in GRID; the nearest are 16 and 1500
 TABLE = LoadTable([2.0], [BASE, Knobs(32, 1980)])
+
+
+def case_with_table():
+    tiny = replace(SPEC, model="tiny")
+    return replace(untuned(tiny, Slo(ttft_s=1.0, tpot_s=0.05), None), table=TABLE)
 
 
 def decisions(policy, workload="steady:rate_rps=8", windows=20):
@@ -79,6 +85,23 @@ def test_a_lower_batch_limit_than_the_tables_is_never_taken(tmp_path, weight):
     assert {knobs.batch_limit for knobs in chosen} == {32}
 
 
+def test_a_lower_batch_limit_is_taken_where_the_anchor_allows_it(tmp_path):
+    anchor = Anchor(TABLE, 0.0, lower_limits=True)
+    policy = read_policy(write_policy(tmp_path / "p", best=Knobs(4, 990), anchor=anchor)).policy(SPEC)
+    assert policy.anchor.to_dict() == anchor.to_dict() and set(decisions(policy)) == {Knobs(4, 990)}
+    assert "lower_limits" not in Anchor(TABLE, 0.0).to_dict(), "as folders of before"
+    (family,) = families("p", str(tmp_path / "p"), case_with_table())
+    assert [own.make(0.0).anchor.lower_limits for own in family] == [*[True] * (len(WEIGHTS) - 1), False]
+
+
+def test_a_policy_without_anchor_is_compared_without_and_all_its_clocks_are_its_dial(tmp_path):
+    folder = write_policy(tmp_path / "p", best=Knobs(4, 1500))
+    ((free,),) = families("p", str(folder), case_with_table())
+    assert free.nominal == 0.0 and free.monotone
+    assert free.make(0.0).anchor is None and free.make(0.0).decide(WINDOW) == Knobs(4, 1500)
+    assert set(decisions(free.make(-100.0))) == {Knobs(4, 1400)}
+
+
 def test_two_policies_on_one_anchor_do_not_share_its_memory(tmp_path):
     folder = read_policy(write_policy(tmp_path / "p"))
     one, other = (folder.policy(SPEC).near(Anchor(TABLE, 10.0)) for _ in range(2))
@@ -126,6 +149,8 @@ def test_a_lower_batch_limit_than_the_tables_is_served_at_the_tables():
     anchor = GridAnchor(Anchor(TABLE, 0.1), GRID, SPEC, Slo(1.0))
     assert anchor.decode(GRID.encode(Knobs(4, 990)), BASE) == Knobs(20, 990)
     assert anchor.decode(GRID.encode(Knobs(32, 990)), BASE) == Knobs(32, 990)
+    lower = GridAnchor(Anchor(TABLE, 0.1, lower_limits=True), GRID, SPEC, Slo(1.0))
+    assert lower.decode(GRID.encode(Knobs(4, 990)), BASE) == Knobs(4, 990)
 
 
 def test_a_policy_folder_keeps_its_anchor(tmp_path):

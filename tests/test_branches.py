@@ -42,7 +42,7 @@ def node_of(seed=5):
     return found
 
 
-def silent(spec, rule):
+def silent(spec, rule, *, lower=False):
     """A network that says nothing, near a rule: it does what the rule does, and knows what is seen."""
     grid = node_grid(spec, clock_step_mhz=15, lowest_clock_share=0.45, batch_limits=(32, 40, 128))
     shapes = {"trunk.0": (8, len(PRICED_FEATURES)), "trunk.2": (8, 8), "value": (1, 8)}
@@ -51,7 +51,7 @@ def silent(spec, rule):
     for name, shape in shapes.items():
         arrays |= {f"{name}.weight": np.zeros(shape, np.float32), f"{name}.bias": np.zeros(shape[0], "f4")}
     codec = Codec(PRICED_FEATURES, grid, SLO)
-    return LearnedPolicy(arrays, codec, spec, head="priced", anchor=Anchor(rule, 0.03, REACH_MHZ))
+    return LearnedPolicy(arrays, codec, spec, head="priced", anchor=Anchor(rule, 0.03, REACH_MHZ, lower))
 
 
 def room(n):
@@ -60,10 +60,10 @@ def room(n):
     return Samples(seen, ints(), ints(), floats(), floats())
 
 
-def branched(rule, *, random=None, **changes):
+def branched(rule, *, random=None, lower=False, **changes):
     """An episode and its branches: the node, the policy, what was found, the totals."""
     node = node_of()
-    policy = silent(node.spec, rule)
+    policy = silent(node.spec, rule, lower=lower)
     random = np.random.default_rng(0).random(400) if random is None else random
     found, totals = room(500), np.zeros(3)
     plan = PLAN._replace(**changes)
@@ -150,6 +150,13 @@ def test_what_is_tried_is_within_reach_and_never_at_a_lower_limit(name):
     assert away_mhz.max() <= REACH_MHZ and away_mhz.max() > 0.8 * REACH_MHZ
     assert (limits[limit] >= limits[own_limit]).all() and set(limits[limit]) == {40, 128}
     assert (found.action != found.base).all(), "the program's own action is no other one"
+
+
+def test_lower_limits_are_tried_where_they_may_be_taken():
+    _, policy, found, _ = branched(RULES["table"], lower=True)
+    grid = policy.codec.grid
+    tried = np.array(grid.batch_limits)[found.action // len(grid.gpu_clocks_mhz)]
+    assert set(tried) == {32, 40, 128}
 
 
 def test_an_action_that_is_held_for_no_window_makes_no_difference():

@@ -80,12 +80,13 @@ def test_q_is_linear_in_the_energy_and_in_the_misses(price_j):
     np.testing.assert_allclose(between, (total_j[:, :1] - total_j[:, 1:]) / scale_j, atol=2e-5)
 
 
+@pytest.mark.parametrize("lower_limits", [False, True])
 @pytest.mark.parametrize("price_j", PRICES_J)
-def test_the_compiled_network_chooses_as_the_one_in_python(price_j):
+def test_the_compiled_network_chooses_as_the_one_in_python(price_j, lower_limits):
     node = SimulatedNode(load_pack("h100-qwen3-8b"), parse_workload("mmpp"), kv_block_size=16, horizon_s=1.0)
     node.reset(seed=0)
     codec = Codec(PRICED_FEATURES, GRID, SLO, miss_price_j=price_j)
-    anchor = Anchor(TABLE, 0.002, 300.0)
+    anchor = Anchor(TABLE, 0.002, 300.0, lower_limits)
     policy = LearnedPolicy(decided(network()), codec, SPEC, head="priced", anchor=anchor)
     program, server = policy.compiled(SPEC)
     sight, hidden = room(program)
@@ -111,6 +112,8 @@ def test_the_compiled_network_chooses_as_the_one_in_python(price_j):
         assert Knobs(limit, int(clocks[row, 0])) == chosen[-1]
         left += chosen[-1] not in TABLE.knobs
     assert left > 50 and len(set(chosen)) > 5
+    lower = any(knobs.batch_limit < TABLE.knobs[0].batch_limit for knobs in chosen)
+    assert not lower or lower_limits
 
 
 def a_trade_off():

@@ -22,18 +22,22 @@ class Anchor:
 
     The rule is tuned for the load; the network leaves it where it expects to gain more than that. With weight
     0 the network is free, with a large one the policy is the rule. It never has a lower batch limit than the
-    rule: behind a queue that is a trap, since what is served more slowly misses less per second.
+    rule, unless it may: behind a queue that is a trap, since what is served more slowly misses less per
+    second.
     """
 
     rule: LoadTable | Rule
     weight: float
     reach_mhz: float = math.inf  # how far the clock may be from the rule's; training tried no further
+    lower_limits: bool = False  # whether the batch limit may be lower than the rule's
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         held: dict[str, Any] = {"weight": self.weight}
         if self.reach_mhz < math.inf:
             held["reach_mhz"] = self.reach_mhz
+        if self.lower_limits:
+            held["lower_limits"] = True
         if isinstance(self.rule, LoadTable):
             return {**self.rule.to_dict(), **held}
         return {"rule": self.rule.to_dict(), **held}
@@ -46,7 +50,8 @@ class Anchor:
         reach_mhz = float(raw.get("reach_mhz", math.inf))
         if not reach_mhz >= 0:
             raise ValueError("the anchor's reach is not one")
-        return Anchor(rule_of(raw.get("rule", raw)), float(raw["weight"]), reach_mhz)
+        lower = raw.get("lower_limits", False) is True
+        return Anchor(rule_of(raw.get("rule", raw)), float(raw["weight"]), reach_mhz, lower)
 
 
 class GridAnchor:
@@ -74,7 +79,7 @@ class GridAnchor:
         return limit * len(self._grid.gpu_clocks_mhz) + clock
 
     def penalty(self, base: Knobs) -> np.ndarray:
-        """What each action loses; infinitely much with a lower batch limit than the rule: (actions,)."""
+        """What each action loses, infinitely much where it may not be taken: (actions,)."""
         return self._at(base)[2]
 
     def penalties(self) -> np.ndarray:
@@ -84,12 +89,13 @@ class GridAnchor:
     def decode(self, action: int, base: Knobs) -> Knobs:
         """The knobs of an action; the grid's nearest values to the rule's stand for these themselves.
 
-        A lower batch limit than the rule's is none: the rule's is taken.
+        Where it may not be lower than the rule's, a lower batch limit is none: the rule's is taken.
         """
         limit, clock = divmod(action, len(self._grid.gpu_clocks_mhz))
         at_limit, at_clock, _ = self._at(base)
+        kept = limit == at_limit or (limit < at_limit and not self._anchor.lower_limits)
         return Knobs(
-            base.batch_limit if limit <= at_limit else self._grid.batch_limits[limit],
+            base.batch_limit if kept else self._grid.batch_limits[limit],
             base.gpu_clock_mhz if clock == at_clock else self._grid.gpu_clocks_mhz[clock],
         )
 
@@ -101,7 +107,8 @@ class GridAnchor:
             by_limit = np.abs(np.arange(len(limits)) - limit)
             by_clock = np.abs(clocks - clocks[clock]) / 100.0
             penalty = self._anchor.weight * (by_limit[:, None] + by_clock)
-            penalty[:limit] = np.inf
+            if not self._anchor.lower_limits:
+                penalty[:limit] = np.inf
             penalty[:, by_clock > self._anchor.reach_mhz / 100.0] = np.inf
             self._near[base] = limit, clock, np.asarray(penalty.ravel())
         return self._near[base]

@@ -136,6 +136,7 @@ class LearnedPolicy:
         base, _ = own
         if self.anchor is not None:
             parts |= {"per_100_mhz": self.anchor.weight, "reach_mhz": self.anchor.reach_mhz}
+            parts |= {"lower_limits": self.anchor.lower_limits}
         return base._replace(**parts), server_of(spec, self.codec.slo)
 
     def observe(self, window: WindowMetrics) -> np.ndarray:

@@ -94,7 +94,9 @@ def collect(
                 try_row = _row(clocks, clocks[row, 0] + offset)
                 if random[drawn + 1] < plan.other_limit:
                     pick = int(random[drawn + 2] * len(p.grid_limits))
-                    try_limit = max(int(p.grid_limits[pick]), p.batch_limit)
+                    try_limit = int(p.grid_limits[pick])
+                    if not p.lower_limits:
+                        try_limit = max(try_limit, p.batch_limit)
                 drawn = (drawn + 3) % (len(random) - 8)
                 action = _action(p, try_limit, clocks[try_row, 0])
                 if action == base:

@@ -270,14 +270,14 @@ def _linear(weight: np.ndarray, bias: np.ndarray, x: np.ndarray, i: int) -> floa
 def _improved(
     p: Program, sight: np.ndarray, server: Server, clocks: np.ndarray, row: int, hidden: np.ndarray
 ) -> tuple[int, int]:
-    """The action of highest Q less what leaving the base costs; never a lower limit than the base's."""
+    """The action of highest Q less what leaving the base costs."""
     encode(p, sight, server, hidden[0])
     _layer(p.weight_1, p.bias_1, hidden[0], hidden[1])
     _layer(p.weight_2, p.bias_2, hidden[1], hidden[2])
     own_limit = _nearest(p.grid_limits, p.batch_limit)
     limit, most = own_limit, -math.inf
-    for i in range(own_limit, len(p.grid_limits)):
-        q = _linear(p.limit_weight, p.limit_bias, hidden[2], i) - p.per_100_mhz * (i - own_limit)
+    for i in range(0 if p.lower_limits else own_limit, len(p.grid_limits)):
+        q = _linear(p.limit_weight, p.limit_bias, hidden[2], i) - p.per_100_mhz * abs(i - own_limit)
         if q > most:
             limit, most = i, q
     own_clock = _nearest(p.grid_mhz, clocks[row, 0])

@@ -58,6 +58,7 @@ class Program(NamedTuple):
     grid_mhz: np.ndarray
     per_100_mhz: float  # of Q, away from the base
     reach_mhz: float  # how far it may be left
+    lower_limits: bool  # whether for a lower batch limit too
 
 
 # What a network may see, by code
@@ -76,7 +77,7 @@ def program(**parts: Any) -> Program:
         "features": np.zeros(0, np.int64), "fixed": none, "weight_1": table, "bias_1": none,
         "weight_2": table, "bias_2": none, "limit_weight": table, "limit_bias": none, "clock_weight": table,
         "clock_bias": none, "grid_limits": none, "grid_mhz": none, "per_100_mhz": 0.0,
-        "reach_mhz": math.inf,
+        "reach_mhz": math.inf, "lower_limits": False,
     }  # fmt: skip
     plain: dict[str, Any] = {
         "x": IN_SYSTEM, "y": IN_SYSTEM, "x_knots": np.zeros(1), "y_knots": np.zeros(1),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def train_policies(
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
     if config.mode == "specialist" and not config.conditional:
-        anchors = {size: Anchor(tuned.rule, TRAINING_WEIGHT, REACH_MHZ) for size, tuned in home.items()}
+        near = partial(Anchor, weight=TRAINING_WEIGHT, reach_mhz=REACH_MHZ)
+        lower = config.train.lower_limits
+        anchors = {size: near(tuned.rule, lower_limits=lower) for size, tuned in home.items()}
     with stage(run_dir, "training"):
         trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors)
     shares = [min(home[size].share for size in trial.block_sizes) for trial in trained]

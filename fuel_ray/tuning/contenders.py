@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fuel_ray.config import ServingConfig
@@ -24,7 +25,7 @@ from fuel_ray.policies.packs import check_pack
 from fuel_ray.policies.rules import Rule
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.types import Knobs, NodeSpec, Slo
+from fuel_ray.types import Knobs, NodeSpec, Policy, Slo, WindowMetrics
 
 LOG_PRICES = (0.7, 3.7)  # log10 of J per missed limit, between which a priced policy's is searched
 
@@ -122,29 +123,35 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     """An entry's contenders, each as the variants of which the best on the tuning seeds takes part.
 
     For a policy folder the price of a miss is tuned where it was trained for many prices. One whose reward is
-    energy is kept near the best simple rule, how near is tuned.
+    energy is kept near the best simple rule, how near is tuned, unless its training left that out.
     """
     if not is_folder(entry):
         return [(resolve(entry, case),)]
     policy = _load(entry, case)
-    if read_manifest(Path(entry)).reward != "energy":
+    manifest = read_manifest(Path(entry))
+    free_of_rules = manifest.anchor is None and len(manifest.kv_block_sizes) == 1
+    if manifest.reward != "energy" or free_of_rules:
         return [(free(name, policy, case.slo),)]
-    return [kept_near(name, policy, case.slo, case.best_rule or case.table)]
+    lower = policy.anchor is not None and policy.anchor.lower_limits
+    return [kept_near(name, policy, case.slo, case.best_rule or case.table, lower_limits=lower)]
 
 
 def free(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
-    """The policy as it was trained, with its price to be tuned."""
+    """The policy as it was trained, with its price to be tuned; of one price, all its clocks are moved."""
     return _priced(name, policy.near(None), slo)
 
 
-def kept_near(name: str, policy: LearnedPolicy, slo: Slo, rule: LoadTable | Rule) -> tuple[Contender, ...]:
+def kept_near(
+    name: str, policy: LearnedPolicy, slo: Slo, rule: LoadTable | Rule, *, lower_limits: bool = False
+) -> tuple[Contender, ...]:
     """The policy near this rule, a variant for each weight; with the largest it is the rule."""
     *loose, tight = WEIGHTS
 
     def as_rule(by: float) -> LearnedPolicy:
         return policy.near(Anchor(rule.moved(by), tight))
 
-    near = (_priced(name, policy.near(Anchor(rule, weight, REACH_MHZ)), slo) for weight in loose)
+    anchors = (Anchor(rule, weight, REACH_MHZ, lower_limits) for weight in loose)
+    near = (_priced(name, policy.near(anchor), slo) for anchor in anchors)
     dial = CLOSER if isinstance(rule, Rule) and rule.predicts else OFFSETS_MHZ
     return (*near, Contender(name, as_rule, dial, monotone=True, nominal=0.0))
 
@@ -155,8 +162,27 @@ def _as_is(name: str, policy: LearnedPolicy) -> Contender:
 
 def _priced(name: str, policy: LearnedPolicy, slo: Slo) -> Contender:
     if not policy.priced:
-        return _as_is(name, policy)
+        return Contender(name, partial(_moved, policy), OFFSETS_MHZ, monotone=True, nominal=0.0)
     return Contender(name, lambda x: policy.for_slo(slo, miss_price_j=10.0**x), LOG_PRICES, True)
+
+
+def _moved(policy: LearnedPolicy, by_mhz: float) -> Policy:
+    return _Moved(policy, by_mhz) if by_mhz else policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """A policy with all its clocks moved; the node takes the nearest ones that there are."""
+
+    policy: Policy
+    by_mhz: float
+
+    def reset(self) -> None:
+        self.policy.reset()
+
+    def decide(self, window: WindowMetrics) -> Knobs:
+        knobs = self.policy.decide(window)
+        return replace(knobs, gpu_clock_mhz=max(round(knobs.gpu_clock_mhz + self.by_mhz), 1))
 
 
 def _load(entry: str, case: Case) -> LearnedPolicy:

@@ -186,7 +186,8 @@ def tune_anchor(
 ) -> tuple[Anchor, float]:
     """How near to the best simple rule a policy does best on tuning seeds, and its price of a miss then."""
     tuning = _tuning_runs(config, kv_block_size, config.workload)
-    variants = kept_near("", policy.policy(tuning.loop.node.spec), config.slo, tuned.rule)
+    own, lower = policy.policy(tuning.loop.node.spec), config.train.lower_limits
+    variants = kept_near("", own, config.slo, tuned.rule, lower_limits=lower)
     best, _ = search.tuned(variants, tuning, _ASKED, share=tuned.share)
     assert isinstance(best, LearnedPolicy) and best.anchor is not None
     return best.anchor, best.codec.miss_price_j
