@@ -18,6 +18,7 @@ from fuel_ray.output import lasting_output
 from fuel_ray.packages import blamed, numba_cache
 
 VERBS = {  # each is the module of that name in commands
+    "demo": "see in a minute what a trained policy saves on a simulated node",
     "onboard": "your own server: measure it, train a policy for it, say how to deploy",
     "sweep": "train and compare one policy per KV block size",
     "train": "train one policy per KV block size",

@@ -25,7 +25,7 @@ NodeKind = Literal[Backend, "ray"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a policy is trained; what an algorithm has no use for is refused (``flags.UNUSED``)."""
+    """How a policy is trained; what an algorithm has no use for is refused (algorithms.py)."""
 
     algorithm: str = "dqn"
     """dqn: double, duelling, n-step, prioritised replay, near the load table. rllib-dqn: RLlib's own, which
@@ -85,13 +85,6 @@ class TrainConfig:
     """Training results, each with a checkpoint."""
     average_results: int = 2
     """A policy is the average of the weights at this many results up to the chosen one."""
-
-
-ALGORITHMS = {
-    "dqn": "fuel_ray.training.dqn:dqn",
-    "rllib-dqn": "fuel_ray.training.rllib_dqn:rllib_dqn",
-    "ppo": "fuel_ray.training.ppo:ppo",
-}
 
 
 @dataclass(frozen=True)

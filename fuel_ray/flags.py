@@ -22,9 +22,9 @@ from fuel_ray.address import (
     page_url,
     server_url,
 )
+from fuel_ray.algorithms import check_algorithm
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
-    ALGORITHMS,
     PRESETS,
     LearnConfig,
     LiveConfig,
@@ -41,13 +41,6 @@ from fuel_ray.flag_words import check_words, one_line, wrong_flag
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
-UNUSED = {  # settings of ``train`` by algorithm
-    "rllib-dqn": ("hold_steps",),
-    "ppo": (
-        *("updates_per_round", "buffer_size", "learning_starts", "n_step", "priority", "hold_steps"),
-        *("epsilon_initial", "epsilon_final", "epsilon_share", "target_update_updates"),
-    ),
-}
 NOT_NAMED = "which is loaded only where the command line names it too"
 
 # Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
@@ -245,7 +238,7 @@ def _validate_training(config: LearnConfig) -> None:
     unknown = [name for name in config.features if name not in table]
     if unknown or not config.features or len(set(config.features)) < len(config.features):
         raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(table)}")
-    _validate_algorithm(config)
+    check_algorithm(config)
     validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:
         raise ConfigError("--conditional needs all block sizes at once; a live or a cluster's node has one")
@@ -254,23 +247,6 @@ def _validate_training(config: LearnConfig) -> None:
         raise ConfigError(f"--storage {config.storage}: an absolute path, or a URL like s3://bucket/folder")
     if config.node != "ray" and config.nodes_per_trial > 1:
         raise ConfigError("--nodes-per-trial is for --node ray")
-
-
-def _validate_algorithm(config: LearnConfig) -> None:
-    train, preset = config.train, PRESETS[config.preset].train
-    if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
-        allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
-        raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
-    if train.branch_hold > train.branch_horizon:
-        longest = f"--train.branch-horizon {train.branch_horizon}"
-        raise ConfigError(f"--train.branch-hold {train.branch_hold}: longer than {longest}")
-    if train.algorithm in ("dqn", "rllib-dqn") and train.fragment_steps < train.n_step:
-        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
-    for name in UNUSED.get(train.algorithm, ()):
-        if getattr(train, name) != getattr(preset, name):
-            raise ConfigError(
-                f"{_flag('train.' + name)}: --train.algorithm {train.algorithm} has no use for it"
-            )
 
 
 def validate_tune_share(tune_share: float, slo_share: float | None) -> None:

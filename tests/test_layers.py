@@ -27,7 +27,7 @@ FLOORS = [  # lowest first; what is on one floor may import its neighbours
         "vllm_plugin",  # runs in vLLM's process; live.vllm shares its file
     ),
     ("control",),
-    ("config", "flags", "flag_words", "outside"),
+    ("config", "algorithms", "flags", "flag_words", "outside"),
     ("env", "record", "live", "cluster"),
     ("build",),
     ("tuning",),

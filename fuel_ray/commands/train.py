@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from fuel_ray.algorithms import branches
 from fuel_ray.config import LearnConfig
 from fuel_ray.training.policies import train_policies
 from fuel_ray.training.run import in_rounds, parse_run, running
@@ -14,7 +15,7 @@ class TrainVerbConfig(LearnConfig):
     episodes: int | None = None
     """Episodes to train for, in place of --steps."""
     steps_per_episode: int | None = None
-    """Windows per episode, in place of --train.episode-steps."""
+    """Windows per episode, in place of --train.episode-steps; with branches --episodes alone goes by it."""
 
 
 def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
@@ -22,7 +23,8 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
     config = parse_run(TrainVerbConfig, argv, prog=prog)
     per_episode = config.steps_per_episode or config.train.episode_steps
     steps = config.steps if config.episodes is None else config.episodes * per_episode
-    return replace(config, steps=steps, train=replace(config.train, episode_steps=per_episode))
+    own = config.train if branches(config) else replace(config.train, episode_steps=per_episode)
+    return replace(config, steps=steps, train=own)
 
 
 def run(config: TrainVerbConfig) -> int:

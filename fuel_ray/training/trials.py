@@ -16,11 +16,12 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
 
 from fuel_ray import outside
+from fuel_ray.algorithms import ALGORITHMS
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.nodes import is_kept
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
 from fuel_ray.codec import ActionGrid
-from fuel_ray.config import ALGORITHMS, LearnConfig
+from fuel_ray.config import LearnConfig
 from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.training.checkpoint import q_network
