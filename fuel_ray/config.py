@@ -17,7 +17,7 @@ from fuel_ray.outside import Reference, reference
 from fuel_ray.types import NodeSpec, Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
-Preset = Literal["default", "plain", "generalist", "seed"]
+Preset = Literal["default", "quick", "plain", "generalist", "seed"]
 Mode = Literal["specialist", "generalist", "fixed_price"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
@@ -165,8 +165,9 @@ class ServingConfig:
     """A node, the load that it serves and its SLO."""
 
     preset: Preset = "default"
-    """default: one policy per load and SLO, trained near its load table. plain: at one price of a miss.
-    generalist: one for any load and SLO. seed: 11 x 17 actions, 10 features, a GreenDLS reward with KV."""
+    """default: one policy per load and SLO, trained near its best simple rule. quick: the same, smaller, in two
+    minutes. plain: at one price of a miss. generalist: one for any load and SLO. seed: 11 x 17 actions, 10
+    features, a GreenDLS reward with KV."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     node: NodeKind = "sim"
@@ -238,6 +239,8 @@ class LearnConfig(ServingConfig):
     """Control windows (1 s each) to train each policy on; without branches take 200,000."""
     tune_share: float = 0.97
     """Share that baselines and checkpoints are tuned to on tuning seeds; some slips on held-out ones."""
+    tuning_seeds: int = 8
+    """Episodes of 20 minutes that baselines, checkpoints and anchors are tuned on, at most 8."""
     features: tuple[str, ...] = PRICED_FEATURES
     """Entries of the observation, by name."""
     normalisation: Literal["fixed", "running"] = "fixed"
@@ -286,6 +289,16 @@ class SweepConfig(LearnConfig):
     """Policies that are evaluated too: names such as clipper or voltana, folders, package.module:Class."""
 
 
+_QUICK = SweepConfig(
+    preset="quick",
+    block_sizes=(16,),
+    steps=18_000,
+    tuning_seeds=3,
+    train=TrainConfig(iterations=3),
+    seeds=3,
+    control_workload=None,
+    axis_seeds=0,
+)
 _PLAIN = SweepConfig(
     preset="plain",
     steps=120_000,
@@ -337,7 +350,7 @@ _GENERALIST = SweepConfig(
     ),
 )
 PRESETS: dict[str, SweepConfig] = {
-    config.preset: config for config in (SweepConfig(), _PLAIN, _GENERALIST, _SEED)
+    config.preset: config for config in (SweepConfig(), _QUICK, _PLAIN, _GENERALIST, _SEED)
 }
 
 Serving = TypeVar("Serving", bound=ServingConfig)

@@ -61,7 +61,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     (1.0, 3600.0): "canary_block_s",
     (0.001, 0.5): "canary",
     (1, 65_535): "metrics_port port",
-    (1, 10_000): "tuning_seeds",
+    (1, 8): "tuning_seeds",
     (0, 10_000): "axis_seeds",
     (0, 30): "train.branch_tries",
     (1, 256): "workers",
@@ -173,9 +173,10 @@ def resumed(
 
 
 def _of_class(config_class: type[Serving], preset: SweepConfig) -> Serving:
-    """The preset's values of those settings that ``config_class`` has too."""
-    names = {f.name for f in dataclasses.fields(config_class)} & {f.name for f in dataclasses.fields(preset)}
-    return config_class(**{name: getattr(preset, name) for name in names})
+    """What the preset changes of those settings that ``config_class`` has too."""
+    own, default = {f.name for f in dataclasses.fields(config_class)}, SweepConfig()
+    changed = {name: value for name, value in vars(preset).items() if value != getattr(default, name)}
+    return config_class(**{name: value for name, value in changed.items() if name in own})
 
 
 def validate(config: ServingConfig) -> None:

@@ -115,7 +115,9 @@ def evaluate_block_size(
                 LOAD_TABLE: own.table,
                 BEST_RULE: at_work(own.rule, spec, config.slo),
                 learned: load_policy(policy_folder, spec, extra_features=config.extra_features),
-                **tuned_policies(config, workload, spec, also, share=own.share, tuned=own),
+                **tuned_policies(
+                    config, workload, spec, also, share=own.share, tuned=own, seeds=config.tuning_seeds
+                ),
             }
 
         evaluate_policies(

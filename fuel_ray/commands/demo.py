@@ -14,7 +14,7 @@ from fuel_ray.policies.static import Static
 from fuel_ray.types import NodeSpec, Policy
 
 _LAST = (
-    "Modelled, not measured: a simulated H100 served the same arrivals to each, which no policy was tuned on.\n"
+    "Modelled, not measured: a simulated H100 served the same arrivals to each; nobody was tuned on them.\n"
     "To train policies yourself: fuel-ray sweep --preset quick; for your own server: fuel-ray onboard --help"
 )
 

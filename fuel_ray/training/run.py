@@ -155,7 +155,7 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
         **origin(verb),
         "seeds": {
             "training": f"drawn from seed {config.seed}",
-            "tuning": list(TUNING_SEEDS),
+            "tuning": list(TUNING_SEEDS[: config.tuning_seeds]),
             "held_out": list(held_out),
         },
         "pack": {
