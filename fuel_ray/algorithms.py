@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fuel_ray.config import PRESETS, LearnConfig
+from fuel_ray.config import PRESETS, LearnConfig, TrainConfig
 from fuel_ray.errors import ConfigError
 from fuel_ray.policies.compiled import KNOWN
 
@@ -47,15 +47,17 @@ def check_algorithm(config: LearnConfig) -> None:
     Raises:
         ConfigError: names the first setting that is wrong or unused.
     """
-    train, preset = config.train, PRESETS[config.preset].train
+    train = config.train
     if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
         allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
         raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
     if train.branch_hold > train.branch_horizon:
         longest = f"--train.branch-horizon {train.branch_horizon}"
         raise ConfigError(f"--train.branch-hold {train.branch_hold}: longer than {longest}")
-    for name in (name for name in _unused(config) if getattr(train, name) != getattr(preset, name)):
-        raise ConfigError(f"--train.{name.replace('_', '-')}: {_who(config)} has no use for it")
+    kept = (TrainConfig(), PRESETS[config.preset].train)
+    for name in _unused(config):
+        if getattr(train, name) not in [getattr(own, name) for own in kept]:
+            raise ConfigError(f"--train.{name.replace('_', '-')}: {_who(config)} has no use for it")
     if train.algorithm in ("dqn", "rllib-dqn") and train.fragment_steps < train.n_step:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
 

@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import shlex
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial, reduce
 from itertools import pairwise
+from operator import or_
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 
@@ -37,6 +39,7 @@ from fuel_ray.config import (
     to_dict,
 )
 from fuel_ray.errors import ConfigError
+from fuel_ray.flag_help import narrowed, page
 from fuel_ray.flag_words import check_words, one_line, wrong_flag
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
@@ -89,20 +92,30 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         config_class,
         prog=prog,
         default=default if default is not None else tyro.MISSING_NONPROP,
-        description=config_class.__doc__,
+        description=inspect.cleandoc(config_class.__doc__ or ""),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    complaint = io.StringIO()
+    shown, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with narrowed(), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
             config: T = parsed(args=argv)
     except SystemExit as stop:
         if not stop.code:
+            print(page(shown.getvalue(), prog), end="")
             raise
         raise ConfigError(wrong_flag(argv, parsed) or one_line(complaint.getvalue())) from None
     check_words(argv, several=set(map(_flag, _lists(to_dict(config)))))
     check_ranges(config)
     return config
+
+
+def completion(shell: str, verbs: Mapping[str, type]) -> str:
+    """A script that lets a shell complete the verbs and their flags, by the classes of their settings."""
+    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in verbs.items()]
+    words, script = ["--tyro-print-completion", shell], io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.cli(reduce(or_, kinds), prog="fuel-ray", args=words, config=(tyro.conf.AvoidSubcommands,))
+    return script.getvalue()
 
 
 def parse_serving(

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
-    ("types", "histogram", "errors", "outside", "disk", "output", "address", "packages", "stages"),
+    ("verbs", "types", "histogram", "errors", "outside", "disk", "output", "address", "packages", "stages"),
     (
         *(
             "metrics",
@@ -27,7 +27,7 @@ FLOORS = [  # lowest first; what is on one floor may import its neighbours
         "vllm_plugin",  # runs in vLLM's process; live.vllm shares its file
     ),
     ("control",),
-    ("config", "algorithms", "flags", "flag_words", "outside"),
+    ("node_config", "config", "algorithms", "flags", "flag_words", "flag_help", "outside"),
     ("env", "record", "live", "cluster"),
     ("build",),
     ("tuning",),

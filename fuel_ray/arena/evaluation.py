@@ -104,7 +104,7 @@ def evaluate_block_size(
     of the pack; nothing is trained or tuned again.
     """
     evaluation = Evaluation([], [])
-    also, learned = of_size(config.also, kv_block_size), read_manifest(policy_folder).algorithm
+    also, learned = of_size(config.policies, kv_block_size), read_manifest(policy_folder).algorithm
     for workload, own in tuned.items():
 
         @cache

@@ -25,9 +25,9 @@ from fuel_ray.tuning.tuned import Tuned
 def parse(argv: list[str], *, prog: str) -> SweepConfig:
     """Settings from flags; with --resume, those of the run, which flags may repeat but not change."""
     config = parse_run(SweepConfig, argv, prog=prog)
-    if config.also:
+    if config.policies:
         twin = twin_of(config)
-        check("--also", config.also, twin, [build_spec(twin, size) for size in config.block_sizes])
+        check("--policies", config.policies, twin, [build_spec(twin, size) for size in config.block_sizes])
     return config
 
 
@@ -60,8 +60,8 @@ def _round(found: Resolved[SweepConfig], run_dir: Path) -> None:
         for size, by_load in tuned.items()
     }
     write_json(run_dir / "run.json", facts)
-    if config.also:
-        print(f"also  {', '.join(config.also)}; what they need is tuned on the tuning seeds of the twin")
+    if config.policies:
+        print(f"also  {', '.join(config.policies)}; what they need is tuned on the tuning seeds of the twin")
     with stage(run_dir, "evaluation"):
         _evaluate(config, run_dir, tuned)
 

@@ -1,21 +1,11 @@
 """fuel-ray train: a policy per KV block size, without the comparison that a sweep adds."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fuel_ray.algorithms import branches
-from fuel_ray.config import LearnConfig
+from fuel_ray.config import TrainVerbConfig
 from fuel_ray.training.policies import train_policies
 from fuel_ray.training.run import in_rounds, parse_run, running
-
-
-@dataclass(frozen=True)
-class TrainVerbConfig(LearnConfig):
-    """Train one policy per KV block size and write it; `fuel-ray sweep` compares it too."""
-
-    episodes: int | None = None
-    """Episodes to train for, in place of --steps."""
-    steps_per_episode: int | None = None
-    """Windows per episode, in place of --train.episode-steps; with branches --episodes alone goes by it."""
 
 
 def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
