@@ -29,7 +29,6 @@ from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     PRESETS,
     LearnConfig,
-    LiveConfig,
     Reward,
     Serving,
     ServingConfig,
@@ -41,6 +40,7 @@ from fuel_ray.config import (
 from fuel_ray.errors import ConfigError
 from fuel_ray.flag_help import narrowed, page
 from fuel_ray.flag_words import check_words, one_line, wrong_flag
+from fuel_ray.node_config import LiveConfig
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
@@ -111,7 +111,7 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
 
 def completion(shell: str, verbs: Mapping[str, type]) -> str:
     """A script that lets a shell complete the verbs and their flags, by the classes of their settings."""
-    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in verbs.items()]
+    kinds: list[Any] = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in verbs.items()]
     words, script = ["--tyro-print-completion", shell], io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         tyro.cli(reduce(or_, kinds), prog="fuel-ray", args=words, config=(tyro.conf.AvoidSubcommands,))

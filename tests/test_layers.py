@@ -10,7 +10,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
-    ("verbs", "types", "histogram", "errors", "outside", "disk", "output", "address", "packages", "stages"),
+    (
+        "verbs",
+        "types",
+        "histogram",
+        "errors",
+        "outside",
+        "disk",
+        "output",
+        "address",
+        "packages",
+        "progress",
+        "stages",
+    ),
     (
         *(
             "metrics",
@@ -52,7 +64,7 @@ HOMES = {
     "aiohttp": ("live.load",),
     "psutil": ("live.cpu", "live.processes"),
     "prometheus_client": ("deploy.exporter", "live.vllm"),
-    "rich": ("commands.watch",),
+    "rich": ("commands.watch", "progress"),
     "vllm": ("vllm_plugin",),
 }
 

@@ -55,8 +55,15 @@ def run(config: DemoConfig) -> int:
 
     own = EvaluateConfig(block_sizes=(size,), seeds=config.seeds, seconds=config.seconds)
     found = Evaluation([], [])
-    amount = {"seeds": own.seeds, "seconds": own.seconds}
-    say = partial(print, flush=True)
-    evaluate_policies(own, size, own.workload, policies, **amount, into=found, say=say)
+    evaluate_policies(
+        own,
+        size,
+        own.workload,
+        policies,
+        seeds=own.seeds,
+        seconds=own.seconds,
+        into=found,
+        say=partial(print, flush=True),
+    )
     print(f"\n{comparison(found.rows, own, partial=False)}\n\n{_LAST}")
     return 0
