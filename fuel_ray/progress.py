@@ -1,5 +1,6 @@
 """How far a run is: one bar over all of its stages on a terminal, lines elsewhere, and when it will end."""
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ class Bar:
         self._stages = dict(stages)
         self._stage, self._share, self._note = "", 0.0, ""
         self._part = (0.0, 1.0)  # of the run, that the stages are gone through for
-        self._began_s = self._said_s = 0.0
+        self._began_s = self._said_s = self._told_s = 0.0  # monotonic
         self._lines: threading.Event | None = None  # set at the end
         self._bar: Progress | None = None
 
@@ -31,7 +32,7 @@ class Bar:
         return Bar, ({},)
 
     def __enter__(self) -> "Bar":
-        self._began_s = self._said_s = time.monotonic()
+        self._began_s = self._said_s = self._told_s = time.monotonic()
         console = Console()
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), _Left(self))
@@ -61,7 +62,7 @@ class Bar:
 
     def at(self, share: float, note: str = "") -> None:
         """How much of the stage is done, and what is to be said of it."""
-        self._share, self._note = share, note
+        self._share, self._note, self._told_s = share, note, time.monotonic()
         if self._bar is not None:
             words = f"{self._stage}  {note}".strip()
             self._bar.update(self._bar.task_ids[0], completed=self.done, description=words)
@@ -71,17 +72,22 @@ class Bar:
     @property
     def done(self) -> float:
         """Share of the run that is done, by what was expected."""
-        total = sum(self._stages.values())
-        names = list(self._stages)
+        return self._done(self._share)
+
+    def left(self) -> str:
+        """When the whole run will end, as people say it; of what is not told yet, some will be done."""
+        now_s, rest_s = time.monotonic(), self._stages.get(self._stage, 0.0) * (1.0 - self._share)
+        gone = 1.0 - math.exp((self._told_s - now_s) / rest_s) if rest_s else 0.0
+        done = self._done(self._share + (1.0 - self._share) * gone)
+        return about(left_s(sum(self._stages.values()), done, now_s - self._began_s))
+
+    def _done(self, share: float) -> float:
+        total, names = sum(self._stages.values()), list(self._stages)
         if self._stage not in self._stages or not total:
             return self._part[0]
         before = sum(self._stages[name] for name in names[: names.index(self._stage)])
         start, end = self._part
-        return start + (end - start) * (before + self._stages[self._stage] * self._share) / total
-
-    def left(self) -> str:
-        """When the whole run will end, as people say it."""
-        return about(left_s(sum(self._stages.values()), self.done, time.monotonic() - self._began_s))
+        return start + (end - start) * (before + self._stages[self._stage] * share) / total
 
     def _say(self) -> None:
         self._said_s = time.monotonic()

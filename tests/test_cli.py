@@ -320,7 +320,9 @@ def test_grouping_loses_no_flag(name, capsys):
     page, (kind,) = help_page(capsys, name), [cli._settings(name)]
     for f in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(f.type):
-            assert f"--{f.name.replace('_', '-')} " in page or f"--no-{f.name.replace('_', '-')}" in page, f.name
+            assert f"--{f.name.replace('_', '-')} " in page or f"--no-{f.name.replace('_', '-')}" in page, (
+                f.name
+            )
 
 
 HELP = """
