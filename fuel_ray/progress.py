@@ -53,7 +53,7 @@ class Bar:
 
     def part(self, start: float, end: float) -> None:
         """The stages are gone through again, for this part of the run, as shares of it."""
-        self._part, self._stage, self._share = (start, end), "", 0.0
+        self._part = (start, end)
 
     def stage(self, name: str) -> None:
         """A stage begins; those before it are done."""

@@ -99,10 +99,9 @@ def _through(state: Onboarding) -> None:
         if state.journal.is_done(stage.name):
             print(f"{head}: done before")
         else:
-            own, left = (
-                sum(s.seconds(_seen(state)) for s in STAGES[number:end]) for end in (number + 1, None)
-            )
-            print(f"{head} (about {_minutes(own)}, {_minutes(left)} to the end)", flush=True)
+            seconds = [later.seconds(_seen(state)) for later in STAGES[number:]]
+            took = f"about {_minutes(seconds[0])}, {_minutes(sum(seconds))} to the end of all"
+            print(f"{head} ({took})", flush=True)
             _one(state, stage)
         if end := state.journal.found(stage.name).get("end"):
             print(f"\nthis is the end of what can be done here: {end}")

@@ -98,8 +98,8 @@ def in_rounds(
         own = replace(config, block_sizes=tuple(sizes), out=run_dir)
         done, each = len(config.block_sizes) - len(left), 1 / len(config.block_sizes)
         bar.part(done * each, (done + len(sizes)) * each)
-        bar.stage("start")
         if config.live_server:
+            bar.stage("start")
             bar.at(0.0, f"{len(sizes)} vLLM, {config.live.start_timeout_s:.0f} s at most; log in {run_dir}")
         with resolve(own, run=run_dir.name, at_once=at_once) as found:
             _note(run_dir, found)
