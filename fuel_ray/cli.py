@@ -100,7 +100,8 @@ def _run(verb: str, argv: list[str]) -> int:
     if VERBS[verb].settings is not None and {"-h", "--help"} & {*argv}:
         flags.parse_serving(_settings(verb), argv, prog=prog)  # shows the page, and the exit is raised
     module = _module(verb)
-    config = getattr(module, "parse", partial(flags.parse_flags, _settings(verb)))(argv, prog=prog)
+    parse = getattr(module, "parse", None) or partial(flags.parse_flags, _settings(verb))
+    config = parse(argv, prog=prog)
     processes = importlib.import_module("fuel_ray.live.processes")
     with processes.orderly_signals():
         code: int = module.run(config)
