@@ -9,35 +9,18 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_type_hints
+from types import ModuleType
+from typing import cast, get_type_hints
 
 from fuel_ray import __version__
 from fuel_ray.disk import disk_faults
 from fuel_ray.errors import ConfigError, DiskError, FuelRayError
 from fuel_ray.output import lasting_output
 from fuel_ray.packages import blamed, numba_cache
+from fuel_ray.verbs import GROUPS, VERBS
 
-VERBS = {  # each is the module of that name in commands
-    "onboard": "your own server: measure it, train a policy for it, say how to deploy",
-    "sweep": "train and compare one policy per KV block size",
-    "train": "train one policy per KV block size",
-    "evaluate": "compare policies on a simulated or a live node",
-    "profile": "measure a node for `calibrate`: steps, prefills, idle power",
-    "arena": "compare every policy on every workload, with intervals",
-    "recommend": "name the block size and policy to deploy for a load",
-    "validate": "compare the simulator with recorded traces",
-    "packs": "list the calibration packs, or show one in full",
-    "calibrate": "fit a calibration pack from a profile of your server",
-    "benchmark": "send a load to a vLLM server and record power and KV cache",
-    "export": "turn an RLlib checkpoint into a policy folder",
-    "deploy": "let a policy control a running vLLM server",
-    "watch": "show in a terminal what deployments do",
-    "clock-helper": "set clocks for controllers that may not, as root",
-    "doctor": "say what this host, or a cluster, lacks for a node",
-    "unlock": "give back GPU clocks that a killed run left locked",
-    "report": "write a run's report again",
-}
 _ANYWHERE = ("unlock", "watch", "clock-helper")  # need no working directory
+_SHELLS = ("bash", "zsh", "fish")
 _NARROWEST = 40  # columns; tyro's help never ends below 10
 _NOBODY_READS = 141  # what a shell says of a command that SIGPIPE has ended
 
@@ -67,12 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def _answer(argv: Sequence[str]) -> int:
     verb = argv[0] if argv else "help"
     try:
-        if verb in ("version", "--version", "-V"):
-            print(f"fuel-ray {__version__}")
-            return 0
-        if verb in ("help", "--help", "-h"):
-            return _run(argv[1], ["--help"]) if len(argv) > 1 else _usage()
-        return _run(verb, list(argv[1:]))
+        return _said(verb, argv[1:])
     except DiskError:
         raise
     except FuelRayError as error:
@@ -85,9 +63,26 @@ def _answer(argv: Sequence[str]) -> int:
         return _complain("interrupted", code=130)
 
 
+def _said(verb: str, argv: Sequence[str]) -> int:
+    if verb in ("version", "--version", "-V"):
+        print(f"fuel-ray {__version__}")
+        return 0
+    if verb == "--print-completion":
+        return _completion(argv)
+    if verb in ("help", "--help", "-h"):
+        return _run(argv[0], ["--help"]) if argv else _usage()
+    return _run(verb, list(argv))
+
+
 def _usage() -> int:
-    print("usage: fuel-ray VERB [--flag value ...]    (fuel-ray VERB --help, fuel-ray --version)\n")
-    print("\n".join(f"  {verb:<12} {what}" for verb, what in VERBS.items()))
+    print("usage: fuel-ray VERB [--flag value ...]")
+    for title, verbs in GROUPS.items():
+        print(f"\n{title}")
+        print("\n".join(f"  {name:<12} {verb.what}" for name, verb in verbs.items()))
+    print(
+        "\nTo begin: fuel-ray demo. An example and all flags of a verb: fuel-ray VERB --help."
+        "\nTab completion: fuel-ray --print-completion bash|zsh|fish; also fuel-ray --version."
+    )
     return 0
 
 
@@ -98,14 +93,40 @@ def _run(verb: str, argv: list[str]) -> int:
         raise ConfigError("the working directory is gone: cd to one that is there")  # MKL aborts the process
     if (cache := numba_cache()) is not None:
         os.environ["NUMBA_CACHE_DIR"] = cache
-    module = importlib.import_module(f"fuel_ray.commands.{verb.replace('-', '_')}")
-    flags = importlib.import_module("fuel_ray.flags")  # not at the top: these may lack a package too
+    prog, flags = (
+        f"fuel-ray {verb}",
+        importlib.import_module("fuel_ray.flags"),
+    )  # these may lack a package too
+    if VERBS[verb].settings is not None and {"-h", "--help"} & {*argv}:
+        flags.parse_serving(_settings(verb), argv, prog=prog)  # shows the page, and the exit is raised
+    module = _module(verb)
+    parse = getattr(module, "parse", None) or partial(flags.parse_flags, _settings(verb))
+    config = parse(argv, prog=prog)
     processes = importlib.import_module("fuel_ray.live.processes")
-    parse = getattr(module, "parse", None) or partial(flags.parse_flags, get_type_hints(module.run)["config"])
-    config = parse(argv, prog=f"fuel-ray {verb}")
     with processes.orderly_signals():
         code: int = module.run(config)
     return code
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"fuel_ray.commands.{verb.replace('-', '_')}")
+
+
+def _settings(verb: str) -> type:
+    """The class of a verb's settings."""
+    if (where := VERBS[verb].settings) is not None:
+        module, _, name = where.partition(":")
+        return cast(type, getattr(importlib.import_module(module), name))
+    return cast(type, get_type_hints(_module(verb).run)["config"])
+
+
+def _completion(words: Sequence[str]) -> int:
+    shell = words[0] if words else "no shell"
+    if shell not in _SHELLS:
+        raise ConfigError(f"--print-completion {shell}: one of {', '.join(_SHELLS)}")
+    flags = importlib.import_module("fuel_ray.flags")
+    print(flags.completion(shell, {verb: _settings(verb) for verb in VERBS}))
+    return 0
 
 
 def _no_verb(word: str, others: Sequence[str]) -> str:

@@ -4,20 +4,19 @@ import contextlib
 import dataclasses
 import json
 import typing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
 
-from fuel_ray.address import Access
-from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName, parse_knobs
+from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName
 from fuel_ray.errors import ConfigError
-from fuel_ray.guard import Rules
+from fuel_ray.node_config import GuardConfig, LiveConfig
 from fuel_ray.outside import Reference, reference
-from fuel_ray.types import NodeSpec, Slo
+from fuel_ray.types import Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
-Preset = Literal["default", "plain", "generalist", "seed"]
+Preset = Literal["default", "quick", "plain", "generalist", "seed"]
 Mode = Literal["specialist", "generalist", "fixed_price"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
@@ -25,11 +24,11 @@ NodeKind = Literal[Backend, "ray"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a policy is trained; what an algorithm has no use for is refused (``flags.UNUSED``)."""
+    """How a policy is trained; what an algorithm has no use for is refused (algorithms.py)."""
 
     algorithm: str = "dqn"
-    """dqn: double, duelling, n-step, prioritised replay, near the load table. rllib-dqn: RLlib's own, which
-    knows no table. ppo: RLlib's. Or your own, package.module:NAME."""
+    """dqn: double and duelling, near the best simple rule. rllib-dqn: RLlib's own, which knows no
+    rule. ppo: RLlib's. Or your own, package.module:NAME."""
     episode_steps: int = 200
     """Control windows per training episode."""
     num_envs: int = 32
@@ -89,93 +88,14 @@ class TrainConfig:
     """A policy is the average of the weights at this many results up to the chosen one."""
 
 
-ALGORITHMS = {
-    "dqn": "fuel_ray.training.dqn:dqn",
-    "rllib-dqn": "fuel_ray.training.rllib_dqn:rllib_dqn",
-    "ppo": "fuel_ray.training.ppo:ppo",
-}
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """When a policy is overruled; None and 0 leave a rule out. Raising the clock is never held back."""
-
-    max_wait_s: float | None = None
-    """Shield: maximum performance while a request has waited longer than this, in s."""
-    max_waiting: int | None = None
-    """Shield: the same while more requests than this wait."""
-    latency: bool = False
-    """Shield: the same while twice as many latency limits are missed as the SLO allows."""
-    release_s: float = 10.0
-    """Seconds of calm after which the shield lets the policy go on."""
-    drift: bool = False
-    """Fallback while the load is outside the range that the policy was trained on."""
-    fallback: str | None = None
-    """LIMIT@MHZ without telemetry and under drift, as a tuned static 48@1350; None: maximum performance."""
-    floor_mhz: int | None = None
-    """No lower clock than this, in MHz."""
-    max_step_mhz: int | None = None
-    """Largest fall of the clock per window, in MHz."""
-    dwell_s: float = 0.0
-    """Seconds after a change before the clock may fall."""
-    switches_per_minute: int | None = None
-    """Changes of the clock per minute; once spent, it may only rise."""
-
-    def rules(self, slo: Slo, spec: NodeSpec) -> Rules:
-        """For a node and its SLO.
-
-        Raises:
-            ConfigError: the fallback is malformed or not one of the node's settings.
-        """
-        fallback = self.fallback
-        if fallback is not None and len(spec.gpu_clocks_mhz) == 1:
-            fallback = fallback.partition("@")[0]  # the clock is not ours to set
-        same = {f.name for f in fields(Rules)} - {"slo", "fallback"}
-        return Rules(
-            slo=slo if self.latency else None,
-            fallback=None if fallback is None else parse_knobs(fallback, spec),
-            **{name: getattr(self, name) for name in same},
-        )
-
-
-@dataclass(frozen=True)
-class LiveConfig(Access):
-    """The server and the GPUs of a live node."""
-
-    model: str = ""
-    """Model folder or name, as vllm serve takes it."""
-    server: str | None = None
-    """URL of a running server to attach to, which is not stopped; None: start one per block size."""
-    served_model: str | None = None
-    """Name under which the server serves the model, where it serves several; None: the one that fits."""
-    limit_file: Path | None = None
-    """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
-    vllm: str = "vllm"
-    """Command that runs vLLM; several words as in a shell."""
-    flags: str = ""
-    """More flags of vllm serve, as in a shell: --live.flags="--dtype half"."""
-    gpu_ids: tuple[str, ...] = ()
-    """GPUs that the server runs on, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning);
-    none given: the first that CUDA_VISIBLE_DEVICES shows, as many as --live.flags make the server use."""
-    clock_control: Literal["on", "off"] = "on"
-    """off: observe-only; clocks are left alone and policies have one clock to choose."""
-    max_num_batched_tokens: int | None = None
-    """Tokens per step of a running server, for traces; None: what can be found out, else vLLM's default."""
-    vocab_size: int = 1000
-    """Prompts are random token ids below this."""
-    request_timeout_s: float = 120.0
-    """Seconds after which a request is given up."""
-    start_timeout_s: float = 600.0
-    """Seconds in which the server has to answer."""
-
-
 @dataclass(frozen=True)
 class ServingConfig:
     """A node, the load that it serves and its SLO."""
 
     preset: Preset = "default"
-    """default: one policy per load and SLO, trained near its load table. plain: at one price of a miss.
-    generalist: one for any load and SLO. seed: 11 x 17 actions, 10 features, a GreenDLS reward with KV."""
+    """default: one policy per load and SLO, trained near its best simple rule. quick: one such policy,
+    smaller, in two minutes. plain: at one price of a miss. generalist: one for any load and SLO. seed: 11 x
+    17 actions, 10 features, a GreenDLS reward with KV."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     node: NodeKind = "sim"
@@ -247,6 +167,8 @@ class LearnConfig(ServingConfig):
     """Control windows (1 s each) to train each policy on; without branches take 200,000."""
     tune_share: float = 0.97
     """Share that baselines and checkpoints are tuned to on tuning seeds; some slips on held-out ones."""
+    tuning_seeds: int = 8
+    """Episodes of 20 minutes that baselines, checkpoints and anchors are tuned on, at most 8."""
     features: tuple[str, ...] = PRICED_FEATURES
     """Entries of the observation, by name."""
     normalisation: Literal["fixed", "running"] = "fixed"
@@ -267,7 +189,7 @@ class LearnConfig(ServingConfig):
     start_from: Path | None = None
     """Policy folder whose weights training begins with, such as one that was trained on the twin."""
     anchor: bool = True
-    """Keep each policy near the load table that is tuned for its load; how near is tuned too."""
+    """Keep each policy near the best simple rule of its load; how near is tuned too."""
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
@@ -291,10 +213,30 @@ class SweepConfig(LearnConfig):
     """Held-out seeds on which every policy is evaluated under each other clock axis of the pack; 0: none."""
     live_seconds: int = 120
     """Seconds of arrivals per policy and seed when a live node is evaluated."""
-    also: tuple[str, ...] = ()
-    """Policies that are evaluated too: names such as clipper or voltana, folders, package.module:Class."""
+    policies: tuple[str, ...] = ()
+    """Policies that are compared too: names such as clipper or example, folders, package.module:Class."""
 
 
+@dataclass(frozen=True)
+class TrainVerbConfig(LearnConfig):
+    """Train one policy per KV block size and write it; `fuel-ray sweep` compares it too."""
+
+    episodes: int | None = None
+    """Episodes to train for, in place of --steps."""
+    steps_per_episode: int | None = None
+    """Windows per episode, in place of --train.episode-steps; with branches --episodes alone goes by it."""
+
+
+_QUICK = SweepConfig(
+    preset="quick",
+    block_sizes=(16,),
+    steps=18_000,
+    tuning_seeds=3,
+    train=TrainConfig(iterations=3),
+    seeds=3,
+    control_workload=None,
+    axis_seeds=0,
+)
 _PLAIN = SweepConfig(
     preset="plain",
     steps=120_000,
@@ -346,10 +288,11 @@ _GENERALIST = SweepConfig(
     ),
 )
 PRESETS: dict[str, SweepConfig] = {
-    config.preset: config for config in (SweepConfig(), _PLAIN, _GENERALIST, _SEED)
+    config.preset: config for config in (SweepConfig(), _QUICK, _PLAIN, _GENERALIST, _SEED)
 }
 
 Serving = TypeVar("Serving", bound=ServingConfig)
+_RENAMED = {"also": "policies"}  # of files that 0.1 wrote
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -387,7 +330,7 @@ def _changed(base: Any, raw: Any, source: str) -> Any:
         raise ConfigError(f"{source}: not a JSON object")
     kinds = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
-    for key, value in raw.items():
+    for key, value in ((_RENAMED.get(key, key), value) for key, value in raw.items()):
         if key not in kinds:
             raise ConfigError(f"{source}: unknown key {key!r}; allowed are {', '.join(kinds)}")
         if dataclasses.is_dataclass(kinds[key]):

@@ -13,6 +13,9 @@ _NO_CHOICE = r"Error parsing (\S+): no type matching (\S+) could be instantiated
 _STRAY = r"Unrecognized options: (.*)"
 
 
+OTHER_NAMES = {"--also": "--policies", "--to": "--out", "--policies": "--policy", "--policy": "--policies"}
+
+
 def check_words(argv: Sequence[str], *, several: Collection[str]) -> None:
     """Check that a flag of several values is given once; of others the last one counts.
 
@@ -31,6 +34,8 @@ def wrong_flag(argv: Sequence[str], parsed: Callable[..., object]) -> str | None
     name = next((name for name in _names(argv) if name not in known), None)
     if name is None:
         return None
+    if OTHER_NAMES.get(name) in known:
+        return f"{name} is no flag here: did you mean {OTHER_NAMES[name]}?"
     tails = [flag for flag in known if flag.partition(".")[2] == name.removeprefix("--")]
     near = tails or difflib.get_close_matches(name.lower(), known, n=1)
     return f"{name} is no flag here" + (f": did you mean {near[0]}?" if near else "; --help lists them")

@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import math
 import os
 import shlex
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial, reduce
 from itertools import pairwise
+from operator import or_
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 
@@ -23,12 +25,11 @@ from fuel_ray.address import (
     page_url,
     server_url,
 )
+from fuel_ray.algorithms import check_algorithm
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
-    ALGORITHMS,
     PRESETS,
     LearnConfig,
-    LiveConfig,
     Reward,
     Serving,
     ServingConfig,
@@ -38,17 +39,12 @@ from fuel_ray.config import (
     to_dict,
 )
 from fuel_ray.errors import ConfigError
+from fuel_ray.flag_help import narrowed, page
 from fuel_ray.flag_words import check_words, one_line, wrong_flag
+from fuel_ray.node_config import LiveConfig
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
-UNUSED = {  # settings of ``train`` by algorithm
-    "rllib-dqn": ("hold_steps",),
-    "ppo": (
-        *("updates_per_round", "buffer_size", "learning_starts", "n_step", "priority", "hold_steps"),
-        *("epsilon_initial", "epsilon_final", "epsilon_share", "target_update_updates"),
-    ),
-}
 NOT_NAMED = "which is loaded only where the command line names it too"
 
 # Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
@@ -69,7 +65,7 @@ _GROUPS: dict[tuple[float, float], str] = {
     (1.0, 3600.0): "canary_block_s",
     (0.001, 0.5): "canary",
     (1, 65_535): "metrics_port port",
-    (1, 10_000): "tuning_seeds",
+    (1, 8): "tuning_seeds",
     (0, 10_000): "axis_seeds",
     (0, 30): "train.branch_tries",
     (1, 256): "workers",
@@ -98,20 +94,30 @@ def parse_flags(config_class: type[T], argv: list[str], *, prog: str, default: T
         config_class,
         prog=prog,
         default=default if default is not None else tyro.MISSING_NONPROP,
-        description=config_class.__doc__,
+        description=inspect.cleandoc(config_class.__doc__ or ""),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    complaint = io.StringIO()
+    shown, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with narrowed(), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
             config: T = parsed(args=argv)
     except SystemExit as stop:
         if not stop.code:
+            print(page(shown.getvalue(), prog), end="")
             raise
         raise ConfigError(wrong_flag(argv, parsed) or one_line(complaint.getvalue())) from None
     check_words(argv, several=set(map(_flag, _lists(to_dict(config)))))
     check_ranges(config)
     return config
+
+
+def completion(shell: str, verbs: Mapping[str, type]) -> str:
+    """A script that lets a shell complete the verbs and their flags, by the classes of their settings."""
+    kinds: list[Any] = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in verbs.items()]
+    words, script = ["--tyro-print-completion", shell], io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.cli(reduce(or_, kinds), prog="fuel-ray", args=words, config=(tyro.conf.AvoidSubcommands,))
+    return script.getvalue()
 
 
 def parse_serving(
@@ -192,9 +198,10 @@ def resumed(
 
 
 def _of_class(config_class: type[Serving], preset: SweepConfig) -> Serving:
-    """The preset's values of those settings that ``config_class`` has too."""
-    names = {f.name for f in dataclasses.fields(config_class)} & {f.name for f in dataclasses.fields(preset)}
-    return config_class(**{name: getattr(preset, name) for name in names})
+    """What the preset changes of those settings that ``config_class`` has too."""
+    own, default = {f.name for f in dataclasses.fields(config_class)}, SweepConfig()
+    changed = {name: value for name, value in vars(preset).items() if value != getattr(default, name)}
+    return config_class(**{name: value for name, value in changed.items() if name in own})
 
 
 def validate(config: ServingConfig) -> None:
@@ -257,7 +264,7 @@ def _validate_training(config: LearnConfig) -> None:
     unknown = [name for name in config.features if name not in table]
     if unknown or not config.features or len(set(config.features)) < len(config.features):
         raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(table)}")
-    _validate_algorithm(config)
+    check_algorithm(config)
     validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:
         raise ConfigError("--conditional needs all block sizes at once; a live or a cluster's node has one")
@@ -266,23 +273,6 @@ def _validate_training(config: LearnConfig) -> None:
         raise ConfigError(f"--storage {config.storage}: an absolute path, or a URL like s3://bucket/folder")
     if config.node != "ray" and config.nodes_per_trial > 1:
         raise ConfigError("--nodes-per-trial is for --node ray")
-
-
-def _validate_algorithm(config: LearnConfig) -> None:
-    train, preset = config.train, PRESETS[config.preset].train
-    if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
-        allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
-        raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
-    if train.branch_hold > train.branch_horizon:
-        longest = f"--train.branch-horizon {train.branch_horizon}"
-        raise ConfigError(f"--train.branch-hold {train.branch_hold}: longer than {longest}")
-    if train.algorithm in ("dqn", "rllib-dqn") and train.fragment_steps < train.n_step:
-        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
-    for name in UNUSED.get(train.algorithm, ()):
-        if getattr(train, name) != getattr(preset, name):
-            raise ConfigError(
-                f"{_flag('train.' + name)}: --train.algorithm {train.algorithm} has no use for it"
-            )
 
 
 def validate_tune_share(tune_share: float, slo_share: float | None) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fuel_ray.algorithms import branches
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.codec import PRICED_FEATURES, ActionGrid, Codec
 from fuel_ray.config import PRESETS, LearnConfig
@@ -20,7 +21,7 @@ from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.choice import choose
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.training.branching import Seen, branch_loss, branches, empty
+from fuel_ray.training.branching import Seen, branch_loss, empty
 from fuel_ray.training.dqn import FastDqn, learner_of
 from fuel_ray.training.rl_module import DuelingQNet
 from fuel_ray.types import Knobs, Slo
@@ -232,3 +233,26 @@ def test_an_action_that_is_held_beyond_the_comparison_is_refused():
         parse_serving(LearnConfig, ["--train.branch-hold", "30"], prog="train")
     own = parse_serving(LearnConfig, ["--train.branch-tries", "0"], prog="train")
     assert not branches(own)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("gamma 0.9", "n-step 3", "priority 0", "hold-steps 2", "learning-starts 100", "num-envs 8"),
+        *("fragment-steps 8", "episode-steps 100", "target-update-updates 100"),
+        *("epsilon-initial 0.3", "epsilon-final 0.1", "epsilon-share 0.2"),
+    ],
+)
+def test_what_branches_have_no_use_for_is_refused(flag):
+    name, value = flag.split()
+    with pytest.raises(ConfigError, match=f"--train.{name}: learning from branches"):
+        parse_serving(LearnConfig, [f"--train.{name}", value], prog="train")
+    parse_serving(LearnConfig, [f"--train.{name}", value, "--train.branch-tries", "0"], prog="train")
+
+
+@pytest.mark.parametrize(
+    "switch", ["--train.branch-tries 0", "--train.algorithm ppo", "--train.algorithm rllib-dqn"]
+)
+def test_who_does_not_branch_has_no_use_for_how(switch):
+    with pytest.raises(ConfigError, match=r"--train.branch-every: .* has no use for it"):
+        parse_serving(LearnConfig, [*f"--train.{switch}".split(), "--train.branch-every", "2"], prog="train")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fuel_ray import __version__
+from fuel_ray import __version__, cli
 from fuel_ray.cli import VERBS, main
 from fuel_ray.commands import sweep
 from fuel_ray.config import PRESETS, LiveConfig, SweepConfig, from_dict, load_config, to_dict
@@ -117,7 +117,7 @@ WRONG = [
 def no_sweep(monkeypatch):
     """A wrong setting that is accepted fails here rather than in a sweep."""
 
-    def stages(config, run_dir):
+    def stages(config, run_dir, bar):
         raise AssertionError("a sweep was started")
 
     monkeypatch.setattr("fuel_ray.commands.sweep._stages", stages)
@@ -274,30 +274,120 @@ def test_a_run_of_another_config_is_not_resumed(capsys, tmp_path):
     assert "steps" in capsys.readouterr().err
 
 
-def test_help_explains_every_flag_of_the_contract(capsys):
+def help_page(capsys, verb):
     with pytest.raises(SystemExit) as stop:
-        main(["sweep", "--help"])
+        main([verb, "--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_explains_every_flag_of_the_contract(capsys):
+    text = help_page(capsys, "sweep")
     flags = "preset block-sizes steps seeds pack workload slo-ttft-s slo-tpot-s slo-e2e-s reward"
     for flag in f"{flags} out resume config conditional".split():
         assert f"--{flag}" in text
+    words = " ".join(text.split())
     for default in (SweepConfig().steps, SweepConfig().kv_tokens, "8 16 32 64", SweepConfig().pack):
-        assert f"default: {default})" in text
+        assert f"default: {default})" in words
     assert "in s" in text and "tokens" in text and "MHz" in text
+
+
+def test_the_first_screen_of_help_has_what_is_used_most(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = help_page(capsys, "sweep")
+    screen = "\n".join(text.splitlines()[:50])
+    assert "example: fuel-ray sweep --preset quick" in screen
+    for flag in [
+        "preset",
+        "block-sizes",
+        "workload",
+        "slo-ttft-s",
+        "slo-tpot-s",
+        "steps",
+        "policies",
+        "seeds",
+        "out",
+        "resume",
+    ]:
+        assert f"\n  --{flag} " in screen
+    for flag in ["node-wait-s", "grid-batch-limits", "train.lr", "guard.drift"]:
+        assert f"--{flag} " not in screen and f"\n  --{flag}" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", ["sweep", "train", "evaluate", "deploy"])
+def test_grouping_loses_no_flag(name, capsys):
+    page, (kind,) = help_page(capsys, name), [cli._settings(name)]
+    for f in dataclasses.fields(kind):
+        if not dataclasses.is_dataclass(f.type):
+            assert f"--{f.name.replace('_', '-')} " in page or f"--no-{f.name.replace('_', '-')}" in page, (
+                f.name
+            )
+
+
+HELP = """
+import contextlib, io, sys
+from fuel_ray.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(sys.argv[1:])
+sys.exit(" ".join({"ray", "torch", "matplotlib", "gymnasium"} & set(sys.modules)) or 0)
+"""
+
+
+@pytest.mark.parametrize("line", ["--help", "sweep --help", "train -h", "demo --help", "help evaluate"])
+def test_help_waits_for_neither_ray_nor_torch(line):
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *line.split()], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_shell_completes_verbs_flags_and_values(tmp_path, capsys):
+    assert main(["--print-completion", "bash"]) == 0
+    (tmp_path / "fuel-ray.sh").write_text(capsys.readouterr().out)
+
+    def completed(*words):
+        line = f"COMP_WORDS=({' '.join(words)} ); COMP_CWORD={len(words) - 1}; _tyro_fuel_ray"
+        script = f'source {tmp_path}/fuel-ray.sh; {line}; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("fuel-ray", "swe") == ["sweep"]
+    assert completed("fuel-ray", "sweep", "--slo-t") == ["--slo-ttft-s", "--slo-tpot-s"]
+    assert "quick" in completed("fuel-ray", "sweep", "--preset", "''")
+
+
+def test_completion_names_the_shells_that_it_is_for(capsys):
+    assert main(["--print-completion", "cmd"]) == 2
+    assert "one of bash, zsh, fish" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_of_a_verb_has_flags_that_there_are(verb, capsys):
+    words = VERBS[verb].example.split()
+    known = help_page(capsys, verb)
+    assert all(word in known for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "new"),
+    [("sweep --also clipper", "--policies"), ("export --to x", "--out"), ("deploy --policies x", "--policy")],
+)
+def test_another_name_of_a_flag_is_told(argv, new, capsys):
+    assert main(argv.split()) == 2
+    assert f"did you mean {new}?" in capsys.readouterr().err
+
+
+def test_a_file_of_0_1_is_read(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"config": {"also": ["clipper"]}}))
+    assert load_config(path, base=SweepConfig()).policies == ("clipper",)
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
 def test_the_verbs_are_listed(argv, capsys):
     assert main(argv) == 0
     assert "sweep" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
-    assert stop.value.code == 0 and "usage" in capsys.readouterr().out
 
 
 def test_an_interruption_is_said_and_exits_with_130(capsys, monkeypatch):

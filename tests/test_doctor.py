@@ -222,6 +222,14 @@ def test_a_simulated_node_needs_neither_gpu_nor_vllm(capsys):
     assert set(lines(capsys)) == {"disk", "port"}
 
 
+def test_on_a_laptop_simulation_is_said_to_be_fine(capsys, monkeypatch):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "Simulated nodes need none" in said and "FAIL" not in said and "vLLM" not in said
+    assert main(["doctor", "--backend", "live", "--vllm", "nowhere/vllm"]) == 1
+
+
 def test_vllm_that_is_not_there_is_said(capsys, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu()))
     assert main(["doctor", "--vllm", "nowhere/vllm"]) == 1

@@ -109,6 +109,6 @@ def test_what_is_wrong_is_said_in_one_line(checkpoint, tmp_path, capsys):
     moved = tmp_path / "moved"
     (moved / MODULE_STATE).parent.mkdir(parents=True)
     (moved / MODULE_STATE).write_bytes((checkpoint / MODULE_STATE).read_bytes())
-    for arguments in (["nowhere"], [str(tmp_path)], [str(moved)], [str(checkpoint), "--to", "/proc/x"], []):
+    for arguments in (["nowhere"], [str(tmp_path)], [str(moved)], [str(checkpoint), "--out", "/proc/x"], []):
         assert main(["export", *(["--checkpoint"] if arguments else []), *arguments]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from fuel_ray.cli import main
+from fuel_ray.commands.watch import table
 from fuel_ray.control import StepRecord
-from fuel_ray.deploy.exporter import Exporter, read_page
+from fuel_ray.deploy.exporter import Exporter, Page, read_page
 from fuel_ray.errors import ConfigError, GpuError, TelemetryError
 from fuel_ray.guard import Verdict
 from fuel_ray.live.vllm.server import free_port
@@ -244,6 +246,17 @@ def test_watch_shows_a_row_per_controller_and_what_is_wrong_with_it(exporter, ca
         assert main(["watch", "--once", "--urls", exporter.url, stub.url, "http://127.0.0.1:9"]) == 2
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert f"{stub.url}/metrics is not a controller's" in shown and "refused" in shown
+
+
+def test_a_terminal_of_80_columns_tells_servers_apart(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    urls = [f"http://gpu-node-{k}.serving.local:9464" for k in (1, 2)]
+    page = Page({}, {"mode": "control", "policy": "results/sweep-20261127-120000/policies/block_16"})
+    Console().print(table([(url, page) for url in urls]))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in ("gpu-node-1.serving.local:9464", "gpu-node-2.serving.local:9464"):
+        assert sum(name in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("flags", ["--interval-s 0", "--interval-s nan", "--urls", "--nonsense"])

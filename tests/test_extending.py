@@ -173,7 +173,7 @@ def test_an_export_has_no_use_for_the_algorithm(trap, tmp_path, monkeypatch, cap
 
 def test_all_of_several_names_are_to_be_named(trap, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"also": ["trap:Mine", "clipper"]}))
-    with pytest.raises(ConfigError, match=r"add --also trap:Mine clipper$"):
+    with pytest.raises(ConfigError, match=r"add --policies trap:Mine clipper$"):
         parse("--config", str(tmp_path / "settings.json"))
 
 

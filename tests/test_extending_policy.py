@@ -115,12 +115,12 @@ def test_recommend_compares_rules_too(tmp_path, capsys, few_tuning_seeds):
 
 def test_a_sweep_evaluates_others_beside_its_own(tmp_path, few_tuning_seeds, monkeypatch):
     monkeypatch.setattr("fuel_ray.arena.evaluation.EPISODE_S", 60)
-    config = replace(CONFIG, seeds=1, also=("clipper", "feedback", MINE))
+    config = replace(CONFIG, seeds=1, policies=("clipper", "feedback", MINE))
     own = Tuned(Knobs(48, 1500), LoadTable((), (Knobs(48, 1500),)), 0.97)
     folder = a_priced_policy(tmp_path / "p")
     rows = evaluate_block_size(config, 16, {"steady:rate_rps=4": own}, folder).rows
-    alone = evaluate_block_size(replace(config, also=()), 16, {"steady:rate_rps=4": own}, folder).rows
-    assert rows[:5] == alone and [row["policy"] for row in rows[5:]] == list(config.also)
+    alone = evaluate_block_size(replace(config, policies=()), 16, {"steady:rate_rps=4": own}, folder).rows
+    assert rows[:5] == alone and [row["policy"] for row in rows[5:]] == list(config.policies)
 
 
 def test_a_policy_that_learns_while_it_serves_has_played_the_tuning_seeds(few_tuning_seeds):
@@ -137,7 +137,7 @@ def test_a_policy_that_learns_while_it_serves_has_played_the_tuning_seeds(few_tu
         "fuel_ray.types:Slo", "collections:Counter",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("verb", ["evaluate --policies", "sweep --also", "arena --policies"])
+@pytest.mark.parametrize("verb", ["evaluate --policies", "sweep --policies", "arena --policies"])
 def test_what_is_no_policy_is_said_in_one_line_before_anything_is_run(entry, verb, capsys, tmp_path):
     assert main([*verb.split(), entry, "--block-sizes", "16", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -10,7 +10,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
-    ("types", "histogram", "errors", "outside", "disk", "output", "address", "packages", "stages"),
+    (
+        "verbs",
+        "types",
+        "histogram",
+        "errors",
+        "outside",
+        "disk",
+        "output",
+        "address",
+        "packages",
+        "progress",
+        "stages",
+    ),
     (
         *(
             "metrics",
@@ -27,7 +39,7 @@ FLOORS = [  # lowest first; what is on one floor may import its neighbours
         "vllm_plugin",  # runs in vLLM's process; live.vllm shares its file
     ),
     ("control",),
-    ("config", "flags", "flag_words", "outside"),
+    ("node_config", "config", "algorithms", "flags", "flag_words", "flag_help", "outside"),
     ("env", "record", "live", "cluster"),
     ("build",),
     ("tuning",),
@@ -52,7 +64,7 @@ HOMES = {
     "aiohttp": ("live.load",),
     "psutil": ("live.cpu", "live.processes"),
     "prometheus_client": ("deploy.exporter", "live.vllm"),
-    "rich": ("commands.watch",),
+    "rich": ("commands.watch", "progress"),
     "vllm": ("vllm_plugin",),
 }
 

@@ -22,7 +22,6 @@ CONFIG = replace(SweepConfig(), train=replace(PRESETS["default"].train, head="jo
 CODEC = build_codec(CONFIG, build_spec(CONFIG, 16))
 REASON = "was trained on pack h100-qwen3-8b as it was before"
 VERBS = {"evaluate": evaluate, "recommend": recommend, "arena": arena, "sweep": sweep}
-FLAG = {"sweep": "--also"}
 
 
 def policy(folder, **facts):
@@ -44,7 +43,7 @@ def old(tmp_path):
 
 
 def flags(verb, folder):
-    return ["--block-sizes", "16", FLAG.get(verb, "--policies"), str(folder)]
+    return ["--block-sizes", "16", "--policies", str(folder)]
 
 
 @pytest.mark.parametrize("verb", VERBS)

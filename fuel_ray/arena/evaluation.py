@@ -104,7 +104,7 @@ def evaluate_block_size(
     of the pack; nothing is trained or tuned again.
     """
     evaluation = Evaluation([], [])
-    also, learned = of_size(config.also, kv_block_size), read_manifest(policy_folder).algorithm
+    also, learned = of_size(config.policies, kv_block_size), read_manifest(policy_folder).algorithm
     for workload, own in tuned.items():
 
         @cache
@@ -115,7 +115,9 @@ def evaluate_block_size(
                 LOAD_TABLE: own.table,
                 BEST_RULE: at_work(own.rule, spec, config.slo),
                 learned: load_policy(policy_folder, spec, extra_features=config.extra_features),
-                **tuned_policies(config, workload, spec, also, share=own.share, tuned=own),
+                **tuned_policies(
+                    config, workload, spec, also, share=own.share, tuned=own, seeds=config.tuning_seeds
+                ),
             }
 
         evaluate_policies(

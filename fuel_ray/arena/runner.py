@@ -1,6 +1,5 @@
 """The cells of an arena, several at a time, each kept as it is done."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,12 @@ from fuel_ray.arena.scenarios import SloName, scenarios_of
 from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.config import to_dict
 from fuel_ray.errors import DiskError
+from fuel_ray.progress import Bar
 from fuel_ray.record import origin, read_json, write_csv, write_json, write_lines
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.episodes import HELD_OUT_SEED, TUNING_SEEDS
+
+_CELL_S = 240.0  # that a cell is expected to take on one core, until some are done
 
 
 def publish(cells: Sequence[dict[str, Any]], run_dir: Path, *, names: Sequence[str], notes: str) -> str:
@@ -62,13 +64,13 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
     jobs = jobs_of(config)
     todo = [job for job in jobs if len(_done(job, folder)) < len(config.slos)]
     print(f"arena  {run_dir}: {len(jobs)} workloads x {len(config.slos)} SLO, {len(todo)} to do", flush=True)
-    began_s = time.monotonic()
+    expected_s = _CELL_S * len(config.slos) * len(todo) / config.workers
     try:
-        calls = [(job, folder) for job in todo]
-        for number, name in enumerate(in_processes(run_and_write, calls, workers=config.workers), 1):
-            spent_s = time.monotonic() - began_s
-            left_s = spent_s / number * (len(todo) - number)
-            print(f"arena  {number}/{len(todo)}  {name:<16} {spent_s:.0f} s, {left_s:.0f} left", flush=True)
+        with Bar({"arena": expected_s}) as bar:
+            bar.stage("arena")
+            calls = [(job, folder) for job in todo]
+            for number, name in enumerate(in_processes(run_and_write, calls, workers=config.workers), 1):
+                bar.at(number / len(todo), f"{number}/{len(todo)}  {name}")
     except KeyboardInterrupt:
         print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
         raise

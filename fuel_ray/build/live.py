@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fuel_ray.address import VLLM_KEY, check_variable, flag_name, flag_value
-from fuel_ray.config import LiveConfig, ServingConfig
+from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError, GpuError, NodeError
 from fuel_ray.live.gpu.nvml import Gpus
 from fuel_ray.live.gpu.placement import placement
@@ -31,6 +31,7 @@ from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.parallel import gpus_used
 from fuel_ray.live.vllm.server import VllmServer, served_model
+from fuel_ray.node_config import LiveConfig
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import NodeSpec, ServerFacts
 from fuel_ray.workload.spec import Workload, drawn

@@ -20,6 +20,7 @@ from fuel_ray.deploy.rule import Rule
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_flags
 from fuel_ray.policies.learned import PolicyFolder
+from fuel_ray.policies.shipped import folder_of
 from fuel_ray.record import new_folder, origin
 from fuel_ray.training.checkpoint import policy_folder
 from fuel_ray.types import Slo
@@ -87,7 +88,7 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
 
 def run(config: DeployConfig) -> int:
     """Control the server until stopped, print what was done and write it."""
-    folder = _rule(config) or policy_folder(Path(config.policy), extra_features=config.extra_features)
+    folder = _rule(config) or policy_folder(folder_of(config.policy), extra_features=config.extra_features)
     trial, rng = None, np.random.default_rng(config.seed)
     if config.canary is not None:
         trial = Canary(share=config.canary, block_s=config.canary_block_s, slo=folder.slo, rng=rng)
@@ -112,6 +113,6 @@ def run(config: DeployConfig) -> int:
 
 def _rule(config: DeployConfig) -> Rule | None:
     """What is named where --policy is no path."""
-    if Path(config.policy).exists():
+    if folder_of(config.policy).exists():
         return None
     return Rule(config.policy, Slo(config.slo_ttft_s, config.slo_tpot_s, config.slo_e2e_s), config.pack)

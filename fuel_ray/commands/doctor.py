@@ -7,18 +7,24 @@ from pathlib import Path
 
 from fuel_ray.config import Backend
 from fuel_ray.errors import ConfigError, NodeError
-from fuel_ray.live.checks import Check, host_checks
+from fuel_ray.live.checks import Check, has_driver, host_checks
 
 HOST_S = 60.0
 LARGEST_SKEW_S = 0.5
+_SIMULATION = Check(
+    "GPU",
+    "no NVIDIA driver here. Simulated nodes need none: training, comparing and `fuel-ray demo` work. What a "
+    "real server lacks here is said by --backend live",
+)
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
     """Say what works and what to do, a line each; exit code 1 if something that is needed is missing."""
 
-    backend: Backend = "live"
-    """Nodes of the next command: live needs GPUs and vLLM, sim does not."""
+    backend: Backend | None = None
+    """Nodes of the next command: live needs GPUs and vLLM, sim does not. None: live on a cluster and
+    where an NVIDIA driver is, else sim."""
     cluster: bool = False
     """Look at every host of the Ray cluster that runs here or at RAY_ADDRESS, not only at this host."""
     cluster_file: Path | None = None
@@ -47,13 +53,15 @@ def run(config: DoctorConfig) -> int:
 def _own_checks(config: DoctorConfig) -> list[Check]:
     if not shlex.split(config.vllm):
         raise ConfigError("--vllm is empty; the command that runs vLLM")
-    return host_checks(
+    live = config.backend == "live" or (config.backend is None and (config.cluster or has_driver()))
+    found = host_checks(
         gpu_ids=config.gpu_ids,
         vllm=shlex.split(config.vllm),
         block_sizes=config.block_sizes,
         folder=config.out,
-        live=config.backend == "live",
+        live=live,
     )
+    return found if live or config.backend == "sim" else [_SIMULATION, *found]
 
 
 def _cluster(config: DoctorConfig) -> int:

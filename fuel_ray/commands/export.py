@@ -24,7 +24,7 @@ class ExportConfig:
 
     checkpoint: Path
     """Checkpoint folder in its run: results/sweep-.../tune*/TRIAL/checkpoint_000015."""
-    to: Path | None = None
+    out: Path | None = None
     """Policy folder to write; None: `policy` in the checkpoint."""
     extra_features: tuple[str, ...] = ()
     """package.module:FEATURES of the run; its other code from outside is named as here."""
@@ -61,7 +61,7 @@ def run(config: ExportConfig) -> int:
     manifest = build_manifest(settings, spec, block_sizes=sizes, engine=engine)
     trained_on = facts.get("pack", {}).get("sha256", manifest.pack_sha256)  # its file may have changed since
     manifest = replace(manifest, pack_sha256=trained_on)
-    folder = config.to or checkpoint / "policy"
+    folder = config.out or checkpoint / "policy"
     save_policy(folder, q_network(checkpoint), build_codec(settings, spec), manifest)
     read_policy(folder, extra_features=config.extra_features)  # the settings may say another shape
     print(f"wrote {folder}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from fuel_ray.arena.config import RecommendConfig, check_tuning
 from fuel_ray.arena.recommendation import Pair, by_size, line, recommendation, save
@@ -10,6 +9,7 @@ from fuel_ray.build.nodes import build_spec
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.catalogue import label
+from fuel_ray.policies.shipped import folder_of
 from fuel_ray.record import make_folder
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import check, is_folder, of_size
@@ -36,7 +36,7 @@ def parse(argv: list[str], *, prog: str) -> RecommendConfig:
 
 def _entries(entry: str) -> Iterator[str]:
     """The entry itself, or the policy folders in it."""
-    folder = Path(entry)
+    folder = folder_of(entry)
     if not is_folder(entry) or (folder / "manifest.json").is_file():
         yield entry
         return

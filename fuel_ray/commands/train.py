@@ -1,20 +1,13 @@
 """fuel-ray train: a policy per KV block size, without the comparison that a sweep adds."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
-from fuel_ray.config import LearnConfig
+from fuel_ray.algorithms import branches
+from fuel_ray.config import TrainVerbConfig
+from fuel_ray.progress import Bar
 from fuel_ray.training.policies import train_policies
-from fuel_ray.training.run import in_rounds, parse_run, running
-
-
-@dataclass(frozen=True)
-class TrainVerbConfig(LearnConfig):
-    """Train one policy per KV block size and write it; `fuel-ray sweep` compares it too."""
-
-    episodes: int | None = None
-    """Episodes to train for, in place of --steps."""
-    steps_per_episode: int | None = None
-    """Windows per episode, in place of --train.episode-steps."""
+from fuel_ray.training.run import expected_s, in_rounds, parse_run, running
 
 
 def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
@@ -22,13 +15,15 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
     config = parse_run(TrainVerbConfig, argv, prog=prog)
     per_episode = config.steps_per_episode or config.train.episode_steps
     steps = config.steps if config.episodes is None else config.episodes * per_episode
-    return replace(config, steps=steps, train=replace(config.train, episode_steps=per_episode))
+    own = config.train if branches(config) else replace(config.train, episode_steps=per_episode)
+    return replace(config, steps=steps, train=own)
 
 
 def run(config: TrainVerbConfig) -> int:
     """Train, or resume a training; prints where the policies are."""
     loads = [config.workload]
-    with running(config, "train", loads, held_out=()) as run_dir:
-        in_rounds(config, run_dir, lambda found: train_policies(found, run_dir, loads), table="learning.csv")
+    with running(config, "train", loads, held_out=()) as run_dir, Bar(expected_s(config)) as bar:
+        work = partial(train_policies, run_dir=run_dir, workloads=loads, bar=bar)
+        in_rounds(config, run_dir, work, table="learning.csv", bar=bar)
     print(f"\npolicies  {run_dir / 'policies'}")
     return 0

@@ -4,9 +4,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fuel_ray.address import Access, server_url
@@ -14,6 +15,7 @@ from fuel_ray.deploy.exporter import Page, read_page
 from fuel_ray.errors import ConfigError, TelemetryError
 from fuel_ray.live.vllm.endpoint import Endpoint
 
+_NAME_WIDTH = 30  # columns that an address keeps beside the numbers on a terminal of 80
 PORT = 9464  # of a controller's /metrics, where an address has none
 
 
@@ -62,8 +64,9 @@ def _look(controller: Endpoint) -> Page | str:
 
 def table(found: list[tuple[str, Page | str]]) -> Group:
     """One row per controller, and below them what is wrong with those that do not answer."""
+    names = [_server(url) for url, _ in found]
     columns = (
-        "controller",
+        Column("controller", min_width=min(_NAME_WIDTH, *map(len, names)), overflow="fold"),
         "clock MHz",
         "limit",
         "W",
@@ -73,7 +76,7 @@ def table(found: list[tuple[str, Page | str]]) -> Group:
         "SLO",
         "overruled",
     )
-    shown = Table(*columns, title="fuel-ray", title_style="bold")
+    shown = Table(*columns, title="fuel-ray", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     errors = []
     for url, page in found:
         if isinstance(page, str):
@@ -89,7 +92,7 @@ def _row(url: str, page: Page) -> tuple[Text | str, ...]:
     state = "" if fresh else " (not under control)" if attached != 1 else _age(age_s)
     mode = "shadow " if page.info.get("mode") == "shadow" else ""
     return (
-        Text(f"{url}\n{mode}{page.info.get('policy', '')}{state}", style="" if fresh else "yellow"),
+        Text(f"{_server(url)}\n{mode}{page.info.get('policy', '')}{state}", style="" if fresh else "yellow"),
         f"{_knob(page, 'gpu_clock_mhz')}",
         f"{_knob(page, 'batch_limit')}",
         _number(page.get("power_watts"), 0),
@@ -100,6 +103,11 @@ def _row(url: str, page: Page) -> tuple[Text | str, ...]:
         ", ".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
         or "-",
     )
+
+
+def _server(url: str) -> str:
+    """What tells a controller from others, in as few letters as that takes."""
+    return url.removeprefix("http://")
 
 
 def _age(seconds: float | None) -> str:

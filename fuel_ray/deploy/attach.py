@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from fuel_ray.address import Access
-from fuel_ray.config import GuardConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.deploy.canary import Canary
 from fuel_ray.deploy.deployment import Attached
@@ -33,6 +32,7 @@ from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.limiter import BatchLimiter
 from fuel_ray.live.vllm.metrics import MetricsSnapshot
 from fuel_ray.live.vllm.server import served_model, server_version
+from fuel_ray.node_config import GuardConfig
 from fuel_ray.objective import Energy
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.policies.packs import pack_here

@@ -79,6 +79,17 @@ def host_checks(
     return checks
 
 
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is here."""
+    try:
+        with Gpus((), default=1):
+            return True
+    except GpuError as error:
+        return error.__cause__ is None
+    except ConfigError:  # CUDA_VISIBLE_DEVICES names what is not here
+        return True
+
+
 def idle_power(gpus: Gpus) -> Check | None:
     """Whether what runs on these GPUs, or would be started from here, gives up idle power.
 

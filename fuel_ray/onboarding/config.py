@@ -7,9 +7,10 @@ from typing import Annotated, Any, TypeVar
 from tyro.conf import arg
 
 from fuel_ray.commands.profile import ProfileConfig
-from fuel_ray.config import LearnConfig, LiveConfig, NodeKind
+from fuel_ray.config import LearnConfig, NodeKind
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed, value_of
+from fuel_ray.node_config import LiveConfig
 from fuel_ray.onboarding.journal import JOURNAL, OF_STAGE, is_done
 from fuel_ray.workload.spec import parse_workload
 

@@ -11,7 +11,7 @@ from fuel_ray.arena.config import RecommendConfig
 from fuel_ray.arena.recommendation import Fitted, Pair
 from fuel_ray.build.nodes import build_loop
 from fuel_ray.commands import recommend, train
-from fuel_ray.commands.train import TrainVerbConfig
+from fuel_ray.config import TrainVerbConfig
 from fuel_ray.onboarding.config import OnboardConfig, settings
 from fuel_ray.onboarding.server import HOW_TO_SET_CLOCKS, HOW_TO_SET_LIMITS
 from fuel_ray.onboarding.state import Onboarding

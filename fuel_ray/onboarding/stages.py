@@ -99,7 +99,9 @@ def _through(state: Onboarding) -> None:
         if state.journal.is_done(stage.name):
             print(f"{head}: done before")
         else:
-            print(f"{head} ({_minutes(stage.seconds(_seen(state)))})", flush=True)
+            seconds = [later.seconds(_seen(state)) for later in STAGES[number:]]
+            took = f"about {_minutes(seconds[0])}, {_minutes(sum(seconds))} to the end of all"
+            print(f"{head} ({took})", flush=True)
             _one(state, stage)
         if end := state.journal.found(stage.name).get("end"):
             print(f"\nthis is the end of what can be done here: {end}")

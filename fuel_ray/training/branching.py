@@ -22,9 +22,7 @@ from ray.rllib.utils.metrics import (
 
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_node
-from fuel_ray.config import LearnConfig
 from fuel_ray.policies.anchor import REACH_MHZ, Anchor
-from fuel_ray.policies.compiled import KNOWN
 from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.network import ENERGY_J
 from fuel_ray.sim.branches import Plan, Samples, collect, start
@@ -38,25 +36,6 @@ EPISODE_S = 600
 _SOFT = 0.03  # share of a limit around it over which a request counts as missed in part
 _NOISE_MHZ = 150.0
 _LOG_PRICES = (1.0, 3.7)  # log10 of the prices of a miss that the network is shown
-
-
-def branches(config: LearnConfig) -> bool:
-    """Whether a training with these settings branches a twin; else it learns from what its nodes did."""
-    train = config.train
-    return (
-        train.branch_tries > 0
-        and config.node == "sim"
-        and config.mode == "specialist"
-        and not config.conditional
-        and config.reward == "energy"
-        and config.slo.share is not None
-        and config.slo.e2e_s is None
-        and config.grid == "node"
-        and config.normalisation == "fixed"
-        and train.head == "priced"
-        and len(train.hidden) == 2
-        and set(config.features) <= KNOWN
-    )
 
 
 class BranchedDqn(FastDqn):

@@ -52,7 +52,7 @@ def policy_folder(path: Path, *, extra_features: tuple[str, ...] = ()) -> Policy
     if not is_checkpoint(path):
         return read_policy(path, extra_features=extra_features)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--to", folder]
+        command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--out", folder]
         command += ["--extra-features", *extra_features] if extra_features else []
         beforehand = f"; beforehand: fuel-ray export --checkpoint {path}"
         try:

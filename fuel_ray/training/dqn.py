@@ -26,6 +26,7 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 
+from fuel_ray.algorithms import branches
 from fuel_ray.config import LearnConfig
 from fuel_ray.training.envs import make_env
 from fuel_ray.training.progress import figures
@@ -49,7 +50,7 @@ def dqn(config: LearnConfig, *, model: Mapping[str, Any]) -> "FastDqnConfig":
 
 def learner_of(config: LearnConfig) -> "type[FastDqn]":
     """Who learns under these settings."""
-    from fuel_ray.training.branching import BranchedDqn, branches  # noqa: PLC0415  (it builds on this module)
+    from fuel_ray.training.branching import BranchedDqn  # noqa: PLC0415  (it builds on this module)
 
     return BranchedDqn if branches(config) else FastDqn
 
@@ -95,7 +96,7 @@ class FastDqn(DQN):
         super().setup(config)
         c = self.config
         # RLlib's runner of simulated nodes only says what the spaces are
-        own = c.learn.train.num_envs if c.learn.node == "sim" else 0
+        own = c.learn.train.num_envs if c.learn.node == "sim" and not branches(c.learn) else 0
         envs: list[Any] = [make_env(c.env_config) for _ in range(own)]
         self._envs = envs
         self._sampler: Sampler | None = None

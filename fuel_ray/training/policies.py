@@ -13,8 +13,9 @@ from fuel_ray.cluster.jobs import in_parallel
 from fuel_ray.config import LearnConfig
 from fuel_ray.policies.anchor import REACH_MHZ, Anchor
 from fuel_ray.policies.learned import PolicyFolder, read_policy, save_policy
-from fuel_ray.record import read_json, stage, update_csv, write_json
-from fuel_ray.training.run import check_start
+from fuel_ray.progress import UNSEEN, Bar
+from fuel_ray.record import read_json, update_csv, write_json
+from fuel_ray.training.run import check_start, shown
 from fuel_ray.training.trials import Trained, run_trials
 from fuel_ray.tuning.runs import Score
 from fuel_ray.tuning.tuned import Tuned, read_baselines, score_weights, tune_anchor, tune_baselines
@@ -24,7 +25,7 @@ Scored = tuple[Score, float]  # a result on the tuning seeds of the twin, and it
 
 
 def train_policies(
-    found: Resolved[Learning], run_dir: Path, workloads: Sequence[str]
+    found: Resolved[Learning], run_dir: Path, workloads: Sequence[str], bar: Bar = UNSEEN
 ) -> dict[int, dict[str, Tuned]]:
     """Train, score every checkpoint on the tuning seeds of the twin, write the best as policy folders.
 
@@ -33,28 +34,28 @@ def train_policies(
     config = found.config
     for setup in found.setups.values():
         check_start(config, setup.codec)
-    with stage(run_dir, "baselines"):
-        by_size = tuned_baselines(config, run_dir, workloads)
+    with shown(run_dir, bar, "baselines"):
+        by_size = tuned_baselines(config, run_dir, workloads, bar)
     home = {size: own[config.workload] for size, own in by_size.items()}
     anchors: dict[int, Anchor] = {}
     if config.mode == "specialist" and not config.conditional:
         near = partial(Anchor, weight=TRAINING_WEIGHT, reach_mhz=REACH_MHZ)
         lower = config.train.lower_limits
         anchors = {size: near(tuned.rule, lower_limits=lower) for size, tuned in home.items()}
-    with stage(run_dir, "training"):
-        trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors)
+    with shown(run_dir, bar, "training"):
+        trained = run_trials(config, run_dir, found.setups[config.block_sizes[0]].codec.grid, anchors, bar)
     shares = [min(home[size].share for size in trial.block_sizes) for trial in trained]
-    with stage(run_dir, "scoring"):
-        scored = _scored(config, trained, shares, anchors if config.anchor else {})
+    with shown(run_dir, bar, "scoring"):
+        scored = _scored(config, trained, shares, anchors if config.anchor else {}, bar)
     results = list(zip(trained, scored, shares, strict=True))
-    with stage(run_dir, "anchors"):
-        _add_tuned(config, [_chosen(found, run_dir, *result) for result in results], home)
+    with shown(run_dir, bar, "anchors"):
+        _add_tuned(config, [_chosen(found, run_dir, *result) for result in results], home, bar)
     update_csv(run_dir / "learning.csv", [row for trial, own, _ in results for row in _curve(trial, own)])
     return by_size
 
 
 def tuned_baselines(
-    config: LearnConfig, run_dir: Path, workloads: Sequence[str]
+    config: LearnConfig, run_dir: Path, workloads: Sequence[str], bar: Bar = UNSEEN
 ) -> dict[int, dict[str, Tuned]]:
     """Baselines by block size and workload, on the twin; from the run's folder if they are there already.
 
@@ -69,7 +70,7 @@ def tuned_baselines(
         raw |= {str(size): {load: own.to_dict() for load, own in given[size].items()} for size in left}
     elif left:
         jobs = [(twin_of(config), size, load) for size in left for load in workloads]
-        found = in_parallel("tune baselines", tune_baselines, jobs)
+        found = in_parallel("tune baselines", tune_baselines, jobs, bar=bar)
         for (_, size, workload), tuned in zip(jobs, found, strict=True):
             raw.setdefault(str(size), {})[workload] = tuned.to_dict()
     write_json(path, raw)
@@ -82,7 +83,11 @@ def policy_folder(config: LearnConfig, run_dir: Path, kv_block_size: int) -> Pat
 
 
 def _scored(
-    config: LearnConfig, trained: Sequence[Trained], shares: Sequence[float], near: Mapping[int, Anchor]
+    config: LearnConfig,
+    trained: Sequence[Trained],
+    shares: Sequence[float],
+    near: Mapping[int, Anchor],
+    bar: Bar,
 ) -> list[list[Scored]]:
     """The results of each trial."""
     twin = twin_of(config)
@@ -91,7 +96,7 @@ def _scored(
         for trial, share in zip(trained, shares, strict=True)
         for result in trial.results
     ]
-    scores = iter(in_parallel("score checkpoints", score_weights, jobs))
+    scores = iter(in_parallel("score checkpoints", score_weights, jobs, bar=bar))
     return [[next(scores) for _ in trial.results] for trial in trained]
 
 
@@ -121,13 +126,15 @@ def _chosen(
     return read_policy(folder, extra_features=found.config.extra_features)
 
 
-def _add_tuned(config: LearnConfig, policies: Sequence[PolicyFolder], tuned: Mapping[int, Tuned]) -> None:
+def _add_tuned(
+    config: LearnConfig, policies: Sequence[PolicyFolder], tuned: Mapping[int, Tuned], bar: Bar
+) -> None:
     """Write into the policies what is tuned for their load: the static pair and, of one size, the anchor."""
     held: Sequence[tuple[Anchor | None, float]] = [(None, p.codec.miss_price_j) for p in policies]
     if config.anchor and not config.conditional:
         of_size = {policy.manifest.kv_block_sizes[0]: policy for policy in policies}
         jobs = [(twin_of(config), size, policy, tuned[size]) for size, policy in of_size.items()]
-        held = in_parallel("tune anchors", tune_anchor, jobs)
+        held = in_parallel("tune anchors", tune_anchor, jobs, bar=bar)
     for policy, (anchor, price_j) in zip(policies, held, strict=True):
         pairs = [tuned[size].static for size in policy.manifest.kv_block_sizes]
         fastest = max(pairs, key=lambda knobs: (knobs.gpu_clock_mhz, knobs.batch_limit))

@@ -17,6 +17,7 @@ from fuel_ray.cluster.hosts import NODE_RESOURCE, num_nodes
 from fuel_ray.config import LearnConfig
 from fuel_ray.env import unlearnable
 from fuel_ray.errors import NodeError
+from fuel_ray.progress import Bar
 from fuel_ray.training.ray_private import reseed
 
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
@@ -56,30 +57,24 @@ def figures(infos: Sequence[Mapping[str, Any]], *, reward: float) -> dict[str, f
 
 
 class Progress(tune.Callback):
-    """Prints a line per training result: steps, reward, energy, time left."""
+    """Says after each training result how far the trials are."""
 
-    def __init__(self, config: LearnConfig, *, trials: int) -> None:
-        self._steps, self._trials = config.steps, trials
-        self._per_result = config.steps / config.train.iterations
+    def __init__(self, config: LearnConfig, *, trials: int, bar: Bar) -> None:
+        self._steps, self._trials, self._bar = config.steps, trials, bar
         self._done: dict[str, int] = {}
-        self._trained = 0.0  # steps since this object was made, which a resumed run did not begin with
-        self._began_s = time.monotonic()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
         row = curve_row(result)
-        steps = row["env_steps"]
-        self._trained += steps - self._done.get(trial.trial_id, steps - self._per_result)
-        self._done[trial.trial_id] = steps
-        left = self._trials * self._steps - sum(self._done.values())
-        left_s = max(0.0, left * (time.monotonic() - self._began_s) / self._trained)
+        self._done[trial.trial_id] = min(row["env_steps"], self._steps)
         sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
-        print(
-            f"train  block {sizes:>3}  {steps:>7,}/{self._steps:,} steps"
-            f"  reward {_number(row['reward'], 2):>7}"
-            f"  {_number(row['energy_j_per_request'], 1):>6} J/request"
-            f"  {_number(row['slo_attainment'], 3):>5} of SLO  {left_s / 60:4.1f} min left",
-            flush=True,
-        )
+        shown = [
+            f"block {sizes:>3}  {self._done[trial.trial_id]:>7,}/{self._steps:,} steps",
+            *_shown(row["reward"], "reward {:.2f}"),
+            *_shown(row["energy_j_per_request"], "{:.1f} J/request"),
+            *_shown(row["slo_attainment"], "{:.3f} of SLO"),
+        ]
+        note = "  ".join(shown) + (", while exploring" if len(shown) > 1 else "")
+        self._bar.at(sum(self._done.values()) / (self._trials * self._steps), note)
 
 
 class NodeWatch(tune.Callback):
@@ -116,8 +111,8 @@ def _known(value: Any) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _shown(value: float | None, form: str) -> list[str]:
+    return [] if value is None else [form.format(value)]
 
 
 def reason(error: BaseException) -> str:

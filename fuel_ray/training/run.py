@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from fuel_ray.algorithms import branches
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_node, build_spec, twin_of, twinned
@@ -17,7 +18,8 @@ from fuel_ray.errors import ConfigError, DiskError, PolicyError, UnsupportedErro
 from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.policies.packs import check_pack
-from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_json, write_json
+from fuel_ray.progress import UNSEEN, Bar
+from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_json, stage, write_json
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.trials import algorithm_of, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
@@ -72,7 +74,12 @@ def running(
 
 
 def in_rounds(
-    config: Learning, run_dir: Path, work: Callable[[Resolved[Learning]], object], *, table: str
+    config: Learning,
+    run_dir: Path,
+    work: Callable[[Resolved[Learning]], object],
+    *,
+    table: str,
+    bar: Bar = UNSEEN,
 ) -> None:
     """Do the work of a run for as many block sizes at a time as have nodes, while their servers are kept.
 
@@ -83,11 +90,17 @@ def in_rounds(
     Raises:
         UnsupportedError: no block size can be served.
     """
+    bar.stage("start")
     start_ray(config)
     while left := _left(config, run_dir / table):
         begun = [sizes for sizes in read_json(run_dir / "run.json")["rounds"] if {*sizes} <= {*left}]
         sizes, at_once = (begun[0], len(begun[0])) if begun else (left, _at_once(config))
         own = replace(config, block_sizes=tuple(sizes), out=run_dir)
+        done, each = len(config.block_sizes) - len(left), 1 / len(config.block_sizes)
+        bar.part(done * each, (done + len(sizes)) * each)
+        if config.live_server:
+            bar.stage("start")
+            bar.at(0.0, f"{len(sizes)} vLLM, {config.live.start_timeout_s:.0f} s at most; log in {run_dir}")
         with resolve(own, run=run_dir.name, at_once=at_once) as found:
             _note(run_dir, found)
             _publish(config, run_dir)
@@ -98,6 +111,28 @@ def in_rounds(
             break
     if read_json(run_dir / "run.json")["engine"] is None:
         raise UnsupportedError(f"no block size of {', '.join(map(str, config.block_sizes))} can be served")
+
+
+def expected_s(config: LearnConfig) -> dict[str, float]:
+    """Seconds of each stage of a training, by what they took on two cores; only their shares matter long."""
+    sizes, tuned = len(config.block_sizes), config.tuning_seeds / 8
+    turns = sizes if config.live_server else max(1.0, sizes / 2)  # block sizes are side by side
+    per_s = float(config.nodes_per_trial) if config.live_server else 2000.0 if branches(config) else 400.0
+    return {
+        "start": 120.0 * turns if config.live_server else 10.0,
+        "baselines": turns * (8.0 + 40.0 * tuned),
+        "training": turns * (5.0 + config.steps / per_s),
+        "scoring": turns * config.train.iterations * 2.0 * tuned,
+        "anchors": turns * 12.0 * tuned,
+    }
+
+
+@contextmanager
+def shown(run_dir: Path, bar: Bar, name: str) -> Iterator[None]:
+    """A stage of a run, on its bar and with its seconds in run.json."""
+    bar.stage(name)
+    with stage(run_dir, name):
+        yield
 
 
 def _check(config: LearnConfig, workloads: Sequence[str]) -> None:
@@ -155,7 +190,7 @@ def _new_run(config: LearnConfig, verb: str, held_out: Sequence[int]) -> Path:
         **origin(verb),
         "seeds": {
             "training": f"drawn from seed {config.seed}",
-            "tuning": list(TUNING_SEEDS),
+            "tuning": list(TUNING_SEEDS[: config.tuning_seeds]),
             "held_out": list(held_out),
         },
         "pack": {

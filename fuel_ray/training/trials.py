@@ -16,13 +16,15 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.registry import register_env
 
 from fuel_ray import outside
+from fuel_ray.algorithms import ALGORITHMS
 from fuel_ray.build.cluster import gpus_per_node
 from fuel_ray.build.nodes import is_kept
 from fuel_ray.cluster.hosts import NODE_RESOURCE, connect, driver_resource, require_nodes
 from fuel_ray.codec import ActionGrid
-from fuel_ray.config import ALGORITHMS, LearnConfig
+from fuel_ray.config import LearnConfig
 from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.policies.anchor import Anchor
+from fuel_ray.progress import UNSEEN, Bar
 from fuel_ray.training.checkpoint import q_network
 from fuel_ray.training.envs import learning_settings, make_env
 from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, reason
@@ -64,7 +66,11 @@ def start_ray(config: LearnConfig) -> None:
 
 
 def run_trials(
-    config: LearnConfig, run_dir: Path, grid: ActionGrid, anchors: Mapping[int, Anchor]
+    config: LearnConfig,
+    run_dir: Path,
+    grid: ActionGrid,
+    anchors: Mapping[int, Anchor],
+    bar: Bar = UNSEEN,
 ) -> list[Trained]:
     """Train a policy per block size; goes on where an earlier call on this folder was interrupted.
 
@@ -80,7 +86,7 @@ def run_trials(
     space = _settings(config, tune.grid_search(sizes), grid, anchors)
     algorithm = _with_nodes(space.algo_class, config)
     watch = [NodeWatch(config)] if config.node == "ray" else []
-    callbacks = [Progress(config, trials=len(sizes)), *watch]
+    callbacks = [Progress(config, trials=len(sizes), bar=bar), *watch]
     folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
     name = f"tune-{'-'.join(map(str, config.block_sizes))}" if config.live_server else "tune"
     path = f"{folder}/{name}"

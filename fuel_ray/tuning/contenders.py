@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError
@@ -23,6 +22,7 @@ from fuel_ray.policies.catalogue import (
 from fuel_ray.policies.learned import LearnedPolicy, distinct_names, load_policy, read_manifest
 from fuel_ray.policies.packs import check_pack
 from fuel_ray.policies.rules import Rule
+from fuel_ray.policies.shipped import SHIPPED, folder_of
 from fuel_ray.policies.static import LoadTable
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.types import Knobs, NodeSpec, Policy, Slo, WindowMetrics
@@ -73,7 +73,7 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
         PolicyError: a folder is malformed, made for another node or trained on another file of its pack.
     """
     try:
-        for folder in (Path(entry) for entry in entries if is_folder(entry)):
+        for folder in (folder_of(entry) for entry in entries if is_folder(entry)):
             pack, allowed = load_pack(config.pack), config.allow_mismatch
             check_pack(folder, read_manifest(folder), pack=pack, allow_mismatch=allowed)
         for spec in specs:
@@ -85,19 +85,19 @@ def check(flag: str, entries: Sequence[str], config: ServingConfig, specs: Seque
 
 def is_folder(entry: str) -> bool:
     """Whether an entry of --policies is a policy folder; ConfigError where it is nothing to be played."""
-    if entry in PLAYABLE or (":" in entry and not Path(entry).exists()):
+    if entry in PLAYABLE or (":" in entry and not folder_of(entry).exists()):
         return False
-    if not Path(entry).is_dir():
-        unlisted = f"not in the catalogue: {', '.join(PLAYABLE)}"
+    if not folder_of(entry).is_dir():
+        unlisted = f"none of {', '.join((*SHIPPED, *PLAYABLE))}"
         raise ConfigError(f"policy {entry}: no folder, no package.module:Class, and {unlisted}")
     return True
 
 
 def names_of(entries: Sequence[str]) -> list[str]:
     """What the entries are called in tables: a folder by its own name where nothing else has it."""
-    folders = [Path(entry) for entry in entries if is_folder(entry)]
+    folders = [folder_of(entry) for entry in entries if is_folder(entry)]
     own = {str(folder): name for folder, name in zip(folders, distinct_names(folders), strict=True)}
-    names = [own.get(str(Path(entry)), entry) for entry in entries]
+    names = [own.get(str(folder_of(entry)), entry) for entry in entries]
     pairs = zip(names, entries, strict=True)
     return [name if name not in CATALOGUE or e in PLAYABLE else os.path.join(".", e) for name, e in pairs]
 
@@ -108,7 +108,7 @@ def of_size(entries: Sequence[str], kv_block_size: int) -> dict[str, str]:
     return {
         name: entry
         for name, entry in named
-        if not is_folder(entry) or kv_block_size in read_manifest(Path(entry)).kv_block_sizes
+        if not is_folder(entry) or kv_block_size in read_manifest(folder_of(entry)).kv_block_sizes
     }
 
 
@@ -128,7 +128,7 @@ def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:
     if not is_folder(entry):
         return [(resolve(entry, case),)]
     policy = _load(entry, case)
-    manifest = read_manifest(Path(entry))
+    manifest = read_manifest(folder_of(entry))
     free_of_rules = manifest.anchor is None and len(manifest.kv_block_sizes) == 1
     if manifest.reward != "energy" or free_of_rules:
         return [(free(name, policy, case.slo),)]
@@ -186,4 +186,4 @@ class _Moved:
 
 
 def _load(entry: str, case: Case) -> LearnedPolicy:
-    return load_policy(Path(entry), case.spec, extra_features=case.extra_features)
+    return load_policy(folder_of(entry), case.spec, extra_features=case.extra_features)

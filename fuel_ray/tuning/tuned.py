@@ -71,7 +71,7 @@ def tune_baselines(config: LearnConfig, kv_block_size: int, workload: str) -> Tu
 
     Where it is trained for, also the simple rules that cost little: who learns is held by the best of them.
     """
-    runs, perf = _tuning_runs(config, kv_block_size, workload), perf_of(config)
+    runs, perf = _tuning_runs(config, kv_block_size, workload, seeds=config.tuning_seeds), perf_of(config)
     rules = CHEAP if workload == config.workload else ()
     return tune_on(runs, _ASKED, share=config.tune_share, rules=rules, perf=perf)
 
@@ -142,6 +142,7 @@ def tuned_policies(
     *,
     share: float,
     tuned: Tuned | None = None,
+    seeds: int = len(TUNING_SEEDS),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Policy]:
     """The policies that entries of --policies stand for, by name, at work on a node.
@@ -156,7 +157,7 @@ def tuned_policies(
     if not needing:
         return policies
     say(f"tune  block {spec.kv_block_size:>3}  {', '.join(needing)}: on the tuning seeds of the twin")
-    tuning = _tuning_runs(twin_of(twinned(config, [spec])), spec.kv_block_size, workload)
+    tuning = _tuning_runs(twin_of(twinned(config, [spec])), spec.kv_block_size, workload, seeds=seeds)
     perf, asked = perf_of(config), [name for name in RULES if name in entries.values()]
     if tuned is None:
         tuned = tune_on(tuning, _ASKED, share=share, rules=(), perf=perf)
@@ -185,7 +186,7 @@ def tune_anchor(
     config: LearnConfig, kv_block_size: int, policy: PolicyFolder, tuned: Tuned
 ) -> tuple[Anchor, float]:
     """How near to the best simple rule a policy does best on tuning seeds, and its price of a miss then."""
-    tuning = _tuning_runs(config, kv_block_size, config.workload)
+    tuning = _tuning_runs(config, kv_block_size, config.workload, seeds=config.tuning_seeds)
     own, lower = policy.policy(tuning.loop.node.spec), config.train.lower_limits
     variants = kept_near("", own, config.slo, tuned.rule, lower_limits=lower)
     best, _ = search.tuned(variants, tuning, _ASKED, share=tuned.share)
@@ -205,7 +206,7 @@ def score_weights(
     A policy that was trained for many prices of a miss is scored at just the share that is asked, between
     those found on both sides of it; others have that of their training.
     """
-    tunings = [_tuning_runs(config, size, config.workload) for size in block_sizes]
+    tunings = [_tuning_runs(config, s, config.workload, seeds=config.tuning_seeds) for s in block_sizes]
 
     def score_at(miss_price_j: float) -> Score:
         found = []
@@ -231,8 +232,8 @@ def score_weights(
     return search.at_share(tuple(scores.values()), share), price_j
 
 
-def _tuning_runs(config: ServingConfig, kv_block_size: int, workload: str) -> Runs:
-    """The tuning seeds of a workload."""
+def _tuning_runs(config: ServingConfig, kv_block_size: int, workload: str, *, seeds: int) -> Runs:
+    """So many tuning seeds of a workload."""
     horizon_s = float(EPISODE_S)
     loop = build_loop(config, kv_block_size, horizon_s=horizon_s, workload=workload, part="first half")
-    return Runs(loop, seeds=TUNING_SEEDS, seconds=EPISODE_S, slos={_ASKED: config.slo})
+    return Runs(loop, seeds=TUNING_SEEDS[:seeds], seconds=EPISODE_S, slos={_ASKED: config.slo})
