@@ -1,10 +1,12 @@
-"""A page in a headless Chromium: what it measures, how it looks and how it prints. The home of the DevTools protocol."""
+"""A page in a headless Chromium, driven by the DevTools protocol."""
 
 import asyncio
 import base64
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,10 @@ class Page:
         path.write_bytes(base64.b64decode(answer["data"]))
 
     async def print(self) -> bytes:
-        """The page as a PDF, on the paper that it asks for."""
+        """The page as a PDF, on the paper that it asks for, of somebody who prefers dark pages."""
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        await self.call("Emulation.clearDeviceMetricsOverride")
+        await self.call("Emulation.setEmulatedMedia", media="", features=[dark])
         answer = await self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
         return base64.b64decode(answer["data"])
 
@@ -66,7 +71,8 @@ class Page:
 async def opened(file: Path, profile: Path):
     """A page of a browser of its own, whose profile is in a new folder."""
     command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, **quiet) as process:
         try:
             port = await asyncio.wait_for(_port(profile), _START_S)
             async with aiohttp.ClientSession() as session:
@@ -78,7 +84,7 @@ async def opened(file: Path, profile: Path):
                         await asyncio.sleep(0.02)
                     yield page
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # of its own session: what it started ends with it
 
 
 async def _port(profile: Path) -> int:

@@ -10,8 +10,8 @@ from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATI
 from fuel_ray.record import read_json
 from fuel_ray.report.figures import ProfilePoint, profile_and_model
 from fuel_ray.report.page import Cell, code, figure, heading, page, paragraph, table, tile, tiles
-from fuel_ray.report.tables import change, key_values
-from fuel_ray.report.text import percent
+from fuel_ray.report.tables import key_values
+from fuel_ray.report.wording import change, ends, percent
 from fuel_ray.sim.fidelity import ERRORS, Fidelity
 from fuel_ray.sim.pack import PerfModel, load_pack
 
@@ -102,16 +102,17 @@ def _answer(stages: Stages, found: Stages) -> Iterator[str]:
 def _tiles(found: Stages) -> Iterator[str]:
     if rows := found.get("recommend", {}).get("rows"):
         best = next(row for row in rows if row["policy"] == found["recommend"]["best"])
-        note = _interval(best["interval_against_max"], best["band_against_max"])
-        yield tile(change(best["against_max"]), name="J/request vs max performance", note=f"modelled {note}")
-        yield tile(percent(best["attained"]), name="SLO attainment", note="modelled", bad=not best["met"])
+        range_ = _interval(best["interval_against_max"], best["band_against_max"])
+        against = f"J/request vs {label(MAX_PERFORMANCE)}"
+        yield tile(change(best["against_max"]), name=against, notes=(f"modelled: {range_}",))
+        yield tile(percent(best["attained"]), name="SLO attainment", notes=("modelled",), bad=not best["met"])
     if fidelity := found.get("validate", {}).get("rows"):
         outside, bounds = found["validate"]["outside"], found["validate"]["bounds"]
         for name in ("energy", "tpot_mean"):
             worst = max((row["errors"][name] or 0.0 for row in fidelity), key=abs)
-            note = f"bound {percent(bounds[name])}"
+            notes = (f"bound {percent(bounds[name])}",)
             what = f"the twin's error in {_figure_name(name)}"
-            yield tile(_signed(worst), name=what, note=note, bad=name in outside)
+            yield tile(_signed(worst), name=what, notes=notes, bad=name in outside)
 
 
 def _server(server: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +244,8 @@ def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _policies(rows: list[Mapping[str, Any]], *, best: str) -> str:
-    head = [Cell("policy", style="text"), Cell("J/request"), Cell("vs max"), Cell("SLO met")]
+    head = [Cell("policy", style="text"), Cell("J/request")]
+    head += [Cell(f"vs {label(MAX_PERFORMANCE)}"), Cell("SLO attainment")]
     head.append(Cell("what was tuned", style="text"))
     names = [row["policy"] for row in rows]
     body = [
@@ -276,7 +278,7 @@ def _against(row: Mapping[str, Any]) -> Cell:
 def _interval(interval: list[float | None], band: list[float] | None) -> str:
     """The clock axes' lowest to highest where there are several, else the interval over seeds."""
     low, high = band or interval
-    return "" if low is None or high is None else f"{change(low)} to {change(high)}".replace(" %", "")
+    return "" if low is None or high is None else ends(low, high, change)
 
 
 def _stages(stages: Stages) -> str:
