@@ -198,7 +198,7 @@ CATALOGUE: dict[str, Entry] = {
         _static,
         tuned=True,
         dial=OFFSETS_MHZ,
-        what="the one pair of GPU clock and batch limit with the least energy within the SLO on the tuning seeds",
+        what="the one GPU clock and batch limit with the least energy within the SLO on the tuning seeds",
     ),
     LOAD_TABLE: Entry(
         *("load table", "#009e73"),

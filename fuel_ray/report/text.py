@@ -78,8 +78,8 @@ def axis_table(run: Run) -> str:
     )
     return (
         "Each figure is under the pack's nominal clock axis. The range below or behind it runs from the "
-        f"lowest to the highest of {len(names)} axes ({', '.join(names)}). Nothing was trained or tuned again "
-        f"for an axis. Means over block sizes. {played}"
+        f"lowest to the highest of {len(names)} axes ({', '.join(names)}). Nothing was trained or tuned for "
+        f"another axis. Means over block sizes. {played}"
     )
 
 
