@@ -277,15 +277,17 @@ def test_the_report_is_one_small_file_that_loads_nothing(full_report):
 def test_the_headline_gives_savings_attainment_interval_and_n(full_report):
     page = prose(full_report[1])
     headline = re.search(r'<p class="headline">(.*?)</p>', page)[1]
-    uses = r"The learned policy uses 3\.\d % less energy per request than tuned static and \d\.\d % more than the"
-    assert re.match(f"{uses} load table", headline)
+    uses = (
+        r"The learned policy uses 3\.\d % less energy per request than tuned static and \d\.\d % more than "
+    )
+    assert re.match(f"{uses}the load table", headline)
     assert headline.endswith("It meets the SLO for 95.8 % of requests; the target is 95.0 %.")
     first = page.split("<h2>")[0]
     assert (
         "Modelled, not measured" in first and "synthetic-pack" in first and "n = 10 held-out seeds" in first
     )
     against = re.search(
-        r"<b>(.*?)</b><strong>J/request vs maximum performance</strong><span>(.*?)</span>", first
+        r"<b>([^<]*)</b><strong>J/request vs maximum performance</strong><span>(.*?)</span>", first
     )
     assert re.fullmatch(r"−3\d\.\d %", against[1])
     assert re.fullmatch(r"95 % interval: −3\d\.\d to −3\d\.\d %", against[2])
@@ -362,7 +364,7 @@ def test_a_run_without_a_learned_policy_and_one_with_a_further_baseline(tmp_path
 def test_one_seed_claims_no_interval(tmp_path):
     page = report_of(tmp_path / "run", seeds=1, block_sizes=(16, 32), policies=("max_performance", "dqn"))
     assert "One seed gives no interval" in page
-    assert "nan" not in page
+    assert "nan" not in re.sub(r"data:[^\"]*", "", page)
 
 
 def test_seeds_that_all_agree_can_be_drawn(tmp_path):

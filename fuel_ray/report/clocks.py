@@ -21,8 +21,8 @@ _LARGEST_DOT = 380  # square points, of a clock that was always chosen
 _BAND = (
     "Top: energy of a decode step of {batch} requests of {context} tokens, relative to the highest clock. "
     "Line: the nominal clock axis. Band: lowest to highest of {axes} axes. Bottom: the clocks that each "
-    "policy chose on workload {workload}, one held-out seed, all block sizes; the area of a dot is the share of "
-    "control windows. The wider the band at those clocks, the less certain is a saving."
+    "policy chose on workload {workload}, one held-out seed, all block sizes; the area of a dot is the share "
+    "of control windows. The wider the band at those clocks, the less certain is a saving."
 )
 
 
