@@ -20,11 +20,11 @@ WIDER_THAN_PAGE = """
 [...document.querySelectorAll('main *')].filter(e => {
   if (e.closest('.card, .scroll, pre') && !e.matches('.card, .scroll, pre')) return false;
   const box = e.getBoundingClientRect();
-  return box.width && (box.right > innerWidth + 1 || box.left < -1);
+  return box.width && (box.right > document.documentElement.clientWidth + 1 || box.left < -1);
 }).map(e => e.tagName + '.' + e.className)
 """
 COLUMNS_OFF_PAGE = """
-[...document.querySelectorAll('th, td')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+[...document.querySelectorAll('th, td')].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
   .map(e => e.textContent)
 """
 SCROLLED = """
@@ -86,7 +86,9 @@ def test_dark_is_for_screens_only():
 
 
 def test_a_target_inside_an_interval_is_not_said_to_be_met_for_sure(tmp_path):
-    run = load_run(write_run(tmp_path / "run", Synthetic(block_sizes=(16,), learned_attainment=0.9505)))
+    run = load_run(write_run(tmp_path / "run", Synthetic(block_sizes=(16,))))
+    rows = run.summary
+    rows.slo_attainment = rows.slo_attainment.mask((rows.policy == "dqn") & (rows.seed % 2 == 0), 0.945)
     said = misses(run, workload="diurnal")
     assert "on average over the seeds" in said
     assert re.search(r"95 % interval begins below it for .*learned \(DQN\) at block size 16", said)
