@@ -458,11 +458,12 @@ def test_the_section_on_the_clock_axis_says_what_rests_on_it_and_has_the_band_of
 
 def test_the_terminals_table_of_the_clock_axes_has_columns_apart(axes_run):
     shown = summary_table(axes_run)
-    lines = shown.split("clock axes\n")[1].splitlines()[:5]
-    columns = [re.split(r"  +", line.strip()) for line in lines]
-    assert columns[0] == ["policy", *AXIS_HEADS]
-    assert [len(row) for row in columns] == [7] * 5
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 165
+    lines = shown.split("clock axes\n")[1].splitlines()
+    last = next(i for i, line in enumerate(lines) if line.lstrip().startswith("policy"))
+    assert sorted(" ".join(lines[: last + 1]).split()) == sorted(" ".join(["policy", *AXIS_HEADS]).split())
+    rows = lines[last + 1 : last + 5]
+    assert [len(re.split(r"  +", line.strip())) for line in rows] == [7] * 4
+    assert len({len(line) for line in rows}) == 1 and len(rows[0]) <= 165
     assert shown.isascii()
 
 
