@@ -24,7 +24,8 @@ WIDER_THAN_PAGE = """
 }).map(e => e.tagName + '.' + e.className)
 """
 COLUMNS_OFF_PAGE = """
-[...document.querySelectorAll('th, td')].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+[...document.querySelectorAll('th, td')]
+  .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
   .map(e => e.textContent)
 """
 SCROLLED = """
