@@ -55,7 +55,7 @@ HOMES = {
     "numba": ("sim",),
     "scipy": ("stats",),
     "safetensors": ("policies.learned",),
-    "matplotlib": ("report.figures", "arena.figures"),
+    "matplotlib": ("report.figures", "report.clocks", "arena.figures"),
     "pandas": ("report",),
     "tyro": ("flags", "commands", "onboarding.config"),
     "fsspec": ("record", "training.storage"),

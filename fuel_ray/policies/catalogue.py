@@ -198,7 +198,7 @@ CATALOGUE: dict[str, Entry] = {
         _static,
         tuned=True,
         dial=OFFSETS_MHZ,
-        what="the one (clock, limit) pair with the least energy within the SLO on the tuning seeds",
+        what="the one GPU clock and batch limit with the least energy within the SLO on the tuning seeds",
     ),
     LOAD_TABLE: Entry(
         *("load table", "#009e73"),
@@ -206,7 +206,7 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=OFFSETS_MHZ,
-        what="a table from the recent arrival rate to a (clock, limit) pair",
+        what="a table from the recent arrival rate to a GPU clock and batch limit",
     ),
     FAST_LOAD_TABLE: Entry(
         *("load table, 4 s", "#66c2a5"),
@@ -265,7 +265,7 @@ CATALOGUE: dict[str, Entry] = {
     "agft": Entry("AGFT", "#6a51a3", _agft, tuned=True),
     BEST_RULE: Entry(
         "best simple rule",
-        "#44aa99",
+        "#aa3377",
         make=None,
         what="the simple rule of least energy within the SLO on the tuning seeds: what learning has to beat",
     ),

@@ -163,6 +163,12 @@ def missed(run: Run, attainment: Interval | None) -> bool:
     return attainment is not None and target is not None and attainment.mean < target
 
 
+def unsure(run: Run, attainment: Interval) -> bool:
+    """True when the mean attainment meets the target but its interval, as shown, begins below."""
+    target, low = run.attainment_target, attainment.low
+    return target is not None and low is not None and round(low, 3) < target <= attainment.mean
+
+
 def where(rows: pd.DataFrame, **values: Any) -> pd.DataFrame:
     """The rows whose columns have these values; None: any."""
     for name, value in values.items():

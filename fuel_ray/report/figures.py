@@ -10,7 +10,6 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,9 +22,7 @@ from fuel_ray.stats import Interval
 _BLOCK_COLORS = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b", "#6a51a3", "#3f007d")  # light to dark: an order
 _CLOCK_COLORS = ("#b3261e", "#e08214", "#4a98c9", "#08306b")  # fast to slow
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_MAX_TICKS = 24
 _TRACED = ("in_system", "applied.gpu_clock_mhz", "applied.batch_limit")
-_LIMIT, _CLOCK = "chosen.batch_limit", "chosen.gpu_clock_mhz"
 SMOOTH_S = 15  # bold lines in the time plot are means over this long
 
 _batch = attrgetter("batch")
@@ -79,7 +76,7 @@ def learning_curves(run: Run) -> str:
             axes.xaxis.set_major_formatter(lambda steps, _: f"{steps:,.0f}")
         axes.legend()
 
-    return _draw(paint, height_in=3.4)
+    return draw(paint, height_in=3.4)
 
 
 def energy_against_attainment(run: Run, *, workload: str) -> str:
@@ -99,7 +96,7 @@ def energy_against_attainment(run: Run, *, workload: str) -> str:
         axes.set(xlabel="energy per request (J)  ← better", ylabel="SLO attainment (%)  better →")
         figure.legend(handles=_scatter_key(run), loc="outside right center")
 
-    return _draw(paint, height_in=4.2)
+    return draw(paint, height_in=4.2)
 
 
 def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None:
@@ -116,7 +113,7 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
                 _trace(axes, rows, rows[column], color(policy, run.policies))
         load = steps[steps["policy"] == steps["policy"].iloc[0]].sort_values("time_s")
         _trace(panels[0], load, load["arrivals"] / _window_s(load), "#30343b")
-        names = ("arrivals per s", "running + waiting", "GPU clock (MHz)", "batch limit")
+        names = ("arrivals\nper s", "requests, running\nand waiting", "GPU clock (MHz)", "batch limit")
         for axes, name in zip(panels, names, strict=True):
             axes.set_ylabel(name)
         panels[3].set_yscale("log", base=2)
@@ -125,30 +122,7 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
         figure.align_ylabels()
         figure.legend(handles=_policy_key(run), loc="outside upper center", ncols=len(run.policies))
 
-    return _draw(paint, height_in=7.4, form="webp")
-
-
-def decision_heat_maps(run: Run, *, workload: str) -> str | None:
-    """Share of windows in which the learned policy chose each (batch limit, clock), per block size."""
-    steps = where(run.steps, workload=workload, policy=run.learned)
-    if steps.empty:
-        return None
-    sizes = sorted(steps["block_size"].unique())
-    clocks, limits = (np.sort(steps[key].unique()) for key in (_CLOCK, _LIMIT))
-    rows = -(-len(sizes) // 2)
-
-    def paint(figure: Figure) -> None:
-        grid = figure.subplots(rows, min(2, len(sizes)), squeeze=False)
-        shares = [_shares(steps[steps["block_size"] == size], limits=limits, clocks=clocks) for size in sizes]
-        top = max(float(share.max()) for share in shares)
-        for axes, size, share in zip(grid.flat, sizes, shares, strict=False):
-            image = _heat_map(axes, share, limits=limits, clocks=clocks, top=top)
-            axes.set(title=f"block size {size}", xlabel="GPU clock (MHz)", ylabel="batch limit")
-        for axes in grid.flat[len(sizes) :]:
-            axes.set_visible(False)
-        figure.colorbar(image, ax=grid, label="share of windows (%)", shrink=0.7)
-
-    return _draw(paint, height_in=min(0.9 + rows * (1.0 + 0.2 * len(limits)), 9.0))
+    return draw(paint, height_in=7.4, form="webp")
 
 
 def profile_and_model(points: Sequence[ProfilePoint]) -> str:
@@ -178,10 +152,10 @@ def profile_and_model(points: Sequence[ProfilePoint]) -> str:
         keys += [_key(color="#30343b", marker=m, ls="", label=f"prompts of {c} tokens") for c, m in marks]
         figure.legend(handles=keys, loc="outside right center")
 
-    return _draw(paint, height_in=3.6)
+    return draw(paint, height_in=3.6)
 
 
-def _draw(paint: Callable[[Figure], None], *, height_in: float, form: Literal["svg", "webp"] = "svg") -> str:
+def draw(paint: Callable[[Figure], None], *, height_in: float, form: Literal["svg", "webp"] = "svg") -> str:
     """Draw to a data URI: SVG is sharpest, WebP a fifth of its size for lines of thousands of windows."""
     buffer = BytesIO()
     options = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 170, "pil_kwargs": {"quality": 88}}
@@ -224,30 +198,6 @@ def _trace(axes: Any, rows: pd.DataFrame, values: pd.Series, ink: str) -> None:
 
 def _window_s(rows: pd.DataFrame) -> float:
     return float(rows["time_s"].diff().median()) if len(rows) > 1 else 1.0
-
-
-def _shares(steps: pd.DataFrame, *, limits: np.ndarray, clocks: np.ndarray) -> np.ndarray:
-    """Percent of windows, shape (limits, clocks)."""
-    counts = np.zeros((len(limits), len(clocks)))
-    at = (np.searchsorted(limits, steps[_LIMIT]), np.searchsorted(clocks, steps[_CLOCK]))
-    np.add.at(counts, at, 1)
-    return np.asarray(100 * counts / counts.sum())
-
-
-def _heat_map(axes: Any, share: np.ndarray, *, limits: np.ndarray, clocks: np.ndarray, top: float) -> Any:
-    image = axes.pcolormesh(np.where(share > 0, share, np.nan), cmap="Blues", vmin=0, vmax=top)
-    axes.set_facecolor("#f6f7f9")
-    axes.grid(visible=False)
-    for axis, values, rotation in ((axes.xaxis, clocks, 90), (axes.yaxis, limits, 0)):
-        every = -(-len(values) // _MAX_TICKS)
-        axis.set_ticks(
-            np.arange(0, len(values), every) + 0.5, values[::every], rotation=rotation, fontsize=7.5
-        )
-    for row, column in np.argwhere(share >= 3):
-        value = share[row, column]
-        ink = "white" if value > 0.42 * top else "#30343b"
-        axes.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
-    return image
 
 
 def _policy_key(run: Run) -> list[Line2D]:

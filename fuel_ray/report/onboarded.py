@@ -10,13 +10,15 @@ from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATI
 from fuel_ray.record import read_json
 from fuel_ray.report.figures import ProfilePoint, profile_and_model
 from fuel_ray.report.page import Cell, code, figure, heading, page, paragraph, table, tile, tiles
-from fuel_ray.report.tables import change, key_values
-from fuel_ray.report.text import percent
+from fuel_ray.report.tables import key_values
+from fuel_ray.report.text import when
+from fuel_ray.report.wording import change, ends, percent
 from fuel_ray.sim.fidelity import ERRORS, Fidelity
 from fuel_ray.sim.pack import PerfModel, load_pack
 
+_UNKNOWN = "unknown"
 _KNOWN = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)
-_ON = {True: "on", False: "off", None: "?"}
+_ON = {True: "on", False: "off", None: _UNKNOWN}
 _UNITS = {"energy": "J", "mean_power": "W"}
 _FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{}, 99th percentile"}
 _PROFILE = (
@@ -25,11 +27,11 @@ _PROFILE = (
 )
 _FIDELITY = (
     "One load that was not fitted, with another seed and rate than the profile's; the twin was given the "
-    "same arrivals. Positive: the twin says too much. Errors of one draw: {requests} requests per clock."
+    "same arrivals. With a positive error the twin's figure is too high. One run of {requests} requests."
 )
 _FITTED = (
-    "How far the twin is off the loads of its own profile. Those left out of a fit say what it does on a "
-    "load that it has not seen; each may be the only one that tells a part of it."
+    "The twin's error on the loads of its own profile. The error on a load that was left out of the fit is "
+    "the one to expect on a new load."
 )
 _DEFAULT_SLO = "the default; name yours by --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 _POLICIES = (
@@ -74,10 +76,10 @@ def _sections(folder: Path, journal: Mapping[str, Any]) -> Iterator[str]:
         yield paragraph(_POLICIES.format(seeds=found["recommend"]["seeds"]), style="soft")
     if (folder / "commands.sh").exists():
         yield heading("The commands")
-        yield paragraph("In this order; go on to the next when the last has shown what you hoped for.")
+        yield paragraph("Run them in this order, each after the one before has shown what you expect.")
         yield code((folder / "commands.sh").read_text(encoding="utf-8").removeprefix("#!/bin/sh\n"))
     yield heading("How this was made")
-    yield key_values({key: journal[key] for key in ("command", "started", "git_commit") if journal.get(key)})
+    yield key_values({key: journal[key] for key in ("command", "git_commit") if journal.get(key)})
     yield _stages(stages)
 
 
@@ -90,7 +92,8 @@ def _answer(stages: Stages, found: Stages) -> Iterator[str]:
         yield paragraph(f"Ended: {end}", style="headline bad")
     recommended = found.get("recommend", {})
     if recommended:
-        yield paragraph(recommended["headline"], style="headline")
+        answer = recommended["headline"]
+        yield paragraph(answer[:1].upper() + answer[1:], style="headline")
         yield paragraph(recommended["sentence"])
         for note in recommended["notes"]:
             yield paragraph(note)
@@ -102,16 +105,17 @@ def _answer(stages: Stages, found: Stages) -> Iterator[str]:
 def _tiles(found: Stages) -> Iterator[str]:
     if rows := found.get("recommend", {}).get("rows"):
         best = next(row for row in rows if row["policy"] == found["recommend"]["best"])
-        note = _interval(best["interval_against_max"], best["band_against_max"])
-        yield tile(change(best["against_max"]), name="J/request vs max performance", note=f"modelled {note}")
-        yield tile(percent(best["attained"]), name="SLO attainment", note="modelled", bad=not best["met"])
+        range_ = _interval(best["interval_against_max"], best["band_against_max"])
+        against = f"J/request vs {label(MAX_PERFORMANCE)}"
+        yield tile(change(best["against_max"]), name=against, notes=(f"modelled: {range_}",))
+        yield tile(percent(best["attained"]), name="SLO attainment", notes=("modelled",), bad=not best["met"])
     if fidelity := found.get("validate", {}).get("rows"):
         outside, bounds = found["validate"]["outside"], found["validate"]["bounds"]
         for name in ("energy", "tpot_mean"):
             worst = max((row["errors"][name] or 0.0 for row in fidelity), key=abs)
-            note = f"bound {percent(bounds[name])}"
+            notes = (f"bound {percent(bounds[name])}",)
             what = f"the twin's error in {_figure_name(name)}"
-            yield tile(_signed(worst), name=what, note=note, bad=name in outside)
+            yield tile(_signed(worst), name=what, notes=notes, bad=name in outside)
 
 
 def _server(server: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,14 +126,14 @@ def _server(server: Mapping[str, Any]) -> dict[str, Any]:
         "model": server["model"],
         "engine": server["engine"],
         "GPU": f"{server['gpu_name']} ({gpus})",
-        "KV cache": f"{server['num_kv_blocks'] or '?'} blocks of {server['kv_block_size']} tokens",
+        "KV cache": f"{server['num_kv_blocks'] or _UNKNOWN} blocks of {server['kv_block_size']} tokens",
         "capacity": f"{limits[-1]} requests",
         "clocks": f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, may be set"
         if len(clocks) > 1
-        else f"{clocks[0]} MHz; not ours to set: observe-only",
-        "batch limit": "may be set" if limits[0] < limits[-1] else "not ours to set",
-        "tokens a step": str(server.get("max_num_batched_tokens") or "?"),
-        "longest request": f"{server.get('max_model_len') or '?'} tokens",
+        else f"{clocks[0]} MHz; may not be set: observe-only",
+        "batch limit": "may be set" if limits[0] < limits[-1] else "may not be set",
+        "tokens a step": str(server.get("max_num_batched_tokens") or _UNKNOWN),
+        "longest request": f"{longest} tokens" if (longest := server.get("max_model_len")) else _UNKNOWN,
         "prefix caching": _ON[server.get("prefix_caching")],
         **({"assumed": "; ".join(server["assumed"])} if server.get("assumed") else {}),
         **({"idle power": server["idle_power"]} if server.get("idle_power") else {}),
@@ -243,7 +247,8 @@ def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _policies(rows: list[Mapping[str, Any]], *, best: str) -> str:
-    head = [Cell("policy", style="text"), Cell("J/request"), Cell("vs max"), Cell("SLO met")]
+    head = [Cell("policy", style="text"), Cell("J/request")]
+    head += [Cell(f"vs {label(MAX_PERFORMANCE)}"), Cell("SLO attainment")]
     head.append(Cell("what was tuned", style="text"))
     names = [row["policy"] for row in rows]
     body = [
@@ -264,7 +269,7 @@ def _policies(rows: list[Mapping[str, Any]], *, best: str) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return label(row["policy"]) if row["policy"] in _KNOWN else f"trained: {row['policy']}"
+    return label(row["policy"]) if row["policy"] in _KNOWN else f"learned: {row['policy']}"
 
 
 def _against(row: Mapping[str, Any]) -> Cell:
@@ -276,7 +281,7 @@ def _against(row: Mapping[str, Any]) -> Cell:
 def _interval(interval: list[float | None], band: list[float] | None) -> str:
     """The clock axes' lowest to highest where there are several, else the interval over seeds."""
     low, high = band or interval
-    return "" if low is None or high is None else f"{change(low)} to {change(high)}".replace(" %", "")
+    return "" if low is None or high is None else ends(low, high, change)
 
 
 def _stages(stages: Stages) -> str:
@@ -286,7 +291,7 @@ def _stages(stages: Stages) -> str:
             Cell(name, style="text"),
             Cell(stage["state"], style="text"),
             Cell(f"{stage['seconds']:.0f}" if "seconds" in stage else "–"),
-            Cell(stage.get("began", "–"), style="text"),
+            Cell(when(stage["began"]) if "began" in stage else "–", style="text"),
         ]
         for name, stage in stages.items()
     ]
@@ -294,4 +299,4 @@ def _stages(stages: Stages) -> str:
 
 
 def _signed(error: float) -> str:
-    return f"{100 * error:+z.1f} %".replace("-", "−")
+    return change(1 + error)

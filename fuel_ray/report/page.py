@@ -14,7 +14,6 @@ class Cell:
     note: str = ""
     style: str = ""  # CSS classes: "text" aligns left, "wrap" may break, "bad" missed, "mine" tints the row
     dot: str = ""  # colour of the mark before the text
-    rows: int = 1  # spanned
 
 
 Row = Sequence[Cell]
@@ -41,9 +40,10 @@ def paragraph(text: str, *, style: str = "") -> str:
     return f'<p class="{style}">{_text(text)}</p>' if text else ""
 
 
-def tile(value: str, *, name: str, note: str, bad: bool = False) -> str:
+def tile(value: str, *, name: str, notes: Iterable[str] = (), bad: bool = False) -> str:
     """One number to see at a glance."""
-    spans = f"<b>{_text(value)}</b><span>{_text(name)}</span><span>{_text(note)}</span>"
+    spans = f"<b>{_text(value)}</b><strong>{_text(name)}</strong>"
+    spans += "".join(f"<span>{_text(note)}</span>" for note in notes if note)
     return f'<div class="tile{" bad" if bad else ""}">{spans}</div>'
 
 
@@ -52,11 +52,12 @@ def tiles(parts: Iterable[str]) -> str:
     return f'<div class="tiles">{"".join(parts)}</div>'
 
 
-def table(head: Row, groups: Iterable[Sequence[Row]]) -> str:
-    """A table whose groups of rows are set apart by a line."""
-    bodies = "".join(f"<tbody>{''.join(map(_row, rows))}</tbody>" for rows in groups)
-    titles = "".join(f'<th class="{cell.style}">{_text(cell.text)}</th>' for cell in head)
-    return f'<div class="card"><table><thead><tr>{titles}</tr></thead>{bodies}</table></div>'
+def table(head: Row, groups: Iterable[Sequence[Row]], *, titles: Sequence[str] = ()) -> str:
+    """A table whose groups of rows are set apart by a line, and by a title each where there are titles."""
+    named = zip(titles, groups, strict=True) if titles else ((None, rows) for rows in groups)
+    bodies = "".join(_group(title, rows, columns=len(head)) for title, rows in named)
+    heads = "".join(f'<th class="{cell.style}">{_text(cell.text)}</th>' for cell in head)
+    return f'<div class="card"><table><thead><tr>{heads}</tr></thead>{bodies}</table></div>'
 
 
 def definitions(pairs: Iterable[tuple[Cell, str]]) -> str:
@@ -66,9 +67,8 @@ def definitions(pairs: Iterable[tuple[Cell, str]]) -> str:
 
 def figure(uri: str, *, caption: str) -> str:
     """A figure that was drawn to a data URI, with a sentence that says what to see."""
-    return (
-        f'<figure><img src="{uri}" alt="{_text(caption)}"><figcaption>{_text(caption)}</figcaption></figure>'
-    )
+    image = f'<div class="scroll"><img src="{uri}" alt="{_text(caption)}"></div>'
+    return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
 def code(text: str) -> str:
@@ -81,14 +81,18 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{_text(summary)}</summary>{content}</details>"
 
 
+def _group(title: str | None, rows: Sequence[Row], *, columns: int) -> str:
+    line = f'<tr class="title"><th colspan="{columns}"><span>{_text(title)}</span></th></tr>' if title else ""
+    return f"<tbody>{line}{''.join(map(_row, rows))}</tbody>"
+
+
 def _row(cells: Row) -> str:
     mine = any("mine" in cell.style for cell in cells)
     return f"<tr{' class=mine' if mine else ''}>{''.join(map(_cell, cells))}</tr>"
 
 
 def _cell(cell: Cell) -> str:
-    span = f' rowspan="{cell.rows}"' if cell.rows > 1 else ""
-    return f'<td class="{cell.style}"{span}>{_content(cell)}</td>'
+    return f'<td class="{cell.style}">{_content(cell)}</td>'
 
 
 def _content(cell: Cell) -> str:

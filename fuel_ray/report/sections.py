@@ -1,42 +1,59 @@
 """A run folder as one self-contained page, and as a table for the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fuel_ray.disk import whole
+from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import CATALOGUE, JUDGED_BY, color, label
-from fuel_ray.report import figures, tables, text
-from fuel_ray.report.data import Run, energy_against, load_run, mean_over_seeds, missed
+from fuel_ray.report import clocks, figures, tables, text
+from fuel_ray.report.data import (
+    Run,
+    axis_names,
+    energy_against,
+    energy_over_axes,
+    load_run,
+    mean_over_axes,
+    mean_over_seeds,
+    missed,
+)
 from fuel_ray.report.page import Cell, definitions, figure, folded, heading, page, paragraph, tile, tiles
+from fuel_ray.report.wording import change, ends, percent, span
+from fuel_ray.sim.pack import Pack, load_pack
+from fuel_ray.stats import Interval
 
 _SHOWN_BLOCK_SIZE = 16  # vLLM's default; the others are folded
+_UNBROKEN = "\u00a0"  # space
 _TERMS = {
-    "J/request": "GPU energy divided by requests that arrived; lower is better",
-    "SLO attainment": "share of requests within all limits on latency (SLO); meeting the target is enough",
-    "TTFT, TPOT": "time to first token, time per output token after it; p99s are averaged over seeds",
-    "KV block size": "tokens per block of the server's KV cache; fixed while a server lives",
-    "limit": "batch limit: requests that may run at once; the others wait",
-    "weight on it": "what a policy must gain per 100 MHz off the best simple rule; at 10 it never leaves it",
-    "MHz, switches": "the GPU clock averaged over time, and how often a policy changed it",
-    "small print": "in tables: 95 % t intervals over held-out seeds; comparisons are paired by seed; "
-    "in that of the clock axes, the lowest to the highest",
+    "J/request": "GPU energy divided by the requests that arrived; lower is better",
+    "vs": "change of J/request against that policy, on the same requests: −10 % is a tenth less energy",
+    "SLO attainment": "share of requests within every limit of the SLO; more than the target earns nothing",
+    "TTFT, TPOT": "time to first token, and time per output token after it; p99s are means over seeds",
+    "block size": "tokens per block of the server's KV cache; fixed while a server runs",
+    "batch limit": "how many requests may run at once; the others wait",
+    "GPU clock, clock switches": "mean over time of the clock, and how often a policy changed it",
+    "anchor weight": "what each 100 MHz away from the best simple rule must gain before the learned policy "
+    "takes it; none: no minimum",
+    "small print": "95 % t intervals over held-out seeds; in the table of clock axes, lowest to highest axis",
 }
-_LEARNING = (
-    "Energy: the greedy policy of each checkpoint on the tuning seeds; early ones can be cheap by missing "
-    "the SLO. Reward, where it learned from rewards: with the random actions of training; it should rise "
-    "until it is flat. Thin: each checkpoint. Bold: mean of five."
+_ENERGY_CURVE = (
+    "Energy of each checkpoint on the tuning seeds, without exploration. An early checkpoint may use little "
+    "because it misses the SLO."
 )
+_REWARD_CURVE = "Reward with exploration: it should rise and then stay level."
+_SMOOTHED = "Thin: each checkpoint. Bold: mean of five."
 _SCATTER = (
-    "Left is less energy, up is more requests within the SLO. A policy is better than another only if it "
-    "lies to its left and above the dashed target. Bars: 95 % intervals over seeds."
+    "Left is less energy, up is more requests within the SLO. The better of two policies above the dashed "
+    "target is the one further left. Bars: 95 % intervals over seeds."
 )
 _CHOICES = (
-    "A policy that follows the load lowers its clock as arrivals fall and raises it before requests queue. "
-    f"Thin: each window. Bold: {figures.SMOOTH_S} s mean."
+    "A policy that follows the load lowers the clock when fewer requests arrive, and raises it before "
+    f"requests queue. Thin: each window. Bold: mean over {figures.SMOOTH_S} s."
 )
 _HEAT_MAPS = (
-    "Share of control windows in which the learned policy chose each (batch limit, clock). A single dark "
-    "cell is a static policy, a band follows the load."
+    "Percent of control windows in which the learned policy chose each batch limit and GPU clock; shares "
+    "below 3 % are coloured but not written. A number at an edge is the lowest value of the cell that begins "
+    "there."
 )
 
 
@@ -68,9 +85,10 @@ def summary_table(run_dir: Path) -> str:
         lines += [text.misses(run, workload=workload)]
         lines += [text.control(run, workload=workload), ""] if workload == run.control else [""]
     if len(run.axes):
-        lines += ["clock axes", *tables.plain_clock_axes(run), text.axis_table(run), ""]
-    answer = filter(None, (text.headline(run), text.bands(run), text.clock_axis(run)))
-    return "\n".join([*lines, *answer, text.sample(run), text.block_sizes(run), text.origin(run)])
+        lines += ["clock axes", *tables.plain_clock_axes(run), text.axis_table(run), text.bands(run), ""]
+    answer = (text.headline(run), text.origin(run), text.comparisons(run), text.sample(run))
+    lines += [*answer, text.block_sizes(run), text.clock_axis(run)]
+    return "\n".join(lines).replace("−", "-").rstrip()
 
 
 def _sections(run: Run) -> Iterator[str]:
@@ -79,19 +97,14 @@ def _sections(run: Run) -> Iterator[str]:
     for workload in [main, *(name for name in others if name != run.control)]:
         yield heading(f"Results on the {workload} workload")
         yield from _results(run, workload)
-    if rests_on := text.clock_axis(run):
-        yield heading("How much hangs on the clock axis?")
-        yield paragraph(rests_on)
-        if len(run.axes):
-            yield tables.clock_axes(run)
-            yield paragraph(text.axis_table(run), style="soft")
+    yield from _trust(run)
     yield heading("Do the block sizes differ?")
     yield paragraph(text.block_sizes(run))
     yield from _figures(run)
     if run.control is not None:
         yield heading(f"Negative control: the {run.control} workload")
         yield paragraph(text.control(run, workload=run.control))
-        yield from _results(run, run.control)
+        yield folded(f"Results on the {run.control} workload", "".join(_results(run, run.control)))
     yield heading("How this run was made")
     yield from _provenance(run)
 
@@ -100,10 +113,9 @@ def _answer(run: Run) -> Iterator[str]:
     answer = text.headline(run)
     yield heading(f"fuel_ray: {run.name}", level=1)
     yield paragraph(answer, style="headline bad" if answer.startswith("Bad news") else "headline")
-    yield paragraph(text.bands(run))
-    yield paragraph(text.sample(run), style="soft")
+    yield paragraph(text.origin(run), style="origin")
     yield tiles(_tiles(run))
-    yield paragraph(text.origin(run))
+    yield paragraph(text.sample(run), style="soft")
     for size, reason in (run.info.get("unsupported") or {}).items():
         yield paragraph(f"Block size {size} was not run: {reason}")
     yield heading("How to read this")
@@ -113,23 +125,63 @@ def _answer(run: Run) -> Iterator[str]:
     yield definitions([*policies, *((Cell(term), meaning) for term, meaning in _TERMS.items())])
 
 
+def _trust(run: Run) -> Iterator[str]:
+    """What of the numbers was measured, what is modelled, and what depends on that."""
+    depends, notes = text.clock_axis(run), text.pack_notes(run)
+    if depends or notes:
+        yield heading("How much depends on the model?")
+    yield paragraph(depends)
+    if len(run.axes):
+        yield paragraph(text.bands(run))
+        yield tables.clock_axes(run)
+        yield paragraph(text.axis_table(run), style="soft")
+    if (pack := _pack(run)) and (band := clocks.band(run, pack, workload=run.workloads[0])):
+        yield figure(band.uri, caption=band.caption)
+    yield paragraph(notes)
+
+
+def _pack(run: Run) -> Pack | None:
+    """The pack that the run was modelled with; None where it is not here, or is another by now."""
+    try:
+        pack = load_pack(str(run.setting("pack")))
+    except ConfigError:
+        return None
+    return pack if pack.sha256 == (run.info.get("pack") or {}).get("sha256") else None
+
+
 def _meaning(run: Run, policy: str) -> str:
     if policy == run.learned:
-        return "what this run trained, one per KV block size, held to the best simple rule where that helped"
+        return (
+            "the learned policy: what this run trained, one for each block size, held near the best simple "
+            "rule where that helped on the tuning seeds"
+        )
     return CATALOGUE[policy].what if policy in CATALOGUE else "a further baseline"
 
 
 def _tiles(run: Run) -> Iterator[str]:
     main = run.workloads[0]
-    for reference in JUDGED_BY:
-        ratio = energy_against(run, run.learned, reference, workload=main)
+    axes = f"{len(axis_names(run))} clock axes"
+    for baseline in JUDGED_BY:
+        ratio = energy_against(run, run.learned, baseline, workload=main)
         if ratio is not None:
-            note = f"95 % interval {tables.span(ratio, tables.change)}"
-            yield tile(tables.change(ratio.mean), name=f"J/request vs {label(reference)}", note=note)
+            notes = _ranges(ratio, energy_over_axes(run, run.learned, baseline), axes, change)
+            yield tile(change(ratio.mean), name=f"J/request vs {label(baseline)}", notes=notes)
     share = mean_over_seeds(run, "slo_attainment", workload=main, policy=run.learned)
     if share is not None:
-        note = f"95 % interval {tables.span(share, text.percent)}"
-        yield tile(text.percent(share.mean), name="SLO attainment", note=note, bad=missed(run, share))
+        notes = _ranges(share, mean_over_axes(run, "slo_attainment", run.learned), axes, percent)
+        target = run.attainment_target
+        name = "SLO attainment" + ("" if target is None else f", target {percent(target)}")
+        yield tile(percent(share.mean), name=name, notes=notes, bad=missed(run, share))
+
+
+def _ranges(
+    interval: Interval, by_axis: Sequence[float], axes: str, form: Callable[[float], str]
+) -> Iterator[str]:
+    """Small lines under a number: its interval, and where it lies under the clock axes."""
+    if shown := span(interval, form):
+        yield f"95 % interval: {shown.replace(' ', _UNBROKEN)}"
+    if by_axis:
+        yield f"{axes}: {ends(min(by_axis), max(by_axis), form).replace(' ', _UNBROKEN)}"
 
 
 def _results(run: Run, workload: str) -> Iterator[str]:
@@ -141,14 +193,16 @@ def _figures(run: Run) -> Iterator[str]:
     main = run.workloads[0]
     if len(run.learning):
         yield heading("Learning")
-        yield figure(figures.learning_curves(run), caption=_LEARNING)
+        rewarded = run.learning["reward"].notna().any()
+        caption = " ".join((_ENERGY_CURVE, *([_REWARD_CURVE] if rewarded else []), _SMOOTHED))
+        yield figure(figures.learning_curves(run), caption=caption)
     yield heading("Energy against SLO attainment")
     yield figure(
         figures.energy_against_attainment(run, workload=main), caption=f"Workload {main}. {_SCATTER}"
     )
     yield from _choices(run, main)
-    if heat_maps := figures.decision_heat_maps(run, workload=main):
-        yield heading("What the learned policy chooses")
+    if heat_maps := clocks.decision_heat_maps(run, workload=main):
+        yield heading("What the learned policy chose")
         yield figure(heat_maps, caption=f"Workload {main}, one held-out seed. {_HEAT_MAPS}")
 
 
@@ -170,17 +224,18 @@ def _provenance(run: Run) -> Iterator[str]:
     info = run.info
     pack = info.get("pack") or {}
     wall_s = info.get("wall_time_s")
+    started, seeds = info.get("started"), info.get("seeds") or {}
     facts = {
         "command": info.get("command"),
-        "started": info.get("started"),
+        "started": started and text.when(started),
         "wall time": None if wall_s is None else f"{wall_s / 60:.1f} min",
         "git commit": info.get("git_commit"),
         "calibration pack": pack.get("name"),
         "pack sha256": pack.get("sha256"),
-        **{f"seeds: {name}": seeds for name, seeds in (info.get("seeds") or {}).items()},
+        **{f"{name.replace('_', '-')} seeds": found for name, found in seeds.items()},
     }
     yield tables.key_values({name: value for name, value in facts.items() if value is not None})
-    yield heading("What the baselines were tuned to", level=3)
+    yield heading("What was tuned", level=3)
     yield tables.chosen_pairs(run)
     yield folded("Configuration", tables.key_values(run.config))
     yield folded("Package versions", tables.key_values(info.get("versions") or {}))

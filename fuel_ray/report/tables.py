@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from textwrap import wrap
 from typing import Any
 
 from fuel_ray.policies.catalogue import JUDGED_BY, LOAD_TABLE, color, label
@@ -18,14 +19,15 @@ from fuel_ray.report.data import (
     missed,
 )
 from fuel_ray.report.page import Cell, table
-from fuel_ray.report.text import percent
+from fuel_ray.report.wording import change, ends, percent, setting, span
 from fuel_ray.stats import Interval
 from fuel_ray.types import Knobs
 
-_AGAINST = ("J/request", "vs static", "vs rule", "vs table", "vs max", "SLO met")
-_MEAN = ("TTFT p99 s", "TPOT p99 ms", "MHz", "limit", "switches")
-_AXIS_HEAD = (Cell("policy", style="text"), *map(Cell, (*_AGAINST[1:], "MHz")))
-_HEAD = (Cell("block"), Cell("policy", style="text"), *(Cell(name) for name in (*_AGAINST, *_MEAN)))
+_POLICY = Cell("policy", style="text")
+_AGAINST = (*(f"vs {label(name)}" for name in JUDGED_BY), "SLO attainment")
+_MEAN = ("TTFT p99 s", "TPOT p99 ms", "GPU clock MHz", "batch limit", "clock switches")
+_AXIS_HEAD = (_POLICY, *map(Cell, (*_AGAINST, "GPU clock MHz")))
+_HEAD = (_POLICY, *map(Cell, ("J/request", *_AGAINST, *_MEAN)))
 _MEANS: dict[str, Callable[[float], str]] = {
     "ttft_p99_s": "{:.2f}".format,
     "tpot_p99_s": lambda seconds: f"{1000 * seconds:.1f}",  # shown in ms
@@ -36,20 +38,19 @@ _MEANS: dict[str, Callable[[float], str]] = {
 
 
 def results(run: Run, *, workload: str) -> str:
-    """Block size x policy: energy, what it is relative to each reference, SLO attainment and latency."""
-    groups = []
-    for size in run.block_sizes:
-        first, *rest = _rows(run, workload, size) or [[Cell("not run", style="text")]]
-        groups.append([[Cell(str(size), rows=1 + len(rest)), *first], *rest])
-    return table(_HEAD, groups)
+    """Block size x policy: energy, what it is relative to each baseline, SLO attainment and latency."""
+    groups = [_rows(run, workload, size) or [[Cell("not run", style="text")]] for size in run.block_sizes]
+    return table(_HEAD, groups, titles=[f"block size {size}" for size in run.block_sizes])
 
 
 def plain_results(run: Run, *, workload: str) -> list[str]:
     """The same as lines of text."""
-    rows = [[cell.text for cell in _HEAD]]
-    for size in run.block_sizes:
-        rows += [[str(size), *(cell.text for cell in row)] for row in _rows(run, workload, size)]
-    return _plain(rows)
+    rows = [
+        [str(size), *(cell.text for cell in row)]
+        for size in run.block_sizes
+        for row in _rows(run, workload, size)
+    ]
+    return _plain(["block size", *(cell.text for cell in _HEAD)], rows)
 
 
 def clock_axes(run: Run) -> str:
@@ -60,9 +61,9 @@ def clock_axes(run: Run) -> str:
 
 def plain_clock_axes(run: Run) -> list[str]:
     """The same as lines of text."""
-    rows = [_AXIS_HEAD, *(_axis_row(run, policy) for policy in run.policies)]
+    rows = [_axis_row(run, policy) for policy in run.policies]
     noted = [[f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row] for row in rows]
-    return _plain(noted) if len(run.axes) else []
+    return _plain([cell.text for cell in _AXIS_HEAD], noted) if len(run.axes) else []
 
 
 def _axis_row(run: Run, policy: str) -> list[Cell]:
@@ -80,43 +81,23 @@ def _band(by_axis: Sequence[float], form: Callable[[float], str]) -> Cell:
     """The nominal axis's figure and, as its note where they differ, the lowest and the highest."""
     if not by_axis:
         return Cell("–")
-    low, high = form(min(by_axis)), form(max(by_axis))
-    return Cell(form(by_axis[0]), "" if low == high else f"{low} to {high}".replace(" %", ""))
-
-
-def span(interval: Interval, form: Callable[[float], str]) -> str:
-    """An interval's ends, or nothing where it is unknown."""
-    if interval.low is None or interval.high is None:
-        return ""
-    return f"{form(interval.low)} to {form(interval.high)}".replace(" %", "")
-
-
-def change(ratio: float) -> str:
-    """A ratio as a relative change: 0.9 -> "−10.0 %"."""
-    return f"{100 * (ratio - 1):+z.1f} %".replace("-", "−")
+    low, high = min(by_axis), max(by_axis)
+    return Cell(form(by_axis[0]), "" if form(low) == form(high) else _bare(ends(low, high, form)))
 
 
 def chosen_pairs(run: Run) -> str:
     """What the baselines were tuned to."""
-    head = (
-        "block size",
-        "tuned static",
-        "load table, by arrival rate",
-        "best simple rule",
-        f"{label(run.learned)}'s weight on it",
-    )
+    head = ("block size", "tuned static", "load table, by arrival rate", "best simple rule", "anchor weight")
     groups = []
     for size, tuned in (run.info.get("tuned") or {}).items():
-        weight = tuned.get("anchor_weight")
-        best = label(tuned.get("best_rule", LOAD_TABLE))
-        held = f"{weight:g}" if weight else "free"
-        groups.append([[size, _static(tuned), _rates(tuned), best, held]])
-    return _listing(head, groups, ("", "text", "text wrap", "text", "text"))
+        weight, best = tuned.get("anchor_weight"), label(tuned.get("best_rule", LOAD_TABLE))
+        groups.append([[size, _static(tuned), _rates(tuned), best, f"{weight:g}" if weight else "none"]])
+    return _listing(head, groups, ("", "text", "text wrap", "text", ""))
 
 
 def key_values(tree: Mapping[str, Any]) -> str:
     """Settings and their values."""
-    rows = [[key, str(value)] for key, value in tree.items()]
+    rows = [[key, setting(value)] for key, value in tree.items()]
     return _listing(("name", "value"), [rows] if rows else [], ("text", "text wrap"))
 
 
@@ -136,11 +117,20 @@ def _listing(head: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], sty
     return table(titles, [[cells(row) for row in rows] for rows in groups]) if groups else ""
 
 
-def _plain(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text under each other, in ASCII."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return [line.replace("−", "-").replace("–", "-") for line in lines]
+def _plain(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text under each other, in ASCII; what stands above a column is broken into its width."""
+    widths = [
+        max(map(len, (*column, *name.split())))
+        for name, column in zip(head, zip(*rows, strict=True), strict=True)
+    ]
+    broken = [wrap(name, width) for name, width in zip(head, widths, strict=True)]
+    tall = max(map(len, broken))
+    heads = zip(*([""] * (tall - len(lines)) + lines for lines in broken), strict=True)
+    lines = (
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (*heads, *rows)
+    )
+    return [line.rstrip().replace("−", "-").replace("–", "-") for line in lines]
 
 
 def _rows(run: Run, workload: str, size: int) -> list[list[Cell]]:
@@ -168,7 +158,12 @@ def _row(run: Run, policy: str, workload: str, size: int) -> list[Cell]:
 def _cell(interval: Interval | None, form: Callable[[float], str], *, style: str = "") -> Cell:
     if interval is None:
         return Cell("–", style=style)
-    return Cell(form(interval.mean), span(interval, form), style)
+    return Cell(form(interval.mean), _bare(span(interval, form)), style)
+
+
+def _bare(text: str) -> str:
+    """Small print has the unit of what it stands under."""
+    return text.replace(" %", "")
 
 
 def _static(tuned: Mapping[str, Any]) -> str:
@@ -179,9 +174,16 @@ def _rates(tuned: Mapping[str, Any]) -> str:
     if not tuned.get("load_table"):
         return "–"
     load_table = LoadTable.from_dict(tuned["load_table"])
-    upto = (*(f"to {rate_rps:g} req/s" for rate_rps in load_table.rates_rps), "above")
-    return "; ".join(f"{rate}: {_pair(k)}" for rate, k in zip(upto, load_table.knobs, strict=True))
+    bounds = [f"up to {rate_rps:.1f} req/s" for rate_rps in load_table.rates_rps]
+    bounds.append("above" if bounds else "at any rate")
+    steps = zip(bounds, load_table.knobs, (*load_table.knobs[1:], None), strict=True)
+    last_of_each = [(bound, knobs) for bound, knobs, after in steps if knobs != after]
+    (limit, *others) = {knobs.batch_limit for knobs in load_table.knobs}
+    if others:
+        return "; ".join(f"{bound}: {_pair(knobs)}" for bound, knobs in last_of_each)
+    clocks = "; ".join(f"{bound}: {knobs.gpu_clock_mhz} MHz" for bound, knobs in last_of_each)
+    return f"{clocks}; batch limit {limit}"
 
 
 def _pair(knobs: Knobs) -> str:
-    return f"{knobs.gpu_clock_mhz} MHz, limit {knobs.batch_limit}"
+    return f"{knobs.gpu_clock_mhz} MHz, batch limit {knobs.batch_limit}"

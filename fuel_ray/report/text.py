@@ -1,6 +1,7 @@
 """The report's sentences: what the numbers say, good or bad, in plain words."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import datetime
 
 from fuel_ray.policies.catalogue import BEST_RULE, JUDGED_BY, LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.report.data import (
@@ -13,121 +14,139 @@ from fuel_ray.report.data import (
     mean_over_axes,
     mean_over_seeds,
     missed,
+    unsure,
 )
+from fuel_ray.report.wording import NO_CHANGE, change, ends, listed, percent, span
 from fuel_ray.stats import Interval
 
 SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
+_HEADLINE_BASELINES = 2
 
-_IN_PROSE = {
-    TUNED_STATIC: "the tuned static pair",
-    BEST_RULE: "the best simple rule",
-    LOAD_TABLE: "the load table",
-}
-
-
-def percent(share: float) -> str:
-    """A share as people write it: 0.954 -> "95.4 %"."""
-    return f"{100 * share:.1f} %"
+_IN_PROSE = {BEST_RULE: "the best simple rule", LOAD_TABLE: "the load table"}
 
 
 def headline(run: Run) -> str:
-    """The answer in one sentence; begins with "Bad news" where the learned policy fails."""
+    """What was saved, against what, and whether within the SLO; begins with "Bad news" on a failure."""
     workload = run.workloads[0]
     attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=run.learned)
     if attainment is None:
         return f"This run has no learned policy on the {workload} workload to judge."
-    ratios = {name: energy_against(run, run.learned, name, workload=workload) for name in JUDGED_BY}
-    energy = [
-        f"{_more(r)} than under {_in_prose(name)}{_range(r)}" for name, r in ratios.items() if r is not None
-    ]
-    answer = f"learned policy's energy per request is {_and(energy)}, and it" if energy else "learned policy"
+    ratios = _ratios(run)
     news = _news(missed=missed(run, attainment), ratios=ratios)
-    return f"{news} {answer} meets the SLO for {_shares(run, attainment)}."
+    return f"{news}{_uses(ratios)}{_slo(run, attainment)}"
+
+
+def comparisons(run: Run) -> str:
+    """The learned policy against each baseline, with intervals, in a line."""
+    parts = [
+        f"{change(r.mean)} vs {label(name)}{_brackets(span(r, change))}" for name, r in _ratios(run).items()
+    ]
+    return f"The learned policy changes the energy per request by {listed(parts)}." if parts else ""
 
 
 def clock_axis(run: Run) -> str:
-    """Which comparison hangs on which part of the clock axis; nothing of a real server."""
+    """Which comparison depends on which part of the clock axis; nothing of a real server."""
     notes = (run.info.get("pack") or {}).get("clock_axis_notes")
-    simulated = (run.setting("backend") or "sim") == "sim"
-    return f"Every saving is modelled over the GPU clock. {notes}" if notes and simulated else ""
+    if not notes or not _modelled(run):
+        return ""
+    return f"How time and energy depend on the GPU clock is modelled, and so is every saving. {notes}"
 
 
 def bands(run: Run) -> str:
-    """The headline from the lowest to the highest of the clock axes; nothing where there is but one."""
+    """The comparisons from the lowest to the highest of the clock axes; nothing where there is but one."""
     found = {name: energy_over_axes(run, run.learned, name) for name in JUDGED_BY}
-    ratios = {name: of_axes for name, of_axes in found.items() if of_axes}
+    energy = [f"{ends(min(r), max(r), change)} vs {label(name)}" for name, r in found.items() if r]
     shares = mean_over_axes(run, "slo_attainment", run.learned)
-    if not ratios or not shares:
+    if not energy or not shares:
         return ""
-    energy = [f"{_between(min(r), max(r))} than under {_in_prose(name)}" for name, r in ratios.items()]
     return (
-        f"Over the {len(axis_names(run))} clock axes that the pack's data allow, {_axis_sample(run)}, its "
-        f"energy is {_and(energy)}, and it meets the SLO for {100 * min(shares):.1f} to "
-        f"{percent(max(shares))} of requests."
+        f"Under the {len(axis_names(run))} clock axes that the pack's data allow, the learned policy changes "
+        f"the energy per request by {listed(energy)}. Its SLO attainment is "
+        f"{ends(min(shares), max(shares), percent)}{_below(run, shares)}."
     )
 
 
 def axis_table(run: Run) -> str:
     """How to read the table over the clock axes."""
     names = axis_names(run)
-    return (
-        "Each figure is under the pack's nominal clock axis and, in small print or brackets, from the lowest "
-        f"to the highest of {len(names)} axes ({', '.join(names)}): the same policies and baselines, nothing "
-        f"trained or tuned again, averaged over block sizes, {_axis_sample(run)}. MHz: the mean clock chosen."
-    )
-
-
-def _axis_sample(run: Run) -> str:
-    """Seeds of the clock axes, which may be fewer than the headline's."""
     n, of = run.axes["seed"].nunique(), run.summary["seed"].nunique()
-    return (
-        f"on all {of} held-out seeds"
+    played = (
+        f"All axes were played on all {of} held-out seeds."
         if n == of
-        else f"by what each changes on {n} of the {of} held-out seeds"
+        else f"The other axes were played on {n} of the {of} held-out seeds; what each changes there is "
+        "applied to the result of all seeds."
+    )
+    return (
+        "Each figure is under the pack's nominal clock axis. The range below or behind it runs from the "
+        f"lowest to the highest of {len(names)} axes ({', '.join(names)}). Nothing was trained or tuned for "
+        f"another axis. Means over block sizes. {played}"
     )
 
 
 def sample(run: Run) -> str:
     """What the headline averages over."""
     workload, sizes = run.workloads[0], [str(size) for size in run.block_sizes]
-    scope = f"averaged over block sizes {_and(sizes)}" if len(sizes) > 1 else f"block size {sizes[0]}"
+    scope = f"mean over block sizes {listed(sizes)}" if len(sizes) > 1 else f"block size {sizes[0]}"
     sent = digests(run)
     seeds = sum(name == workload for name, _ in sent)
     paired = all(len(found) == 1 for found in sent.values())
     warning = "" if paired else " Warning: policies faced different requests at the same seed."
-    brackets = "compared as tuned, each at the attainment that it reached; brackets: paired 95 % t intervals"
-    return f"Workload {workload}, {scope}; n = {seeds} held-out seeds; {brackets}.{warning}"
+    return (
+        f"Workload {workload}, {scope}, n = {seeds} held-out seeds. Intervals are 95 % t intervals over the "
+        "seeds; comparisons are paired by seed. Each policy is compared as it was tuned, at the SLO "
+        f"attainment that it reached.{warning}"
+    )
 
 
 def origin(run: Run) -> str:
     """Whether the numbers are modelled or measured, and with what."""
-    pack = run.info.get("pack") or {}
-    if run.info.get("origin") == "measured" or (run.setting("backend") or "sim") != "sim":
+    if not _modelled(run):
         return "Measured on hardware."
-    name = pack.get("name") or run.setting("pack") or "unnamed"
-    return (
-        f"Modelled, not measured: every number comes from a simulated node with calibration pack {name}. "
-        f"{pack.get('notes', '')}"
-    ).strip()
+    name = (run.info.get("pack") or {}).get("name") or run.setting("pack") or "unnamed"
+    return f"Modelled, not measured: every number comes from a simulated node with calibration pack {name}."
+
+
+def pack_notes(run: Run) -> str:
+    """What of the pack was measured and what was taken from elsewhere; nothing of a real server."""
+    notes = (run.info.get("pack") or {}).get("notes")
+    return f"The calibration pack rests on this. {notes}" if notes and _modelled(run) else ""
 
 
 def misses(run: Run, *, workload: str) -> str:
-    """Who misses the attainment target, or that nobody does."""
+    """Who misses the attainment target, whose interval begins below it, or that nobody's does."""
     if run.attainment_target is None:
         return "This run has no SLO attainment target."
-    names = []
+    target = f"the SLO attainment target of {percent(run.attainment_target)}"
+    below = _where(run, workload, lambda share: missed(run, share), shown=True)
+    doubtful = _where(run, workload, lambda share: unsure(run, share))
+    if not below and not doubtful:
+        return f"Every policy meets {target} at every block size, with its whole 95 % interval."
+    told = [f"Below {target}: {'; '.join(below)}. Their energy is not at the same attainment as the others'."]
+    if doubtful:
+        rest = "Every policy meets" if not below else "All others meet"
+        told = [*(told if below else ()), f"{rest} {target} on average over the seeds."]
+        told.append(f"The 95 % interval begins below it for {'; '.join(doubtful)}.")
+    return " ".join(told)
+
+
+def when(started: str) -> str:
+    """A time in ISO's form as people write it, to the minute."""
+    return f"{datetime.fromisoformat(started):%Y-%m-%d %H:%M %Z}".strip()
+
+
+def _where(run: Run, workload: str, holds: Callable[[Interval], bool], *, shown: bool = False) -> list[str]:
+    """Policies for whose attainment something holds, with the block sizes where it does."""
+    found = []
     for policy in run.policies:
         sizes = []
         for size in run.block_sizes:
             mean = mean_over_seeds(run, "slo_attainment", workload=workload, policy=policy, block_size=size)
-            sizes += [f"{size} ({percent(mean.mean)})"] if mean is not None and missed(run, mean) else []
-        names += [f"{label(policy)} at block size {_and(sizes)}"] if sizes else []
-    if not names:
-        return f"Every policy meets the attainment target of {percent(run.attainment_target)} throughout."
-    return (
-        f"Below the SLO attainment target of {percent(run.attainment_target)}: {'; '.join(names)}. "
-        "Their energy is not at the same attainment as the others'."
-    )
+            if mean is not None and holds(mean):
+                sizes.append(f"{size} ({percent(mean.mean)})" if shown else str(size))
+        found += (
+            [f"{label(policy)} at block size{'s' if len(sizes) > 1 else ''} {listed(sizes)}"] if sizes else []
+        )
+    return found
 
 
 def block_sizes(run: Run) -> str:
@@ -140,7 +159,8 @@ def block_sizes(run: Run) -> str:
         return "One seed gives no interval, so this run cannot say whether the block sizes differ."
     apart = {pair: ratio for pair, ratio in ratios.items() if _differs(ratio)}
     (a, b), widest = max((apart or ratios).items(), key=lambda item: abs(item[1].mean - 1))
-    fact = f"block size {a} uses {_more(widest)} energy per request than {b}{_range(widest)}"
+    interval = _brackets(span(widest, change))
+    fact = f"block size {a} uses {_energy(widest.mean)} block size {b}{interval}"
     if not apart:
         return (
             "The block sizes do not differ for the learned policy: every difference is below 1 % or its "
@@ -148,35 +168,77 @@ def block_sizes(run: Run) -> str:
         )
     return (
         f"The block sizes differ for the learned policy: {fact}. {len(apart)} of {len(ratios)} pairs differ "
-        f"by 1 % or more with an interval that excludes zero.{_untrained(run)} Each block size trained its "
-        "own policy once, so a difference may also come from the training."
+        f"by 1 % or more with an interval that excludes zero.{_untrained(run)} Each block size has a policy "
+        "from one training, so a difference may also come from the training."
     )
 
 
 def control(run: Run, *, workload: str) -> str:
     """What the negative control says about the comparison itself."""
     ratio = energy_against(run, run.learned, TUNED_STATIC, workload=workload)
-    aim = "Under this load a fixed pair is as good as it gets; adapting should gain nothing"
+    aim = "Here the load does not change, so the learned policy should save nothing against tuned static"
     if ratio is None:
-        return f"{aim}; this run has no such comparison."
+        return f"{aim}. This run has no such comparison."
     if not _differs(ratio):
-        verdict = "no gain, as it should be"
+        verdict = "no saving, as expected"
     elif ratio.mean < 1:
-        verdict = "a gain, so distrust the comparison: is the static pair well tuned?"
+        verdict = "a saving, so distrust the comparison: tuned static may be badly tuned"
     else:
-        verdict = "a loss where nothing was to be gained"
-    return f"{aim}. The learned policy uses {_more(ratio)} energy than the pair{_range(ratio)}: {verdict}."
+        verdict = "a loss where nothing could be gained"
+    fact = f"It uses {_energy(ratio.mean)} tuned static{_brackets(span(ratio, change))}"
+    return f"{aim}. {fact}: {verdict}."
 
 
-def _news(*, missed: bool, ratios: Mapping[str, Interval | None]) -> str:
+def _ratios(run: Run) -> dict[str, Interval]:
+    """The learned policy's energy over that of each baseline that ran."""
+    found = {name: energy_against(run, run.learned, name, workload=run.workloads[0]) for name in JUDGED_BY}
+    return {name: ratio for name, ratio in found.items() if ratio is not None}
+
+
+def _news(*, missed: bool, ratios: Mapping[str, Interval]) -> str:
     """How the headline begins."""
-    maximum, static = ratios[MAX_PERFORMANCE], ratios[TUNED_STATIC]
-    faults = ["the SLO attainment target is missed"] if missed else []
+    maximum, static = ratios.get(MAX_PERFORMANCE), ratios.get(TUNED_STATIC)
+    faults = ["the SLO is missed"] if missed else []
     if maximum is not None and maximum.mean >= 1:
         faults.append("nothing is saved")
     elif static is not None and static.mean > 1 and static.excludes(1.0):
-        faults.append("a tuned static pair saves more")
-    return f"Bad news, {_and(faults)}: the" if faults else "The"
+        faults.append("tuned static uses less energy")
+    return f"Bad news: {listed(faults)}. " if faults else ""
+
+
+def _uses(ratios: Mapping[str, Interval]) -> str:
+    """The learned policy's energy against the baselines that say most."""
+    shown = list(ratios.items())[:_HEADLINE_BASELINES]
+    parts = [
+        f"{_energy(ratio.mean, ' energy per request' if i == 0 else '')} {_IN_PROSE.get(name, label(name))}"
+        f"{'' if ratio.low is None or ratio.excludes(1.0) else ' (no clear difference)'}"
+        for i, (name, ratio) in enumerate(shown)
+    ]
+    return f"The learned policy uses {listed(parts)}. " if parts else ""
+
+
+def _slo(run: Run, attainment: Interval) -> str:
+    """Whether the SLO is met, surely or on average."""
+    met = f"{percent(attainment.mean)} of requests"
+    if run.attainment_target is None:
+        return f"It meets the SLO for {met}."
+    target = f"the target is {percent(run.attainment_target)}"
+    if missed(run, attainment):
+        return f"It meets the SLO for only {met}; {target}."
+    if unsure(run, attainment):
+        interval = span(attainment, percent)
+        return (
+            f"It meets the SLO for {met} on average, but the interval ({interval}) begins below the target "
+            f"of {percent(run.attainment_target)}."
+        )
+    return f"It meets the SLO for {met}; {target}."
+
+
+def _below(run: Run, shares: list[float]) -> str:
+    """Under how many axes the target is missed."""
+    target = run.attainment_target
+    n = sum(target is not None and share < target for share in shares)
+    return f"; the target is missed under {n} of the axes" if n else ""
 
 
 def _untrained(run: Run) -> str:
@@ -187,45 +249,24 @@ def _untrained(run: Run) -> str:
     (a, b), widest = max(ratios.items(), key=lambda item: abs(item[1].mean - 1))
     return (
         " Under maximum performance, where nothing is learned, the largest difference is "
-        f"{percent(abs(widest.mean - 1))} ({a} against {b})."
+        f"{percent(abs(widest.mean - 1))} (block size {a} against {b})."
     )
+
+
+def _modelled(run: Run) -> bool:
+    return run.info.get("origin") != "measured" and (run.setting("backend") or "sim") == "sim"
 
 
 def _differs(ratio: Interval) -> bool:
     return ratio.excludes(1.0) and abs(ratio.mean - 1) >= SMALLEST_DIFFERENCE
 
 
-def _in_prose(policy: str) -> str:
-    return _IN_PROSE.get(policy, label(policy))
+def _energy(ratio: float, what: str = " energy per request") -> str:
+    """How much energy in words, up to the name of what it is compared with."""
+    if abs(ratio - 1) < NO_CHANGE:
+        return f"as much{what} as"
+    return f"{percent(abs(ratio - 1))} {'less' if ratio < 1 else 'more'}{what} than"
 
 
-def _more(ratio: Interval) -> str:
-    return f"{percent(abs(ratio.mean - 1))} {'less' if ratio.mean < 1 else 'more'}"
-
-
-def _range(ratio: Interval) -> str:
-    if ratio.low is None or ratio.high is None:
-        return ""
-    unclear = "" if ratio.excludes(1.0) else ": no clear difference"
-    return f" ({_between(ratio.low, ratio.high)}{unclear})"
-
-
-def _between(low: float, high: float) -> str:
-    """From one ratio to another, as changes."""
-    if low <= 1 <= high:
-        return f"{percent(1 - low)} less to {percent(high - 1)} more"
-    small, large = sorted((abs(low - 1), abs(high - 1)))
-    return f"{100 * small:.1f} to {percent(large)} {'less' if high < 1 else 'more'}"
-
-
-def _shares(run: Run, attainment: Interval) -> str:
-    notes = []
-    if attainment.low is not None and attainment.high is not None:
-        notes.append(f"{100 * attainment.low:.1f} to {percent(attainment.high)}")
-    if run.attainment_target is not None:
-        notes.append(f"target {percent(run.attainment_target)}")
-    return f"{percent(attainment.mean)} of requests" + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _and(parts: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+def _brackets(text: str) -> str:
+    return f" ({text})" if text else ""
