@@ -14,8 +14,9 @@ from typing import get_type_hints
 from fuel_ray import __version__
 from fuel_ray.disk import disk_faults
 from fuel_ray.errors import ConfigError, DiskError, FuelRayError
+from fuel_ray.home import nowhere_to_write, stand_ins
 from fuel_ray.output import lasting_output
-from fuel_ray.packages import blamed, numba_cache
+from fuel_ray.packages import blamed
 
 VERBS = {  # each is the module of that name in commands
     "onboard": "your own server: measure it, train a policy for it, say how to deploy",
@@ -77,8 +78,9 @@ def _answer(argv: Sequence[str]) -> int:
         raise
     except FuelRayError as error:
         return _complain(str(error))
-    except (ImportError, AttributeError) as error:
-        if (lack := blamed(error)) is None:
+    except (ImportError, AttributeError, RuntimeError) as error:
+        lack = nowhere_to_write(error) if isinstance(error, RuntimeError) else blamed(error)
+        if lack is None:
             raise
         return _complain(f"{verb} {lack}")
     except KeyboardInterrupt:
@@ -96,8 +98,7 @@ def _run(verb: str, argv: list[str]) -> int:
         raise ConfigError(_no_verb(verb, argv))
     if verb not in _ANYWHERE and not _has_folder():
         raise ConfigError("the working directory is gone: cd to one that is there")  # MKL aborts the process
-    if (cache := numba_cache()) is not None:
-        os.environ["NUMBA_CACHE_DIR"] = cache
+    os.environ |= stand_ins()
     module = importlib.import_module(f"fuel_ray.commands.{verb.replace('-', '_')}")
     flags = importlib.import_module("fuel_ray.flags")  # not at the top: these may lack a package too
     processes = importlib.import_module("fuel_ray.live.processes")

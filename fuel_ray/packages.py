@@ -1,10 +1,7 @@
 """Packages of others that are not installed here, or not as they should be: what to install, in one line."""
 
 import importlib.util
-import os
-import tempfile
 from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 
 _INSTALLED_BY = {  # by module, where a package has another name or comes with one of ours
@@ -53,29 +50,6 @@ def requirement(module: str) -> str:
     except metadata.PackageNotFoundError:  # a checkout that was never installed
         return package
     return next((text.partition(";")[0].strip() for text in wanted if text.startswith(package)), package)
-
-
-def numba_cache() -> str | None:
-    """A folder for what numba compiles; None if it finds one itself, beside the package or in the home."""
-    beside = Path(__file__).parent / "sim" / "__pycache__"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    # Where a user has no home, ~ stays as it is
-    theirs = [folder for folder in (beside, home / "numba") if folder.is_absolute()]
-    if "NUMBA_CACHE_DIR" in os.environ or any(map(_may_write, theirs)):
-        return None
-    own = Path(tempfile.gettempdir(), f"fuel-ray-numba-{os.geteuid()}")
-    try:
-        own.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return None
-    found = own.lstat()  # what is compiled is run: the folder has to be nobody else's
-    is_ours = own.is_dir() and not own.is_symlink() and found.st_uid == os.geteuid()
-    return str(own) if is_ours and not found.st_mode & 0o022 else tempfile.mkdtemp(prefix="fuel-ray-numba-")
-
-
-def _may_write(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _is_here(module: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
-    ("types", "histogram", "errors", "outside", "disk", "output", "address", "packages", "stages"),
+    ("types", "histogram", "errors", "outside", "disk", "output", "address", "packages", "home", "stages"),
     (
         *(
             "metrics",

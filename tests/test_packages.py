@@ -1,7 +1,6 @@
 """A package that is not here, or is another of its name, is told in one line with what to install."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -153,24 +152,3 @@ def test_a_policy_folder_that_is_not_there_is_told_without_numba(policy):
     lines = [["deploy", "--policy", policy]]
     ((_, _, code, said),) = told([NOT_OF_A_DEPLOYMENT], lines)
     assert code == 2 and policy in said and "numba" not in said
-
-
-@pytest.mark.parametrize("home", ["none", "another user's"])
-def test_a_user_without_a_home_compiles_into_a_folder_of_his_own(monkeypatch, tmp_path, home):
-    stat, theirs = os.stat, tmp_path / "theirs"
-    theirs.mkdir()
-
-    def refused(path, *args, **kwargs):
-        if os.fspath(path).startswith(f"{theirs}/"):
-            raise PermissionError(13, "Permission denied")
-        return stat(path, *args, **kwargs)
-
-    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(theirs))
-    if home == "none":
-        monkeypatch.setattr("posixpath.expanduser", lambda path: path)
-    monkeypatch.setattr(os, "access", lambda path, _: not str(path).startswith((str(ROOT), str(theirs))))
-    monkeypatch.setattr(os, "stat", refused)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert packages.numba_cache() == str(tmp_path / f"fuel-ray-numba-{os.geteuid()}")
