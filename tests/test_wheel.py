@@ -1,4 +1,4 @@
-"""What is published: the source distribution is whole; the wheel works from another folder, without Ray and torch."""
+"""The source distribution is whole; the wheel works from another folder, without Ray and torch."""
 
 import os
 import re
