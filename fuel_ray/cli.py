@@ -15,8 +15,9 @@ from typing import cast, get_type_hints
 from fuel_ray import __version__
 from fuel_ray.disk import disk_faults
 from fuel_ray.errors import ConfigError, DiskError, FuelRayError
+from fuel_ray.home import nowhere_to_write, stand_ins
 from fuel_ray.output import lasting_output
-from fuel_ray.packages import blamed, numba_cache
+from fuel_ray.packages import blamed
 from fuel_ray.verbs import GROUPS, VERBS
 
 _ANYWHERE = ("unlock", "watch", "clock-helper")  # need no working directory
@@ -55,8 +56,9 @@ def _answer(argv: Sequence[str]) -> int:
         raise
     except FuelRayError as error:
         return _complain(str(error))
-    except (ImportError, AttributeError) as error:
-        if (lack := blamed(error)) is None:
+    except (ImportError, AttributeError, RuntimeError) as error:
+        lack = nowhere_to_write(error) if isinstance(error, RuntimeError) else blamed(error)
+        if lack is None:
             raise
         return _complain(f"{verb} {lack}")
     except KeyboardInterrupt:
@@ -91,12 +93,9 @@ def _run(verb: str, argv: list[str]) -> int:
         raise ConfigError(_no_verb(verb, argv))
     if verb not in _ANYWHERE and not _has_folder():
         raise ConfigError("the working directory is gone: cd to one that is there")  # MKL aborts the process
-    if (cache := numba_cache()) is not None:
-        os.environ["NUMBA_CACHE_DIR"] = cache
-    prog, flags = (
-        f"fuel-ray {verb}",
-        importlib.import_module("fuel_ray.flags"),
-    )  # these may lack a package too
+    os.environ |= stand_ins()
+    flags = importlib.import_module("fuel_ray.flags")  # not at the top: this may lack a package too
+    prog = f"fuel-ray {verb}"
     if VERBS[verb].settings is not None and {"-h", "--help"} & {*argv}:
         flags.parse_serving(_settings(verb), argv, prog=prog)  # shows the page, and the exit is raised
     module = _module(verb)

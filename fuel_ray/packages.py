@@ -1,69 +1,55 @@
 """Packages of others that are not installed here, or not as they should be: what to install, in one line."""
 
 import importlib.util
-import os
-import tempfile
 from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 
 _INSTALLED_BY = {  # by module, where a package has another name or comes with one of ours
     "pynvml": "nvidia-ml-py",
     "yaml": "pyyaml",
     "prometheus_client": "prometheus-client",
-    "gymnasium": "ray",
     "pyarrow": "ray",
 }
-
-
-_ALL = "`pip install .` in fuel_ray's checkout, without --no-deps"
+_EXTRAS = {  # by package, the extra of pyproject.toml that has it
+    "ray": "train",
+    "torch": "train",
+    "pandas": "train",
+    "matplotlib": "train",
+    "fsspec": "train",
+    "pyyaml": "cluster",
+}
 
 
 def blamed(error: ImportError | AttributeError) -> str | None:
     """What a verb lacks and how to install it, if an error is a package's fault; None if it is our own."""
     if isinstance(error, AttributeError):
         return _not_the_one(error)
+    while not error.name and isinstance(error.__cause__, ImportError):  # as Ray's, about what it lacks itself
+        error = error.__cause__
     module = (error.name or "").partition(".")[0]
     if module == "fuel_ray" or not module:
         return None
-    install = f"pip install '{requirement(module)}'"
     if isinstance(error, ModuleNotFoundError) and not _is_here(module):
-        return f"needs the package {module}, which is not installed here: {install} (all at once: {_ALL})"
+        return f"needs the package {module}, which is not installed here: pip install '{provider(module)}'"
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"cannot load the package {module}, which is installed here ({said}): {install} --force-reinstall"
+    install = f"pip install '{requirement(module)}' --force-reinstall"
+    return f"cannot load the package {module}, which is installed here ({said}): {install}"
+
+
+def provider(module: str) -> str:
+    """What pip has to be given for a module that is lacking: an extra of ours, or the package itself."""
+    extra = _EXTRAS.get(_INSTALLED_BY.get(module, module))
+    return requirement(module) if extra is None else f"fuel_ray[{extra}]"
 
 
 def requirement(module: str) -> str:
-    """What pip has to be given for a module, with the versions that fuel_ray needs where that is known."""
+    """The package that has a module, with the versions that fuel_ray needs where that is known."""
     package = _INSTALLED_BY.get(module, module)
     try:
         wanted = metadata.requires("fuel_ray") or []
     except metadata.PackageNotFoundError:  # a checkout that was never installed
         return package
-    return next((text for text in wanted if text.startswith(package) and "extra" not in text), package)
-
-
-def numba_cache() -> str | None:
-    """A folder for what numba compiles; None if it finds one itself, beside the package or in the home."""
-    beside = Path(__file__).parent / "sim" / "__pycache__"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    # Where a user has no home, ~ stays as it is
-    theirs = [folder for folder in (beside, home / "numba") if folder.is_absolute()]
-    if "NUMBA_CACHE_DIR" in os.environ or any(map(_may_write, theirs)):
-        return None
-    own = Path(tempfile.gettempdir(), f"fuel-ray-numba-{os.geteuid()}")
-    try:
-        own.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return None
-    found = own.lstat()  # what is compiled is run: the folder has to be nobody else's
-    is_ours = own.is_dir() and not own.is_symlink() and found.st_uid == os.geteuid()
-    return str(own) if is_ours and not found.st_mode & 0o022 else tempfile.mkdtemp(prefix="fuel-ray-numba-")
-
-
-def _may_write(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return next((text.partition(";")[0].strip() for text in wanted if text.startswith(package)), package)
 
 
 def _is_here(module: str) -> bool:

@@ -11,17 +11,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "fuel_ray").rglob("*.py"))
 FLOORS = [  # lowest first; what is on one floor may import its neighbours
     (
-        "verbs",
-        "types",
-        "histogram",
-        "errors",
-        "outside",
-        "disk",
-        "output",
-        "address",
-        "packages",
-        "progress",
-        "stages",
+        *("types", "histogram", "errors", "outside", "disk", "output", "address", "packages", "home"),
+        *("stages", "progress", "verbs"),
     ),
     (
         *(

@@ -6,6 +6,7 @@ from importlib import resources
 
 import pytest
 
+from fuel_ray import __version__
 from fuel_ray.arena.config import ArenaConfig
 from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_spec
@@ -13,6 +14,7 @@ from fuel_ray.cli import main
 from fuel_ray.commands import arena, evaluate, recommend, sweep, train
 from fuel_ray.config import PRESETS, SweepConfig, to_dict
 from fuel_ray.errors import PolicyError
+from fuel_ray.policies.learned import load_policy
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.training.run import running
 from tests.policy_folders import write_policy
@@ -92,6 +94,14 @@ def test_it_is_said_before_anything_is_written(old, tmp_path):
     ):
         pass
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("version", ["0.1.0", __version__])
+def test_a_policy_of_an_older_version_of_fuel_ray_is_taken(version, tmp_path, caplog):
+    folder = policy(tmp_path / "mine", pack_sha256=PACK.sha256, fuel_ray_version=version)
+    evaluate.parse(flags("evaluate", folder), prog="x")
+    load_policy(folder, build_spec(CONFIG, 16))
+    assert not caplog.records
 
 
 def test_an_arena_is_not_resumed_with_another_pack(capsys, tmp_path):

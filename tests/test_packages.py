@@ -1,9 +1,11 @@
 """A package that is not here, or is another of its name, is told in one line with what to install."""
 
 import json
-import os
+import re
 import subprocess
 import sys
+import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,23 +15,22 @@ from fuel_ray.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {  # module: what pip is given
-    "ray": "ray[rllib,tune]",
-    "torch": "torch",
+    **dict.fromkeys(("ray", "torch", "pandas", "matplotlib", "fsspec", "pyarrow"), "fuel_ray[train]"),
     "numpy": "numpy",
-    "pandas": "pandas",
+    "scipy": "scipy",
     "numba": "numba",
+    "gymnasium": "gymnasium",
     "tyro": "tyro",
     "safetensors": "safetensors",
-    "matplotlib": "matplotlib",
     "pynvml": "nvidia-ml-py",
     "aiohttp": "aiohttp",
     "psutil": "psutil",
     "prometheus_client": "prometheus-client",
     "rich": "rich",
-    "fsspec": "fsspec",
-    "yaml": "pyyaml",
-    "gymnasium": "ray[rllib,tune]",
+    "yaml": "fuel_ray[cluster]",
 }
+OF_EXTRAS = [module for module, given in PACKAGES.items() if given.startswith("fuel_ray[")]
+TRAINING = ("onboard", "sweep", "train", "arena", "report")  # the verbs of [train]
 DEPLOYMENT = ("deploy", "watch", "doctor", "unlock", "clock-helper", "benchmark")
 NOT_OF_A_DEPLOYMENT = ("ray", "torch", "pandas", "numba", "matplotlib", "fsspec", "yaml", "gymnasium")
 # Runs command lines without some modules
@@ -95,11 +96,32 @@ def test_a_deployment_needs_few_packages():
         assert code == 2 and "needs the package" in said and said.count("\n") == 1, (line, said)
 
 
+def test_the_base_has_every_verb_but_those_that_train_or_draw():
+    evaluated = ["evaluate", "--block-sizes", "16", "--seeds", "1", "--seconds", "20", "--static", "max"]
+    lines = [[verb, "--help"] for verb in VERBS if verb not in TRAINING]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [["packs"], ["packs", "h100-qwen3-8b"], [*evaluated, "--out", folder]]
+        for _, line, code, said in told([OF_EXTRAS], [*lines, *runs]):
+            assert code == 0, (line, said)
+
+
+def test_an_extra_is_named_for_what_it_brings():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base, extras = project["dependencies"], project["optional-dependencies"]
+    names = {extra: {re.match(r"[\w-]+", text)[0] for text in extras[extra]} for extra in extras}
+    for package, extra in packages._EXTRAS.items():
+        assert package in names[extra] and not any(text.startswith(package) for text in base)
+    assert {*names["train"], *names["cluster"]} == {*packages._EXTRAS, "fuel_ray"}
+    for module in OF_EXTRAS:
+        assert packages.provider(module) == PACKAGES[module]
+
+
 def test_a_package_that_is_lacking_in_mid_run_is_told_before_anything_is_written(tmp_path):
     lines = [[verb, "--steps", "16", "--out", str(tmp_path / "results")] for verb in ("train", "sweep")]
     for _, line, code, said in told([["torch"]], lines):
         assert code == 2 and said.count("\n") == 1, (line, said)
         assert f"fuel-ray: {line[0]} needs the package torch" in said
+        assert said.endswith("pip install 'fuel_ray[train]'\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,24 +152,3 @@ def test_a_policy_folder_that_is_not_there_is_told_without_numba(policy):
     lines = [["deploy", "--policy", policy]]
     ((_, _, code, said),) = told([NOT_OF_A_DEPLOYMENT], lines)
     assert code == 2 and policy in said and "numba" not in said
-
-
-@pytest.mark.parametrize("home", ["none", "another user's"])
-def test_a_user_without_a_home_compiles_into_a_folder_of_his_own(monkeypatch, tmp_path, home):
-    stat, theirs = os.stat, tmp_path / "theirs"
-    theirs.mkdir()
-
-    def refused(path, *args, **kwargs):
-        if os.fspath(path).startswith(f"{theirs}/"):
-            raise PermissionError(13, "Permission denied")
-        return stat(path, *args, **kwargs)
-
-    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(theirs))
-    if home == "none":
-        monkeypatch.setattr("posixpath.expanduser", lambda path: path)
-    monkeypatch.setattr(os, "access", lambda path, _: not str(path).startswith((str(ROOT), str(theirs))))
-    monkeypatch.setattr(os, "stat", refused)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert packages.numba_cache() == str(tmp_path / f"fuel-ray-numba-{os.geteuid()}")
