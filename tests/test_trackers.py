@@ -28,7 +28,8 @@ from fuel_ray.training.trackers import check_trackers
 from fuel_ray.training.trials import run_trials, start_ray
 
 config = PRESETS["plain"]
-train = replace(config.train, num_envs=2, iterations=2, episode_steps=20, fragment_steps=10, learning_starts=10)
+train = replace(config.train, num_envs=2, iterations=2, episode_steps=20, fragment_steps=10)
+train = replace(train, learning_starts=10)
 config = replace(config, block_sizes=(16,), steps=80, callbacks=tuple(sys.argv[2:]), train=train)
 check_trackers(config.callbacks)
 start_ray(config)
@@ -69,7 +70,7 @@ def test_a_server_that_does_not_answer_is_known_before_the_run(monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ConfigError, match="^--callbacks mlflow: "):
+    with pytest.raises(ConfigError, match=r"^--callbacks mlflow: "):
         trackers.check_trackers(("mlflow",))
 
 
@@ -78,7 +79,7 @@ def test_wandb_without_a_login_is_known_before_the_run(monkeypatch, tmp_path):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match="^--callbacks wandb: No WandB API key"):
+    with pytest.raises(ConfigError, match=r"^--callbacks wandb: No WandB API key"):
         trackers.check_trackers(("wandb",))
 
 

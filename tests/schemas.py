@@ -1,0 +1,57 @@
+"""docs/files.schema.json, and the files of a run as data that it can be checked against."""
+
+import csv
+import json
+from pathlib import Path
+
+import jsonschema
+
+DEFS = json.loads((Path(__file__).parent.parent / "docs/files.schema.json").read_text())["$defs"]
+TEXT = {"block_size": json.loads, "policy": str, "workload": str, "workload_digest": str, "scenario": str, "slo": str}
+
+
+def check(name, data):
+    """Raise jsonschema.ValidationError where ``data`` is not what the schema says of it."""
+    jsonschema.validate(data, {"$ref": f"#/$defs/{name}", "$defs": DEFS}, jsonschema.Draft202012Validator)
+
+
+def check_json(name, path):
+    check(name, json.loads(path.read_text()))
+
+
+def check_lines(name, path):
+    lines = path.read_text().splitlines()
+    assert lines
+    for line in lines:
+        check(name, json.loads(line))
+
+
+def check_rows(name, path):
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        check(name, {column: value_of(column, text) for column, text in row.items()})
+
+
+def value_of(column, text):
+    """What a field of a table says, as docs/files.md has it."""
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    return TEXT.get(column, json.loads)(text)
+
+
+def check_policy(folder):
+    check_json("manifest", folder / "manifest.json")
+    check_json("codec", folder / "codec.json")
+
+
+def check_sweep(run_dir):
+    """All files of a finished sweep."""
+    check_json("run_sweep", run_dir / "run.json")
+    check_json("baselines", run_dir / "baselines.json")
+    check_rows("summary_row", run_dir / "summary.csv")
+    check_rows("learning_row", run_dir / "learning.csv")
+    check_lines("step", run_dir / "steps.jsonl")
+    for folder in (run_dir / "policies").iterdir():
+        check_policy(folder)
