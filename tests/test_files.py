@@ -102,12 +102,14 @@ def test_an_onboarding(tmp_path):
     check_json("onboard", tmp_path / "onboard.json")
 
 
-@pytest.mark.parametrize("path", PACKS.glob("*.json"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PACKS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_pack(path):
     check_json("pack", path)
 
 
-@pytest.mark.parametrize("path", (ROOT / "tests/data").glob("h100_trace_*.json"), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests/data").glob("h100_trace_*.json")), ids=lambda path: path.stem
+)
 def test_a_trace(path):
     check_json("trace", path)
 

@@ -1,5 +1,6 @@
 """Training results in W&B and MLflow, by Ray Tune's own integrations; the environment has their settings."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -48,9 +49,7 @@ def _faults(name: Tracker) -> tuple[type[Exception], ...]:
     """What an integration raises where there is no login, or no server that answers."""
     if name == "wandb":
         return (ValueError,)
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415  (need not be installed)
-
-    return (MlflowException,)
+    return (importlib.import_module("mlflow.exceptions").MlflowException,)  # need not be installed
 
 
 def _wandb(run_dir: Path) -> tune.Callback:
