@@ -2,17 +2,23 @@
 
 import ast
 import importlib
+import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NOTES = sorted(
+    (ROOT / "docs/notes").glob("*.md")
+)  # of a day, not kept up to date: their links alone are checked
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "experiments/studies").glob("*.py"))]
 IMPORT = re.compile(r"^\s*from fuel_ray\S* import [\w, ]+", re.MULTILINE)
 DOTTED = re.compile(r"\bfuel_ray(?:\.\w+)+")
 FILE = re.compile(r"\b(?:benchmarks|experiments|tests|docs|deploy|examples|fuel_ray)/[\w./-]*\w\.\w+")
+URL = re.compile(r"https?://\S+")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,7 +28,11 @@ def named(path):
 
 def of_pages(pattern):
     return sorted(
-        {(named(page), found.strip()) for page in PAGES for found in pattern.findall(page.read_text())}
+        {
+            (named(page), found.strip())
+            for page in PAGES
+            for found in pattern.findall(URL.sub("", page.read_text()))
+        }
     )
 
 
@@ -52,10 +62,47 @@ def test_a_file_that_is_named_is_there(page, path):
     assert (ROOT / path).exists() or (ROOT / "docs" / path).exists() or (ROOT / "fuel_ray" / path).exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)")
+FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#{1,6} +(.*?) *$", re.MULTILINE)
+
+
+def prose(path):
+    """A page, or the text of a notebook, without its code."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return FENCED.sub("", text)
+
+
+def anchors(path):
+    """What GitHub makes of a page's headings: lower case, hyphens for blanks, no punctuation."""
+    seen, found = Counter(), set()
+    for heading in HEADING.findall(prose(path)):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTES, *sorted((ROOT / "examples").glob("*.ipynb"))], ids=named)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for target, anchor in LINK.findall(prose(page)):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        assert path.is_relative_to(ROOT), f"{target} is outside the repository"
+        if anchor:
+            assert anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A, b & `c_d`\n\n```\n# no heading\n```\n\n## [Links](x.md) too?\n\n## Same\n\n## Same\n"
+    )
+    assert anchors(page) == {"a-b--c_d", "links-too", "same", "same-1"}
 
 
 def test_the_design_names_every_room_and_module():

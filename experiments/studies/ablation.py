@@ -8,12 +8,12 @@ per cell on four tuning seeds, as in the arena. Cells show the change of energy 
 static on held-out seeds in %, with the attainment in brackets. Differences of a point or two are within what
 two trainings of the same settings differ by (row "seed 1").
 
-It takes a training per row, 91 to 103 s for 200,000 windows on one core (docs/arena.md), and its tuning and
-held-out episodes in five cells after it; ``--only`` picks rows.
+It takes a training per row, 91 to 103 s for 200,000 windows on one core (docs/notes/2026-11-26-arena.md),
+and its tuning and held-out episodes in five cells after it; ``--only`` picks rows.
 
-What to expect: no row beats "the preset" in all five cells. docs/arena.md, "The generalist", has the table of
-2026-11-25: the preset is at -17.7, -25.3, -11.8, -8.6 and -0.6 % in the order of CELLS, uniform replay with
-gamma 0.9 at -11.2, -23.0, -10.7, -10.1 and -0.3 %. That was with the pack's format 1 and fewer features.
+What to expect (docs/notes/2026-11-25-generalist.md): no row beats "the preset" in all five
+cells. The preset is at -17.7, -25.3, -11.8, -8.6 and -0.6 % in the order of CELLS, uniform replay with gamma
+0.9 at -11.2, -23.0, -10.7, -10.1 and -0.3 %. That was with the pack's format 1 and fewer features.
 
 The default preset learns from branches and not by these settings: the study is of the generalist alone.
 """

@@ -20,7 +20,7 @@ in steps of 20 s, random batches are drawn by the rate, and the energy in the re
 over 20 batches' requests, which is what their predictor of energy was fitted to.
 
 It asks whether the published figures of GreenDLS follow from its constants. It takes 11 s of CPU time per
-training (n = 1). What to expect (docs/arena.md, "GreenDLS reproduced", 2026-11-26, n = 8): 10.15
+training (n = 1). What to expect (docs/notes/2026-11-26-greendls.md, n = 8): 10.15
 J/request in the median (9.85 to 10.60; published: 10.15), most often 24 or 28 requests at 697 to 937 MHz, no
 batch beyond 10 s; ``--as-trained``: 11.7 to 12.4 J/request, 64 to 91 % of batches late.
 """

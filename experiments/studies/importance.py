@@ -11,8 +11,8 @@ paired by seed. (Breiman, Machine Learning 45, 2001.)
 It asks which features a trained policy could do without. It takes one episode of 1,200 windows per feature
 and seed and the tuning of the price before them.
 
-What to expect (docs/arena.md, "Open questions", a DQN of 2026-11-25, 4 seeds): KV usage matters most (-5.1 %
-energy, 0.962 in place of 0.970 of requests within the SLO); seven of 13 features change the energy by under
+What to expect (docs/notes/2026-11-26-questions.md, a DQN of 2026-11-25, 4 seeds): KV usage matters most (-5.1
+% energy, 0.962 in place of 0.970 of requests within the SLO); seven of 13 features change the energy by under
 1 %, for rate, running requests and token throughput say nearly the same.
 """
 

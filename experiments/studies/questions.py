@@ -7,10 +7,10 @@ last four checkpoints taken on tuning seeds, evaluated on held-out seeds. Change
 their table, paired by seed, 95 % t intervals. One training per row: what two trainings of the same
 settings differ by is in the table "seeds".
 
-It takes a training of 120,000 windows per row (23 rows; 200,000 take 91 to 103 s on a core, docs/arena.md)
+It takes a training of 120,000 windows per row (23 rows; 200,000 take 91 to 103 s on a core)
 and the evaluation of each; ``--only`` picks tables.
 
-What to expect (docs/arena.md, "Open questions", 2026-11-25, --steps 40000): 10 to 13 features lie within 3.6
+What to expect (docs/notes/2026-11-26-questions.md, --steps 40000): 10 to 13 features lie within 3.6
 % of each other and whoever saves more misses more; GreenDLS's reward saves as much as ours and keeps the SLO
 for 60 % of requests only; without prefix caching the chat costs 44.6 % more; under scarce KV the block sizes
 8 to 64 lie within 0.9 % of each other, and one conditional policy for all four misses more than a policy for

@@ -9,10 +9,10 @@ policies everywhere; ``--policies`` take part in every cell. What is done is kep
 command goes on after an interruption.
 
 It asks what a policy trained for its own load and SLO is worth beside every other policy, and makes the big
-table of docs/arena.md and docs/arena_tables.md. It takes about three minutes per cell and core to train,
+tables that docs/arena.md shows. It takes about three minutes per cell and core to train,
 baselines and tuning included, and 7 to 9 minutes on two cores to play 13 workloads under one SLO.
 
-What to expect (docs/arena.md, "What came out", 2026-11-26, block size 16, n = 10): better than the load table
+What to expect (docs/notes/2026-11-26-arena.md, block size 16, n = 10): better than the load table
 in 14 of 26 cells, level in ten, worse in two by at most 0.5 %; on average -11.2 % against tuned static.
 """
 
