@@ -33,7 +33,10 @@ ELSEWHERE = {
     "docker",
     "sudo",
     "curl",
-    *["kubectl", "jq", "check-jsonschema", "wandb"],
+    "kubectl",
+    "jq",
+    "check-jsonschema",
+    "wandb",
 }
 STANDS_FOR = {  # placeholders in the pages, and what stands there in a test
     "...": "results/sweep-1/policies/block_16",
