@@ -20,6 +20,7 @@ Preset = Literal["default", "quick", "plain", "generalist", "seed"]
 Mode = Literal["specialist", "generalist", "fixed_price"]
 Backend = Literal["sim", "live"]
 NodeKind = Literal[Backend, "ray"]
+Tracker = Literal["wandb", "mlflow"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ class LearnConfig(ServingConfig):
     """With --node ray, nodes that make the rollouts of a trial in parallel."""
     baselines: Path | None = None
     """baselines.json of another run on the same load, node and SLO, to be taken as it is."""
+    callbacks: tuple[Tracker, ...] = ()
+    """Where training results are logged too; docs/files.md says how wandb and mlflow are set up."""
     storage: str | None = None
     """Folder or URL (any of fsspec's: s3://...) for checkpoints and results; None: the run's own folder."""
     resume: Path | None = None

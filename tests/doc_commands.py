@@ -21,7 +21,23 @@ SCRIPTS = {  # each is a verb under another name
     "train_dqn": "train",
 }
 # Commands of others, and what needs another machine: they are shown, and not parsed here
-ELSEWHERE = {"pip", "pytest", "python3", ".", "ray", "vllm", "$EDITOR", "jupyter", "docker", "sudo", "curl"}
+ELSEWHERE = {
+    "pip",
+    "pytest",
+    "python3",
+    ".",
+    "ray",
+    "vllm",
+    "$EDITOR",
+    "jupyter",
+    "docker",
+    "sudo",
+    "curl",
+    "kubectl",
+    "jq",
+    "check-jsonschema",
+    "wandb",
+}
 STANDS_FOR = {  # placeholders in the pages, and what stands there in a test
     "...": "results/sweep-1/policies/block_16",
     "MODEL": "Qwen3-8B",

@@ -15,6 +15,7 @@ import torch
 from fuel_ray.training.dqn import _loss
 from fuel_ray.training.replay import Batch, ReplayBuffer
 from fuel_ray.training.rl_module import DuelingQNet
+from tests.schemas import check_sweep
 
 
 @pytest.mark.parametrize("head", ["joint", "additive", "smooth"])
@@ -112,3 +113,4 @@ def test_a_killed_sweep_goes_on_from_its_last_checkpoint(flags, seen, tmp_path):
     results = next(run_dir.glob("tune/*/result.json")).read_text().splitlines()
     fuel = json.loads(results[-1])["env_runners"]["fuel"]
     assert seen == set(fuel)
+    check_sweep(run_dir)

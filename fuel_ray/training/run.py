@@ -21,12 +21,13 @@ from fuel_ray.policies.packs import check_pack
 from fuel_ray.progress import UNSEEN, Bar
 from fuel_ray.record import fetch, new_folder, origin, publish, read_csv, read_json, stage, write_json
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.training.trackers import check_trackers
 from fuel_ray.training.trials import algorithm_of, start_ray
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.tuned import read_baselines
 from fuel_ray.workload.spec import parse_workload
 
-_PATIENCE = ("node_wait_s", "node_failures")  # a run may be resumed with more of it
+_MAY_CHANGE = ("node_wait_s", "node_failures", "callbacks")  # when a run is resumed
 
 
 def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Learning:
@@ -40,7 +41,7 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
         return parse_serving(config_class, argv, prog=prog)
     if storage is not None and not Path(folder).exists():
         fetch(Path(folder), storage)
-    return resumed(Path(folder), argv, prog=prog, base=config_class(), may_change=_PATIENCE)
+    return resumed(Path(folder), argv, prog=prog, base=config_class(), may_change=_MAY_CHANGE)
 
 
 @contextmanager
@@ -138,6 +139,7 @@ def shown(run_dir: Path, bar: Bar, name: str) -> Iterator[None]:
 def _check(config: LearnConfig, workloads: Sequence[str]) -> None:
     """Try what can be tried without a server."""
     algorithm_of(config)
+    check_trackers(config.callbacks)
     for workload in workloads:
         parse_workload(workload)
     _check_pack_of_start(config)

@@ -30,6 +30,7 @@ from fuel_ray.training.envs import learning_settings, make_env
 from fuel_ray.training.progress import Episodes, NodeWatch, Progress, curve_row, reason
 from fuel_ray.training.ray_private import before_tune, replace_callbacks, with_resources
 from fuel_ray.training.storage import disk_faults_told, forget_stop, whole_files
+from fuel_ray.training.trackers import trackers
 
 _ENV_NAME = "fuel_ray_serving"
 _STEPS = "num_env_steps_sampled_lifetime"
@@ -86,7 +87,8 @@ def run_trials(
     space = _settings(config, tune.grid_search(sizes), grid, anchors)
     algorithm = _with_nodes(space.algo_class, config)
     watch = [NodeWatch(config)] if config.node == "ray" else []
-    callbacks = [Progress(config, trials=len(sizes), bar=bar), *watch]
+    extra = [*watch, *trackers(config.callbacks, run_dir)]
+    callbacks = [Progress(config, trials=len(sizes), bar=bar), *extra]
     folder = str(run_dir.resolve()) if config.storage is None else f"{config.storage}/{run_dir.name}"
     name = f"tune-{'-'.join(map(str, config.block_sizes))}" if config.live_server else "tune"
     path = f"{folder}/{name}"
