@@ -121,7 +121,7 @@ def ours(line: str) -> Iterator[tuple[str, ...]]:
             yield from ours(part[3])
         elif part[:2] == ["ray", "submit"]:  # ray submit cluster.yaml experiments/X.py ARGUMENTS
             yield verb_first(["python", *part[3:]])
-        elif part[0] not in ELSEWHERE:
+        elif not {part[0], Path(part[0]).name} & ELSEWHERE:
             raise ValueError(f"{line}: no command of ours, and {part[0]} is not among ELSEWHERE")
 
 

@@ -15,8 +15,8 @@ estimated, 1.5 per feature, since a policy with a feature replaced does not run 
 With ``--seconds 60 --seeds 3 --tuning-seeds 1`` it only shows that it runs.
 
 What to expect: not measured yet at equal attainment. At unequal attainment
-(docs/notes/2026-11-26-questions.md, a DQN of 2026-11-25, 4 seeds) KV usage mattered most, and seven of 13
-features changed the energy by under 1 %, for rate, running requests and token throughput say nearly the same.
+(docs/notes/2026-11-26-questions.md, 4 seeds) KV usage mattered most, and seven of 13 features changed the
+energy by under 1 %, for rate, running requests and token throughput say nearly the same.
 """
 
 import argparse

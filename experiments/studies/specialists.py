@@ -8,8 +8,8 @@ cell is tuned on (seeds 0, 1, 2) and take part as "DQN". The flags are those of 
 with the same policies everywhere; ``--policies`` take part in every cell. What is done is kept in FOLDER, so
 that the same command goes on after an interruption. Other studies train other variants in the same way.
 
-It asks what a policy trained for its own load and SLO is worth beside every other policy, and makes the big
-tables of docs/arena.md and docs/arena_tables.md. It takes about five minutes per cell and core
+It asks what a policy trained for its own load and SLO is worth beside every other policy, and makes the
+tables that docs/arena.md shows. It takes about five minutes per cell and core
 to train three times, baselines and tuning included, and 7 to 9 minutes on two cores to play 13 workloads
 under one SLO.
 
