@@ -255,4 +255,4 @@ def test_what_branches_have_no_use_for_is_refused(flag):
 )
 def test_who_does_not_branch_has_no_use_for_how(switch):
     with pytest.raises(ConfigError, match=r"--train.branch-every: .* has no use for it"):
-        parse_serving(LearnConfig, [*f"--train.{switch}".split(), "--train.branch-every", "2"], prog="train")
+        parse_serving(LearnConfig, [*switch.split(), "--train.branch-every", "2"], prog="train")

@@ -167,7 +167,7 @@ def test_a_deployment_that_lacks_the_key_says_so_in_one_line(tmp_path, capsys):
     assert len(err.splitlines()) == 1 and "HTTP 401" in err and "--api-key-env" in err
 
 
-def test_a_policy_for_a_server_of_unknown_version_needs_to_be_told(tmp_path, capsys):
+def test_a_policy_for_a_server_of_unknown_version_is_deployed_with_a_warning(tmp_path, caplog):
     from aiohttp import web
 
     @web.middleware
@@ -178,9 +178,8 @@ def test_a_policy_for_a_server_of_unknown_version_needs_to_be_told(tmp_path, cap
     with serving(TrafficStub(middlewares=[hides])) as stub:
         given = ["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
         given += ["--interval", "0.1", "--max-steps", "2", "--clock-control", "off"]
-        assert main(given) == 2
-        assert "version is not known" in (err := capsys.readouterr().err) and "--allow-mismatch" in err
-        assert main([*given, "--allow-mismatch"]) == 0
+        assert main(given) == 0
+        assert "the server's version is not known" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "url", "host:port"])

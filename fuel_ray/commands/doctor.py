@@ -53,7 +53,8 @@ def run(config: DoctorConfig) -> int:
 def _own_checks(config: DoctorConfig) -> list[Check]:
     if not shlex.split(config.vllm):
         raise ConfigError("--vllm is empty; the command that runs vLLM")
-    live = config.backend == "live" or (config.backend is None and (config.cluster or has_driver()))
+    asked = config.cluster or config.vllm != DoctorConfig.vllm or bool(config.gpu_ids)
+    live = config.backend == "live" or (config.backend is None and (asked or has_driver()))
     found = host_checks(
         gpu_ids=config.gpu_ids,
         vllm=shlex.split(config.vllm),
