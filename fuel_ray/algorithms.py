@@ -42,10 +42,10 @@ def branches(config: LearnConfig) -> bool:
 
 
 def check_algorithm(config: LearnConfig) -> None:
-    """Check that the algorithm is one, and has a use for every setting of ``train`` that was changed.
+    """Check that the algorithm is one, and that its settings fit together.
 
     Raises:
-        ConfigError: names the first setting that is wrong or unused.
+        ConfigError: names the first setting that is wrong.
     """
     train = config.train
     if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
@@ -54,12 +54,20 @@ def check_algorithm(config: LearnConfig) -> None:
     if train.branch_hold > train.branch_horizon:
         longest = f"--train.branch-horizon {train.branch_horizon}"
         raise ConfigError(f"--train.branch-hold {train.branch_hold}: longer than {longest}")
-    kept = (TrainConfig(), PRESETS[config.preset].train)
-    for name in _unused(config):
-        if getattr(train, name) not in [getattr(own, name) for own in kept]:
-            raise ConfigError(f"--train.{name.replace('_', '-')}: {_who(config)} has no use for it")
     if train.algorithm in ("dqn", "rllib-dqn") and train.fragment_steps < train.n_step:
         raise ConfigError("--train.fragment-steps must be at least --train.n-step")
+
+
+def check_used(config: LearnConfig) -> None:
+    """Check that who learns has a use for every setting of ``train`` that was changed.
+
+    Raises:
+        ConfigError: names the first setting that is unused.
+    """
+    kept = (TrainConfig(), PRESETS[config.preset].train)
+    for name in _unused(config):
+        if getattr(config.train, name) not in [getattr(own, name) for own in kept]:
+            raise ConfigError(f"--train.{name.replace('_', '-')}: {_who(config)} has no use for it")
 
 
 def _unused(config: LearnConfig) -> Sequence[str]:

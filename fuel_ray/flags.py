@@ -25,7 +25,7 @@ from fuel_ray.address import (
     page_url,
     server_url,
 )
-from fuel_ray.algorithms import check_algorithm
+from fuel_ray.algorithms import check_algorithm, check_used
 from fuel_ray.codec import feature_table
 from fuel_ray.config import (
     PRESETS,
@@ -138,7 +138,10 @@ def parse_serving(
             raise ConfigError(f"--preset {preset}: --config {path} has settings of preset {base.preset}")
     config = parse_flags(config_class, argv, prog=prog, default=base)
     check_named(config, argv)
-    return checked(config)
+    found = checked(config)
+    if isinstance(found, LearnConfig):  # not in ``checked``: who learns in an environment is not ours
+        check_used(found)
+    return found
 
 
 def checked(config: Serving) -> Serving:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -72,6 +73,13 @@ def test_a_miss_has_one_price_unless_the_mode_says_otherwise(tmp_path):
     of_a_run = env_settings({"config": str(tmp_path / "run.json"), "workload": "steady"})
     assert (of_a_run.mode, of_a_run.workload) == ("specialist", "steady")
     assert of_a_run.train.episode_steps == 200 and of_a_run.block_sizes == (16,)
+
+
+def test_an_environment_takes_the_settings_of_a_training_whatever_that_learned_by(tmp_path):
+    branched = replace(PRESETS["default"], train=replace(PRESETS["default"].train, branch_every=2))
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(branched)}))
+    own = env_settings({"config": str(tmp_path / "run.json"), "steps": 30})
+    assert (own.train.branch_every, own.train.episode_steps) == (2, 30)
 
 
 @pytest.mark.parametrize("name", to_dict(LearnConfig()))

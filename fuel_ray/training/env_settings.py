@@ -63,9 +63,8 @@ def _base(arguments: Mapping[str, Any]) -> LearnConfig:
 
 
 def _learning(config: SweepConfig) -> LearnConfig:
-    """Without what only a verb has a use for; who steps an environment does not branch."""
-    own = LearnConfig(**{f.name: getattr(config, f.name) for f in fields(LearnConfig)})
-    return replace(own, train=replace(own.train, branch_tries=0))
+    """Without what only a verb has a use for."""
+    return LearnConfig(**{f.name: getattr(config, f.name) for f in fields(LearnConfig)})
 
 
 def _rename(arguments: Mapping[str, Any], plain: dict[str, Any]) -> None:
