@@ -1,6 +1,7 @@
 """Folders that libraries write to, for a user who has no home or may not write to it."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def stand_ins() -> dict[str, str]:
     return found if _may_write(Path(temporary)) else {}
 
 
+def is_own_folder(path: Path) -> bool:
+    """Whether it is a folder of this user's and no link; in a shared one anybody can have made it before."""
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
 def nowhere_to_write(error: RuntimeError) -> str | None:
     """What to do if numba has no folder for what it compiles; None if the error is another."""
     if "no locator available" not in str(error):
@@ -39,9 +46,8 @@ def _own(temporary: str) -> str | None:
     own = Path(temporary, f"fuel-ray-{os.geteuid()}")
     try:
         own.mkdir(mode=0o700, exist_ok=True)
-        found = own.lstat()
-        is_ours = own.is_dir() and not own.is_symlink() and found.st_uid == os.geteuid()
-        return str(own) if is_ours and not found.st_mode & 0o022 else tempfile.mkdtemp(prefix="fuel-ray-")
+        safe = is_own_folder(own) and not own.lstat().st_mode & 0o022
+        return str(own) if safe else tempfile.mkdtemp(prefix="fuel-ray-")
     except OSError:
         return None
 

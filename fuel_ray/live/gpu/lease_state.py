@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import os
 import shlex
-import stat
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from fuel_ray.errors import ConfigError, DiskError, GpuError
+from fuel_ray.home import is_own_folder
 from fuel_ray.live.processes import lives, start_time
 from fuel_ray.record import make_folder, read_json, write_json
 
@@ -104,11 +104,9 @@ def lock(folder: Path, uuid: str) -> IO[str]:
 
 
 def _private_folder(path: Path) -> Path:
-    """In /tmp anybody can have made it before."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    if not is_own_folder(path):
         raise ConfigError(f"{path} is another user's; name a folder in {STATE_VARIABLE}")
     return path
 
