@@ -95,8 +95,8 @@ class ServingConfig:
 
     preset: Preset = "default"
     """default: one policy per load and SLO, trained near its best simple rule. quick: one such policy,
-    smaller, in two minutes. plain: at one price of a miss. generalist: one for any load and SLO. seed: 11 x
-    17 actions, 10 features, a GreenDLS reward with KV."""
+    from less training, on fewer seeds. plain: at one price of a miss. generalist: one for any load and SLO.
+    seed: 11 x 17 actions, 10 features, a GreenDLS reward with KV."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens; powers of two up to 256."""
     node: NodeKind = "sim"

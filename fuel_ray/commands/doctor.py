@@ -23,8 +23,8 @@ class DoctorConfig:
     """Say what works and what to do, a line each; exit code 1 if something that is needed is missing."""
 
     backend: Backend | None = None
-    """Nodes of the next command: live needs GPUs and vLLM, sim does not. None: live on a cluster and
-    where an NVIDIA driver is, else sim."""
+    """Nodes of the next command: live needs GPUs and vLLM, sim does not. None: live on a cluster, where an
+    NVIDIA driver is, and with --vllm or --gpu-ids; else sim."""
     cluster: bool = False
     """Look at every host of the Ray cluster that runs here or at RAY_ADDRESS, not only at this host."""
     cluster_file: Path | None = None
