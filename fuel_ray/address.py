@@ -28,11 +28,13 @@ class Access:
     """What a server wants before it answers, other than its address."""
 
     api_key_env: str | None = None
-    """Variable with the server's key; None: VLLM_API_KEY, else OPENAI_API_KEY; "": none is sent."""
+    """Environment variable with the server's API key. None: VLLM_API_KEY, else OPENAI_API_KEY. "": no key is
+    sent."""
     ca_file: Path | None = None
-    """Certificate of the server's CA; None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
+    """PEM file with the certificate of the server's CA. None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the
+    system's."""
     metrics_url: str | None = None
-    """URL of the server's /metrics, where a gateway has only its /v1; None: the server's own."""
+    """URL of the server's /metrics, for a gateway that forwards /v1 only. None: that of the server's URL."""
 
 
 def page_url(text: str, *, flag: str) -> str:

@@ -50,12 +50,14 @@ def check_algorithm(config: LearnConfig) -> None:
     train = config.train
     if train.algorithm not in ALGORITHMS and ":" not in train.algorithm:
         allowed = f"{', '.join(ALGORITHMS)} or package.module:NAME"
-        raise ConfigError(f"--train.algorithm {train.algorithm} is unknown; allowed are {allowed}")
+        raise ConfigError(f"--train.algorithm {train.algorithm}: unknown; choose from {allowed}")
     if train.branch_hold > train.branch_horizon:
         longest = f"--train.branch-horizon {train.branch_horizon}"
-        raise ConfigError(f"--train.branch-hold {train.branch_hold}: longer than {longest}")
+        raise ConfigError(f"--train.branch-hold {train.branch_hold}: must be at most {longest}")
     if train.algorithm in ("dqn", "rllib-dqn") and train.fragment_steps < train.n_step:
-        raise ConfigError("--train.fragment-steps must be at least --train.n-step")
+        raise ConfigError(
+            f"--train.fragment-steps {train.fragment_steps}: must be at least --train.n-step {train.n_step}"
+        )
 
 
 def check_used(config: LearnConfig) -> None:
@@ -67,7 +69,7 @@ def check_used(config: LearnConfig) -> None:
     kept = (TrainConfig(), PRESETS[config.preset].train)
     for name in _unused(config):
         if getattr(config.train, name) not in [getattr(own, name) for own in kept]:
-            raise ConfigError(f"--train.{name.replace('_', '-')}: {_who(config)} has no use for it")
+            raise ConfigError(f"--train.{name.replace('_', '-')}: {_who(config)} does not use it; leave it out")
 
 
 def _unused(config: LearnConfig) -> Sequence[str]:
@@ -79,7 +81,7 @@ def _unused(config: LearnConfig) -> Sequence[str]:
 
 def _who(config: LearnConfig) -> str:
     if branches(config):
-        return "learning from branches (--train.branch-tries 0 turns that off)"
+        return "training with branches (--train.branch-tries 0 turns them off)"
     if config.train.algorithm == "dqn":
-        return "learning without branches"
+        return "training without branches"
     return f"--train.algorithm {config.train.algorithm}"

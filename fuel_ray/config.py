@@ -25,68 +25,73 @@ Tracker = Literal["wandb", "mlflow"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a policy is trained; what an algorithm has no use for is refused (algorithms.py)."""
+    """How a policy is trained. A setting that the algorithm does not use is an error."""
 
     algorithm: str = "dqn"
-    """dqn: double and duelling, near the best simple rule. rllib-dqn: RLlib's own, which knows no
-    rule. ppo: RLlib's. Or your own, package.module:NAME."""
+    """Learning algorithm. dqn: a double, duelling DQN that stays near the best simple rule. rllib-dqn:
+    RLlib's DQN, which ignores that rule. ppo: RLlib's PPO. Or an algorithm of your own,
+    package.module:NAME."""
     episode_steps: int = 200
     """Control windows per training episode."""
     num_envs: int = 32
-    """Simulated nodes that are stepped together."""
+    """Simulated nodes that are stepped in parallel."""
     fragment_steps: int = 16
-    """Windows per node between two rounds of updates; of a DQN at least n_step."""
+    """Windows that each node runs between two rounds of updates; for a DQN at least --train.n-step."""
     updates_per_round: int = 64
-    """Gradient updates after each round."""
+    """Gradient updates per round."""
     batch_size: int = 256
-    """Windows per gradient update."""
+    """Samples per gradient update."""
     buffer_size: int = 100_000
-    """Transitions in the replay buffer."""
+    """Capacity of the replay buffer, in transitions."""
     learning_starts: int = 4_000
-    """Windows before the first update; at most a tenth of the training."""
+    """Windows to collect before the first update, but at most a tenth of the training."""
     lr: float = 5e-4
-    """Adam's step size."""
+    """Learning rate of Adam."""
     gamma: float = 0.93
-    """Discount per window."""
+    """Discount factor per window."""
     n_step: int = 5
-    """Rewards summed before bootstrapping."""
+    """Rewards that are summed before bootstrapping (n-step returns)."""
     hidden: tuple[int, ...] = (128, 128)
-    """Units per hidden layer."""
+    """Units of each hidden layer."""
     head: Literal["joint", "additive", "smooth", "priced"] = "priced"
-    """Advantages: free per (limit, clock); one per limit plus one per clock; so, and smooth in the clock; so,
-    of energy and of misses each, which add up at the price of a miss."""
+    """What the network outputs. joint: one advantage per pair of batch limit and clock. additive: one per
+    batch limit plus one per clock. smooth: additive, and smooth in the clock. priced: smooth, with separate
+    values for energy and misses, which are added at the price of a miss."""
     epsilon_initial: float = 0.6
-    """Share of random actions at the start."""
+    """Share of random actions at the start of the training."""
     epsilon_final: float = 0.15
-    """Share of random actions at the end."""
+    """Share of random actions at the end of the training."""
     epsilon_share: float = 0.5
-    """Share of the training over which random actions fall from epsilon_initial to epsilon_final."""
+    """Part of the training, as a share, in which random actions fall from --train.epsilon-initial to
+    --train.epsilon-final."""
     priority: float = 0.6
-    """Exponent of the temporal-difference error in drawing from the replay buffer; 0 draws uniformly."""
+    """Prioritised replay: exponent of the temporal-difference error by which transitions are drawn; 0 draws
+    uniformly."""
     lr_final_share: float = 0.05
-    """Step size at the end, as a share of lr; it falls linearly."""
+    """Learning rate at the end of the training, as a share of --train.lr; it falls linearly."""
     hold_steps: int = 6
     """Mean number of windows for which a random action is held."""
     target_update_updates: int = 200
-    """After every update the target network goes 1 / this of the way to the network (Polyak averaging; 200 is
-    tau = 0.005). It is no number of updates between copies."""
+    """How slowly the target network follows: after each update it moves 1/N of the way to the network (Polyak
+    averaging; N = 200 means tau = 0.005). It is not an interval between copies."""
     branch_tries: int = 3
-    """Of a specialist on the twin: other actions that are tried where an episode branches; 0: it learns by
-    temporal differences from what it does, as on live nodes."""
+    """Branches: other actions to try at each branching point when a specialist is trained on the twin. 0: no
+    branches; learn by temporal differences from the actions taken, as on live nodes."""
     branch_every: int = 4
-    """Windows from one such place to the next."""
+    """Branches: windows between two branching points."""
     branch_hold: int = 3
-    """Windows for which an action is held there."""
+    """Branches: windows for which a tried action is held."""
     branch_horizon: int = 20
-    """Windows after which the branches are compared."""
+    """Branches: windows after which the outcomes are compared."""
     branch_other_limit: float = 0.1
-    """Share of these actions that have another batch limit."""
+    """Branches: share of the tried actions that change the batch limit."""
     lower_limits: bool = False
-    """Whether a policy may have a lower batch limit than the rule that it is kept near, and tries some."""
+    """Whether training may try, and the policy may choose, a lower batch limit than that of the best simple
+    rule."""
     iterations: int = 5
-    """Training results, each with a checkpoint."""
+    """Training results to report; each has a checkpoint."""
     average_results: int = 2
-    """A policy is the average of the weights at this many results up to the chosen one."""
+    """A policy's weights are the average over this many results, up to the chosen one."""
 
 
 @dataclass(frozen=True)
@@ -94,60 +99,67 @@ class ServingConfig:
     """A node, the load that it serves and its SLO."""
 
     preset: Preset = "default"
-    """default: one policy per load and SLO, trained near its best simple rule. quick: one such policy,
-    from less training, on fewer seeds. plain: at one price of a miss. generalist: one for any load and SLO.
-    seed: 11 x 17 actions, 10 features, a GreenDLS reward with KV."""
+    """Set of defaults that the other flags change. default: one policy per workload and SLO, trained to stay
+    near its best simple rule. quick: the same for one block size, with less training and fewer seeds. plain:
+    trained at one fixed price of a miss. generalist: one policy for many workloads and SLOs. seed: GreenDLS's
+    reward with a KV term, 11 x 17 actions, 10 features."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
-    """KV block sizes in tokens; powers of two up to 256."""
+    """KV block sizes in tokens: powers of two up to 256."""
     node: NodeKind = "sim"
-    """sim: the calibrated twin. live: a real vLLM server on this machine's GPUs, in real time. ray: on the
-    nodes of a Ray cluster, each of them what --backend says."""
+    """What serves the requests. sim: the twin, a simulated vLLM server. live: a real vLLM server on this
+    machine's GPUs, in real time. ray: the nodes of a Ray cluster, of the kind that --backend names."""
     backend: Backend = "sim"
-    """What the nodes of --node ray are; --node sim and --node live are that themselves."""
+    """With --node ray, the kind of the cluster's nodes. With --node sim or live it is not needed."""
     node_wait_s: float = 60.0
-    """With Ray's nodes, how long to wait for the cluster to have those that are needed, in s."""
+    """With --node ray, seconds to wait until the cluster has the nodes that the run needs."""
     node_failures: int = 3
-    """With --node ray or a live run, failures of a node in a row that end an episode or a trial."""
+    """Consecutive failures of a node after which an episode or a trial ends; live nodes and --node ray
+    only."""
     live: LiveConfig = field(default_factory=LiveConfig)
     pack: str = "h100-qwen3-8b"
-    """Calibration pack of the simulated node: a shipped name or a .json file."""
+    """Calibration pack of the twin: a shipped one by name (`fuel-ray packs` lists them), or a .json file."""
     clock_axis: str = "nominal"
-    """How the twin's time and power depend on the clock: a clock axis of the pack, such as low or high."""
+    """Clock axis of the pack, which says how step time and power depend on the GPU clock: nominal, or another
+    one that the pack has, such as low or high."""
     kv_tokens: int | None = 26_000
-    """Size of the KV pool in tokens, of a server that is started too; None: the pack's or server's own."""
+    """Size of the KV cache in tokens, for the twin and for a server that is started. None: the pack's or the
+    server's own."""
     max_num_seqs: int | None = None
-    """Capacity of the server, its highest batch limit; None: the pack's."""
+    """Requests that the server can run at once, which is its highest batch limit. None: the pack's."""
     limit_control: Literal["on", "off"] = "on"
-    """off: the twin's batch limit is its capacity alone, as that of a server without a limit file."""
+    """on: policies set the batch limit of the twin. off: it stays at the server's capacity, as on a vLLM
+    server without a limit file."""
     gpu_clocks_mhz: tuple[int, ...] = ()
-    """SM clocks that may be chosen in MHz; empty: all that the GPU supports."""
+    """GPU clocks (SM clocks) that policies may choose, in MHz; by default all that the GPU supports."""
     prefix_caching: bool = True
-    """Whether full KV blocks are found again."""
+    """Whether the server reuses full KV blocks of prompts with the same beginning."""
     workload: str = "diurnal"
-    """Workload to serve: NAME[:key=value,...]; NAME may be package.module:function, a Workload's maker."""
+    """Workload to serve: NAME or NAME:key=value,... such as mmpp, azure-conv or diurnal:high_rps=20.
+    docs/workloads.md lists them; package.module:function names one of your own."""
     slo_ttft_s: float | None = 1.0
-    """Limit on the time to first token in s; None: no limit."""
+    """SLO: limit on the time to first token in s. None: no limit."""
     slo_tpot_s: float | None = 0.05
-    """Limit on the time per output token in s; None: no limit."""
+    """SLO: limit on the time per output token in s. None: no limit."""
     slo_e2e_s: float | None = None
-    """Limit on the time from arrival to the last token in s; None: no limit."""
+    """SLO: limit on the time from arrival to the last token in s. None: no limit."""
     slo_share: float | None = 0.95
-    """Share of requests that must meet all limits, 0..1; None: the means must meet them."""
+    """SLO: share of requests that must meet every limit. None: the mean latencies must meet the limits
+    instead."""
     reward: Reward | Reference = "energy"
-    """Reward that windows are scored by; or package.module:Class, an Objective."""
+    """Reward of a control window: one of these, or package.module:Class of your own."""
     miss_price_j: float = 200.0
-    """Joules charged per missed limit by the energy reward."""
+    """Price in J that the energy reward charges for every latency limit that a request misses."""
     extra_features: tuple[str, ...] = ()
-    """package.module:FEATURES, more features by name."""
+    """Features of your own, package.module:FEATURES, to use beside the built-in ones."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     allow_mismatch: bool = False
-    """Take policy folders that were trained on another file of their calibration pack."""
+    """Accept policies that were trained on another version of their calibration pack."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     out: Path = Path("results")
-    """Folder in which the run's own folder is made."""
+    """Folder in which the run creates its own folder."""
     config: Path | None = None
-    """JSON file of settings (a run.json will do) that flags are applied on top of."""
+    """JSON file with settings, such as a run.json. Flags override it."""
 
     @property
     def slo(self) -> Slo:
@@ -165,69 +177,77 @@ class LearnConfig(ServingConfig):
     """What a policy sees, may choose and is trained on."""
 
     steps: int = 60_000
-    """Control windows (1 s each) to train each policy on; without branches take 200,000."""
+    """Control windows (1 s each) to train each policy for. Training without branches needs about 200,000."""
     tune_share: float = 0.97
-    """Share that baselines and checkpoints are tuned to on tuning seeds; some slips on held-out ones."""
+    """Attainment that baselines and policies are tuned to on the tuning seeds. It is a little above
+    --slo-share, because attainment on held-out seeds is usually lower."""
     tuning_seeds: int = 8
-    """Episodes of 20 minutes that baselines, checkpoints and anchors are tuned on, at most 8."""
+    """Episodes of 20 minutes on which baselines and policies are tuned, at most 8."""
     features: tuple[str, ...] = PRICED_FEATURES
-    """Entries of the observation, by name."""
+    """Names of the features that the policy observes."""
     normalisation: Literal["fixed", "running"] = "fixed"
-    """Scales of the feature table, or mean and spread under random actions, stored with the policy."""
+    """How features are scaled. fixed: by constants. running: by their mean and spread under random actions,
+    which are stored with the policy."""
     grid: GridName = "node"
-    """Action grid: derived from the node, the seed preset's 187 or GreenDLS's 198 actions."""
+    """Actions that the policy can choose. node: clocks and batch limits of the node. seed: 187 actions.
+    greendls: GreenDLS's 198 actions."""
     grid_clock_step_mhz: int = 15
-    """Distance of the clocks of the node grid in MHz."""
+    """Smallest distance between the clocks of --grid node, in MHz."""
     grid_lowest_clock_share: float = 0.45
-    """Lowest clock of the node grid as a share of the highest."""
+    """Lowest clock of --grid node, as a share of the highest."""
     grid_batch_limits: tuple[int, ...] = (32, 40, 128)
-    """Batch limits of the node grid; the server's capacity is always added."""
+    """Batch limits of --grid node; the server's capacity is always added."""
     mode: Mode = "specialist"
-    """What is trained on. specialist: this load at many prices of a miss, of which the best is then found.
-    generalist: random loads, KV pools, TPOT limits and prices. fixed_price: this load at --miss-price-j."""
+    """What a policy is trained for. specialist: the workload at many prices of a miss, of which the best is
+    then chosen. generalist: random workloads, KV cache sizes, TPOT limits and prices. fixed_price: the
+    workload at --miss-price-j."""
     conditional: bool = False
-    """One policy for all block sizes, which it sees as a feature."""
+    """Train one policy for all block sizes, which observes the block size as a feature."""
     start_from: Path | None = None
-    """Policy folder whose weights training begins with, such as one that was trained on the twin."""
+    """Policy folder whose weights training starts from, such as one that was trained on the twin."""
     anchor: bool = True
-    """Keep each policy near the best simple rule of its load; how near is tuned too."""
+    """Tie each policy to the best simple rule of its workload. How closely is tuned too."""
     train: TrainConfig = field(default_factory=TrainConfig)
     nodes_per_trial: int = 1
-    """With --node ray, nodes that make the rollouts of a trial in parallel."""
+    """With --node ray, nodes on which each trial collects experience in parallel."""
     baselines: Path | None = None
-    """baselines.json of another run on the same load, node and SLO, to be taken as it is."""
+    """baselines.json of another run with the same workload, node and SLO, to use instead of tuning the
+    baselines again."""
     callbacks: tuple[Tracker, ...] = ()
-    """Where training results are logged too; docs/files.md says how wandb and mlflow are set up."""
+    """Experiment trackers that receive the training results; docs/files.md says how to set them up."""
     storage: str | None = None
-    """Folder or URL (any of fsspec's: s3://...) for checkpoints and results; None: the run's own folder."""
+    """Folder or fsspec URL, such as s3://bucket/folder, for checkpoints and results. None: the run's own
+    folder."""
     resume: Path | None = None
-    """Folder of an interrupted run to go on with."""
+    """Folder of an interrupted run to continue, with its settings."""
 
 
 @dataclass(frozen=True)
 class SweepConfig(LearnConfig):
-    """Train one policy per KV block size, compare it with the baselines, write policies and a report."""
+    """Train one policy per KV block size, compare them with the baselines, and write a report."""
 
     seeds: int = 10
-    """Held-out workload seeds of the evaluation."""
+    """Held-out seeds to evaluate on."""
     control_workload: str | None = "steady:rate_rps=5"
-    """Negative control, evaluated only; None: leave it out."""
+    """Workload for a negative control, which is evaluated but not trained for. None: no control."""
     axis_seeds: int = 2
-    """Held-out seeds on which every policy is evaluated under each other clock axis of the pack; 0: none."""
+    """Held-out seeds on which every policy is evaluated again under each other clock axis of the pack. 0:
+    none."""
     live_seconds: int = 120
-    """Seconds of arrivals per policy and seed when a live node is evaluated."""
+    """Seconds of arrivals per policy and seed when live nodes are evaluated."""
     policies: tuple[str, ...] = ()
-    """Policies that are compared too: names such as clipper or example, folders, package.module:Class."""
+    """More policies to compare. Names such as clipper or example, policy folders, or package.module:Class."""
 
 
 @dataclass(frozen=True)
 class TrainVerbConfig(LearnConfig):
-    """Train one policy per KV block size and write it; `fuel-ray sweep` compares it too."""
+    """Train one policy per KV block size. `fuel-ray sweep` compares the policies with baselines too."""
 
     episodes: int | None = None
-    """Episodes to train for, in place of --steps."""
+    """Episodes to train for, instead of --steps."""
     steps_per_episode: int | None = None
-    """Windows per episode, in place of --train.episode-steps; with branches --episodes alone goes by it."""
+    """Windows per episode, instead of --train.episode-steps. A training with branches uses it only to turn
+    --episodes into steps."""
 
 
 _QUICK = SweepConfig(
@@ -330,7 +350,7 @@ def from_dict(raw: Any, *, base: Serving, source: str) -> Serving:
 
 def _changed(base: Any, raw: Any, source: str) -> Any:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: not a JSON object")
+        raise ConfigError(f"{source}: must be a JSON object of settings")
     kinds = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
     for key, value in ((_RENAMED.get(key, key), value) for key, value in raw.items()):
@@ -342,7 +362,7 @@ def _changed(base: Any, raw: Any, source: str) -> Any:
         try:
             changes[key] = _typed(value, kinds[key])
         except TypeError:
-            raise ConfigError(f"{source}: {key} is {value!r}; allowed is {kinds[key]}") from None
+            raise ConfigError(f"{source}: {key} is {value!r}; it must be {_said(kinds[key])}") from None
     return replace(base, **changes)
 
 

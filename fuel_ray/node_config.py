@@ -12,28 +12,29 @@ from fuel_ray.types import NodeSpec, Slo
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """When a policy is overruled; None and 0 leave a rule out. Raising the clock is never held back."""
+    """When the guard overrules the policy. None or 0 turns a rule off; no rule delays a rise of the clock."""
 
     max_wait_s: float | None = None
-    """Shield: maximum performance while a request has waited longer than this, in s."""
+    """Shield: maximum performance while a request has waited longer than this for its first token, in s."""
     max_waiting: int | None = None
-    """Shield: the same while more requests than this wait."""
+    """Shield: maximum performance while more requests than this wait."""
     latency: bool = False
-    """Shield: the same while twice as many latency limits are missed as the SLO allows."""
+    """Shield: maximum performance while twice as many latency limits are missed as the SLO allows."""
     release_s: float = 10.0
-    """Seconds of calm after which the shield lets the policy go on."""
+    """Seconds without a reason for the shield after which the policy is in control again."""
     drift: bool = False
-    """Fallback while the load is outside the range that the policy was trained on."""
+    """Use the fallback while the load is outside the range that the policy was trained on."""
     fallback: str | None = None
-    """LIMIT@MHZ without telemetry and under drift, as a tuned static 48@1350; None: maximum performance."""
+    """LIMIT@MHZ, such as 48@1350, to use without telemetry and outside the trained range. None: maximum
+    performance; for `fuel-ray deploy` the tuned static pair of the policy, if it has one."""
     floor_mhz: int | None = None
-    """No lower clock than this, in MHz."""
+    """Lowest clock that may be set, in MHz."""
     max_step_mhz: int | None = None
     """Largest fall of the clock per window, in MHz."""
     dwell_s: float = 0.0
-    """Seconds after a change before the clock may fall."""
+    """Seconds after a change of the clock before it may fall."""
     switches_per_minute: int | None = None
-    """Changes of the clock per minute; once spent, it may only rise."""
+    """Changes of the clock per minute; after that many it may only rise."""
 
     def rules(self, slo: Slo, spec: NodeSpec) -> Rules:
         """For a node and its SLO.
@@ -57,27 +58,27 @@ class LiveConfig(Access):
     """The server and the GPUs of a live node."""
 
     model: str = ""
-    """Model folder or name, as vllm serve takes it."""
+    """Model to serve, a name or a folder, as `vllm serve` takes it."""
     server: str | None = None
-    """URL of a running server to attach to, which is not stopped; None: start one per block size."""
+    """URL of a running server, which is never stopped. None: start one for each block size."""
     served_model: str | None = None
-    """Name under which the server serves the model, where it serves several; None: the one that fits."""
+    """Model name to request from a server that has several. None: the one that matches --live.model."""
     limit_file: Path | None = None
-    """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
+    """Path in FUEL_RAY_LIMIT_FILE of the running server. None: its batch limit is not changed."""
     vllm: str = "vllm"
-    """Command that runs vLLM; several words as in a shell."""
+    """Command that runs vLLM; quote it if it has several words."""
     flags: str = ""
-    """More flags of vllm serve, as in a shell: --live.flags="--dtype half"."""
+    """More flags for `vllm serve`, in quotes: --live.flags="--dtype half"."""
     gpu_ids: tuple[str, ...] = ()
-    """GPUs that the server runs on, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning);
-    none given: the first that CUDA_VISIBLE_DEVICES shows, as many as --live.flags make the server use."""
+    """GPUs of the server, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning). By default
+    the first of CUDA_VISIBLE_DEVICES, as many as --live.flags make the server use."""
     clock_control: Literal["on", "off"] = "on"
-    """off: observe-only; clocks are left alone and policies have one clock to choose."""
+    """off: never set clocks, so that policies choose the batch limit only."""
     max_num_batched_tokens: int | None = None
-    """Tokens per step of a running server, for traces; None: what can be found out, else vLLM's default."""
+    """Tokens per step of a running server, for traces. None: what the server reports, else vLLM's default."""
     vocab_size: int = 1000
-    """Prompts are random token ids below this."""
+    """Prompts are random token IDs below this."""
     request_timeout_s: float = 120.0
     """Seconds after which a request is given up."""
     start_timeout_s: float = 600.0
-    """Seconds in which the server has to answer."""
+    """Seconds that a server may take to start."""

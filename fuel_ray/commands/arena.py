@@ -25,14 +25,16 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
     if config.resume is not None:
         config = resumed(config.resume, argv, prog=prog, base=ArenaConfig(), may_change=("workers",))
     if config.node != "sim" or len(config.block_sizes) != 1:
-        raise ConfigError("the arena needs --node sim and one --block-sizes")
+        raise ConfigError("arena runs on simulated nodes with one block size: give --node sim and one --block-sizes")
     check_tuning(config, None)
     for name in _OF_SCENARIOS:
         if getattr(config, name) != getattr(ArenaConfig(), name):
-            raise ConfigError(f"--{name.replace('_', '-')}: the arena's own scenarios and SLOs say that")
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: arena sets this itself; choose with --scenarios and --slos"
+            )
     scenarios_of(config.scenarios)
     if not config.slos:
-        raise ConfigError("--slos: at least one of interactive, tight, seed")
+        raise ConfigError("--slos is empty: give at least one of interactive, tight, seed")
     _check_same_pack(config)
     check("--policies", config.policies, config, [build_spec(config, config.block_sizes[0])])
     check_sizes("--policies", config.policies, config.block_sizes)
@@ -44,7 +46,10 @@ def _check_same_pack(config: ArenaConfig) -> None:
     if config.resume is None:
         return
     if read_json(config.resume / "run.json").get("pack_sha256") != load_pack(config.pack).sha256:
-        raise ConfigError(f"--resume {config.resume}: pack {config.pack} is not the one that run began with")
+        raise ConfigError(
+            f"--resume {config.resume}: calibration pack {config.pack} has changed since that arena began; "
+            "start a new arena"
+        )
 
 
 def run(config: ArenaConfig) -> int:

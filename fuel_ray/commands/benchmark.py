@@ -33,45 +33,46 @@ _NAME_LETTERS = 60  # of the model, in the name of a file
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(DrawnLoad, Access):
-    """Benchmark a running vLLM server: latencies, GPU and CPU power, KV cache."""
+    """Benchmark a running vLLM server: latencies, GPU and CPU power, KV cache usage."""
 
     model: str
-    """Model name that the server serves, or the path it was started with."""
+    """Name of the model to request, or the path that the server was started with."""
     backend: Literal["vllm"] = "vllm"
     """Kind of server."""
     base_url: str | None = None
-    """URL of the server, such as https://gateway/prefix, in place of --host and --port."""
+    """URL of the server, such as https://gateway/prefix, instead of --host and --port."""
     host: str = "127.0.0.1"
     """Host of the server."""
     port: int = 8000
     """Port of the server."""
     max_concurrency: int | None = None
-    """Requests that may be in flight at once; the others are kept back, which --request-rate does not see.
-    With --request-rate inf the server always has that many. None: as many as come."""
+    """Most requests in flight at once; further ones wait in the client, so that the rate may fall below
+    --request-rate. With --request-rate inf the server always has this many. None: no limit."""
     goodput: tuple[str, ...] = ()
-    """Limits in ms, KEY:VALUE, such as ttft:1000 tpot:50 e2el:8000; request_goodput counts the requests per
-    second within all of them, as `vllm bench serve --goodput` does."""
+    """Limits in ms as KEY:VALUE, such as ttft:1000 tpot:50 e2el:8000. request_goodput then counts the
+    requests per second that meet all of them, as in `vllm bench serve --goodput`."""
     gpu_ids: tuple[str, ...] | None = None
-    """The server's GPUs, by nvidia-smi's index or by UUID; None: the first that CUDA_VISIBLE_DEVICES shows;
-    empty: none."""
+    """GPUs of the server, by nvidia-smi's index or by UUID. None: the first of CUDA_VISIBLE_DEVICES. Empty:
+    no GPU is measured."""
     gpu_monitor_interval: float = 0.05
-    """Seconds between GPU and CPU samples."""
+    """Seconds between two samples of GPU and CPU."""
     kv_monitor_interval: float = 0.5
-    """Seconds between scrapes of the KV cache; down to 0.05."""
+    """Seconds between two samples of the KV cache; at least 0.05."""
     monitor_cpu: bool = False
     """Record CPU power and utilisation."""
     enable_kv_trace: bool = False
     """Record the KV cache over time."""
     save_result: bool = False
-    """Write the result as JSON."""
+    """Write the result as JSON to --result-dir."""
     save_trace: bool = False
-    """Write a trace that `fuel-ray validate` and `fuel-ray calibrate` read, into the folder of the result."""
+    """Write a trace for `fuel-ray validate` and `fuel-ray calibrate` to --result-dir."""
     result_dir: Path = Path("benchmark_results")
-    """Folder for result and trace."""
+    """Folder for the result and the trace."""
     max_num_seqs: int | None = None
-    """The server's, for the trace; None: what can be found out, else its vLLM's default."""
+    """Requests that the server can run at once, for the trace. None: what the server reports, else vLLM's
+    default."""
     max_num_batched_tokens: int | None = None
-    """The server's, for the trace, likewise."""
+    """Tokens per step of the server, for the trace. None: what the server reports, else vLLM's default."""
     timeout_s: float = 600.0
     """Seconds after which a request is given up."""
 
@@ -143,11 +144,11 @@ def _goodput(pairs: Sequence[str]) -> Slo | None:
         try:
             limit_ms = float(value)
         except ValueError:
-            raise ConfigError(f"--goodput {pair}: KEY:VALUE with a value in ms, such as ttft:1000") from None
+            raise ConfigError(f"--goodput {pair}: give KEY:VALUE in ms, such as ttft:1000") from None
         if name not in _GOODPUT:
-            raise ConfigError(f"--goodput {pair}: {name!r} is none of {', '.join(_GOODPUT)}")
+            raise ConfigError(f"--goodput {pair}: unknown key {name!r}; keys are {', '.join(_GOODPUT)}")
         if not limit_ms >= 0:
-            raise ConfigError(f"--goodput {pair}: must be at least 0 ms")
+            raise ConfigError(f"--goodput {pair}: the limit must be at least 0 ms")
         limits_s[_GOODPUT[name]] = limit_ms / 1000
     return Slo(**limits_s) if limits_s else None
 
@@ -185,7 +186,7 @@ def _send(load: LoadGenerator, n: int) -> str | None:
         while not load.wait(2.0):
             now = load.take()
             flying = len(now.in_flight)
-            print(f"{now.sent - flying}/{n} ended, {flying} in flight, {now.now_s:.0f} s", flush=True)
+            print(f"{now.sent - flying}/{n} finished, {flying} in flight, {now.now_s:.0f} s", flush=True)
         load.take()  # raises what the load itself failed with
     except (KeyboardInterrupt, SystemExit):
         with contextlib.suppress(KeyboardInterrupt):  # a second one: wait for nothing
@@ -224,7 +225,7 @@ def _trace(
     try:
         text = trace_text(run, **facts, dataset=config.dataset_name, partial=result["partial"])
     except ConfigError as error:
-        print(f"no trace   {error}")
+        print(f"no trace   was written: {error}")
         return None
     for line in run_doubts(run):
         print(f"trace      {line}")
@@ -244,5 +245,5 @@ def _code(result: dict[str, Any]) -> int:
     if result["completed"] or not result["failed"]:
         return 0
     why = errors_by_kind(result["errors"])
-    print(f"fuel-ray: no request of {result['failed']} was answered: {'; '.join(why)}", file=sys.stderr)
+    print(f"fuel-ray: all {result['failed']} requests failed: {'; '.join(why)}", file=sys.stderr)
     return 1

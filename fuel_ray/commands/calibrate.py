@@ -35,44 +35,44 @@ _FACTS = ("gpu_name", "model", "engine", "power_cap_w", "origin")  # of a trace'
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """Fit a calibration pack to a profile of your own server and print leave-one-out errors."""
+    """Fit a calibration pack to a profile of your own server, and print the errors of the fit."""
 
     profile: tuple[str, ...]
-    """Profile files: JSON lines with decode, prefill and idle rows."""
+    """Profiles (profile.jsonl) that `fuel-ray profile` wrote."""
     name: str
-    """Name of the pack."""
+    """Name of the calibration pack."""
     out: str
-    """Pack file to write; must end in .json."""
+    """Pack file to write; its name ends in .json."""
     traces: tuple[str, ...] = ()
-    """Trace files of the same server, as `fuel-ray profile` and `benchmark --save-trace` write them: launch
-    times, front end and mixed steps are fitted to them, too."""
+    """Traces of the same server, by `fuel-ray profile` or `fuel-ray benchmark --save-trace`. Launch times,
+    front end and mixed steps are fitted to them."""
     held_out: tuple[str, ...] = ()
-    """Trace files of the same server that are predicted only: nothing is fitted to them."""
+    """Traces of the same server that are used only to test the fit."""
     gpu: str | None = None
-    """GPU as NVML names it; by default as the traces name it, like the next four."""
+    """Name of the GPU as NVML reports it. None: as in the traces, like --model and --engine."""
     model: str | None = None
     """Model that was served."""
     engine: str | None = None
-    """Engine and version that served it."""
+    """Engine that served it, and its version."""
     power_cap_w: float | None = None
-    """Power limit of the GPU in W; by default the highest power of the profile where no trace has it."""
+    """Power limit of the GPU in W. None: as in the traces, else the highest power in the profile."""
     clocks_mhz: tuple[int, int, int] | None = None
-    """Supported SM clocks: lowest, highest, step; by default from the lowest profiled one, or half of
-    the highest, in steps of 15."""
+    """Supported GPU clocks in MHz: lowest, highest, step. None: from the lowest profiled clock to the highest
+    in steps of 15; from half of it if only one was profiled."""
     kv_tokens: int | None = None
-    """Size of the KV pool in tokens; by default the base pack's where no trace has it."""
+    """Size of the KV cache in tokens. None: as in the traces, else as in the base pack."""
     base: str | None = None
-    """Pack that gives what the profile does not tell: front end, limits, CPU; by default the shipped one
-    nearest by GPU and, where the model's name tells its parameters, by size."""
+    """Pack that supplies what the profile lacks: front end, limits, CPU. None: the shipped pack with the
+    nearest GPU and model size."""
     clock_axis_from: str | None = None
-    """Pack that gives the clock axis if fewer than three clocks were profiled, and always how streaming
-    depends on the clock; by default the shipped one of the GPU's architecture."""
+    """Pack that supplies the clock axis if fewer than three clocks were profiled, and in any case how memory
+    streaming depends on the clock. None: the shipped pack of the same GPU architecture."""
 
 
 def run(config: CalibrateConfig) -> int:
     """Write the pack and print its leave-one-out errors."""
     if not config.out.endswith(".json"):
-        raise ConfigError(f"--out {config.out} must end in .json")
+        raise ConfigError(f"--out {config.out}: the name of a pack file must end in .json")
     server = _server(config)
     shape = load_pack(config.clock_axis_from or same_architecture(server.gpu_name))
     base = load_pack(config.base or nearest_pack(server.gpu_name, server.model, default=shape.name))
@@ -108,7 +108,7 @@ def _server(config: CalibrateConfig) -> _Server:
     paths = (*config.traces, *config.held_out)
     both = dict(zip(_names(paths), map(read_trace, paths), strict=True))
     if len(both) < len(paths):
-        raise ConfigError("--traces, --held-out: a trace is there twice")
+        raise ConfigError("--traces, --held-out: a trace is given twice; give each one once")
     flags = (config.gpu, config.model, config.engine, config.power_cap_w, None)
     for name, run in both.items():
         for line in run_doubts(run):
@@ -119,7 +119,7 @@ def _server(config: CalibrateConfig) -> _Server:
     told = _told(infos, given=[key for key, value in zip(_FACTS, flags, strict=True) if value])
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
-        raise ConfigError("--gpu NAME is needed: no trace names the GPU")
+        raise ConfigError("no trace names the GPU: give its name with --gpu")
     runs = dict(islice(both.items(), len(config.traces)))
     return _Server(
         runs,
@@ -147,7 +147,10 @@ def _told(rows: Sequence[Row], *, given: Sequence[str]) -> dict[str, Any]:
         said = list({str(one).casefold(): one for one in every}.values())  # vllm and vLLM are one
         if len(said) > 1 and key not in given:
             differ = ", ".join(map(str, said))
-            raise ConfigError(f"--traces, --held-out: their {key} is {differ}; a pack is of one server")
+            raise ConfigError(
+                f"--traces, --held-out: they have different values of {key} ({differ}), and a pack describes "
+                "one server; give traces of one server only"
+            )
         told[key] = said[0] if said else None
     return told
 
@@ -187,11 +190,11 @@ def _say_errors(
     for name, run in runs.items():
         if (spread := wander(run, perf)) > WANDER:
             print(
-                f"{name}: from ten requests to the next TPOT over its prediction varies by {spread:.0%}: "
-                "the host's speed changes, and the mean of another short run will differ"
+                f"{name}: the ratio of measured to predicted TPOT varies by {spread:.0%} between groups of ten "
+                "requests: the speed of the host changes, so another short run will have another mean"
             )
     time, power, _ = errors(perf, profile.decode)
-    print(f"fitted with {_rows(profile)}: decode steps {time:.1%}, their power {power:.1%} off on average")
+    print(f"fitted to {_rows(profile)}; mean error of decode steps: time {time:.1%}, power {power:.1%}")
 
 
 def _pack(
@@ -207,7 +210,10 @@ def _pack(
     clocks, profiled, runs = config.clocks_mhz or _clocks(profile), len(profile.clocks_mhz), server.runs
     lowest, highest, step = clocks
     if not (0 < lowest <= highest and step > 0 and (highest - lowest) % step == 0):
-        raise ConfigError(f"--clocks-mhz {clocks}: lowest, highest and a step that leads from one to it")
+        raise ConfigError(
+            f"--clocks-mhz {lowest} {highest} {step}: give the lowest clock, the highest, and a step that "
+            "divides their difference, such as 345 1980 15"
+        )
     from_base = "CPU" if runs else "front end, launch times, mixed steps, CPU"
     transferred = {
         f"clock axis, all of it modelled, from {shape.name} ({shape.gpu_name})": profiled < AXIS_CLOCKS,

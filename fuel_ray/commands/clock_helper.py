@@ -16,26 +16,27 @@ from fuel_ray.live.gpu.nvml import Gpus
 
 @dataclass(frozen=True)
 class ClockHelperConfig:
-    """Pin and reset the clocks of named GPUs for other users, over a Unix socket, and nothing else.
+    """Pin and reset the clocks of the given GPUs for other users, over a Unix socket, and do nothing else.
 
-    Run it as root, by hand, by sudo or by systemd; controllers find it by FUEL_RAY_CLOCK_SOCKET. Clocks that
-    a controller has pinned are reset as soon as it is gone.
+    Run it as root: by hand, with sudo or as a systemd unit. Controllers find it through
+    FUEL_RAY_CLOCK_SOCKET. When a controller exits or is killed, the clocks that it pinned are reset.
     """
 
     gpu_ids: tuple[str, ...]
-    """NVML indices or UUIDs of the GPUs that may be set."""
+    """GPUs whose clocks may be set, by nvidia-smi's index or by UUID."""
     users: tuple[str, ...] = ()
-    """Names or numbers of the users that may ask, besides root."""
+    """Users, by name or number, that may set clocks, besides root."""
     group: str | None = None
-    """Group that may open the socket; None: its owner alone. A socket of systemd's has its own."""
+    """Group that may open the socket. None: only its owner. A socket that systemd passes has its own
+    group."""
     socket: Path = Path("/run/fuel-ray/clocks.sock")
-    """Where to listen, unless systemd gives a socket."""
+    """Socket to listen on, unless systemd passes one."""
 
 
 def run(config: ClockHelperConfig) -> int:
     """Serve until a signal ends it."""
     if not config.gpu_ids:
-        raise ConfigError("--gpu-ids: name the GPUs whose clocks may be set")
+        raise ConfigError("--gpu-ids is empty: give the GPUs whose clocks may be set, such as --gpu-ids 0 1")
     uids = frozenset(_number(user, lambda name: pwd.getpwnam(name).pw_uid) for user in config.users)
     gid = None if config.group is None else _number(config.group, lambda name: grp.getgrnam(name).gr_gid)
     with contextlib.ExitStack() as opened:
@@ -52,4 +53,4 @@ def _number(name: str, find: Callable[[str], int]) -> int:
     try:
         return int(name) if name.isdecimal() else find(name)
     except KeyError:
-        raise ConfigError(f"there is no user or group {name!r}") from None
+        raise ConfigError(f"{name!r} is not a user or group of this host") from None

@@ -14,23 +14,24 @@ from fuel_ray.policies.static import Static
 from fuel_ray.types import NodeSpec, Policy
 
 _LAST = (
-    "Modelled, not measured: a simulated H100 served the same arrivals to each; nobody was tuned on them.\n"
-    "To train policies yourself: fuel-ray sweep --preset quick; for your own server: fuel-ray onboard --help"
+    "Modelled, not measured: every policy served the same arrivals on a simulated H100. No policy was trained or\n"
+    "tuned on them. Train your own policies with `fuel-ray sweep --preset quick`, or for your own server with\n"
+    "`fuel-ray onboard`."
 )
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Show what a trained policy saves on a simulated H100, in less than a minute; nothing is written.
+    """Show in less than a minute what a trained policy saves on a simulated H100. No files are written.
 
-    The default load is served at maximum performance, by the best fixed batch limit and clock, by the best
-    simple rule, and by the DQN of the shipped policy `example`.
+    Four policies serve the default workload: maximum performance, the best fixed pair of batch limit and
+    clock, the best simple rule, and a DQN, the shipped policy `example`.
     """
 
     seeds: int = 3
-    """Held-out episodes per policy, each with its own arrivals."""
+    """Held-out seeds; each is an episode with the same arrivals for every policy."""
     seconds: int = 1200
-    """Seconds of arrivals per episode; the load's period is 1200."""
+    """Seconds of arrivals per episode. The workload repeats after 1200 s."""
 
 
 def parse(argv: list[str], *, prog: str) -> DemoConfig:

@@ -28,42 +28,44 @@ from fuel_ray.types import Slo
 
 @dataclass(frozen=True, kw_only=True)
 class DeployConfig(Target):
-    """Let a trained policy control a running vLLM server, once per interval, until it is stopped.
+    """Let a trained policy set batch limit and clock of a running vLLM server, once a second, until stopped.
 
-    Clocks and limit return to what they were on exit, error, SIGTERM, SIGINT and SIGHUP, and by a watchdog
-    when this process is killed.
+    Clocks and batch limit are reset on exit, on errors, on SIGTERM, SIGINT and SIGHUP, and by a watchdog if
+    this process is killed.
     """
 
     policy: Annotated[str, arg(aliases=["--model"])]
-    """Policy folder of a sweep, results/sweep-.../policies/block_16, or an RLlib checkpoint in its run. With
-    --shadow also a name such as clipper, or package.module:Class, for which the SLO is to be said."""
+    """Policy folder, such as results/sweep-.../policies/block_16, or an RLlib checkpoint in its run's folder.
+    With --shadow also the name of a rule, such as clipper, or package.module:Class; these need an SLO
+    (--slo-...)."""
     canary: float | None = None
-    """Share of the time, such as 0.1, in which the policy rules, in blocks drawn by chance; in the others
-    maximum performance does, and the difference is reported with its interval. None: it always rules."""
+    """Share of the time in which the policy is in control, such as 0.1; the rest runs at maximum performance.
+    Blocks of --canary-block-s are assigned at random, and the difference is reported with a 95 % interval.
+    None: the policy is always in control."""
     canary_block_s: float = 30.0
-    """Seconds per block."""
+    """Length of a canary block in s."""
     seed: int = 0
-    """Seed of the blocks that are drawn."""
+    """Seed of the random assignment of canary blocks."""
     interval_s: Annotated[float, arg(aliases=["--interval"])] = 1.0
-    """Seconds between two decisions."""
+    """Seconds between two decisions: the length of a control window."""
     max_steps: int | None = None
-    """Windows after which to stop; None: when a signal says so."""
+    """Windows after which to stop. None: run until stopped by a signal."""
     metrics_port: int | None = None
-    """Port of the controller's own /metrics, such as 9464; None: there is none."""
+    """Port on which the controller serves its own /metrics, such as 9464. None: no /metrics."""
     metrics_host: str = "127.0.0.1"
-    """Address that /metrics listens on."""
+    """Address on which /metrics listens."""
     slo_ttft_s: float | None = None
-    """The SLO of a rule, whose requests have a first token within this, in s. A folder has its own."""
+    """SLO of a rule: limit on the time to first token in s. A policy folder contains its own SLO."""
     slo_tpot_s: float | None = None
-    """And a time per output token within this, in s."""
+    """SLO of a rule: limit on the time per output token in s."""
     slo_e2e_s: float | None = None
-    """And the last token within this, in s."""
+    """SLO of a rule: limit on the time from arrival to the last token in s."""
     pack: str | None = None
     """Calibration pack of the server's GPU, for rules that need a model of it."""
     extra_features: tuple[str, ...] = ()
-    """package.module:FEATURES that the policy needs."""
+    """Features of your own, package.module:FEATURES, that the policy was trained with."""
     out: Path = Path("results")
-    """Folder in which the run's own folder is made."""
+    """Folder in which the run creates its own folder."""
 
 
 _OF_A_RULE = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s", "pack")
@@ -73,13 +75,19 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
     """Settings from flags; raises ConfigError where one is wrong."""
     config = parse_flags(DeployConfig, argv, prog=prog)
     if config.shadow and config.canary is not None:
-        raise ConfigError("--canary needs the policy to rule at times; --shadow never lets it")
+        raise ConfigError(
+            "--shadow and --canary exclude each other: with --shadow the policy is never in control; give one"
+        )
     if (rule := _rule(config)) is not None:
         rule.check()
         if not config.shadow:
-            raise ConfigError(f"--policy {config.policy}: only a folder may rule; this only with --shadow")
+            raise ConfigError(
+                f"--policy {config.policy}: a rule can only be watched; add --shadow, or give a policy folder"
+            )
     elif given := [name for name in _OF_A_RULE if getattr(config, name) is not None]:
-        raise ConfigError(f"--{given[0].replace('_', '-')}: a policy folder has its own")
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} is for rules; a policy folder contains its own: leave it out"
+        )
     server = server_url(config.server, flag="--server")  # its login is not written down with the settings
     check_variable(config.api_key_env, flag="--api-key-env")
     metrics = config.metrics_url and page_url(config.metrics_url, flag="--metrics-url")

@@ -13,30 +13,34 @@ HOST_S = 60.0
 LARGEST_SKEW_S = 0.5
 _SIMULATION = Check(
     "GPU",
-    "no NVIDIA driver here. Simulated nodes need none: training, comparing and `fuel-ray demo` work. What a "
-    "real server lacks here is said by --backend live",
+    "no NVIDIA driver on this host. Simulated nodes need none, so demo, train, sweep and evaluate work. To see "
+    "what a real server needs, add --backend live",
 )
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Say what works and what to do, a line each; exit code 1 if something that is needed is missing."""
+    """Check what this host, or each host of a cluster, needs, and say how to fix what is missing.
+
+    One line per check. The exit code is 1 if something that is needed is missing.
+    """
 
     backend: Backend | None = None
-    """Nodes of the next command: live needs GPUs and vLLM, sim does not. None: live on a cluster, where an
-    NVIDIA driver is, and with --vllm or --gpu-ids; else sim."""
+    """What to check for. sim: simulated nodes. live: vLLM on GPUs. None: live if there is an NVIDIA driver,
+    or with --cluster, --vllm or --gpu-ids; otherwise sim."""
     cluster: bool = False
-    """Look at every host of the Ray cluster that runs here or at RAY_ADDRESS, not only at this host."""
+    """Check every host of the Ray cluster that runs here or at RAY_ADDRESS; needs fuel_ray[train] or
+    fuel_ray[cluster]."""
     cluster_file: Path | None = None
-    """Look whether the hosts of this cluster.yaml answer by ssh, before `ray up` waits for them."""
+    """Check whether the hosts in this cluster.yaml can be reached by ssh, before `ray up`."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
-    """KV block sizes that are to be served, in tokens."""
+    """KV block sizes to serve, in tokens."""
     gpu_ids: tuple[str, ...] = ()
-    """A node's GPUs, by nvidia-smi's index or by UUID; none given: the first of CUDA_VISIBLE_DEVICES."""
+    """GPUs to serve on, by nvidia-smi's index or by UUID. By default the first of CUDA_VISIBLE_DEVICES."""
     vllm: str = "vllm"
-    """Command that runs vLLM; several words as in a shell."""
+    """Command that runs vLLM; quote it if it has several words."""
     out: Path = Path("results")
-    """Folder that results go to."""
+    """Folder for results."""
 
 
 def run(config: DoctorConfig) -> int:
@@ -52,7 +56,7 @@ def run(config: DoctorConfig) -> int:
 
 def _own_checks(config: DoctorConfig) -> list[Check]:
     if not shlex.split(config.vllm):
-        raise ConfigError("--vllm is empty; the command that runs vLLM")
+        raise ConfigError("--vllm is empty: give the command that runs vLLM, such as vllm")
     asked = config.cluster or config.vllm != DoctorConfig.vllm or bool(config.gpu_ids)
     live = config.backend == "live" or (config.backend is None and (asked or has_driver()))
     found = host_checks(
@@ -76,18 +80,18 @@ def _cluster(config: DoctorConfig) -> int:
         nodes += there.resources.get(NODE_RESOURCE, 0.0)
         looked = there.answer
         if isinstance(looked, NodeError):
-            looked = [Check("host", str(looked), "`ray status` and its logs say more")]
+            looked = [Check("host", str(looked), "see `ray status` and Ray's logs")]
         if there.skew_s is not None:
             looked = [*looked, _clock(there.skew_s)]
         is_node = NODE_RESOURCE in there.resources
         status |= show(f"{there.host}  ", looked if is_node else [c for c in looked if not c.of_a_node])
-    remedy = f"start Ray with --resources='{{\"{NODE_RESOURCE}\": 1}}' on the hosts that shall serve"
+    remedy = f"start Ray with --resources='{{\"{NODE_RESOURCE}\": 1}}' on every host that is to serve"
     return status | show("", [Check("nodes", f"{nodes:g} in the cluster", None if nodes else remedy)])
 
 
 def _clock(skew_s: float) -> Check:
-    remedy = "synchronise it, by chrony or ntp" if abs(skew_s) > LARGEST_SKEW_S else None
-    return Check("clock", f"{skew_s:+.2f} s off this host's", remedy)
+    remedy = "synchronise the clocks, with chrony or ntp" if abs(skew_s) > LARGEST_SKEW_S else None
+    return Check("clock", f"{skew_s:+.2f} s from this host's clock", remedy)
 
 
 def show(prefix: str, checks: Iterable[Check]) -> int:

@@ -26,7 +26,7 @@ def parse(argv: list[str], *, prog: str) -> EvaluateConfig:
     """Settings from flags."""
     config = parse_serving(EvaluateConfig, argv, prog=prog)
     if not config.static:
-        raise ConfigError("--static needs at least one policy")
+        raise ConfigError("--static is empty: give at least one of max, LIMIT, LIMIT@MHZ, such as --static max")
     specs: list[NodeSpec] = []
     if config.node != "ray" or not config.live_server:  # those of a cluster say it once they are there
         spec = build_spec(config, config.block_sizes[0])
@@ -72,7 +72,7 @@ def _keep(config: EvaluateConfig, run_dir: Path, facts: dict[str, Any], evaluati
         files["steps.jsonl"] = "".join(f"{line}\n" for line in evaluation.lines)
         print(f"\n{comparison(evaluation.rows, config, partial=facts['partial'])}\n", flush=True)
     if "ended" in facts:
-        print(f"ended early, {len(evaluation.rows)} episodes are kept: {facts['ended']}")
+        print(f"stopped early ({facts['ended']}); {len(evaluation.rows)} episodes were saved")
     write_or_keep(run_dir, files | {f"traces/{name}": text for name, text in evaluation.traces.items()})
     if evaluation.rows:
         print(f"wrote {run_dir}")

@@ -20,18 +20,18 @@ _RUN_JSON = "run.json"
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Turn an RLlib checkpoint into a policy folder, which `fuel-ray deploy` takes without Ray."""
+    """Turn an RLlib checkpoint into a policy folder, which `fuel-ray deploy` can use without Ray."""
 
     checkpoint: Path
-    """Checkpoint folder in its run: results/sweep-.../tune*/TRIAL/checkpoint_000015."""
+    """Checkpoint in its run's folder: results/sweep-.../tune*/TRIAL/checkpoint_000015."""
     out: Path | None = None
-    """Policy folder to write; None: `policy` in the checkpoint."""
+    """Policy folder to write. None: `policy` in the checkpoint."""
     extra_features: tuple[str, ...] = ()
-    """package.module:FEATURES of the run; its other code from outside is named as here."""
+    """package.module:FEATURES that the run used."""
     reward: str | None = None
-    """package.module:Class of the run."""
+    """package.module:Class, if the run used a reward of your own."""
     workload: str | None = None
-    """package.module:function of the run, with its values."""
+    """package.module:function, with its values, if the run used a workload of your own."""
 
 
 def run(config: ExportConfig) -> int:
@@ -43,12 +43,16 @@ def run(config: ExportConfig) -> int:
         DiskError: the folder cannot be written.
     """
     if not is_checkpoint(config.checkpoint):
-        raise PolicyError(f"{config.checkpoint} is no checkpoint of RLlib's: it has no module_state.pkl")
+        raise PolicyError(
+            f"--checkpoint {config.checkpoint}: not an RLlib checkpoint (no module_state.pkl in it); give a "
+            "folder such as results/sweep-.../tune/TRIAL/checkpoint_000004"
+        )
     checkpoint = config.checkpoint.resolve()
     run_dir = next((folder for folder in checkpoint.parents if (folder / _RUN_JSON).is_file()), None)
     if run_dir is None:
         raise PolicyError(
-            f"{checkpoint} is not in the folder of its run, whose {_RUN_JSON} says the settings"
+            f"--checkpoint {checkpoint}: none of the folders above it has a {_RUN_JSON}, which has the settings "
+            "of the run; move the checkpoint back into the folder of its run"
         )
     settings, sizes = _trained(checkpoint.parent / "params.json")
     loaded = replace(
@@ -84,4 +88,4 @@ def _trained(params: Path) -> tuple[LearnConfig, tuple[int, ...]]:
         sizes = tuple(int(size) for size in raw["block_sizes"])
         return from_dict(raw["config"], base=LearnConfig(), source=str(params)), sizes
     except (KeyError, TypeError, ValueError) as error:
-        raise PolicyError(f"{params} does not say how the trial was trained: {error!r}") from error
+        raise PolicyError(f"{params} lacks the settings that the trial was trained with: {error!r}") from error

@@ -16,12 +16,12 @@ _WIDTH, _LABEL = 110, 13  # columns
 
 @dataclass(frozen=True)
 class PacksConfig:
-    """List the shipped calibration packs, or show those that are named in full."""
+    """List the shipped calibration packs, or show the given ones in full."""
 
     packs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Packs to show in full: shipped ones by name, or .json files; none: list those that are shipped."""
+    """Packs to show in full: shipped ones by name, or .json files. None given: list the shipped ones."""
     json: bool = False
-    """Print a list with one object per pack."""
+    """Print JSON: a list with one object per pack."""
 
 
 def run(config: PacksConfig) -> int:
@@ -71,9 +71,9 @@ def _text(pack: Pack, *, full: bool) -> str:
         "measured": pack.measured,
         "transferred": pack.transferred,
         "clock axes": ", ".join(pack.clock_axes)
-        + (f"; the axis of {pack.clock_axis_from}" if pack.clock_axis_from else ""),
+        + (f"; taken from {pack.clock_axis_from}" if pack.clock_axis_from else ""),
         **{
-            f"--pack {pack.name}:{s.name}": f"{s.rest_w:g} W without requests; {s.source}"
+            f"--pack {pack.name}:{s.name}": f"{s.rest_w:g} W when idle; {s.source}"
             for s in pack.settings
         },
         "fidelity": _within(pack.fidelity),
@@ -103,7 +103,7 @@ def _server(pack: Pack) -> Iterator[tuple[str, str]]:
 def _within(rows: Sequence[Fidelity]) -> str:
     """The largest errors over the traces that the fit had not seen, or else over all."""
     if not rows:
-        return "no table in the file: unknown; `fuel-ray validate` compares with traces of yours"
+        return "unknown (no table in the file); `fuel-ray validate` compares the pack with your traces"
     held_out = [row for row in rows if row.left_out]
     found = [
         f"{label} within {max(known):.1%}"

@@ -26,30 +26,31 @@ _SHORTEST = 256  # max_model_len, below which there is no window of requests tha
 
 @dataclass(frozen=True)
 class ProfileConfig(ServingConfig):
-    """Measure decode steps, prefills, idle power and short loads of a node, for `fuel-ray calibrate`."""
+    """Measure a node for `fuel-ray calibrate`: decode steps, prefills, idle power and short workloads."""
 
     kv_tokens: int | None = None
-    """Size of the KV pool in tokens, of a server that is started too; None: the pack's or server's own."""
+    """Size of the KV cache in tokens, for the twin and for a server that is started. None: the pack's or the
+    server's own."""
     block_sizes: tuple[int, ...] = (16,)
-    """KV block size in tokens: one."""
+    """KV block size in tokens; exactly one."""
     clocks_mhz: tuple[int, ...] = ()
-    """Clocks to profile in MHz; none: eight from half of the highest to the highest."""
+    """Clocks to profile in MHz; by default eight, from half of the highest to the highest."""
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    """Requests that decode together; those above the server's capacity are left out."""
+    """Numbers of requests that decode together; those above the server's capacity are skipped."""
     contexts: tuple[int, ...] = (128, 1024)
-    """Prompt tokens of the requests that decode."""
+    """Prompt tokens of the decode points."""
     prompts: tuple[int, ...] = (128, 512, 2048, 4096)
-    """Prompt tokens of the prefills."""
+    """Prompt tokens of the prefill points."""
     output_tokens: int = 4096
-    """Tokens that a decoding request may have before its point is measured; no more than the server takes."""
+    """Most output tokens of a request at a decode point; capped by what the server accepts."""
     windows: int = 3
-    """Windows of 1 s per decode point."""
+    """Windows of 1 s to measure per decode point."""
     traces: bool = True
-    """Record loads as traces too: mixed steps, short prompts, many streams, chat at two rates."""
+    """Record traces of short workloads too: mixed steps, short prompts, many streams, chat at two rates."""
     max_num_batched_tokens: int | None = None
-    """Of the server, for the traces, as vllm serve has it; None: what can be found out, else its default."""
+    """Tokens per step of the server, for the traces. None: what the server reports, else vLLM's default."""
     resume: Path | None = None
-    """Folder of an interrupted profile to go on with."""
+    """Folder of an interrupted profile to continue, with its settings."""
 
 
 def parse(argv: list[str], *, prog: str) -> ProfileConfig:
@@ -58,15 +59,17 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
         return resumed(Path(folder), argv, prog=prog, base=ProfileConfig(), may_change=())
     config = parse_serving(ProfileConfig, argv, prog=prog, default=ProfileConfig())
     if len(config.block_sizes) != 1:
-        raise ConfigError("--block-sizes: a profile is of one server, give one block size")
+        raise ConfigError("--block-sizes: a profile has exactly one block size, such as --block-sizes 16")
     tokens = config.max_num_batched_tokens or config.live.max_num_batched_tokens
     config = replace(config, live=replace(config.live, max_num_batched_tokens=tokens))
     if config.node == "ray" and config.live_server:
-        raise ConfigError("--node ray: a profile is of this machine's server; run it there with --node live")
+        raise ConfigError(
+            "--node ray: profile measures a server on this machine; run it on the server's host with --node live"
+        )
     clocks = build_spec(config, config.block_sizes[0]).gpu_clocks_mhz
     if unknown := set(config.clocks_mhz) - set(clocks):
-        known = f"the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"
-        raise ConfigError(f"--clocks-mhz {sorted(unknown)}: none of {known}")
+        given = " ".join(map(str, sorted(unknown)))
+        raise ConfigError(f"--clocks-mhz {given}: not supported here; {listed_clocks(clocks)}")
     return config
 
 
@@ -84,9 +87,9 @@ def run(config: ProfileConfig) -> int:
         spec, engine, server = _server(there)
         traces = there.traces and spec.num_kv_blocks is not None
         for fact in assumed(spec.server) if traces and spec.server else ():
-            print(f"assumed of the server, for the traces: {fact}")
+            print(f"assumed for the traces, because the server does not report it: {fact}")
         if traces != there.traces:
-            print("no traces: the server's /metrics does not tell its number of KV blocks")
+            print("no traces will be recorded: the server's /metrics does not report the number of KV blocks")
         _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
         write_json(run_dir / "run.json", facts)
         of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
@@ -97,7 +100,7 @@ def run(config: ProfileConfig) -> int:
                 text = trace_text(found.trace, **found.facts, **of, clock_mhz=point.clock_mhz)
                 write_or_keep(run_dir / "traces", {_trace_name(point): text})
     if not any(row["phase"] == "decode" for row in rows):
-        raise NodeError(f"no requests that decode could be measured: see above; {path} is of no use")
+        raise NodeError(f"no decode point could be measured (the lines above say why), so {path} is of no use")
     write_json(run_dir / "run.json", {**facts, "partial": False})
     _say_next(run_dir, spec)
     return 0
@@ -120,9 +123,9 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
         *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
         rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path} is not JSON lines: {error}") from error
+        raise ConfigError(f"--resume: {path} is not a file of JSON lines: {error}") from error
     if not all(isinstance(row, dict) and {"phase", "clock_mhz", "point"} <= set(row) for row in rows):
-        raise ConfigError(f"--resume: {path} is not a profile: a row lacks phase, clock_mhz or point")
+        raise ConfigError(f"--resume: {path} is not a profile: a row has no phase, clock_mhz or point")
     if torn:
         write_lines(path, lines)
     return rows
@@ -140,7 +143,9 @@ def _add(facts: dict[str, Any], config: ProfileConfig, **found: str) -> None:
     """Raises ConfigError where the profile that goes on is of something else."""
     for name, value in found.items():
         if facts.setdefault(name, value) != value:
-            raise ConfigError(f"--resume {config.resume}: it is of {name} {facts[name]}, not {value}")
+            raise ConfigError(
+                f"--resume {config.resume}: that profile is of {name} {facts[name]}, and this server has {value}"
+            )
 
 
 def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
@@ -158,8 +163,8 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
         kv_tokens=((spec.num_kv_blocks or 0) - 1) * size if spec.num_kv_blocks else pack.kv_tokens,
     )
     if min(server.max_model_len, server.kv_tokens) < _SHORTEST:
-        found = f"max_model_len {server.max_model_len}, KV pool {server.kv_tokens} tokens"
-        raise ConfigError(f"{spec.name}: {found}: a profile needs at least {_SHORTEST} of both")
+        found = f"max_model_len {server.max_model_len} and a KV cache of {server.kv_tokens} tokens"
+        raise ConfigError(f"{spec.name} has {found}; a profile needs at least {_SHORTEST} tokens of each")
     return spec, engine, server
 
 
@@ -170,7 +175,7 @@ def _probes(
     lengths = Lengths(config.batches, config.contexts, config.prompts, config.output_tokens, config.windows)
     lengths, left_out = fitting(lengths, server)
     for what in left_out:
-        print(f"left out: {what}", flush=True)
+        print(f"skipped: {what}", flush=True)
     token_s = load_pack(config.pack).perf.constants.prefill_token_s
     clocks_mhz = config.clocks_mhz or spread(server.clocks_mhz)
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
@@ -206,8 +211,8 @@ class _Progress:
 
     def begin(self, there: int, clocks: int) -> None:
         """Before the first point; others may be there already."""
-        more = f" more than the {there} that are there" if there else ""
-        points = f"{len(self.points)} points{more} at {clocks} clock{'s' * (clocks > 1)}"
+        already = f" ({there} are measured already)" if there else ""
+        points = f"{len(self.points)} points to measure{already}, at {clocks} clock{'s' * (clocks > 1)}"
         print(f"{points}: about {self._left_s() / 60:.1f} min", flush=True)
 
     def measured(self, point: Point, found: Probe) -> None:
@@ -253,8 +258,8 @@ def _kept_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Callable
     finally:
         log.close()
         if lines and not whole:
-            print(f"ended early, {len(lines)} points are kept in {path}", flush=True)
-            print(f"to go on: fuel-ray profile --resume {path.parent}", flush=True)
+            print(f"stopped early; {len(lines)} points were saved in {path}", flush=True)
+            print(f"to continue: fuel-ray profile --resume {path.parent}", flush=True)
         if log.lost_lines:
             with contextlib.suppress(OSError):
                 path.unlink()  # a line of it may be torn

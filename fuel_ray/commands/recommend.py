@@ -20,17 +20,21 @@ def parse(argv: list[str], *, prog: str) -> RecommendConfig:
     """Settings from flags."""
     config = parse_serving(RecommendConfig, argv, prog=prog)
     if config.node != "sim":
-        raise ConfigError("recommend compares on simulated nodes; `fuel-ray evaluate` has live ones")
+        raise ConfigError(
+            f"--node {config.node}: recommend compares policies on simulated nodes only; "
+            "`fuel-ray evaluate` takes live ones"
+        )
     if config.seeds < 2:
-        raise ConfigError(f"--seeds {config.seeds}: must be at least 2")
+        raise ConfigError(f"--seeds {config.seeds}: must be at least 2, for an interval")
     check_tuning(config, config.slo_share)
     if not config.policies:
-        raise ConfigError("--policies: give at least one folder, such as results/sweep-.../policies")
+        raise ConfigError("--policies is empty: give at least one, such as results/sweep-.../policies or example")
     config = replace(config, policies=tuple(e for entry in config.policies for e in _entries(entry)))
     parse_workload(config.workload)
     check("--policies", config.policies, config, [build_spec(config, size) for size in config.block_sizes])
     if not any(of_size(config.policies, size) for size in config.block_sizes):
-        raise ConfigError(f"--policies: none is for block size {', '.join(map(str, config.block_sizes))}")
+        sizes = ", ".join(map(str, config.block_sizes))
+        raise ConfigError(f"--policies: no policy was trained for block size {sizes} (--block-sizes)")
     return config
 
 
@@ -42,7 +46,10 @@ def _entries(entry: str) -> Iterator[str]:
         return
     inside = sorted(str(path.parent) for path in folder.glob("*/manifest.json"))
     if not inside:
-        raise ConfigError(f"--policies {entry}: no policy folder, and none in it")
+        raise ConfigError(
+            f"--policies {entry}: neither a policy folder (there is no manifest.json) nor a folder of policy "
+            "folders, such as results/sweep-.../policies"
+        )
     yield from inside
 
 
@@ -52,7 +59,7 @@ def run(config: RecommendConfig) -> int:
     if config.save is not None and best.fitted is not None:
         print(f"wrote {config.save}; to deploy: fuel-ray deploy --policy {config.save} ...")
     elif config.save is not None:
-        print(f"nothing written to {config.save}: {label(best.policy)} is no policy folder")
+        print(f"nothing was written to {config.save}: {label(best.policy)} has no policy folder")
     return 0
 
 

@@ -10,10 +10,10 @@ from fuel_ray.report.sections import summary_table, write_report
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write the report of a finished run again."""
+    """Write the report of a finished sweep again, from the files in its folder."""
 
     run_dir: tyro.conf.Positional[Path]
-    """The run's folder."""
+    """Folder of the run, such as results/sweep-20261127-120000."""
 
 
 def run(config: ReportConfig) -> int:

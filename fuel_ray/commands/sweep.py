@@ -64,7 +64,7 @@ def _round(found: Resolved[SweepConfig], run_dir: Path, bar: Bar) -> None:
     write_json(run_dir / "run.json", facts)
     if config.policies:
         names = ", ".join(config.policies)
-        print(f"compared too: {names}; what they need is tuned on the tuning seeds of the twin")
+        print(f"also compared: {names}; those that need tuning are tuned on the twin's tuning seeds")
     with shown(run_dir, bar, "evaluation"):
         _evaluate(config, run_dir, tuned, bar)
 

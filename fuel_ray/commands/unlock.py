@@ -12,12 +12,13 @@ HOST_S = 60.0
 
 @dataclass(frozen=True)
 class UnlockConfig:
-    """Give the clocks of GPUs that a killed run left locked back to the driver."""
+    """Return GPU clocks that a killed controller left locked to the driver."""
 
     gpu_ids: tuple[str, ...] = ()
-    """NVML indices or UUIDs of GPUs to reset whoever locked them; none: those that a dead controller left."""
+    """GPUs to reset, by nvidia-smi's index or by UUID, whoever locked their clocks. None given: those that a
+    killed controller left locked."""
     force: bool = False
-    """Reset the GPUs of --gpu-ids even while a controller has them."""
+    """Reset the GPUs of --gpu-ids even while a controller uses them."""
     cluster: bool = False
     """Do it on every host of the Ray cluster that runs here or at RAY_ADDRESS."""
 
@@ -25,7 +26,7 @@ class UnlockConfig:
 def run(config: UnlockConfig) -> int:
     """Print a line per GPU; 0 if all clocks that were asked for were reset, else 2."""
     if config.force and not config.gpu_ids:
-        raise ConfigError("--force needs --gpu-ids, the GPUs to reset")
+        raise ConfigError("--force needs --gpu-ids: give the GPUs to reset, such as --gpu-ids 0")
     if config.cluster:
         return _unlock_cluster(config)
     return _print("", unlock_gpus(config.gpu_ids, force=config.force))

@@ -26,23 +26,24 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ValidateConfig:
-    """Replay recorded traces on the simulator and print predicted beside measured figures."""
+    """Replay recorded traces on the twin, and print what it predicts beside what was measured."""
 
     traces: tyro.conf.Positional[tuple[str, ...]]
-    """Trace files, such as those of `benchmark --save-trace` and `evaluate --node live`."""
+    """Traces, such as those of `fuel-ray benchmark --save-trace` and `fuel-ray evaluate --node live`."""
     pack: str = "h100-qwen3-8b"
-    """Calibration pack: a shipped one by name, or a .json file."""
+    """Calibration pack: a shipped one by name (`fuel-ray packs` lists them), or a .json file."""
     clock_axis: str = NOMINAL
-    """How time and power depend on the clock: a clock axis of the pack, such as low or high."""
+    """Clock axis of the pack, which says how step time and power depend on the GPU clock: nominal, or another
+    one that the pack has, such as low or high."""
     json: bool = False
-    """Print a list with one object per trace: trace, predicted, measured, errors (0.03 = 3 % too much; null:
-    not measured), beyond (the errors beyond the product's bounds), warnings."""
+    """Print JSON: a list with one object per trace, with trace, predicted, measured, errors (0.03 = 3 % too
+    high; null = not measured), beyond (errors above the accepted bounds) and warnings."""
 
 
 def run(config: ValidateConfig) -> int:
     """Print the comparison."""
     if not config.traces:
-        raise ConfigError("validate needs at least one trace file")
+        raise ConfigError("validate needs at least one trace file: fuel-ray validate TRACE.json")
     pack = load_pack(config.pack, config.clock_axis)
     traces = {path: read_trace(path) for path in config.traces}
     results = [compared(path, traces[path], pack) for path in config.traces]

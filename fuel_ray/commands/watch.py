@@ -21,24 +21,24 @@ PORT = 9464  # of a controller's /metrics, where an address has none
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Show clock, batch limit, power, queue, latency and overrules of running deployments until stopped."""
+    """Show what running deployments do, until stopped: clock, batch limit, power, queue, latency, overrules."""
 
     urls: tuple[str, ...] = ("http://127.0.0.1:9464",)
-    """Controllers: where `fuel-ray deploy --metrics-port` serves."""
+    """Controllers to watch, by the address of `fuel-ray deploy --metrics-port`."""
     api_key_env: str = ""
-    """Environment variable with the key of a gateway before them; by default none is sent."""
+    """Environment variable with the API key of a gateway in front of them. By default no key is sent."""
     ca_file: Path | None = None
-    """Certificate of their CA; None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
+    """PEM file with the certificate of their CA. None: SSL_CERT_FILE, REQUESTS_CA_BUNDLE or the system's."""
     interval_s: float = 1.0
-    """Seconds between two looks."""
+    """Seconds between two updates."""
     once: bool = False
-    """Print one look and end."""
+    """Print the table once and exit."""
 
 
 def run(config: WatchConfig) -> int:
     """Show a table that is renewed once per interval; with ``once``, 2 if a controller does not answer."""
     if not config.urls:
-        raise ConfigError("--urls must name at least one controller")
+        raise ConfigError("--urls is empty: give at least one address, such as http://127.0.0.1:9464")
     console = Console()
     access = Access(api_key_env=config.api_key_env, ca_file=config.ca_file)
     urls = [server_url(url, flag="--urls", port=PORT) for url in config.urls]

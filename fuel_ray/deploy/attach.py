@@ -52,24 +52,26 @@ class Target(Access):
     """The running server and its GPUs, what of them may be set, and under which rules."""
 
     server: str = "http://127.0.0.1:8000"
-    """URL of the running server; it is attached to and never stopped."""
+    """URL of the running server, which is never stopped."""
     served_model: str | None = None
-    """Name under which the server serves the model, where it serves several; None: the policy's."""
+    """Model name to request from a server that has several. None: the policy's model."""
     gpu_ids: tuple[str, ...] = ()
-    """GPUs that the server runs on, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning);
-    none given: the first that CUDA_VISIBLE_DEVICES shows to this process."""
+    """GPUs of the server, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning). By default
+    the first of CUDA_VISIBLE_DEVICES."""
     strict: bool = False
-    """Refuse to begin where no process of the server is on these GPUs, instead of a warning."""
+    """Fail, instead of warning, if no process of the server runs on these GPUs."""
     limit_file: Path | None = None
-    """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
+    """Path in FUEL_RAY_LIMIT_FILE of the running server. None: its batch limit is not changed."""
     max_num_seqs: int | None = None
-    """Capacity of the server, its highest batch limit; None: what its scheduler says."""
+    """Requests that the server can run at once, which is its highest batch limit. None: what its scheduler
+    reports."""
     clock_control: Literal["on", "off"] = "on"
-    """off: clocks are left alone and the policy chooses among the batch limits."""
+    """off: never set clocks, so that the policy chooses the batch limit only."""
     shadow: bool = False
-    """Change nothing; record what the policy would have done."""
+    """Change nothing; record what the policy would do."""
     allow_mismatch: bool = False
-    """Take a policy made for another model, GPU, pack, clocks or limits; never another block size."""
+    """Accept a policy for another model, GPU, pack, clocks or batch limits, but not for another block
+    size."""
     guard: GuardConfig = _RULES
 
 

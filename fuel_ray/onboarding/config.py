@@ -21,46 +21,48 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True)
 class OnboardLive(LiveConfig):
-    """The server and the GPUs that it runs on."""
+    """The server and its GPUs."""
 
     model: Annotated[str, arg(aliases=["--model"])] = ""
-    """Model folder or name, of which a server is started; of a running one, what it serves."""
+    """Model, a name or a folder, to start a server for. With --server: the model that the server has."""
     server: Annotated[str | None, arg(aliases=["--server"])] = None
-    """URL of a running server, which is attached to and never stopped; None: start one of --model."""
+    """URL of a running server, which is never stopped. None: start one for --model."""
     limit_file: Annotated[Path | None, arg(aliases=["--limit-file"])] = None
-    """FUEL_RAY_LIMIT_FILE of the running server; None: its batch limit is left alone."""
+    """Path in FUEL_RAY_LIMIT_FILE of the running server. None: its batch limit is not changed."""
     gpu_ids: Annotated[tuple[str, ...], arg(aliases=["--gpu-ids"])] = ()
-    """GPUs that the server runs on, by nvidia-smi's index or by UUID; none given: the first visible one."""
+    """GPUs of the server, by nvidia-smi's index or by UUID. By default the first of CUDA_VISIBLE_DEVICES."""
 
 
 @dataclass(frozen=True)
 class OnboardConfig(LearnConfig, ProfileConfig):
-    """Measure your own server, fit its twin, train a policy on it and say how to deploy that, step by step.
+    """Measure your own server, fit a twin to it, train a policy on the twin, and say how to deploy it.
 
-    --server URL is a running vLLM, --model MODEL starts one, --node sim tries all of it on the simulator.
+    Give --server URL for a running vLLM server, --model MODEL to start one, or --node sim to rehearse.
     """
 
     node: NodeKind = "live"
-    """live: your server. sim: the calibrated twin of --pack stands for it."""
+    """What is onboarded. live: your server. sim: a rehearsal, in which the twin of --pack takes the place of
+    a server."""
     live: OnboardLive = field(default_factory=OnboardLive)
     block_sizes: tuple[int, ...] = (16,)
-    """KV block size in tokens of a server that is started; a running one says its own."""
+    """KV block size in tokens of a server that is started; a running one reports its own."""
     kv_tokens: int | None = None
-    """Size of the KV pool in tokens; None: the server's own, or with --node sim the pack's."""
+    """Size of the KV cache in tokens. None: the server's own, or with --node sim the pack's."""
     steps: int = 120_000
-    """Control windows (1 s each) to train the policy on."""
+    """Control windows (1 s each) to train the policy for."""
     seeds: int = 6
-    """Held-out workload seeds that policies are compared on."""
+    """Held-out seeds on which policies are compared."""
     observe_minutes: float | None = None
-    """Read the load from the counters of --observe-server for so long, in place of --workload."""
+    """Minutes to watch the traffic of the server, from which the workload is derived, instead of
+    --workload."""
     observe_server: str | None = None
-    """URL of a server with the load to read; None: the one that is onboarded."""
+    """URL of a server whose traffic is watched. None: the server that is onboarded."""
     validate_seconds: int = 60
-    """Seconds of the fresh load that the twin is compared on."""
+    """Seconds of the workload on which twin and server are compared."""
     validate_rate_rps: float | None = None
-    """Its requests per second; None: as many as keep about eight running, by the fitted pack."""
+    """Requests per second of that workload. None: a rate at which about eight requests run at once."""
     accept_fidelity: bool = False
-    """Go on with a twin whose errors on the fresh load are too large."""
+    """Continue although the twin differs too much from the server."""
 
 
 def parse(argv: list[str], *, prog: str) -> OnboardConfig:
@@ -73,15 +75,17 @@ def parse(argv: list[str], *, prog: str) -> OnboardConfig:
     """
     config = _parsed(argv, prog=prog)
     if config.node == "ray":
-        raise ConfigError("--node ray: run onboard on the server's own machine")
+        raise ConfigError("--node ray: onboard measures a server on this machine; run it on the server's host")
     if len(config.block_sizes) != 1:
-        raise ConfigError("--block-sizes: a server has one block size")
+        raise ConfigError("--block-sizes: a server has exactly one block size, such as --block-sizes 16")
     if config.observe_minutes is None:
         parse_workload(config.workload)
     elif value_of(argv, "--workload") is not None:
-        raise ConfigError("--workload and --observe-minutes: the load is either named or read")
+        raise ConfigError("--workload and --observe-minutes exclude each other: give one of them")
     elif config.node == "sim" and config.observe_server is None:
-        raise ConfigError("--observe-minutes: the twin has no traffic to read; name its load by --workload")
+        raise ConfigError(
+            "--observe-minutes: with --node sim there is no traffic to watch; give --workload instead"
+        )
     return config
 
 
@@ -105,5 +109,8 @@ def _default(argv: list[str]) -> OnboardConfig:
     named = [value_of(argv, flag) for flag in ("--server", "--live.server", "--model", "--live.model")]
     others = ("--node", "--config")
     if not any(named) and not any(value_of(argv, flag) for flag in others) and not {"--help", "-h"} & {*argv}:
-        raise ConfigError("give --server URL of a running vLLM, --model MODEL to start one, or --node sim")
+        raise ConfigError(
+            "nothing to onboard: give --server URL of a running vLLM server, --model MODEL to start one, or "
+            "--node sim to rehearse"
+        )
     return replace(OnboardConfig(), live=OnboardLive(model=SERVED if any(named[:2]) else ""))

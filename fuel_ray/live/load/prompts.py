@@ -49,20 +49,20 @@ class DrawnLoad:
     """Requests with exponential gaps, of fixed lengths or of those in a file."""
 
     dataset_name: Literal["sharegpt", "custom", "random"] = "random"
-    """sharegpt: prompts and answer lengths of a ShareGPT file. custom: those of JSON lines with prompt and
-    output_tokens, as `vllm bench` reads. random: token ids of fixed lengths."""
+    """Source of the prompts. random: random token IDs of fixed lengths. sharegpt: a ShareGPT file, with its
+    answer lengths. custom: JSON lines with prompt and output_tokens, as for `vllm bench`."""
     dataset_path: Path | None = None
-    """ShareGPT JSON file, or the JSON lines of the custom dataset."""
+    """File of the sharegpt (JSON) or custom (JSON lines) dataset."""
     num_prompts: int = 100
     """Requests to send."""
     request_rate: float = 10.0
-    """Requests per second; inter-arrival times are exponential. inf: all at once."""
+    """Requests per second, with exponential gaps between arrivals. inf: all at once."""
     random_input_len: int = 512
-    """Prompt tokens of the random dataset."""
+    """Prompt tokens per request of the random dataset."""
     random_output_len: int = 128
-    """Output tokens of the random dataset, and of custom prompts that name none."""
+    """Output tokens per request of the random dataset, and of custom prompts without output_tokens."""
     vocab_size: int = 1000
-    """Token ids of the random dataset are below this."""
+    """Token IDs of the random dataset are below this."""
     seed: int = 0
     """Seed of arrivals and prompts."""
 
