@@ -71,7 +71,8 @@ def check_no_key(words: Sequence[str]) -> None:
         flag, name = word.partition("=")[0], flag_name(word)
         if _KEY_FLAG.fullmatch(name):
             raise ConfigError(
-                f"{flag}: put the key into a variable and name that by {beside(flag, 'api-key-env')}"
+                f"{flag}: other users can read a key on the command line; put it into an environment "
+                f"variable and give the variable's name with {beside(flag, 'api-key-env')}"
             )
 
 
@@ -90,10 +91,10 @@ def check_variable(name: str | None, *, flag: str, is_here: bool = True) -> None
     if not name or os.environ.get(name, "").strip():
         return
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-        raise ConfigError(f"{flag}: no such variable is set; put the key into one and give its name here")
+        raise ConfigError(f"{flag} takes the name of an environment variable that has the key, not the key")
     if is_here:
-        there = "; Ray's nodes have that of their `ray start`" if flag.startswith("--live") else ""
-        raise ConfigError(f"{flag} {name}: it is not set in this environment{there}")
+        there = "; on Ray's nodes set it for `ray start`" if flag.startswith("--live") else ""
+        raise ConfigError(f"{flag} {name}: this environment variable is not set{there}")
 
 
 def shown(text: str) -> str:
@@ -127,7 +128,7 @@ def key_of_flags(words: Sequence[str]) -> tuple[list[str], str | None]:
         if not taking:
             kept.append(word)
     if len(keys) > 1:
-        raise ConfigError(f"--api-key: one key, which vLLM is given as {VLLM_KEY}; {len(keys)} are there")
+        raise ConfigError(f"--api-key: give one key, which vLLM receives as {VLLM_KEY}, not {len(keys)}")
     return kept, keys[0] if keys else None
 
 
@@ -154,13 +155,13 @@ def _url(text: str, *, flag: str, port: int) -> tuple[str, str]:
         if parts.scheme not in ("http", "https"):
             raise ValueError("it is neither http nor https")
         if not host or own_port == 0 or re.search(r"[\s\\<>\"{}|^`]", given):
-            raise ValueError("it names no host and port that there can be")
+            raise ValueError("it has no valid host and port")
     except ValueError as error:
         why = str(error) if "@" not in given else "it cannot be read"  # urlsplit's words have a part of it
         example = "http://localhost:8000, host:8000, [::1]:8000 or https://gateway/prefix"
         raise ConfigError(f"{flag} {shown(given)!r} is not an address like {example}: {why}") from None
     if parts.query or parts.fragment:
-        raise ConfigError(f"{flag} {shown(given)}: give it without what follows the ? or #")
+        raise ConfigError(f"{flag} {shown(given)}: give the address without its query (?) or fragment (#)")
     name = f"[{host.replace('%25', '%')}]" if ":" in host else host  # of a zone, RFC 6874
     authority = name if own_port is None else f"{name}:{own_port}"
     url = f"{parts.scheme}://{authority}"

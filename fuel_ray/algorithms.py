@@ -69,7 +69,9 @@ def check_used(config: LearnConfig) -> None:
     kept = (TrainConfig(), PRESETS[config.preset].train)
     for name in _unused(config):
         if getattr(config.train, name) not in [getattr(own, name) for own in kept]:
-            raise ConfigError(f"--train.{name.replace('_', '-')}: {_who(config)} does not use it; leave it out")
+            raise ConfigError(
+                f"--train.{name.replace('_', '-')}: {_who(config)} does not use it; leave it out"
+            )
 
 
 def _unused(config: LearnConfig) -> Sequence[str]:

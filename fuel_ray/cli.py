@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                 return _answer(sys.argv[1:] if argv is None else argv)
             finally:
                 if lost():
-                    raise DiskError(f"what was printed is not complete: {lost()}")
+                    raise DiskError(f"the printed output is incomplete: {lost()}")
     except DiskError as error:
         return _complain(str(error), code=1)
     except BrokenPipeError:
@@ -82,8 +82,8 @@ def _usage() -> int:
         print(f"\n{title}")
         print("\n".join(f"  {name:<12} {verb.what}" for name, verb in verbs.items()))
     print(
-        "\nTo begin: fuel-ray demo. An example and all flags of a verb: fuel-ray VERB --help."
-        "\nTab completion: fuel-ray --print-completion bash|zsh|fish; also fuel-ray --version."
+        "\nStart with `fuel-ray demo`. `fuel-ray VERB --help` shows an example and all flags of a verb."
+        "\nTab completion: fuel-ray --print-completion bash|zsh|fish. Version: fuel-ray --version."
     )
     return 0
 
@@ -92,7 +92,9 @@ def _run(verb: str, argv: list[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(_no_verb(verb, argv))
     if verb not in _ANYWHERE and not _has_folder():
-        raise ConfigError("the working directory is gone: cd to one that is there")  # MKL aborts the process
+        raise ConfigError(
+            "the working directory no longer exists: cd to another one"
+        )  # MKL aborts the process
     os.environ |= stand_ins()
     flags = importlib.import_module("fuel_ray.flags")  # not at the top: this may lack a package too
     prog = f"fuel-ray {verb}"
@@ -120,9 +122,9 @@ def _settings(verb: str) -> type:
 
 
 def _completion(words: Sequence[str]) -> int:
-    shell = words[0] if words else "no shell"
+    shell = words[0] if words else ""
     if shell not in _SHELLS:
-        raise ConfigError(f"--print-completion {shell}: one of {', '.join(_SHELLS)}")
+        raise ConfigError(f"--print-completion {shell}: must be one of {', '.join(_SHELLS)}")
     flags = importlib.import_module("fuel_ray.flags")
     print(flags.completion(shell, {verb: _settings(verb) for verb in VERBS}))
     return 0
@@ -132,11 +134,11 @@ def _no_verb(word: str, others: Sequence[str]) -> str:
     """What to write instead of a word that is no verb."""
     if word.startswith("-"):
         verb = next((other for other in others if other in VERBS), "VERB")
-        return f"{word} stands before the verb: fuel-ray {verb} {word} ..."
+        return f"{word} must come after the verb: fuel-ray {verb} {word} ..."
     near = difflib.get_close_matches(word.lower(), VERBS, n=1, cutoff=0.5)
     if near:
-        return f"{word!r} is no verb: did you mean {near[0]}? `fuel-ray help` lists all"
-    return f"{word!r} is no verb; there are {', '.join(VERBS)}"
+        return f"unknown verb {word!r}: did you mean {near[0]}? `fuel-ray help` lists all verbs"
+    return f"unknown verb {word!r}; verbs are {', '.join(VERBS)}"
 
 
 def _complain(what: str, *, code: int = 2) -> int:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -150,9 +151,11 @@ def feature_table(extra: tuple[str, ...]) -> dict[str, Feature]:
     for name in extra:
         found = load(name)
         if not isinstance(found, Mapping) or not all(isinstance(x, Feature) for x in found.values()):
-            raise ConfigError(f"{name} is no mapping of names to Feature")
+            raise ConfigError(f"{name} must be a mapping of names to Feature")
         if twice := [feature for feature in found if feature in table]:
-            raise ConfigError(f"{name}: there is a feature {', '.join(twice)} already")
+            raise ConfigError(
+                f"{name}: a feature named {', '.join(twice)} exists already; choose another name"
+            )
         table |= found
     return table
 
@@ -204,19 +207,27 @@ def parse_knobs(text: str, spec: NodeSpec) -> Knobs:
     try:
         knobs = Knobs(int(limit), int(clock) if clock else clocks[-1])
     except ValueError:
-        raise ConfigError(f"{text!r}: max, LIMIT or LIMIT@MHZ, such as 48@1350") from None
+        raise ConfigError(f"{text}: must be max, LIMIT or LIMIT@MHZ, such as 48@1350") from None
     if lowest == highest != knobs.batch_limit:
         raise ConfigError(
-            f"{text}: the batch limit is {highest} and not ours to set; --live.limit-file names the server's "
-            "FUEL_RAY_LIMIT_FILE"
+            f"{text}: the batch limit of this node is {highest} and cannot be set; give the server's "
+            "FUEL_RAY_LIMIT_FILE with --live.limit-file"
         )
     if not lowest <= knobs.batch_limit <= highest:
-        raise ConfigError(f"{text}: the limit must be from {lowest} to {highest}")
+        raise ConfigError(f"{text}: the batch limit must be from {lowest} to {highest}")
     if knobs.gpu_clock_mhz not in clocks:
-        raise ConfigError(
-            f"{text}: {clock} MHz is none of the {len(clocks)} clocks {clocks[0]}..{clocks[-1]}"
-        )
+        raise ConfigError(f"{text}: {clock} MHz is not a supported clock; {clock_range(clocks)}")
     return knobs
+
+
+def clock_range(clocks_mhz: Sequence[int]) -> str:
+    """The ascending clocks as a message names them."""
+    steps = {high - low for low, high in pairwise(clocks_mhz)}
+    lowest, highest = clocks_mhz[0], clocks_mhz[-1]
+    if not steps:
+        return f"the only clock is {highest} MHz"
+    even = f"in steps of {steps.pop()}" if len(steps) == 1 else f"({len(clocks_mhz)} clocks)"
+    return f"supported are {lowest} to {highest} MHz {even}"
 
 
 def node_grid(
@@ -225,7 +236,7 @@ def node_grid(
     """A grid of what the node supports: clocks at least ``clock_step_mhz`` apart, down from the maximum.
 
     Limits above the node's capacity become its capacity, which is always included; it is the only one where
-    the limit is not ours to set.
+    the limit cannot be set.
     """
     highest = spec.gpu_clocks_mhz[-1]
     clocks = [highest]

@@ -1,18 +1,16 @@
 """One frozen tree of settings; presets are values of it, JSON files change it. Flags are in flags.py."""
 
-import contextlib
 import dataclasses
 import json
-import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal, TypeVar
 
 from fuel_ray.codec import PLAIN_FEATURES, PRICED_FEATURES, SEED_FEATURES, GridName
 from fuel_ray.errors import ConfigError
+from fuel_ray.json_settings import changed_by
 from fuel_ray.node_config import GuardConfig, LiveConfig
-from fuel_ray.outside import Reference, reference
+from fuel_ray.outside import Reference
 from fuel_ray.types import Slo
 
 Reward = Literal["energy", "greendls", "greendls_kv", "greendls_kv_normalized"]
@@ -333,7 +331,10 @@ def load_config(path: Path, *, base: Serving) -> Serving:
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        why = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise ConfigError(
+            f"--config {path}: {why}; give a JSON file of settings, such as a run.json"
+        ) from error
     return from_dict(raw.get("config", raw) if isinstance(raw, dict) else raw, base=base, source=str(path))
 
 
@@ -344,40 +345,5 @@ def from_dict(raw: Any, *, base: Serving, source: str) -> Serving:
         ConfigError: a key is unknown or a value has the wrong type.
     """
     own = {name: getattr(base, name) for name in ("out", "resume", "config") if hasattr(base, name)}
-    changed: Serving = _changed(base, raw, source)
+    changed: Serving = changed_by(raw, base=base, source=source, renamed=_RENAMED)
     return replace(changed, **own)
-
-
-def _changed(base: Any, raw: Any, source: str) -> Any:
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: must be a JSON object of settings")
-    kinds = typing.get_type_hints(type(base))
-    changes: dict[str, Any] = {}
-    for key, value in ((_RENAMED.get(key, key), value) for key, value in raw.items()):
-        if key not in kinds:
-            raise ConfigError(f"{source}: unknown key {key!r}; allowed are {', '.join(kinds)}")
-        if dataclasses.is_dataclass(kinds[key]):
-            changes[key] = _changed(getattr(base, key), value, f"{source}: {key}")
-            continue
-        try:
-            changes[key] = _typed(value, kinds[key])
-        except TypeError:
-            raise ConfigError(f"{source}: {key} is {value!r}; it must be {_said(kinds[key])}") from None
-    return replace(base, **changes)
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    """A value from JSON as the annotated type has it, else TypeError."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, args[0]) for item in value)
-    if origin in (typing.Union, UnionType):
-        for option in args:
-            with contextlib.suppress(TypeError):
-                return _typed(value, option)
-    if isinstance(value, str) and (kind is Path or (kind is Reference and reference(value) == value)):
-        return kind(value)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if fits or (origin is Literal and value in args):
-        return value
-    raise TypeError(value)

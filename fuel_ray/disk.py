@@ -104,7 +104,7 @@ def write_or_keep(folder: Path, files: Mapping[str, str]) -> None:
         place = next((place for place in _others(folder.name) if _written(place, files)), None)
         if place is None:
             print("\n".join(files.values()), flush=True)
-        where = "nowhere else either: it was printed" if place is None else f"it is in {place} instead"
+        where = "it was printed instead" if place is None else f"it was written to {place} instead"
         raise DiskError(f"{error}; {where}") from error
 
 

@@ -111,7 +111,7 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         try:
             record = self._loop.step(self._decode(int(action)))
             if record.reward is None:
-                raise TelemetryError("a window cannot be judged: a latency that the SLO limits is unknown")
+                raise TelemetryError("the window has no reward: a latency that the SLO limits is unknown")
         except NodeError as error:
             self._count(error)
             return self._seen, 0.0, False, True, {NODE_FAILURE: str(error)}
@@ -150,7 +150,9 @@ class ServingEnv(gymnasium.Env[np.ndarray, np.int64]):
         if isinstance(error, UnsupportedError) or self._failures <= 1:
             raise error
         if self._failed >= self._failures:
-            raise NodeError(f"{self._failed} failures of the node in a row, the last: {error}") from error
+            raise NodeError(
+                f"the node failed {self._failed} times in a row, at last with: {error}"
+            ) from error
 
     def close(self) -> None:
         """Release the nodes."""

@@ -11,6 +11,7 @@ from fuel_ray.errors import ConfigError
 _NO_NUMBER = r"Error parsing (\S+): (invalid literal for int|could not convert string to float).*: '(.*)'"
 _NO_CHOICE = r"Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*"
 _STRAY = r"Unrecognized options: (.*)"
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
 
 
 OTHER_NAMES = {"--also": "--policies", "--to": "--out", "--policies": "--policy", "--policy": "--policies"}
@@ -25,7 +26,7 @@ def check_words(argv: Sequence[str], *, several: Collection[str]) -> None:
     given = list(_names(argv))
     for name in given:
         if name in several and given.count(name) > 1:
-            raise ConfigError(f"{name} is given twice: give it once, with all its values after each other")
+            raise ConfigError(f"{name} is given twice: give it once, followed by all its values")
 
 
 def wrong_flag(argv: Sequence[str], parsed: Callable[..., object]) -> str | None:
@@ -35,10 +36,10 @@ def wrong_flag(argv: Sequence[str], parsed: Callable[..., object]) -> str | None
     if name is None:
         return None
     if OTHER_NAMES.get(name) in known:
-        return f"{name} is no flag here: did you mean {OTHER_NAMES[name]}?"
+        return f"unknown flag {name}: did you mean {OTHER_NAMES[name]}?"
     tails = [flag for flag in known if flag.partition(".")[2] == name.removeprefix("--")]
     near = tails or difflib.get_close_matches(name.lower(), known, n=1)
-    return f"{name} is no flag here" + (f": did you mean {near[0]}?" if near else "; --help lists them")
+    return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else "; --help lists all flags")
 
 
 def one_line(text: str) -> str:
@@ -47,12 +48,19 @@ def one_line(text: str) -> str:
     words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
     said = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
     if number := re.fullmatch(_NO_NUMBER, said):
-        return f"{number[1]} {number[3]}: not a {'whole ' if 'int' in number[2] else ''}number"
+        return f"{number[1]} {number[3]}: must be a {'whole ' if 'int' in number[2] else ''}number"
     if choice := re.fullmatch(_NO_CHOICE, said):
-        return f"{choice[1]} {choice[3]}: none of {choice[2]}"
+        return f"{choice[1]} {choice[3]}: {_must_be(choice[2])}"
     if stray := re.fullmatch(_STRAY, said):
-        return f"{stray[1]} belongs to no flag; --help lists them"
+        return f"{stray[1]} does not belong to a flag; --help lists all flags"
     return said
+
+
+def _must_be(kinds: str) -> str:
+    """What a value must be, from tyro's short form such as {sim,live} or {None}|FLOAT."""
+    named = [word for kind in kinds.split("|") for word in kind.strip("{}").split(",")]
+    words = [_KINDS.get(word, word) for word in named]
+    return f"must be one of {', '.join(words)}" if len(words) > 2 else f"must be {' or '.join(words[::-1])}"
 
 
 def _names(argv: Sequence[str]) -> Iterator[str]:

@@ -45,7 +45,8 @@ from fuel_ray.node_config import LiveConfig
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
-NOT_NAMED = "which is loaded only where the command line names it too"
+NOT_NAMED = "which is loaded only if the command line names it too"
+_RUNS = "give the folder that the run printed, such as results/sweep-20261127-120000"
 
 # Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
 _COUNT, _SHARE, _STEP_SIZE, _WAIT_S = (1, 10**9), (0.0, 1.0), (1e-9, 1.0), (0.0, 86_400.0)
@@ -130,12 +131,14 @@ def parse_serving(
     """
     preset, path = value_of(argv, "--preset"), value_of(argv, "--config")
     if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"--preset {preset} is unknown; allowed are {', '.join(PRESETS)}")
+        raise ConfigError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
     base = default or _of_class(config_class, PRESETS[preset or "default"])
     if path is not None:
         base = load_config(Path(path), base=base)
         if preset is not None and base.preset != preset:
-            raise ConfigError(f"--preset {preset}: --config {path} has settings of preset {base.preset}")
+            raise ConfigError(
+                f"--preset {preset}: --config {path} is of preset {base.preset}; leave --preset out"
+            )
     config = parse_flags(config_class, argv, prog=prog, default=base)
     check_named(config, argv)
     found = checked(config)
@@ -167,7 +170,7 @@ def check_named(settings: Any, words: Sequence[str]) -> None:
     for name, text in values:
         if reference(text) not in (None, *named):
             raise ConfigError(
-                f"its settings name code from outside, {NOT_NAMED}: add {_flag(name)} "
+                f"the settings name your own code, {NOT_NAMED}: add {_flag(name)} "
                 + " ".join(text for own, text in values if own == name)
             )
 
@@ -187,7 +190,7 @@ def resumed(
         ConfigError: it is not the folder of a run, or a flag differs from its settings.
     """
     if not (folder / file).is_file():
-        raise ConfigError(f"--resume {folder}: not the folder of a run, there is no {file} in it")
+        raise ConfigError(f"--resume {folder}: not the folder of a run (no {file} in it); {_RUNS}")
     began = load_config(folder / file, base=base)
     asked = parse_serving(type(base), argv, prog=prog, default=began)
     for f in dataclasses.fields(began):
@@ -195,7 +198,10 @@ def resumed(
             continue
         old, new = getattr(began, f.name), getattr(asked, f.name)
         if old != new:
-            raise ConfigError(f"--resume {folder}: that run has {f.name} = {old}, not {new}")
+            raise ConfigError(
+                f"--resume {folder}: a resumed run keeps its settings, and this one has {f.name} = {old}, "
+                f"not {new}; leave {_flag(f.name)} out, or start a new run"
+            )
     changed = {name: getattr(asked, name) for name in ("resume", *may_change)}
     return dataclasses.replace(began, **changed)
 
@@ -215,14 +221,16 @@ def validate(config: ServingConfig) -> None:
     """
     for size in config.block_sizes:
         if not (1 <= size <= 256 and size & (size - 1) == 0):
-            raise ConfigError(f"--block-sizes {size}: not a power of two from 1 to 256")
+            raise ConfigError(f"--block-sizes {size}: must be a power of two from 1 to 256, such as 16")
     if not config.block_sizes or len(set(config.block_sizes)) < len(config.block_sizes):
-        raise ConfigError("--block-sizes: give at least one, each once")
+        raise ConfigError("--block-sizes: give at least one, and each one once, such as --block-sizes 16 32")
     if reference(config.reward) == config.reward:
         from_outside(config.reward, config.slo, miss_price_j=config.miss_price_j)
     elif config.reward not in get_args(Reward):
         rewards = ", ".join(get_args(Reward))
-        raise ConfigError(f"--reward {config.reward}: one of {rewards}, or package.module:Class")
+        raise ConfigError(
+            f"--reward {config.reward}: unknown; choose from {rewards}, or package.module:Class"
+        )
     feature_table(config.extra_features)
     _validate_slo(config)
     _validate_live(config)
@@ -266,16 +274,23 @@ def _validate_training(config: LearnConfig) -> None:
     table = feature_table(config.extra_features)
     unknown = [name for name in config.features if name not in table]
     if unknown or not config.features or len(set(config.features)) < len(config.features):
-        raise ConfigError(f"--features {' '.join(unknown)}: each once, out of {', '.join(table)}")
+        raise ConfigError(
+            f"--features {' '.join(unknown)}: give at least one, each one once, out of {', '.join(table)}"
+        )
     check_algorithm(config)
     validate_tune_share(config.tune_share, config.slo_share)
     if config.node != "sim" and config.conditional:
-        raise ConfigError("--conditional needs all block sizes at once; a live or a cluster's node has one")
+        raise ConfigError(
+            f"--conditional needs --node sim: it trains on all block sizes at once, and --node {config.node} "
+            "has one at a time"
+        )
     _validate_prices(config)
     if config.storage is not None and "://" not in config.storage and not config.storage.startswith("/"):
-        raise ConfigError(f"--storage {config.storage}: an absolute path, or a URL like s3://bucket/folder")
+        raise ConfigError(
+            f"--storage {config.storage}: must be an absolute path, or a URL such as s3://bucket/folder"
+        )
     if config.node != "ray" and config.nodes_per_trial > 1:
-        raise ConfigError("--nodes-per-trial is for --node ray")
+        raise ConfigError(f"--nodes-per-trial {config.nodes_per_trial}: needs --node ray; leave it out")
 
 
 def validate_tune_share(tune_share: float, slo_share: float | None) -> None:
@@ -288,8 +303,8 @@ def validate_tune_share(tune_share: float, slo_share: float | None) -> None:
         raise ConfigError(f"--tune-share {tune_share}: must be above 0 and at most 1")
     if slo_share is not None and tune_share < slo_share:
         raise ConfigError(
-            f"--tune-share {tune_share}: less than --slo-share {slo_share}, so nobody would be tuned to meet "
-            f"it; a little more leaves room for loads to come, such as {(1 + slo_share) / 2:g}"
+            f"--tune-share {tune_share}: must be at least --slo-share {slo_share}, or policies would be "
+            f"tuned to miss the SLO; a little more is better, such as {(1 + slo_share) / 2:g}"
         )
 
 
@@ -298,21 +313,26 @@ def _validate_prices(config: LearnConfig) -> None:
     if priced and (config.reward != "energy" or "miss_price" not in config.features):
         raise ConfigError(
             f"--mode {config.mode} trains at many prices of a miss, so it needs --reward energy and "
-            "miss_price among --features; --preset plain takes any"
+            "miss_price among --features; --preset plain needs neither"
         )
     if not priced and "miss_price" in config.features:
-        raise ConfigError("--mode fixed_price trains at one price: without miss_price among --features")
+        raise ConfigError(
+            "--mode fixed_price trains at one price of a miss: remove miss_price from --features"
+        )
 
 
 def _validate_live(config: ServingConfig) -> None:
     if config.node == "sim" and config.backend == "live":
-        raise ConfigError("--backend live is for --node ray; use --node live here, or --backend sim")
+        raise ConfigError("--backend live needs --node ray; for a server on this machine give --node live")
     if not config.live_server:
         return
     if not config.live.model:
-        raise ConfigError("--node live needs --live.model, the model as vllm serve takes it")
+        raise ConfigError("a live node needs --live.model, the model as `vllm serve` takes it")
     if config.live.server is not None and len(config.block_sizes) > 1:
-        raise ConfigError("--live.server is one server with one block size: give that as --block-sizes")
+        raise ConfigError(
+            "--live.server: a running server has one block size; give it with --block-sizes, such as "
+            "--block-sizes 16"
+        )
 
 
 def _without_secrets(config: ServingConfig) -> LiveConfig:
@@ -323,17 +343,21 @@ def _without_secrets(config: ServingConfig) -> LiveConfig:
     on_others = config.node == "ray" or bool(os.environ.get("RAY_ADDRESS"))
     check_variable(live.api_key_env, flag="--live.api-key-env", is_here=not on_others)
     if on_others and "@" in f"{live.server}{live.metrics_url}":
-        raise ConfigError("--live.server: a login reaches no other host; --live.api-key-env is for that")
+        raise ConfigError(
+            "--live.server: a login in the address is not sent to other hosts; use --live.api-key-env"
+        )
     try:
         kept, key = key_of_flags(shlex.split(live.flags))
     except ValueError as error:
         raise ConfigError(f"--live.flags: {error}") from None
     if (token := flag_value(kept, "--hf-token")) and not token.startswith("-"):
-        raise ConfigError("--live.flags: --hf-token would be written down; set HF_TOKEN in the environment")
+        raise ConfigError(
+            "--live.flags: --hf-token would be stored with the settings; set HF_TOKEN in the environment"
+        )
     if key is not None:
         if on_others:
             raise ConfigError(
-                f"--live.flags: --api-key does not reach other hosts; set {VLLM_KEY} for `ray start`"
+                f"--live.flags: --api-key is not sent to other hosts; set {VLLM_KEY} for `ray start`"
             )
         os.environ[VLLM_KEY] = key
         live = dataclasses.replace(live, flags=shlex.join(kept))
@@ -347,11 +371,11 @@ def _validate_slo(config: ServingConfig) -> None:
         if value is not None and not value > 0:
             raise ConfigError(f"{_flag(name)} {value}: must be above 0 s, or None for no limit")
     if all(getattr(config, name) is None for name in limits):
-        raise ConfigError(f"{', '.join(map(_flag, limits))}: at least one limit is needed")
+        raise ConfigError(f"the SLO has no limit: give at least one of {', '.join(map(_flag, limits))}")
     if config.slo_share is not None and not 0 < config.slo_share <= 1:
         raise ConfigError(f"--slo-share {config.slo_share}: must be above 0 and at most 1")
     if config.reward.startswith("greendls") and config.slo_e2e_s is None:
-        raise ConfigError(f"--reward {config.reward} needs --slo-e2e-s (GreenDLS: 10)")
+        raise ConfigError(f"--reward {config.reward} needs --slo-e2e-s, which is 10 in GreenDLS")
 
 
 def _flag(name: str) -> str:

@@ -44,7 +44,7 @@ class GuardConfig:
         """
         fallback = self.fallback
         if fallback is not None and len(spec.gpu_clocks_mhz) == 1:
-            fallback = fallback.partition("@")[0]  # the clock is not ours to set
+            fallback = fallback.partition("@")[0]  # the clock cannot be set
         same = {f.name for f in fields(Rules)} - {"slo", "fallback"}
         return Rules(
             slo=slo if self.latency else None,

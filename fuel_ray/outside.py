@@ -27,7 +27,7 @@ def load(name: str) -> Any:
         ConfigError: it is no such name, there is no such module or no such name in it, or it fails.
     """
     if reference(name) != name:  # nor was the user asked to name it
-        raise ConfigError(f"{name}: not package.module:NAME")
+        raise ConfigError(f"{name}: must have the form package.module:NAME")
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -53,7 +53,7 @@ def called(name: str, *values: Any, **options: Any) -> Any:
         inspect.signature(function).bind(*values, **options)
     except (TypeError, ValueError) as error:
         given = ", ".join([*(["settings"] * len(values)), *options]) or "nothing"
-        raise ConfigError(f"{name}: {error}; it is called with {given}") from error
+        raise ConfigError(f"{name}: {error}; fuel_ray calls it with {given}") from error
     return function
 
 
@@ -70,5 +70,5 @@ def made(name: str, *, needs: Sequence[str], **options: Any) -> Any:
         raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
     missing = [attribute for attribute in needs if not hasattr(found, attribute)]
     if missing:
-        raise ConfigError(f"{name} makes a {type(found).__name__}, which has no {', '.join(missing)}")
+        raise ConfigError(f"{name} returns a {type(found).__name__}, which has no {', '.join(missing)}")
     return found

@@ -30,7 +30,7 @@ def blamed(error: ImportError | AttributeError) -> str | None:
     if module == "fuel_ray" or not module:
         return None
     if isinstance(error, ModuleNotFoundError) and not _is_here(module):
-        return f"needs the package {module}, which is not installed here: pip install '{provider(module)}'"
+        return f"needs the package {module}, which is not installed: run pip install '{provider(module)}'"
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     install = f"pip install '{requirement(module)}' --force-reinstall"
     return f"cannot load the package {module}, which is installed here ({said}): {install}"

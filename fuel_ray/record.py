@@ -107,7 +107,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}") from error
 
 
 def make_folder(path: Path) -> None:
@@ -123,7 +123,7 @@ def make_folder(path: Path) -> None:
         kind = DiskError if error.errno in FAULTS else ConfigError
         raise kind(f"cannot make folder {path}: {reason(error)}") from error
     if not os.access(path, os.W_OK):
-        raise DiskError(f"folder {path} is not writable: give another, or make it writable")
+        raise DiskError(f"folder {path} is not writable: choose another, or change its permissions")
 
 
 def new_folder(out: Path, verb: str) -> Path:

@@ -48,7 +48,7 @@ class NodeSpec:
     num_kv_blocks: int | None  # None before the server is up
     batch_limits: tuple[
         int, ...
-    ]  # lowest and highest admissible limit: (1, max_num_seqs), equal if not ours to set
+    ]  # lowest and highest admissible limit: (1, max_num_seqs), equal if it cannot be set
     gpu_clocks_mhz: tuple[int, ...]  # supported SM clocks, ascending; one entry if observe-only
     server: ServerFacts | None = None  # None where nobody asked
 

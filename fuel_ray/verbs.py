@@ -13,51 +13,51 @@ class Verb:
 
 
 GROUPS = {
-    "on any machine, with simulated nodes": {
-        "demo": Verb("see in a minute what a trained policy saves", ""),
+    "on any machine, on a simulated server (the twin)": {
+        "demo": Verb("show in a minute what a trained policy saves", ""),
         "sweep": Verb(
-            "train a policy per KV block size and compare it with the rules",
+            "train a policy per KV block size, compare with baselines",
             "--preset quick",
             "fuel_ray.config:SweepConfig",
         ),
         "train": Verb(
-            "train one policy per KV block size",
+            "train a policy per KV block size, without the comparison",
             "--block-sizes 16 --workload azure",
             "fuel_ray.config:TrainVerbConfig",
         ),
         "evaluate": Verb(
-            "compare policies on a simulated or a live node",
+            "compare policies on the twin or on a real server",
             "--block-sizes 16 --seeds 3 --static max 40@1380 --policies example",
         ),
         "recommend": Verb(
-            "name the block size and policy to deploy for a load",
+            "choose the policy and block size to deploy for a workload",
             "--workload steady:rate_rps=8 --block-sizes 16 --policies example",
         ),
         "arena": Verb(
-            "compare every policy on every workload, with intervals",
+            "compare policies on many workloads, with 95 % intervals",
             "--scenarios mmpp --policies example",
             "fuel_ray.arena.config:ArenaConfig",
         ),
-        "report": Verb("write a run's report again", "results/sweep-20261127-120000"),
+        "report": Verb("write the report of a sweep again", "results/sweep-20261127-120000"),
     },
-    "your own server": {
+    "for your own server": {
         "onboard": Verb(
-            "measure a server, train a policy for it, say how to deploy",
+            "measure a server, train a policy for it, and prepare deployment",
             "--server http://127.0.0.1:8000 --workload azure",
             "fuel_ray.onboarding.config:OnboardConfig",
         ),
         "profile": Verb(
-            "measure a node for `calibrate`: steps, prefills, idle power",
+            "measure step times, power and latency of a server",
             "--node live --live.model Qwen/Qwen3-8B",
         ),
         "calibrate": Verb(
-            "fit a calibration pack from a profile of your server",
+            "fit a calibration pack (a twin) to a profile",
             "--profile results/profile-.../profile.jsonl --name own --out own.json",
         ),
-        "validate": Verb("compare the simulator with recorded traces", "results/evaluate-.../traces/*.json"),
+        "validate": Verb("compare the twin with recorded traces", "results/evaluate-.../traces/*.json"),
         "packs": Verb("list the calibration packs, or show one in full", "h100-qwen3-8b"),
         "benchmark": Verb(
-            "send a load to a vLLM server and record power and KV cache",
+            "send requests to a vLLM server, record latency and power",
             "--model Qwen/Qwen3-8B --request-rate 4 --num-prompts 200",
         ),
     },
@@ -66,16 +66,20 @@ GROUPS = {
             "let a policy control a running vLLM server",
             "--policy results/sweep-.../policies/block_16 --shadow --metrics-port 9464",
         ),
-        "watch": Verb("show in a terminal what deployments do", "--urls http://gpu-1:9464 http://gpu-2:9464"),
+        "watch": Verb(
+            "show running deployments in the terminal", "--urls http://gpu-1:9464 http://gpu-2:9464"
+        ),
         "export": Verb(
             "turn an RLlib checkpoint into a policy folder",
             "--checkpoint results/sweep-.../tune/TRIAL/checkpoint_000004 --out policy",
         ),
     },
     "hosts": {
-        "doctor": Verb("say what this host, or a cluster, lacks", "--cluster"),
-        "clock-helper": Verb("set clocks for controllers that may not, as root", "--gpu-ids 0 --users alice"),
-        "unlock": Verb("give back GPU clocks that a killed run left locked", ""),
+        "doctor": Verb("check what this host or a cluster needs", "--cluster"),
+        "clock-helper": Verb(
+            "set GPU clocks for unprivileged controllers, as root", "--gpu-ids 0 --users alice"
+        ),
+        "unlock": Verb("reset GPU clocks that a killed controller left locked", ""),
     },
 }
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}

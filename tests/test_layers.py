@@ -30,7 +30,7 @@ FLOORS = [  # lowest first; what is on one floor may import its neighbours
         "vllm_plugin",  # runs in vLLM's process; live.vllm shares its file
     ),
     ("control",),
-    ("node_config", "config", "algorithms", "flags", "flag_words", "flag_help", "outside"),
+    ("json_settings", "node_config", "config", "algorithms", "flags", "flag_words", "flag_help", "outside"),
     ("env", "record", "live", "cluster"),
     ("build",),
     ("tuning",),

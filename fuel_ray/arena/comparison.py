@@ -54,7 +54,7 @@ def summarise(cell: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     if "swept" not in cell:
         where = f"cell {cell['scenario']}, {cell['slo']}"
-        raise ConfigError(f"{where}: of an older version, which did not sweep; run the arena again")
+        raise ConfigError(f"{where}: written by an older version; run the arena again")
     trainings = trainings_of(row["policy"] for row in cell["rows"])
     most = enough(cell["share"], of_means=cell["limits"]["share"] is None)
     side = _side(cell["rows"], cell["swept"], most)
@@ -213,7 +213,9 @@ def attainment(rows: Rows) -> float:
     """
     shares, requests = ([row[name] for row in rows] for name in ("slo_attainment", "requests"))
     if not sum(requests):
-        raise ConfigError("no request was finished in these episodes: longer ones, or a load that has some")
+        raise ConfigError(
+            "no request finished in these episodes: raise --seconds, or give a --workload with more requests"
+        )
     return float(np.average(shares, weights=requests))
 
 

@@ -242,7 +242,9 @@ def _episode(
         except NodeError as error:
             if not left or isinstance(error, UnsupportedError):
                 raise
-            logger.warning("block %s, seed %s: begun again: %s", labels["block_size"], labels["seed"], error)
+            logger.warning(
+                "block size %s, seed %s: started again: %s", labels["block_size"], labels["seed"], error
+            )
             continue
         return episode, lines
     raise AssertionError("the last try returns or raises")

@@ -238,12 +238,12 @@ def _outcome(found: Swept, rows: Rows, alone: Sequence[Runs]) -> dict[str, Any]:
 def _how(policy: Policy) -> str:
     """What was tuned."""
     if isinstance(policy, Static):
-        return f"limit {policy.knobs.batch_limit} at {policy.knobs.gpu_clock_mhz} MHz"
+        return f"batch limit {policy.knobs.batch_limit} at {policy.knobs.gpu_clock_mhz} MHz"
     if not isinstance(policy, LearnedPolicy):
         return "a rule"
-    parts = [f"a miss costs {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
+    parts = [f"price of a miss {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
     if policy.anchor is not None and policy.anchor.weight > 0.0:
-        parts.append(f"{policy.anchor.weight:g} per 100 MHz off the best simple rule")
+        parts.append(f"leaving the best simple rule costs {policy.anchor.weight:g} per 100 MHz")
     return ", ".join(parts) or "as trained"
 
 
@@ -256,7 +256,7 @@ def line(pair: Pair, static: Pair) -> str:
     change = "" if pair is static else f", {_percent(pair.against(static))}{_band(pair, static)}"
     return (
         f"recommend  block {pair.kv_block_size:>3}  {label(pair.policy):<16}"
-        f" {pair.energy_j_per_request:7.2f} J/request{change}  {attained} of SLO  ({pair.how})"
+        f" {pair.energy_j_per_request:7.2f} J/request{change}  attainment {attained}  ({pair.how})"
     )
 
 
@@ -285,18 +285,21 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
     change = best.against(static)
     if change.high is None or change.high >= 1.0:
         return static, (
-            f"Recommended: {_named(static)}. No other policy beats it: the best, {_named(best)}, uses "
-            f"{_percent(change)} energy.{_warning(static, share)}"
+            f"Recommended: {_named(static)}. No other policy is better beyond the 95 % interval: the energy "
+            f"of the best one, {_named(best)}, differs by {_percent(change)}.{_warning(static, share)}"
         )
     if refused := _refused(best, static, share):
         chosen, sentence = recommendation([pair for pair in pairs if pair is not best], share=share)
-        return chosen, f"{sentence} {_named(best)} uses {_percent(change)} energy, but {refused}."
+        return chosen, (
+            f"{sentence} Not recommended: {_named(best)}. Its energy differs by {_percent(change)}, but "
+            f"{refused}."
+        )
     deployable = [pair for pair in ranked if not any(rank(pair)[:2])]
     chosen = _simpler(best, static, deployable, share) or best
     others = [best] if chosen is not best else [pair for pair in ranked if pair is not best]
     runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(chosen))}." if others else ""
-    saved = f"{_percent(chosen.against(static))}{_band(chosen, static)} energy against {_named(static)}"
-    why = "" if chosen is best else f" It is as good within {AS_GOOD:.1%}: simpler."
+    saved = f"{_percent(chosen.against(static))}{_band(chosen, static)} energy compared with {_named(static)}"
+    why = "" if chosen is best else f" It is simpler than the best policy, and as good within {AS_GOOD:.1%}."
     return chosen, f"Recommended: {_named(chosen)}: {saved}.{why}{runner_up}{_warning(chosen, share)}"
 
 
@@ -322,13 +325,13 @@ def _refused(best: Pair, static: Pair, share: float | None) -> str:
     if lost:
         axis = min(lost, key=lambda name: lost[name])
         pair, other = under[axis]
-        met = f"{pair.attained:.1%} of SLO in place of tuned static's {other.attained:.1%}"
-        return f"under the clock axis {axis} it attains {met}"
+        attained = f"{pair.attained:.1%}, and that of tuned static {other.attained:.1%}"
+        return f"under the clock axis {axis} its attainment is {attained}"
     ratios = {axis: pair.against(other).mean for axis, (pair, other) in under.items()}
     axis = max(ratios, key=lambda name: ratios[name], default="")
     if not ratios or ratios[axis] <= 1.0:
         return ""
-    return f"under the clock axis {axis} {ratios[axis] - 1:+z.1%} against tuned static there"
+    return f"under the clock axis {axis} its energy is {ratios[axis] - 1:+z.1%} compared with tuned static"
 
 
 def _band(pair: Pair, other: Pair) -> str:
@@ -347,11 +350,12 @@ def _warning(pair: Pair, share: float | None) -> str:
     if pair.met if share is None else pair.attained >= share - SLACK:
         return ""
     asked = "" if share is None else f" for {share:.0%} of requests"
-    return f" It does not meet the SLO{asked}: the load is more than this node can serve so."
+    return f" It does not meet the SLO{asked}: this node cannot serve the workload within the SLO."
 
 
 def _named(pair: Pair) -> str:
-    return f"{label(pair.policy)} at block size {pair.kv_block_size} ({pair.how}, {pair.attained:.1%} of SLO)"
+    attained = f"attainment {pair.attained:.1%}"
+    return f"{label(pair.policy)} at block size {pair.kv_block_size} ({pair.how}, {attained})"
 
 
 def _percent(ratio: Interval) -> str:

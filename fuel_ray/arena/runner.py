@@ -72,10 +72,10 @@ def all_cells(config: ArenaConfig, run_dir: Path) -> list[dict[str, Any]]:
             for number, name in enumerate(in_processes(run_and_write, calls, workers=config.workers), 1):
                 bar.at(number / len(todo), f"{number}/{len(todo)}  {name}")
     except KeyboardInterrupt:
-        print(f"\nto go on: fuel-ray arena --resume {run_dir}", flush=True)
+        print(f"\ninterrupted; to continue: fuel-ray arena --resume {run_dir}", flush=True)
         raise
     except DiskError as error:
-        raise DiskError(f"{error}; to go on afterwards: fuel-ray arena --resume {run_dir}") from error
+        raise DiskError(f"{error}; then continue: fuel-ray arena --resume {run_dir}") from error
     return [read_json(cell_file(folder, c.scenario.name, slo)) for c in jobs for slo in config.slos]
 
 

@@ -60,7 +60,7 @@ def scenarios_of(names: Sequence[str]) -> tuple[Scenario, ...]:
     """
     unknown = [name for name in names if name not in SCENARIOS]
     if unknown:
-        raise ConfigError(f"--scenarios {unknown[0]}: unknown; there are {', '.join(SCENARIOS)}")
+        raise ConfigError(f"--scenarios {unknown[0]}: unknown; choose from {', '.join(SCENARIOS)}")
     return tuple(SCENARIOS[name] for name in dict.fromkeys(names or SCENARIOS))
 
 

@@ -26,7 +26,7 @@ def cache_of(before: MetricsSnapshot) -> CacheConfig:
         ConfigError: its page does not tell it, so that nobody could replay the benchmark.
     """
     if before.cache_config is None:
-        raise ConfigError(f"--save-trace: the server's page of metrics lacks {before.cache_unknown}")
+        raise ConfigError(f"--save-trace: the server's /metrics does not report {before.cache_unknown}")
     return before.cache_config
 
 
@@ -46,7 +46,7 @@ def benchmark_run(
     """
     records, server = load.records, spec.server
     if server is None:
-        raise ConfigError("a trace needs what is known of its server")
+        raise ConfigError("the trace cannot be written: nothing is known about its server")
     offset_s = start_s - measured.began_s
     requests, ttft_s, e2e_s = ended_requests(records)
     own = {

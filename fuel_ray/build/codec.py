@@ -29,12 +29,12 @@ def build_grid(config: LearnConfig, spec: NodeSpec) -> ActionGrid:
     """The action grid that the settings name, for this node.
 
     Raises:
-        ConfigError: it has batch limits, and the node's is not ours to set.
+        ConfigError: it has batch limits, and the node's cannot be set.
     """
     if config.grid != "node" and spec.batch_limits[0] == spec.batch_limits[1]:
         raise ConfigError(
-            f"--grid {config.grid} has batch limits, and the server's is not ours to set: name its "
-            "FUEL_RAY_LIMIT_FILE by --live.limit-file, or take --grid node"
+            f"--grid {config.grid} has several batch limits, but the server's batch limit cannot be set: "
+            "give its FUEL_RAY_LIMIT_FILE with --live.limit-file, or use --grid node"
         )
     if config.grid == "seed":
         return SEED_GRID

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fuel_ray.address import VLLM_KEY, check_variable, flag_name, flag_value
+from fuel_ray.codec import clock_range
 from fuel_ray.config import ServingConfig
 from fuel_ray.errors import ConfigError, GpuError, NodeError
 from fuel_ray.live.gpu.nvml import Gpus
@@ -90,7 +91,7 @@ class LiveServer:
         try:
             self._server.check()
         except NodeError as error:
-            logger.warning("block %d: %s; it is started again", self._kv_block_size, error)
+            logger.warning("block size %d: %s; starting the server again", self._kv_block_size, error)
             self._server.stop()
             self._server.start()
 
@@ -170,10 +171,10 @@ def num_gpus(config: ServingConfig) -> int:
     if used is None:
         return named or 1
     if named and named != used:
-        idle = "the others would be measured and idle" if named > used else "it would not start"
+        idle = "idle GPUs would be measured" if named > used else "the server would not start"
         raise ConfigError(
-            f"--live.gpu-ids names {named} GPU(s) and --live.flags make the server use {used}: {idle}. Name "
-            f"{used}, or set --tensor-parallel-size"
+            f"--live.gpu-ids gives {named} GPU(s), but --live.flags make the server use {used}, so {idle}: "
+            f"give {used}, or set --tensor-parallel-size in --live.flags"
         )
     return used
 
@@ -203,13 +204,14 @@ def _spec(config: ServingConfig, kv_block_size: int, gpus: Gpus, cache: CacheCon
 
 
 def _clocks_mhz(config: ServingConfig, gpus: Gpus) -> tuple[int, ...]:
-    """Those that may be chosen; one if the clocks are not ours to set."""
+    """Those that may be chosen; one if the clocks cannot be set."""
     settable = gpus.settable_clocks_mhz(wanted=config.live.clock_control == "on")
     wanted = set(config.gpu_clocks_mhz)
     if len(settable) == 1 or not wanted:
         return settable
     if not wanted <= set(settable):
-        raise ConfigError(f"--gpu-clocks-mhz: {gpus.name} does not support {sorted(wanted - set(settable))}")
+        given = " ".join(map(str, sorted(wanted - set(settable))))
+        raise ConfigError(f"--gpu-clocks-mhz {given}: not supported by {gpus.name}; {clock_range(settable)}")
     return tuple(sorted(wanted))
 
 
@@ -218,7 +220,7 @@ def _capacity(config: ServingConfig) -> int:
 
 
 def _sets_limits(config: ServingConfig) -> bool:
-    """Whether the batch limit is ours to set: that of a server started elsewhere needs its limit file."""
+    """Whether the batch limit can be set: that of a server started elsewhere needs its limit file."""
     return config.live.server is None or config.live.limit_file is not None
 
 
@@ -233,7 +235,7 @@ def _started(
     except NodeError:
         if not server.printed(_NO_UUIDS):
             raise
-        logger.warning("this vLLM takes no UUIDs in CUDA_VISIBLE_DEVICES: it is started again with numbers")
+        logger.warning("this vLLM accepts no UUIDs in CUDA_VISIBLE_DEVICES; starting it again with indices")
         server = _server(config, kv_block_size, limit_file, server_environment(devices, by_index=True))
         server.start()
     with server:
@@ -244,7 +246,7 @@ def _check_placement(gpus: Gpus, server: VllmServer) -> None:
     """Raises GpuError where the server is on other cards than those that it was given."""
     found = placement(gpus, frozenset(server.pids()))
     if found.found == "wrong":
-        raise GpuError(f"{found.text} (the server was given CUDA_VISIBLE_DEVICES of these cards)")
+        raise GpuError(f"{found.text}, although CUDA_VISIBLE_DEVICES named these cards for the server")
     logger.log(logging.WARNING if found.found == "unknown" else logging.INFO, "%s", found.text)
 
 
@@ -252,10 +254,10 @@ def _server(config: ServingConfig, kv_block_size: int, limit_file: Path, on: dic
     flags = shlex.split(config.live.flags)
     for flag in flags:
         if flag_name(flag) in _OUR_FLAGS:
-            raise ConfigError(f"--live.flags: {flag} is set from --max-num-seqs and --kv-tokens")
+            raise ConfigError(f"--live.flags: {flag} is not allowed here; use --max-num-seqs or --kv-tokens")
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and "fuel_ray" not in plugins.split(","):
-        logger.warning("VLLM_PLUGINS=%s leaves fuel_ray out: no batch limit will be in force", plugins)
+        logger.warning("VLLM_PLUGINS=%s excludes fuel_ray, so batch limits will have no effect", plugins)
     own = ["--max-num-seqs", str(_capacity(config))]
     if config.kv_tokens is not None:
         own += ["--num-gpu-blocks-override", str(config.kv_tokens // kv_block_size)]
@@ -289,7 +291,9 @@ def _own_access(live: LiveConfig) -> LiveConfig:
 def _cache(client: MetricsClient, kv_block_size: int) -> CacheConfig | None:
     cache = client.scrape().cache_config
     if cache is not None and not cache.may_have(kv_block_size):
-        raise ConfigError(f"{client.url} has KV block size {cache.block_size}, not {kv_block_size}")
+        raise ConfigError(
+            f"--block-sizes {kv_block_size}: the server at {client.url} has KV block size {cache.block_size}"
+        )
     return cache
 
 

@@ -103,8 +103,8 @@ def twinned(config: Settings, specs: Iterable[NodeSpec]) -> Settings:
     common = set(pack.gpu_clocks_mhz).intersection(*(spec.gpu_clocks_mhz for spec in specs))
     if not common:
         raise ConfigError(
-            f"--pack {pack.name}: the node's GPU has none of its clocks; fit one with `fuel-ray profile` "
-            "and `fuel-ray calibrate`"
+            f"--pack {pack.name}: the node's GPU supports none of the pack's clocks; fit a pack to your GPU "
+            "with `fuel-ray profile` and `fuel-ray calibrate`"
         )
     return replace(config, gpu_clocks_mhz=tuple(sorted(common)))
 

@@ -127,8 +127,8 @@ class _Ours:
         if self._too_many >= _FOREIGN_WINDOWS or tokens > 0:
             what = f"at least {foreign} requests" if foreign > 0 else f"{tokens} prompt tokens"
             raise NodeError(
-                f"another load is on the server: {what} that are not the profile's; stop it, and go on with "
-                "--resume"
+                f"another client uses the server: {what} are not from this profile; stop it, and continue "
+                "with --resume"
             )
 
 
@@ -179,6 +179,6 @@ def _throttled(loop: ControlLoop, row: dict[str, Any]) -> str:
     if limit_w is None or sm_mhz >= _THROTTLED * clock_mhz or power_w >= _NEAR_CAP * limit_w:
         return ""
     return (
-        f"throttled: {sm_mhz:.0f} MHz in place of {clock_mhz} at {power_w:.0f} W of {limit_w:.0f}: "
-        "the GPU is hot, or something else holds its clock"
+        f"throttled: {sm_mhz:.0f} MHz instead of {clock_mhz} at {power_w:.0f} W of {limit_w:.0f}: the GPU is "
+        "hot, or something else limits its clock"
     )

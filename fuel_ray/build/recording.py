@@ -24,7 +24,10 @@ def record(loop: ControlLoop, knobs: Knobs, *, seed: int, windows: int) -> Recor
     measured = [loop.reset(seed=seed)]
     while len(measured) < windows or measured[-1].running or measured[-1].waiting:
         if len(measured) == windows + _DRAIN_WINDOWS:
-            raise NodeError(f"{loop.node.spec.name}: requests run on {_DRAIN_WINDOWS} windows after the last")
+            raise NodeError(
+                f"{loop.node.spec.name}: requests are still running {_DRAIN_WINDOWS} windows after the last "
+                "arrival"
+            )
         measured.append(loop.step(knobs).metrics)
     return recorded_run(loop, measured, loop.node.take_records())
 
@@ -118,7 +121,7 @@ def _cached_share(windows: Sequence[WindowMetrics]) -> float | None:
 
 
 def _changes(ends_s: np.ndarray, values: list[int]) -> tuple[tuple[float, int], ...]:
-    """(second, value) from which on it was another; none of a knob that is not ours to set."""
+    """(second, value) from which on it was another; none of a knob that cannot be set."""
     starts_s = [0.0, *ends_s[:-1].tolist()]
     new = [k for k, value in enumerate(values) if not k or value != values[k - 1]]
     return tuple((starts_s[k], values[k]) for k in new)

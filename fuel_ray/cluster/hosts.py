@@ -52,8 +52,8 @@ def _address(*, cluster: bool) -> str | None:
         return None
     if address == "auto" and _running_here() is None:
         raise ConfigError(
-            "RAY_ADDRESS=auto, and no Ray runs on this machine: `ray start --head` starts one; without "
-            "RAY_ADDRESS a local one is started"
+            "RAY_ADDRESS=auto, but no Ray cluster runs on this machine: start one with `ray start --head`, "
+            "or unset RAY_ADDRESS to use a local Ray"
         )
     if address == "auto" or (cluster and not address):
         return _running_here()
@@ -71,7 +71,7 @@ def _running_here() -> str | None:
 def _join(address: str, **quiet: Any) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"RAY_ADDRESS={address} is no HOST:PORT; without it a local Ray is started")
+        raise ConfigError(f"RAY_ADDRESS={address}: not HOST:PORT; correct it, or unset it to use a local Ray")
     try:
         socket.create_connection(
             (host.strip("[]"), int(port)), timeout=5
@@ -79,8 +79,9 @@ def _join(address: str, **quiet: Any) -> None:
         ray.init(address, **quiet)
     except (OSError, ValueError, OverflowError, RuntimeError, RayError) as error:
         raise ConfigError(
-            f"no Ray cluster lets this process in at {address}: {_reason(error)}. Is it up (ray up "
-            "cluster.yaml), is RAY_ADDRESS right, and RAY_AUTH_MODE=token set if it asks for a token?"
+            f"cannot connect to a Ray cluster at {address}: {_reason(error)}. Check that it is up (`ray up "
+            "cluster.yaml`), that RAY_ADDRESS is right, and that RAY_AUTH_MODE=token is set if it needs a "
+            "token"
         ) from error
 
 
@@ -101,7 +102,7 @@ def driver_resource() -> dict[str, float]:
     own_id = ray.get_runtime_context().get_node_id()
     own = next(host["Resources"] for host in ray.nodes() if host["NodeID"] == own_id)
     if own.get("CPU", 0) < 1:
-        raise ConfigError("Ray has no CPU here for trials: start it with --num-cpus=2")
+        raise ConfigError("Ray has no CPU for trials on this machine: start it with --num-cpus=2")
     head = "node:__internal_head__"
     return {head if head in own else f"node:{ray.util.get_node_ip_address()}": 0.001}
 
@@ -127,9 +128,9 @@ def require_nodes(count: int, *, gpus: int, wait_s: float) -> None:
         lack = f"{count} node(s) with the resource {NODE_RESOURCE}" + (f" and {gpus} GPU(s)" if gpus else "")
         if time.monotonic() >= deadline_s:
             raise ConfigError(
-                f"the run needs {lack}, the cluster has {there}. Start more (`ray status` lists them), "
-                f"start Ray there with --resources='{{\"{NODE_RESOURCE}\": 1}}', or lower --nodes-per-trial "
-                "or the number of --live.gpu-ids"
+                f"the run needs {lack}, and the cluster has {there}. Start more hosts, each with `ray start "
+                f"--resources='{{\"{NODE_RESOURCE}\": 1}}'` (`ray status` lists them), or lower "
+                "--nodes-per-trial or the number of --live.gpu-ids"
             )
         if not said:
             logger.warning("waiting up to %g s for %s; the cluster has %d", wait_s, lack, there)
@@ -195,7 +196,7 @@ def answer_of(reference: Any, what: str, timeout_s: float) -> Any:
             raise DiskError(f"{what} failed: {disk_reason(error.cause)}") from error
         raise NodeError(f"{what} failed: {error.cause!r}") from error
     except GetTimeoutError as error:
-        raise NodeError(f"{what} gave no answer within {timeout_s:g} s") from error
+        raise NodeError(f"{what} did not answer within {timeout_s:g} s") from error
     except RayActorError as error:
         raise NodeError(f"{what} was lost: {first_line(error)}") from error
     except RayError as error:

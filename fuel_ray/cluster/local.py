@@ -69,8 +69,8 @@ def _ray_folder() -> Path:
             logger.warning("%s, so Ray's sockets and logs are in %s", why, own)
             return own
     raise ConfigError(
-        f"Ray has no folder for its sockets and logs: {why}, nor is {', '.join(_OTHERS)} better. Set "
-        f"RAY_TMPDIR to a short folder that can be written to, with {_LEAST_FREE >> 20} MiB free"
+        f"Ray has no folder for its sockets and logs: {why}, and {', '.join(_OTHERS)} cannot be used either. "
+        f"Set RAY_TMPDIR to a writable folder with a short path and {_LEAST_FREE >> 20} MiB free"
     )
 
 
@@ -80,7 +80,7 @@ def _unfit(own: Path) -> str | None:
         return f"the path {own} is too long for a socket"
     there = next(path for path in (own, *own.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return f"{there} cannot be written to"
+        return f"{there} is not writable"
     if shutil.disk_usage(there).free < _LEAST_FREE:
         return f"{there} is full"
     return None
@@ -94,7 +94,7 @@ def _check_loopback() -> None:
     except OSError as error:
         raise ConfigError(
             f"Ray cannot start on this machine: 127.0.0.1 does not answer ({error.strerror or error}); "
-            "`ip link set lo up` as root, or start the container with a network"
+            "run `ip link set lo up` as root, or start the container with a network"
         ) from error
 
 
@@ -103,6 +103,6 @@ def _check_open_files() -> None:
     _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= highest < _LEAST_OPEN:
         raise ConfigError(
-            f"Ray cannot start on this machine: {highest} open files are allowed (ulimit -Hn), it takes "
-            f"{_LEAST_OPEN}; raise it in limits.conf, or give the container --ulimit nofile=65536"
+            f"Ray cannot start on this machine: it needs {_LEAST_OPEN} open files and {highest} are allowed "
+            "(ulimit -Hn); raise the limit in limits.conf, or start the container with --ulimit nofile=65536"
         )

@@ -146,7 +146,7 @@ def _closed(answer: Any, timeout_s: float) -> None:
     try:
         answer_of(answer, "the node", timeout_s)
     except FuelRayError as error:
-        logger.warning("a node did not close by itself: %s", error)
+        logger.warning("a node did not close in time: %s", error)
 
 
 def facts_of(actors: Mapping[tuple[int, int], Any], *, timeout_s: float) -> dict[tuple[int, int], Any]:
@@ -164,7 +164,7 @@ def facts_of(actors: Mapping[tuple[int, int], Any], *, timeout_s: float) -> dict
         sizes = ", ".join(dict.fromkeys(str(size) for size, _ in pending.values()))
         waited_s = time.monotonic() - began_s
         if waited_s > timeout_s:
-            raise NodeError(f"no server of block size {sizes} within {timeout_s:g} s")
+            raise NodeError(f"no server of block size {sizes} started within {timeout_s:g} s")
         print(f"serve  block {sizes}: starting, {waited_s:.0f} s", flush=True)
         for reference in ray.wait(list(pending), timeout=SAY_S)[0]:
             size, number = pending.pop(reference)
@@ -257,7 +257,7 @@ class RemoteNode:
         try:
             return ray.get_actor(self._name)
         except ValueError as error:
-            raise NodeError(f"the actor {self._name}, which has the node's server, is gone") from error
+            raise NodeError(f"the Ray actor {self._name}, which owns the node's server, has died") from error
 
     def _call(self, method: str, *args: Any, timeout_s: float) -> Any:
         if self._actor is None:

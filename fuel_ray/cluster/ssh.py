@@ -27,7 +27,7 @@ def file_checks(path: Path) -> list[Check]:
         user, key = str(auth["ssh_user"]), auth.get("ssh_private_key")
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"--cluster-file {path}: not a cluster file with provider local: {error!r}"
+            f"--cluster-file {path}: not a Ray cluster file with `provider: type: local`: {error!r}"
         ) from error
     with ThreadPoolExecutor(len(hosts)) as threads:
         return list(threads.map(lambda host: _ssh_check(str(host), user, key), hosts))
@@ -44,12 +44,12 @@ def _ssh_check(host: str, user: str, key: str | None) -> Check:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SSH_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check(host, f"ssh gives no answer: {error}", "look at sshd there, and for ssh here")
+        return Check(host, f"ssh did not answer: {error}", "check sshd on that host, and ssh on this one")
     if done.returncode == 255:
         said = (done.stderr.strip().splitlines() or ["ssh failed"])[-1]
-        refused = f"let {user} in with this key (ssh-copy-id), or correct auth in the file"
-        silent = "start the host and its sshd, or correct head_ip and worker_ips"
+        refused = f"allow {user} to log in with this key (ssh-copy-id), or correct `auth` in the file"
+        silent = "start the host and its sshd, or correct head_ip and worker_ips in the file"
         return Check(host, said, refused if "denied" in said else silent)
     if done.returncode != 0:
-        return Check(host, f"{user} may log in, but there is no python3", "install Python 3.11 or newer")
-    return Check(host, f"{user} may log in, {(done.stdout + done.stderr).strip().splitlines()[-1]}")
+        return Check(host, f"{user} can log in, but there is no python3", "install Python 3.11 or newer")
+    return Check(host, f"{user} can log in, {(done.stdout + done.stderr).strip().splitlines()[-1]}")

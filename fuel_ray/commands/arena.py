@@ -25,7 +25,9 @@ def parse(argv: list[str], *, prog: str) -> ArenaConfig:
     if config.resume is not None:
         config = resumed(config.resume, argv, prog=prog, base=ArenaConfig(), may_change=("workers",))
     if config.node != "sim" or len(config.block_sizes) != 1:
-        raise ConfigError("arena runs on simulated nodes with one block size: give --node sim and one --block-sizes")
+        raise ConfigError(
+            "arena runs on simulated nodes with one block size: give --node sim and one --block-sizes"
+        )
     check_tuning(config, None)
     for name in _OF_SCENARIOS:
         if getattr(config, name) != getattr(ArenaConfig(), name):

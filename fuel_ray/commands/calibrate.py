@@ -81,7 +81,7 @@ def run(config: CalibrateConfig) -> int:
     start = with_clock_axis(base.perf, of=shape.perf).replace(power_cap_w=cap_w)
     profile, dropped = without_outliers(profile, base=start)
     for point in dropped:
-        print(f"dropped, more than 30 % off any fit: {point}")
+        print(f"outlier left out, more than 30 % off any fit: {point}")
     raw = _pack(config, server, profile, *_fitted(profile, server, base=start), base=base, shape=shape)
     with whole(Path(os.path.realpath(config.out))) as file:  # a user's link stays one
         file.write(json.dumps(raw, indent=2) + "\n")
@@ -190,8 +190,8 @@ def _say_errors(
     for name, run in runs.items():
         if (spread := wander(run, perf)) > WANDER:
             print(
-                f"{name}: the ratio of measured to predicted TPOT varies by {spread:.0%} between groups of ten "
-                "requests: the speed of the host changes, so another short run will have another mean"
+                f"{name}: the ratio of measured to predicted TPOT varies by {spread:.0%} between groups of "
+                "ten requests: the speed of the host changes, so another short run will have another mean"
             )
     time, power, _ = errors(perf, profile.decode)
     print(f"fitted to {_rows(profile)}; mean error of decode steps: time {time:.1%}, power {power:.1%}")

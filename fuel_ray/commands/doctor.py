@@ -13,8 +13,8 @@ HOST_S = 60.0
 LARGEST_SKEW_S = 0.5
 _SIMULATION = Check(
     "GPU",
-    "no NVIDIA driver on this host. Simulated nodes need none, so demo, train, sweep and evaluate work. To see "
-    "what a real server needs, add --backend live",
+    "no NVIDIA driver on this host. Simulated nodes need none, so demo, train, sweep and evaluate work. To "
+    "see what a real server needs, add --backend live",
 )
 
 

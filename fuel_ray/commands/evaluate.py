@@ -26,7 +26,9 @@ def parse(argv: list[str], *, prog: str) -> EvaluateConfig:
     """Settings from flags."""
     config = parse_serving(EvaluateConfig, argv, prog=prog)
     if not config.static:
-        raise ConfigError("--static is empty: give at least one of max, LIMIT, LIMIT@MHZ, such as --static max")
+        raise ConfigError(
+            "--static is empty: give at least one of max, LIMIT, LIMIT@MHZ, such as --static max"
+        )
     specs: list[NodeSpec] = []
     if config.node != "ray" or not config.live_server:  # those of a cluster say it once they are there
         spec = build_spec(config, config.block_sizes[0])

@@ -51,8 +51,8 @@ def run(config: ExportConfig) -> int:
     run_dir = next((folder for folder in checkpoint.parents if (folder / _RUN_JSON).is_file()), None)
     if run_dir is None:
         raise PolicyError(
-            f"--checkpoint {checkpoint}: none of the folders above it has a {_RUN_JSON}, which has the settings "
-            "of the run; move the checkpoint back into the folder of its run"
+            f"--checkpoint {checkpoint}: none of the folders above it has a {_RUN_JSON}, which has the "
+            "settings of the run; move the checkpoint back into the folder of its run"
         )
     settings, sizes = _trained(checkpoint.parent / "params.json")
     loaded = replace(
@@ -88,4 +88,6 @@ def _trained(params: Path) -> tuple[LearnConfig, tuple[int, ...]]:
         sizes = tuple(int(size) for size in raw["block_sizes"])
         return from_dict(raw["config"], base=LearnConfig(), source=str(params)), sizes
     except (KeyError, TypeError, ValueError) as error:
-        raise PolicyError(f"{params} lacks the settings that the trial was trained with: {error!r}") from error
+        raise PolicyError(
+            f"{params} lacks the settings that the trial was trained with: {error!r}"
+        ) from error

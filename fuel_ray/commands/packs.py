@@ -72,10 +72,7 @@ def _text(pack: Pack, *, full: bool) -> str:
         "transferred": pack.transferred,
         "clock axes": ", ".join(pack.clock_axes)
         + (f"; taken from {pack.clock_axis_from}" if pack.clock_axis_from else ""),
-        **{
-            f"--pack {pack.name}:{s.name}": f"{s.rest_w:g} W when idle; {s.source}"
-            for s in pack.settings
-        },
+        **{f"--pack {pack.name}:{s.name}": f"{s.rest_w:g} W when idle; {s.source}" for s in pack.settings},
         "fidelity": _within(pack.fidelity),
     }
     if full:

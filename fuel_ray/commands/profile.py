@@ -9,6 +9,7 @@ from typing import Any
 
 from fuel_ray.build.nodes import build_spec, described, served
 from fuel_ray.build.probing import Probe, probe
+from fuel_ray.codec import clock_range
 from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.disk import write_or_keep
 from fuel_ray.errors import ConfigError, NodeError
@@ -64,12 +65,13 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
     config = replace(config, live=replace(config.live, max_num_batched_tokens=tokens))
     if config.node == "ray" and config.live_server:
         raise ConfigError(
-            "--node ray: profile measures a server on this machine; run it on the server's host with --node live"
+            "--node ray: profile measures a server on this machine; run it on the server's host with --node "
+            "live"
         )
     clocks = build_spec(config, config.block_sizes[0]).gpu_clocks_mhz
     if unknown := set(config.clocks_mhz) - set(clocks):
         given = " ".join(map(str, sorted(unknown)))
-        raise ConfigError(f"--clocks-mhz {given}: not supported here; {listed_clocks(clocks)}")
+        raise ConfigError(f"--clocks-mhz {given}: not supported here; {clock_range(clocks)}")
     return config
 
 
@@ -100,7 +102,9 @@ def run(config: ProfileConfig) -> int:
                 text = trace_text(found.trace, **found.facts, **of, clock_mhz=point.clock_mhz)
                 write_or_keep(run_dir / "traces", {_trace_name(point): text})
     if not any(row["phase"] == "decode" for row in rows):
-        raise NodeError(f"no decode point could be measured (the lines above say why), so {path} is of no use")
+        raise NodeError(
+            f"no decode point could be measured (the lines above say why), so {path} is of no use"
+        )
     write_json(run_dir / "run.json", {**facts, "partial": False})
     _say_next(run_dir, spec)
     return 0
@@ -144,7 +148,8 @@ def _add(facts: dict[str, Any], config: ProfileConfig, **found: str) -> None:
     for name, value in found.items():
         if facts.setdefault(name, value) != value:
             raise ConfigError(
-                f"--resume {config.resume}: that profile is of {name} {facts[name]}, and this server has {value}"
+                f"--resume {config.resume}: that profile is of {name} {facts[name]}, and this server has "
+                f"{value}"
             )
 
 

@@ -28,7 +28,9 @@ def parse(argv: list[str], *, prog: str) -> RecommendConfig:
         raise ConfigError(f"--seeds {config.seeds}: must be at least 2, for an interval")
     check_tuning(config, config.slo_share)
     if not config.policies:
-        raise ConfigError("--policies is empty: give at least one, such as results/sweep-.../policies or example")
+        raise ConfigError(
+            "--policies is empty: give at least one, such as results/sweep-.../policies or example"
+        )
     config = replace(config, policies=tuple(e for entry in config.policies for e in _entries(entry)))
     parse_workload(config.workload)
     check("--policies", config.policies, config, [build_spec(config, size) for size in config.block_sizes])

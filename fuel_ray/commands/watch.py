@@ -21,7 +21,7 @@ PORT = 9464  # of a controller's /metrics, where an address has none
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Show what running deployments do, until stopped: clock, batch limit, power, queue, latency, overrules."""
+    """Show clock, batch limit, power, queue, latency and overrules of running deployments until stopped."""
 
     urls: tuple[str, ...] = ("http://127.0.0.1:9464",)
     """Controllers to watch, by the address of `fuel-ray deploy --metrics-port`."""

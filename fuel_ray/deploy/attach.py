@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Target(Access):
-    """The running server and its GPUs, what of them may be set, and under which rules."""
+    """The running server, its GPUs, and what a policy may set."""
 
     server: str = "http://127.0.0.1:8000"
     """URL of the running server, which is never stopped."""
@@ -107,7 +107,9 @@ def attach(
             engine, unsure = server_version(server), cache.block_size if cache.uncertain else None
             check_fit(folder, spec, model, engine, unsure=unsure, allow_mismatch=target.allow_mismatch)
         if len(spec.gpu_clocks_mhz) == 1 and limiter is None and not target.shadow:
-            logger.warning("neither the clock nor the batch limit can be set here: this only watches")
+            logger.warning(
+                "neither the clock nor the batch limit can be set here, so the policy has no effect"
+            )
         guard = _guard(target.guard, folder, spec)
         policy: Policy = folder.policy(spec)
         if trial is not None:
@@ -128,7 +130,7 @@ def _placement(target: Target, gpus: Gpus) -> Placement:
     """Whether the server is on these GPUs; GpuError where it is not and --strict was given."""
     found = placement_of(gpus, target.server)
     if found.found == "wrong" and target.strict:
-        raise GpuError(f"{target.server}: {found.text} (without --strict this is a warning)")
+        raise GpuError(f"--strict, {target.server}: {found.text}")
     return found
 
 
@@ -209,7 +211,7 @@ def _model(folder: PolicyFolder | Rule) -> str | None:
 
 def _cache(client: MetricsClient, page: MetricsSnapshot) -> CacheConfig:
     if page.cache_config is None:
-        raise NodeError(f"{client.url} does not say {page.cache_unknown}")
+        raise NodeError(f"{client.url} does not report {page.cache_unknown}")
     return page.cache_config
 
 
@@ -221,8 +223,8 @@ def _check_same(client: MetricsClient, spec: NodeSpec, server: Endpoint) -> None
     expected = spec.kv_block_size, spec.num_kv_blocks, spec.model
     if found != expected:
         raise PolicyError(
-            "the server is another one: block size, blocks and model are "
-            f"{', '.join(map(str, found))}; they were {', '.join(map(str, expected))}"
+            "the server has changed: block size, number of blocks and model are "
+            f"{', '.join(map(str, found))}, and were {', '.join(map(str, expected))}"
         )
 
 
@@ -231,7 +233,9 @@ def _capacity(target: Target, folder: PolicyFolder | Rule, limiter: BatchLimiter
     if target.max_num_seqs is not None:
         return target.max_num_seqs
     if isinstance(folder, Rule):
-        raise ConfigError(f"--policy {folder.entry}: say the server's capacity, --max-num-seqs")
+        raise ConfigError(
+            f"--policy {folder.entry}: a rule needs the server's capacity; give it with --max-num-seqs"
+        )
     deadline_s = time.monotonic() + ATTACH_S
     while limiter is not None and time.monotonic() < deadline_s:
         with contextlib.suppress(NodeError):
@@ -240,8 +244,8 @@ def _capacity(target: Target, folder: PolicyFolder | Rule, limiter: BatchLimiter
     highest = folder.codec.grid.batch_limits[-1]
     if limiter is not None:
         logger.warning(
-            "the scheduler has not read %s yet: an idle server does so at its next request; its capacity is "
-            "taken to be the policy's highest limit, %d (--max-num-seqs says it)",
+            "the scheduler has not read %s yet (an idle server reads it at its next request); until then its "
+            "capacity is assumed to be the policy's highest batch limit, %d; --max-num-seqs sets it",
             limiter.path,
             highest,
         )

@@ -1,4 +1,4 @@
-"""A policy on trial: it rules in some blocks of time, drawn by chance, and the difference is measured."""
+"""A policy on trial: it is in control in random blocks of time, and the difference is measured."""
 
 import math
 from collections import deque

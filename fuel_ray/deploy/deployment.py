@@ -115,7 +115,9 @@ class Deployment:
                 if isinstance(error, PolicyError):
                     raise
                 if self._clock() > deadline_s:
-                    raise NodeError(f"no window could be measured for {PATIENCE_S:g} s: {error}") from error
+                    raise NodeError(
+                        f"no control window could be measured for {PATIENCE_S:g} s: {error}"
+                    ) from error
                 self._sleep(max(0.0, begin_s + self._interval_s - self._clock()))
         return None
 

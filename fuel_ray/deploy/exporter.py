@@ -211,7 +211,10 @@ def _serve(port: int, host: str, registry: CollectorRegistry) -> tuple[WSGIServe
     try:
         return start_http_server(port, host.strip("[]"), registry)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"--metrics-port {port} on {host}: {error}") from error
+        raise ConfigError(
+            f"--metrics-port {port}: cannot listen on {host}: {getattr(error, 'strerror', None) or error}; "
+            "choose another port"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,11 +242,11 @@ def read_page(server: str | Endpoint, *, timeout_s: float = 2.0) -> Page:
         text = ask(controller, "/metrics", timeout_s=timeout_s).decode()
         families = list(text_string_to_metric_families(text))
     except (NodeError, ValueError) as error:
-        raise TelemetryError(f"{url}/metrics does not answer as a controller does: {error}") from error
+        raise TelemetryError(f"{url}/metrics does not answer like a controller: {error}") from error
     samples = [s for family in families for s in family.samples if s.name.startswith("fuel_ray_")]
     info = [s.labels for s in samples if s.name == "fuel_ray_info"]
     if not info:
-        raise TelemetryError(f"{url}/metrics is not a controller's: it has no fuel_ray_info")
+        raise TelemetryError(f"{url}/metrics is not a controller of fuel_ray: it has no fuel_ray_info")
     values = {
         (s.name.removeprefix("fuel_ray_"), next(iter(s.labels.values()), "")): s.value
         for s in samples

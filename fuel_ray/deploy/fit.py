@@ -38,14 +38,16 @@ def check_fit(
     if spec.kv_block_size not in manifest.kv_block_sizes:
         sizes = ", ".join(map(str, manifest.kv_block_sizes))
         raise PolicyError(
-            f"{folder.path} was trained for KV block size {sizes}, the server has {spec.kv_block_size}"
+            f"{folder.path} was trained for KV block size {sizes}, and the server has {spec.kv_block_size}: "
+            "use the policy of that block size"
         )
     found = list(_mismatches(folder, spec, model))
     if unsure not in (None, spec.kv_block_size):
-        shown = f"it was trained for KV block size {spec.kv_block_size}, the server's page says {unsure}"
-        found.append(f"{shown}, which need not be that of a hybrid model's attention")
+        shown = f"it was trained for KV block size {spec.kv_block_size}, and the server reports {unsure}"
+        found.append(f"{shown}, which for a hybrid model may be another than that of its attention")
     if found and not allow_mismatch:
-        raise PolicyError(f"{folder.path} does not fit: {'; '.join(found)} (--allow-mismatch takes it)")
+        differ = "; ".join(found)
+        raise PolicyError(f"{folder.path} does not fit: {differ}; --allow-mismatch accepts it")
     for mismatch in (*found, *_notes(manifest.engine, engine)):
         logger.warning("%s: %s", folder.path, mismatch)
 
@@ -55,33 +57,33 @@ def _mismatches(folder: PolicyFolder, spec: NodeSpec, model: ServedModel) -> Ite
     if (changed := pack_mismatch(manifest, pack_here(manifest))) is not None:
         yield f"it {changed}"
     if not model.fits(manifest.model):
-        yield f"it was trained for model {manifest.model}, the server has {spec.model}"
+        yield f"it was trained for model {manifest.model}, and the server has {spec.model}"
     if spec.gpu_name != manifest.gpu_name:
-        yield f"it was trained for GPU {manifest.gpu_name}, this is {spec.gpu_name}"
+        yield f"it was trained for GPU {manifest.gpu_name}, and this is {spec.gpu_name}"
     if not manifest.engine.startswith(_ENGINE):
-        yield f"it was trained for {manifest.engine}, the server is {_ENGINE}"
+        yield f"it was trained for {manifest.engine}, and the server is {_ENGINE}"
     anchor = manifest.anchor
     limits, clocks_mhz = ((), ()) if anchor is None else knobs_of(anchor.rule)
     highest = max((*grid.batch_limits, *limits))
     if highest > spec.batch_limits[-1]:
-        yield f"its highest batch limit is {highest}, the server's {spec.batch_limits[-1]}"
+        yield f"its highest batch limit is {highest}, and the server's is {spec.batch_limits[-1]}"
     clocks = {*grid.gpu_clocks_mhz, *clocks_mhz}
     missing = sorted(clocks - set(spec.gpu_clocks_mhz))
     if missing and len(spec.gpu_clocks_mhz) > 1:
-        yield f"the GPU does not support its clocks {', '.join(map(str, missing))} MHz"
+        yield f"the GPU does not support its clocks of {', '.join(map(str, missing))} MHz"
 
 
 def _notes(trained_for: str, version: str | None) -> Iterator[str]:
     """What there is to say of the server's version of vLLM."""
     if version is None:
-        yield f"it was trained for {trained_for}, the server's version is not known (it has no /version)"
+        yield f"it was trained for {trained_for}; the server's version is unknown (it has no /version)"
         return
     if trained_for.casefold() != f"{_ENGINE} {version}".casefold():
         yield (
-            f"it was trained for {trained_for}, the server is {_ENGINE} {version}: energy and latency may "
-            "differ a little, which --canary measures"
+            f"it was trained for {trained_for}, and the server is {_ENGINE} {version}: energy and latency "
+            "may differ a little; --canary measures what the policy saves"
         )
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and not SUPPORTED[0] <= (int(numbers[1]), int(numbers[2])) <= SUPPORTED[1]:
         lowest, highest = (".".join(map(str, bound)) for bound in SUPPORTED)
-        yield f"{_ENGINE} {version} is not one of {lowest} to {highest}, which fuel_ray supports"
+        yield f"{_ENGINE} {version} is not supported; fuel_ray supports {lowest} to {highest}"

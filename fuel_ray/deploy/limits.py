@@ -18,8 +18,8 @@ def check_judged(url: str, slo: Slo, page: MetricsSnapshot) -> None:
             " and ".join(map(_name, missing)),
         )
         raise NodeError(
-            f"{url} has no {metrics}, by which the SLO's {limited} is judged: serve with a "
-            "vLLM that has it (and without --disable-log-stats), or take a policy whose SLO has no such limit"
+            f"{url} has no {metrics}, which is needed for the SLO's limit on {limited}: start vLLM without "
+            "--disable-log-stats, use a newer vLLM, or use a policy without this limit"
         )
 
 
@@ -27,7 +27,7 @@ def how_judged(slo: Slo, page: MetricsSnapshot) -> Iterator[str]:
     """A sentence per limit; for those between two bounds of the server's, which bound is nearest."""
     for name, limit_s in slo.limits_s.items():
         how = _how(limit_s, getattr(page, name), mean=slo.share is None)
-        yield f"{_name(name)} <= {_ms(limit_s)} is judged {how}"
+        yield f"SLO limit {_name(name)} {_ms(limit_s)}: {how}"
 
 
 def _name(name: LatencyName) -> str:
@@ -36,21 +36,22 @@ def _name(name: LatencyName) -> str:
 
 def _how(limit_s: float, histogram: Histogram | None, *, mean: bool) -> str:
     if histogram is None or not histogram.upper_bounds_s:
-        return "once the server has served a request"
+        return "attainment is known once the server has served a request"
     summed = histogram.sum_s is not None
     if mean and summed:
-        return "by the mean, which is exact"
+        return "the mean is known exactly"
     finite_s = [bound_s for bound_s in histogram.upper_bounds_s if math.isfinite(bound_s)]
     if limit_s in finite_s and not mean:
-        return f"exactly: the server counts requests up to {_ms(limit_s)}"
+        return f"attainment is exact, because {_ms(limit_s)} is a bucket bound of the server's histogram"
     below_s = max((bound_s for bound_s in finite_s if bound_s < limit_s), default=0.0)
     above_s = min((bound_s for bound_s in finite_s if bound_s >= limit_s), default=None)
     between = f"above {_ms(below_s)}" if above_s is None else f"between {_ms(below_s)} and {_ms(above_s)}"
     nearest_s = min(finite_s, key=lambda bound_s: abs(bound_s - limit_s), default=limit_s)
-    known = "window's mean leaves" if summed else "server, which gives no sums, leaves"
+    known = "the window's mean" if summed else "the counts"
     return (
-        f"within bounds: requests {between} count as missed only as far as the {known} no doubt; "
-        f"a limit of {_ms(nearest_s)} would be exact"
+        f"attainment is known within bounds, because requests {between} are in one bucket of the server's "
+        f"histogram; they count as misses only if {known} allow no other reading. {_ms(nearest_s)} would be "
+        "exact"
     )
 
 

@@ -51,7 +51,7 @@ class Recorder:
         """Say what is controlled."""
         spec = attached.loop.node.spec
         self._facts["spec"] = asdict(spec)
-        self._write("what is controlled is only here", self._facts)
+        self._write("run.json lacks what is controlled", self._facts)
         clocks, limits = spec.gpu_clocks_mhz, spec.batch_limits
         what = f"{spec.name}: {spec.model} on {spec.gpu_name}, KV blocks of {spec.kv_block_size}"
         may = f"clock {clocks[0]}..{clocks[-1]} MHz, batch limit {limits[0]}..{limits[-1]}"
@@ -95,7 +95,7 @@ class Recorder:
     def lost(self, step: int, chosen: Knobs, error: FuelRayError) -> None:
         """Record that there is no window."""
         self._lost += 1
-        self._say(f"window {step} is lost", str(error))
+        self._say(f"window {step} could not be measured", str(error))
         now_s = round(self._now_s(), 3)
         line = {"step": step, "time_s": now_s, "chosen": asdict(chosen), "error": str(error)}
         self._log.write(json.dumps(line))
@@ -104,7 +104,7 @@ class Recorder:
         """Say that nothing is controlled at the moment."""
         cause = error.__context__ if isinstance(error.__context__, FuelRayError) else None
         why = f"{cause}; {error}" if cause is not None and error.__cause__ is None else str(error)
-        self._say("clocks and batch limit are given back until it works again", why)
+        self._say("clocks and batch limit are reset until control is possible again", why)
 
     def _say(self, what: str, why: str) -> None:
         """Once a minute while it stays the same: an outage of a night should not fill a log."""
@@ -116,7 +116,7 @@ class Recorder:
     def close(self) -> None:
         """Close steps.jsonl, write the summary into run.json and print it."""
         self._log.close()
-        self._write("the summary is only here", {**self._facts, "summary": self.summary()})
+        self._write("run.json lacks the summary", {**self._facts, "summary": self.summary()})
         print(f"{self.summary_text()}\nwrote {self._run_dir}", flush=True)
 
     def _write(self, otherwise: str, facts: dict[str, Any]) -> None:
@@ -157,7 +157,9 @@ class Recorder:
             f"decision p99 {_ms(s['decision']['p99_s'])}"
             + ("" if s["saved_j_modelled"] is None else f"\n{self._saving(s)}")
             + ("" if s["canary"] is None else f"\n{_trial_text(s['canary'])}")
-            + "".join(f"\noverruled {n} times: {reason}" for reason, n in s["overruled"].items())
+            + "".join(
+                f"\nthe guard overruled the policy {n} times: {why}" for why, n in s["overruled"].items()
+            )
         )
 
     def _latency(self, name: LatencyName) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class Recorder:
         reference_j = s["energy_j"] if shadow else s["energy_j"] + saved_j
         share = f" ({saved_j / reference_j:+z.1%})" if reference_j else ""
         would = "would have saved" if shadow else "saved"
-        return f"the policy {would} {saved_j:.0f} J{share} over maximum performance (modelled)"
+        return f"the policy {would} {saved_j:.0f} J{share} compared with maximum performance (modelled)"
 
     def _now_s(self) -> float:
         return time.monotonic() - self._began_s
@@ -190,7 +192,7 @@ def _trial_text(found: dict[str, Any]) -> str:
     for name, what in (("energy", "energy per output token"), ("attainment", "SLO attainment")):
         change = found[name]
         if change is None:
-            parts.append(f"{what}: too few blocks")
+            parts.append(f"{what}: too few blocks to compare")
         elif change["low"] is None:
             parts.append(f"{what} {change['mean']:+z.1%}")
         else:

@@ -1,4 +1,4 @@
-"""A policy without a folder, of the catalogue or from outside: it may be watched, and never rules."""
+"""A policy without a folder, of the catalogue or from outside: it is watched, and never in control."""
 
 from dataclasses import dataclass
 
@@ -18,15 +18,24 @@ class Rule:
     def check(self) -> None:
         """Raises ConfigError where it is nothing that can be watched."""
         if "/" in self.entry and ":" not in self.entry:
-            raise ConfigError(f"--policy {self.entry}: there is no such folder")
+            raise ConfigError(
+                f"--policy {self.entry}: there is no such folder; give a policy folder, such as "
+                "results/sweep-.../policies/block_16"
+            )
         from fuel_ray.policies.catalogue import SIMPLE, TUNED_STATIC  # noqa: PLC0415  (as below)
         from fuel_ray.tuning.contenders import is_folder  # noqa: PLC0415  (a folder does not wait for numba)
 
         if is_folder(self.entry) or self.entry in (TUNED_STATIC, *SIMPLE):
-            raise ConfigError(f"--policy {self.entry}: it is tuned for a load; a policy folder holds what is")
+            raise ConfigError(
+                f"--policy {self.entry}: this rule has to be tuned for a workload; `fuel-ray recommend "
+                "--save FOLDER` does that and writes a policy folder"
+            )
         limits_s = [s for s in (self.slo.ttft_s, self.slo.tpot_s, self.slo.e2e_s) if s is not None]
         if not limits_s or not min(limits_s) > 0:
-            raise ConfigError(f"--policy {self.entry}: say its SLO, such as --slo-ttft-s 1 --slo-tpot-s 0.05")
+            raise ConfigError(
+                f"--policy {self.entry}: a rule needs an SLO above 0 s, such as --slo-ttft-s 1 --slo-tpot-s "
+                "0.05"
+            )
 
     @property
     def pack(self) -> Pack | None:

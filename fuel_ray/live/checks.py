@@ -102,15 +102,15 @@ def idle_power(gpus: Gpus) -> Check | None:
     without = sorted(pid for pid, environ in there.items() if not is_set(environ))
     named = f"{VARIABLE}=1"
     if there and not without:
-        return Check("idle power", f"{named} is in the environment of what runs on the GPU")
+        return Check("idle power", f"{named} is set for the processes on the GPU")
     if without:
-        found = f"{VARIABLE} is not set in pid {', '.join(map(str, without))} on the GPU"
+        found = f"{VARIABLE} is not set for pid {', '.join(map(str, without))} on the GPU"
         return Check("idle power", found, f"start the server with {named}: {MEASURED}", needed=False)
     if is_set(dict(os.environ)):
-        return Check("idle power", f"{named} is set here, and in servers that are started from here")
-    cannot = "of what runs on the GPU the environment cannot be read; " if running else ""
+        return Check("idle power", f"{named} is set here, and servers that are started here inherit it")
+    cannot = "the environment of the processes on the GPU cannot be read, and " if running else ""
     found = f"{cannot}{VARIABLE} is not set here"
-    return Check("idle power", found, f"a server may be started with {named}: {MEASURED}", needed=False)
+    return Check("idle power", found, f"consider starting servers with {named}: {MEASURED}", needed=False)
 
 
 def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
@@ -118,16 +118,16 @@ def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
         with Gpus(gpu_ids, default=1) as gpus:
             yield Check("GPU", f"{len(gpus.uuids)} x {gpus.name}, driver {gpus.driver_version}")
             for line in gpus.shared:
-                yield Check("MIG", line, "leave its clock alone, --clock-control off", needed=False)
+                yield Check("MIG", line, "do not set its clock: --clock-control off", needed=False)
             yield _readings(gpus)
             yield _clocks(gpus)
             if (idle := idle_power(gpus)) is not None:
                 yield idle
     except GpuError as error:
-        remedy = "install NVIDIA's driver, or give the container its GPUs (--gpus all)"
-        yield Check("GPU", str(error), remedy if error.__cause__ else "`nvidia-smi -L` lists what is here")
+        remedy = "install the NVIDIA driver, or start the container with --gpus all"
+        yield Check("GPU", str(error), remedy if error.__cause__ else "`nvidia-smi -L` lists the GPUs")
     except ConfigError as error:
-        yield Check("GPU", str(error), "name others by --gpu-ids, or change that variable")
+        yield Check("GPU", str(error), "give other GPUs with --gpu-ids, or change that variable")
 
 
 def _readings(gpus: Gpus) -> Check:
@@ -138,21 +138,24 @@ def _readings(gpus: Gpus) -> Check:
         return Check("readings", found)
     missing = "; ".join(f"no {name} on GPU {', '.join(uuids)}" for name, uuids in lacking.items())
     if {"energy counter", "power"} <= set(lacking):
-        remedy = "energy cannot be measured: update the driver, or leave that GPU out"
+        remedy = "energy cannot be measured: update the driver, or do not use that GPU"
         return Check("readings", f"{found}; {missing}", remedy)
-    remedy = "energy is integrated from power" if "energy counter" in lacking else "unknown in every record"
+    remedy = "energy is integrated from power" if "energy counter" in lacking else "records will lack it"
     return Check("readings", f"{found}; {missing}", remedy, needed=False)
 
 
 def _clocks(gpus: Gpus) -> Check:
     clocks = gpus.supported_clocks_mhz
     if not clocks:
-        return Check("clocks", "NVML lists none", "the node is observe-only", needed=False)
-    found = f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz"
+        return Check("clocks", "NVML lists no clocks", "clocks cannot be set, only observed", needed=False)
+    found = f"{len(clocks)} clocks from {clocks[0]} to {clocks[-1]} MHz"
     if gpus.can_set_clocks():
-        return Check("clocks", f"{found}, may be set here")
-    remedy = "run as root or with CAP_SYS_ADMIN (docker: --cap-add=SYS_ADMIN), or observe only"
-    return Check("clocks", f"{found}, may not be set here", remedy, needed=False)
+        return Check("clocks", f"{found}, and this process may set them")
+    remedy = (
+        "run as root, with CAP_SYS_ADMIN (docker: --cap-add=SYS_ADMIN) or beside `fuel-ray clock-helper`; "
+        "without it clocks are only observed"
+    )
+    return Check("clocks", f"{found}, but this process may not set them", remedy, needed=False)
 
 
 def _rapl() -> Check:
@@ -174,17 +177,19 @@ def _rapl() -> Check:
 def _vllm(command: Sequence[str], block_sizes: Sequence[int]) -> Iterator[Check]:
     executable = shutil.which(command[0])
     if executable is None:
-        yield Check("vLLM", f"{command[0]} is not a command here", "install vLLM, or name it by --vllm")
+        yield Check(
+            "vLLM", f"there is no command {command[0]}", "install vLLM, or give its command with --vllm"
+        )
         return
     python = _python_of(Path(executable).absolute())
     try:
         there = _ask(python)
     except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
-        found = f"{executable} does not say its version: {error}"
-        yield Check("vLLM", found, "name its executable by --vllm")
+        found = f"the version of {executable} is unknown: {error}"
+        yield Check("vLLM", found, "give the command that runs vLLM with --vllm")
         return
     if there.version is None:
-        yield Check("vLLM", f"not in the environment of {executable}", "install vLLM there")
+        yield Check("vLLM", f"vLLM is not in the environment of {executable}", "install it there")
         return
     yield Check("vLLM", f"{there.version} ({executable})")
     yield _block_sizes(block_sizes, multiple_of=32 if there.on_cpu else 16)
@@ -196,25 +201,25 @@ def _plugin(there: _Environment, python: str) -> Check:
     wanted = os.environ.get("VLLM_PLUGINS")
     install = f"batch limits need it: {_install(there, python)}"
     if there.plugin is None:
-        return Check("plug-in", "fuel_ray is not among vLLM's plug-ins", install)
+        return Check("plug-in", "fuel_ray is not installed in vLLM's environment", install)
     if there.plugin_error is not None:
-        found = f"fuel_ray is among vLLM's plug-ins, but its import ends in {there.plugin_error}"
+        found = f"fuel_ray is installed in vLLM's environment, but cannot be imported: {there.plugin_error}"
         return Check("plug-in", found, install)
     if wanted is not None and "fuel_ray" not in wanted.split(","):
-        found = f"VLLM_PLUGINS={wanted} leaves fuel_ray out"
-        return Check("plug-in", found, "batch limits need it: add it there, or unset the variable")
+        found = f"VLLM_PLUGINS={wanted} excludes fuel_ray"
+        return Check("plug-in", found, "batch limits need it: add fuel_ray there, or unset the variable")
     if there.plugin != __version__:
-        found = f"fuel_ray {there.plugin} is among vLLM's plug-ins, this is {__version__}"
-        return Check("plug-in", found, f"both need the same: {_install(there, python)}")
-    return Check("plug-in", "fuel_ray is among vLLM's plug-ins")
+        found = f"vLLM's environment has fuel_ray {there.plugin}, and this is {__version__}"
+        return Check("plug-in", found, f"both need the same version: {_install(there, python)}")
+    return Check("plug-in", "fuel_ray is installed in vLLM's environment")
 
 
 def _install(there: _Environment, python: str) -> str:
-    """The command that puts this very fuel_ray into vLLM's environment, whatever is left of another there."""
+    """The command that puts this version of fuel_ray, the base, into vLLM's environment."""
     root = Path(__file__).parents[2]
     what = root if (root / "pyproject.toml").exists() else f"fuel_ray=={__version__}"
     pip = f"{python} -m pip install" if there.pip else f"uv pip install --python {python}"
-    return f"{pip} --no-deps --force-reinstall {what}"
+    return f"{pip} {what}"
 
 
 def _python_of(executable: Path) -> str:
@@ -238,10 +243,10 @@ def _block_sizes(asked: Sequence[int], *, multiple_of: int) -> Check:
     """By the rule of vLLM 0.20 to 0.33's backends; a run tries each and says what its server refuses."""
     can = ", ".join(str(size) for size in asked if size % multiple_of == 0)
     cannot = ", ".join(str(size) for size in asked if size % multiple_of)
-    found = f"multiples of {multiple_of}: {can or 'none of those asked for'}"
+    found = f"this vLLM serves multiples of {multiple_of}: {can or 'none of those given'}"
     if not can:
-        return Check("block sizes", found, f"ask for multiples of {multiple_of} by --block-sizes")
-    left = f"{cannot} will end as unsupported" if cannot else None
+        return Check("block sizes", found, f"give multiples of {multiple_of} with --block-sizes")
+    left = f"{cannot} will be skipped as unsupported" if cannot else None
     return Check("block sizes", found, left, needed=False)
 
 
@@ -249,11 +254,12 @@ def _port() -> Check:
     try:
         return Check("port", f"{free_port()} is free")
     except OSError as error:
-        return Check("port", f"none is free: {error}", "a server needs a TCP port on 127.0.0.1")
+        return Check("port", f"no TCP port is free: {error}", "free one on 127.0.0.1: a server needs it")
 
 
 def _disk(folder: Path) -> Check:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free_gb = shutil.disk_usage(there).free / 1e9
-    remedy = f"at least {LEAST_FREE_GB:g} GB for checkpoints and logs" if free_gb < LEAST_FREE_GB else None
+    short = free_gb < LEAST_FREE_GB
+    remedy = f"checkpoints and logs need {LEAST_FREE_GB:g} GB; free some, or use --out" if short else None
     return Check("disk", f"{free_gb:.0f} GB free at {there}", remedy)

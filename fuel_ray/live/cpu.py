@@ -195,6 +195,6 @@ def _text(path: Path) -> str:
     try:
         return path.read_text().strip()
     except PermissionError as error:
-        raise TelemetryError(f"{path} cannot be read; `sudo chmod a+r {path}` allows it") from error
+        raise TelemetryError(f"{path} is not readable; `sudo chmod a+r {path}` makes it so") from error
     except OSError as error:
         raise TelemetryError(f"{path} cannot be read: {error.strerror}") from error

@@ -128,7 +128,7 @@ def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: M
             continue
         (device,) = opened.devices
         if device.index in gpus:
-            raise ConfigError(f"--gpu-ids name GPU {device.index} twice ({device.uuid})")
+            raise ConfigError(f"--gpu-ids: GPU {device.index} ({device.uuid}) is given twice; give it once")
         gpus[device.index] = opened
         found.gpu_ids.append(str(device.index))
     return gpus

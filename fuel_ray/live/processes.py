@@ -54,7 +54,7 @@ class MarkedProcesses:
         kill_s = time.monotonic() + grace_s
         while pids := self.pids():
             if time.monotonic() >= kill_s + KILL_S:
-                logger.error("processes %s do not end", pids)
+                logger.error("processes %s do not exit", pids)
                 return
             if time.monotonic() >= kill_s:
                 for pid in pids:
@@ -140,10 +140,10 @@ def server_pids(port: int) -> tuple[frozenset[int], str]:
     try:
         found = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     except (psutil.Error, OSError) as error:
-        return frozenset(), f"what listens on port {port} cannot be seen ({error})"
+        return frozenset(), f"the process on port {port} cannot be seen ({error})"
     listeners = {c.pid for c in found if c.laddr.port == port} - {None}
     if not listeners:
-        return frozenset(), f"no process that may be seen from here listens on port {port}"
+        return frozenset(), f"no process that this user can see listens on port {port}"
     family: set[int] = set()
     for pid in listeners:
         with contextlib.suppress(psutil.Error):
@@ -151,7 +151,7 @@ def server_pids(port: int) -> tuple[frozenset[int], str]:
             if process.name() in _PROXIES:
                 return (
                     frozenset(),
-                    f"{process.name()} listens on port {port}, before a container or another host",
+                    f"{process.name()} on port {port} forwards to a container or another host",
                 )
             root = _root(process)
             family |= {root.pid, *(child.pid for child in root.children(recursive=True))}

@@ -75,7 +75,9 @@ def parse(argv: list[str], *, prog: str) -> OnboardConfig:
     """
     config = _parsed(argv, prog=prog)
     if config.node == "ray":
-        raise ConfigError("--node ray: onboard measures a server on this machine; run it on the server's host")
+        raise ConfigError(
+            "--node ray: onboard measures a server on this machine; run it on the server's host"
+        )
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a server has exactly one block size, such as --block-sizes 16")
     if config.observe_minutes is None:

@@ -16,15 +16,16 @@ _DEFAULT_URL = "http://127.0.0.1:8000"
 _STEPS = (
     (
         "shadow",
-        "1. Shadow: nothing is set; what the policy would do, and how the server does without it.",
+        "1. Shadow: records what the policy would do and what the server does without it; changes nothing.",
         ("--shadow",),
     ),
     (
         "canary",
-        "2. Canary: it rules in a tenth of the time, drawn by chance, and is compared with the rest of it.",
+        "2. Canary: the policy is in control for a tenth of the time, in random blocks; measures the "
+        "difference.",
         ("--canary", "0.1"),
     ),
-    ("live", "3. Live: it rules until it is stopped; then the driver and the server do again.", ()),
+    ("live", "3. Live: the policy is in control until stopped; then clocks and batch limit are reset.", ()),
 )
 
 
@@ -94,16 +95,16 @@ def _serve(state: Onboarding) -> str:
 def _said(state: Onboarding) -> list[str]:
     """What a reader should know before the first line is run."""
     found, live = state.journal.found("recommend"), state.config.live
-    lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, load {state.workload}"]
+    lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, workload {state.workload}"]
     lines.append(f"{found['headline']}.")
     if state.config.node == "sim":
-        lines.append("The twin stood for a server in all of this: so would the lines of your own look.")
+        lines.append("A rehearsal: the twin took the place of a server, so these commands are an example.")
     elif live.server is None:
-        lines.append(f"Start the server first, as it was here: {_serve(state)}")
+        lines.append(f"First start the server as it was started here: {_serve(state)}")
     if policy_of(state).name != "recommended":
-        lines.append(f"What is recommended, {found['best']}, is no policy folder; this is the trained one.")
+        lines.append(f"The recommended {found['best']} has no policy folder; this is the trained policy.")
     if not state.sets_clocks:
-        lines.append(f"Clocks are not ours to set: 2 and 3 save nothing until they are. {HOW_TO_SET_CLOCKS}")
+        lines.append(f"Steps 2 and 3 save nothing until clocks can be set. {HOW_TO_SET_CLOCKS}.")
     if live.server is not None and login_variable(live.server) in os.environ:
-        lines.append("The login of --server is not written here: put it into the address again.")
+        lines.append("The login of --server is not stored here: add it to the address.")
     return lines

@@ -21,7 +21,7 @@ from fuel_ray.record import write_json
 from fuel_ray.workload.lengths import OUTPUT_TOKENS, PROMPT_TOKENS
 from fuel_ray.workload.spec import Workload, parse_workload
 
-DEFAULT = "the default, as nobody named a load; name yours by --workload or --observe-minutes"
+DEFAULT = "the default; give yours with --workload or --observe-minutes"
 _SEGMENT_S = 30.0  # at least, of one rate
 _SEGMENTS = 40  # at most
 _LOST = 3  # pages in a row without an answer, after which the watch ends
@@ -58,14 +58,14 @@ def find(state: Onboarding) -> dict[str, Any]:
     """
     config = state.config
     if config.observe_minutes is None:
-        origin = DEFAULT if config.workload == OnboardConfig().workload else "named"
+        origin = DEFAULT if config.workload == OnboardConfig().workload else "given"
         print(f"{config.workload} ({origin}): {about(config.workload)}")
         _require_room(state, config.workload)
         return {"workload": config.workload, "origin": origin, "about": about(config.workload)}
     config = _observed_config(state)
     print(
-        f"watching the real traffic of {config.live.server} for {config.observe_minutes:g} min, by its own "
-        "counters; nothing is sent to it"
+        f"watching the traffic of {config.live.server} for {config.observe_minutes:g} min through its "
+        "counters; no requests are sent"
     )
     observed = summary(list(_pages(config)))
     spec = observed.spec()
@@ -74,7 +74,7 @@ def find(state: Onboarding) -> dict[str, Any]:
     facts |= {"prompt_mean": observed.prompt_mean, "output_mean": observed.output_mean}
     write_json(state.folder / "observed.json", {"workload": spec, **facts, "rates": observed.rates})
     lengths = f"{observed.prompt_mean:.0f} prompt and {observed.output_mean:.0f} output tokens on average"
-    print(f"{observed.requests} requests, {lengths}; taken to be lognormal\nworkload: {spec}")
+    print(f"{observed.requests} requests, {lengths}; a lognormal distribution is assumed\nworkload: {spec}")
     _require_room(state, spec)
     return {"workload": spec, **facts, "about": about(spec)}
 
@@ -95,10 +95,10 @@ def _require_room(state: Onboarding, spec: str) -> None:
     _, _, prompt, output = mean_lengths(parse_workload(spec))
     if room and prompt + output > room:
         raise ConfigError(
-            f"the load {spec} has requests of up to {prompt} prompt and {output} output tokens, and the "
-            f"server takes {room} in all (max_model_len). Name a load that fits, as by {spec}"
-            f"{',' if ':' in spec else ':'}max_prompt_tokens={room // 2},max_output_tokens={room // 4}: "
-            f"fuel-ray onboard --resume {state.folder} --workload ..."
+            f"workload {spec} has requests of up to {prompt} prompt and {output} output tokens, but the "
+            f"server accepts {room} in total (max_model_len). Give one that fits: fuel-ray onboard --resume "
+            f"{state.folder} --workload {spec}{',' if ':' in spec else ':'}max_prompt_tokens={room // 2},"
+            f"max_output_tokens={room // 4}"
         )
 
 
@@ -120,7 +120,7 @@ def summary(pages: Sequence[Page]) -> Observed:
         output_tokens += counted.generation_tokens
     if not arrived or not ended:
         raise ConfigError(
-            "--observe-minutes: no request came and ended; watch longer, or name the load by --workload"
+            "--observe-minutes: no request arrived and finished; watch longer, or give --workload instead"
         )
     return Observed(tuple(rates), prompt_tokens / arrived, output_tokens / ended, arrived)
 
@@ -133,7 +133,7 @@ def _observed_config(state: Onboarding) -> OnboardConfig:
         return replace(config, live=replace(config.live, server=url, metrics_url=None))
     if config.live.server is None:
         raise ConfigError(
-            "--observe-minutes: a server that is started has no traffic; name one by --observe-server"
+            "--observe-minutes: a server that is just started has no traffic; give one with --observe-server"
         )
     return config
 
@@ -152,12 +152,12 @@ def _pages(config: OnboardConfig) -> Iterator[Page]:
                 page = client.scrape()
             except NodeError as error:
                 lost += 1
-                print(f"  a page was lost: {error}", flush=True)
+                print(f"  a scrape failed: {error}", flush=True)
                 if lost == _LOST:
                     raise
                 continue
             lost = 0
-            print(f"  {number * every_s:.0f} s: {page.running} run, {page.waiting} wait", flush=True)
+            print(f"  {number * every_s:.0f} s: {page.running} running, {page.waiting} waiting", flush=True)
             yield time.monotonic(), page
 
 

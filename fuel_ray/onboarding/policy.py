@@ -24,7 +24,7 @@ from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.types import RequestRecords, Slo
 
-DEFAULT_SLO = "the default; name yours by --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
+DEFAULT_SLO = "the default; give yours with --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 _ASKED = "asked"
 _SEEDS = 3
 _ROOM = 1.05  # above what is reached, for an SLO that is offered instead
@@ -50,7 +50,7 @@ def check_slo(state: Onboarding) -> dict[str, Any]:
     whom = "on average" if slo.share is None else f"for {slo.share:.0%} of the requests"
     found["default"] = slo == OnboardConfig().slo
     named = f" ({DEFAULT_SLO})" if found["default"] else ""
-    print(f"SLO: {limits} {whom}{named}; by the twin at its highest clock {_attained(found)} (modelled)")
+    print(f"SLO: {limits} {whom}{named}; on the twin at the highest clock {_attained(found)} (modelled)")
     return found if met else found | {"stop": _cannot(state, found, limits, whom)}
 
 
@@ -90,7 +90,7 @@ def recommend_config(state: Onboarding, twin: OnboardConfig) -> RecommendConfig:
 
 def _headline(chosen: dict[str, Any], best: Pair) -> str:
     if best.policy == MAX_PERFORMANCE:
-        return "Nothing can be saved under this load and SLO, by the twin"
+        return "According to the twin, nothing can be saved for this workload and SLO"
     band = chosen["band_against_max"]
     span = "" if band is None else f" ({1 - band[1]:.1%} to {1 - band[0]:.1%} over the clock axes)"
     saving = f"{1 - chosen['against_max']:.1%}{span} of the energy that maximum performance uses"
@@ -107,9 +107,9 @@ def _room(pairs: list[Pair], chosen: dict[str, Any], config: RecommendConfig) ->
     if fitted.static.gpu_clock_mhz != lowest_mhz or not chosen["met"]:
         return []
     return [
-        f"The SLO leaves room: {lowest_mhz} MHz, the twin's lowest clock, suffices for it under this load "
-        f"({chosen['attained']:.1%} of the requests are within it), and a policy has nothing to choose. Look "
-        "whether load and SLO are yours: at a higher load or a tighter SLO it has"
+        f"Here the lowest clock of the twin, {lowest_mhz} MHz, is enough to meet the SLO (attainment "
+        f"{chosen['attained']:.1%}), so there is nothing for a policy to choose. Check that workload and SLO "
+        "are yours: with a higher load or a tighter SLO there is"
     ]
 
 
@@ -118,17 +118,17 @@ def _notes(state: Onboarding) -> list[str]:
     notes = []
     if not state.sets_clocks:
         notes.append(
-            "Nothing can be saved without the privilege to set clocks, which this process lacks or was told "
-            f"not to use; the figure is what the twin says of it. {HOW_TO_SET_CLOCKS}"
+            "The saving is what the twin predicts; to realise it, clocks must be set, which this process may "
+            f"not do or was told not to do. {HOW_TO_SET_CLOCKS}"
         )
     if (idle := state.facts.get("idle_power")) and "_BOOST=1: " in idle:
-        notes.append(f"Idle power needs no privilege. {idle}")
+        notes.append(f"Idle power can be lowered without any privilege: {idle}")
     if not state.sets_limits:
-        notes.append(f"The batch limit is left alone in all of this. {HOW_TO_SET_LIMITS}")
+        notes.append(f"The policy does not change the batch limit. {HOW_TO_SET_LIMITS}")
     transferred = state.journal.found("calibrate")["transferred"]
     if "clock axis" in transferred:
         axis = next(part for part in transferred.split("; ") if "clock axis" in part)
-        notes.append(f"How time and power depend on the clock was not measured here: {axis}")
+        notes.append(f"How step time and power depend on the clock was not measured on this server: {axis}")
     return notes
 
 
@@ -165,7 +165,7 @@ def _reached(records: list[RequestRecords], slo: Slo) -> dict[str, float]:
 def _attained(found: dict[str, Any]) -> str:
     if found["slo"]["share"] is None:
         return "it is met" if found["met"] else "it is missed"
-    return f"{found['attained']:.1%} meet it"
+    return f"attainment is {found['attained']:.1%}"
 
 
 def _cannot(state: Onboarding, found: dict[str, Any], limits: str, whom: str) -> str:
@@ -176,7 +176,7 @@ def _cannot(state: Onboarding, found: dict[str, Any], limits: str, whom: str) ->
     can = ", ".join(f"{name.upper()} {value_s:.2g} s" for name, value_s in offered.items())
     flags = " ".join(f"--slo-{name}-s {value_s:.2g}" for name, value_s in offered.items())
     return (
-        f"the server cannot meet {limits} {whom} under this load even at its highest clock, by the twin: "
-        f"{_attained(found)}. It can meet {can}; or give it less load. To go on with that: "
+        f"according to the twin, the server cannot meet {limits} {whom} for this workload even at its "
+        f"highest clock: {_attained(found)}. It can meet {can}. Reduce the load, or continue with that SLO: "
         f"fuel-ray onboard --resume {state.folder} {flags}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fuel_ray.build.live import server_endpoint
+from fuel_ray.codec import clock_range
 from fuel_ray.commands.doctor import show
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.live.checks import Check, host_checks
@@ -20,25 +21,25 @@ LISTEN_S = 3.0  # in which a server without other traffic counts no request
 _TO_START = ("vLLM", "plug-in", "block sizes", "port")  # checks that matter only to a server that is started
 
 HOW_TO_SET_CLOCKS = (
-    "Locking clocks needs CAP_SYS_ADMIN: run `sudo fuel-ray clock-helper --gpu-ids ... --users USER` beside "
-    "the controller, with FUEL_RAY_CLOCK_SOCKET in its environment, or start its container with "
-    "--cap-add=SYS_ADMIN; docs/deploy.md, Privilege, has both"
+    "To set clocks, a controller needs CAP_SYS_ADMIN or a helper: run `sudo fuel-ray clock-helper --gpu-ids "
+    "... --users USER` and set FUEL_RAY_CLOCK_SOCKET for the controller, or start its container with "
+    "--cap-add=SYS_ADMIN (docs/deploy.md, Privilege)"
 )
 HOW_TO_SET_LIMITS = (
-    "The batch limit needs fuel_ray in vLLM's environment and FUEL_RAY_LIMIT_FILE=FILE in the server's, and "
-    "--limit-file FILE here"
+    "To set the batch limit, install fuel_ray in vLLM's environment, start the server with "
+    "FUEL_RAY_LIMIT_FILE=FILE, and give --limit-file FILE here"
 )
 
 
 def look(state: Onboarding) -> dict[str, Any]:
-    """Check the host, ask the server and say what of it is ours to set.
+    """Check the host, ask the server and say which of its settings can be changed.
 
     Raises:
         ConfigError: something that is needed is missing.
     """
     checks = list(_checks(state.config)) if state.config.node == "live" else []
     if checks and show("", checks):
-        raise ConfigError("something that is needed is missing: see the lines with FAIL")
+        raise ConfigError("a check failed: fix what the lines that begin with FAIL say, and start again")
     found = state.look()
     found["idle_power"] = next((_line(check) for check in checks if check.what == "idle power"), None)
     clocks_mhz, limits = found["gpu_clocks_mhz"], found["batch_limits"]
@@ -52,12 +53,17 @@ def look(state: Onboarding) -> dict[str, Any]:
         print("\n".join(lines))
     if len(clocks_mhz) == 1:
         print(
-            f"observe-only: its clocks are not ours to set, {clocks_mhz[0]} MHz is taken. {HOW_TO_SET_CLOCKS}"
+            f"This process may not set the GPU's clocks, so the server is only observed, at {clocks_mhz[0]} "
+            f"MHz. {HOW_TO_SET_CLOCKS}."
         )
     if limits[0] == limits[-1]:
-        print(f"its batch limit is not ours to set: policies choose the clock alone. {HOW_TO_SET_LIMITS}.")
+        print(
+            "The server's batch limit cannot be changed, so policies choose the clock only. "
+            f"{HOW_TO_SET_LIMITS}."
+        )
     if unknown := sorted({*state.config.clocks_mhz} - {*clocks_mhz}):
-        raise ConfigError(f"--clocks-mhz {unknown}: {clocks_mhz[0]} to {clocks_mhz[-1]} MHz may be set here")
+        given = " ".join(map(str, unknown))
+        raise ConfigError(f"--clocks-mhz {given}: not supported here; {clock_range(clocks_mhz)}")
     return found
 
 
@@ -65,10 +71,11 @@ def _assumed(state: Onboarding, found: dict[str, Any]) -> list[str]:
     """What the server does not tell, and what is taken for it."""
     lines = []
     if any(line.startswith("max_num_seqs") for line in found["assumed"]):
-        lines.append(f"its --max-num-seqs is taken to be {found['batch_limits'][-1]}, which it does not tell")
+        limit = found["batch_limits"][-1]
+        lines.append(f"the server does not report its --max-num-seqs, which is assumed to be {limit}")
     if state.config.max_num_batched_tokens is None:
         lines += [line for line in found["assumed"] if line.startswith("max_num_batched_tokens")]
-    return [f"{line}: say it by --{flag} if it is another" for line in lines for flag in (_flag(line),)]
+    return [f"{line}; if that is wrong, give --{flag}" for line in lines for flag in (_flag(line),)]
 
 
 def _flag(line: str) -> str:
@@ -106,15 +113,15 @@ def require_alone(config: OnboardConfig) -> None:
             if not (there := _foreign(before, client.scrape())):
                 return
     raise NodeError(
-        f"{config.live.server} serves other requests ({there}): a profile needs it alone. Take it out of the "
-        "load balancer, or start another one like it, and go on when it is quiet"
+        f"{config.live.server} serves other requests ({there}), but it must be idle to be measured. Take it "
+        "out of the load balancer, or start another server like it"
     )
 
 
 def _foreign(before: MetricsSnapshot, after: MetricsSnapshot) -> str:
     counted = difference(before, after, LISTEN_S)
     if after.running or after.waiting:
-        return f"{after.running} run and {after.waiting} wait"
+        return f"{after.running} running, {after.waiting} waiting"
     if counted.requests_succeeded or counted.generation_tokens or counted.prompt_tokens:
-        return f"{counted.requests_succeeded} ended within {LISTEN_S:g} s"
+        return f"{counted.requests_succeeded} finished within {LISTEN_S:g} s"
     return ""

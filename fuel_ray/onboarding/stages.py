@@ -47,25 +47,19 @@ def _server_s(config: OnboardConfig) -> float:
 STAGES = (
     Stage(
         "server",
-        "look at this host and at the server",
+        "check this host and the server",
         _server_s,
         server.look,
         True,
     ),
-    Stage(
-        "load", "name the load that the policy is for", lambda c: 60.0 * (c.observe_minutes or 0.0), load.find
-    ),
+    Stage("load", "determine the workload", lambda c: 60.0 * (c.observe_minutes or 0.0), load.find),
     Stage("profile", "measure the server's steps, prefills and idle power", _profile_s, twin.measure, True),
-    Stage(
-        "calibrate", "fit the server's twin to the profile", lambda c: 240.0 if c.traces else 10.0, twin.fit
-    ),
-    Stage("validate", "compare the twin with a fresh load", _validate_s, twin.compare, True),
-    Stage("slo", "ask the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
+    Stage("calibrate", "fit a twin to the profile", lambda c: 240.0 if c.traces else 10.0, twin.fit),
+    Stage("validate", "compare twin and server on a new workload", _validate_s, twin.compare, True),
+    Stage("slo", "check on the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
     Stage("train", "train a policy on the twin", lambda c: 90.0 + c.steps / 500.0, policy.learn),
-    Stage(
-        "recommend", "compare it with what could be had without it", lambda c: 15.0 * c.seeds, policy.decide
-    ),
-    Stage("commands", "write down how to deploy it", lambda c: 1.0, handover.write),
+    Stage("recommend", "compare the policy with the baselines", lambda c: 15.0 * c.seeds, policy.decide),
+    Stage("commands", "write the commands that deploy the policy", lambda c: 1.0, handover.write),
 )
 
 
@@ -79,12 +73,12 @@ def onboard(config: OnboardConfig) -> int:
         with contextlib.closing(state):
             _through(state)
     except (KeyboardInterrupt, SystemExit):
-        print(f"\ninterrupted; to go on: fuel-ray onboard --resume {state.folder}", flush=True)
+        print(f"\ninterrupted; to continue: fuel-ray onboard --resume {state.folder}", flush=True)
         raise
     except DiskError as error:
-        raise DiskError(f"{error}. To go on then: fuel-ray onboard --resume {state.folder}") from error
+        raise DiskError(f"{error}. Then continue: fuel-ray onboard --resume {state.folder}") from error
     except NodeError as error:
-        raise NodeError(f"{error}. To go on then: fuel-ray onboard --resume {state.folder}") from error
+        raise NodeError(f"{error}. Then continue: fuel-ray onboard --resume {state.folder}") from error
     finally:
         with contextlib.suppress(OSError):  # of a full disk, which has been said if it ended a stage
             print(f"\nreport     {write_onboarding(state.folder)}", flush=True)
@@ -97,14 +91,14 @@ def _through(state: Onboarding) -> None:
         if not any(later.on_server for later in STAGES[number:]):
             state.close()
         if state.journal.is_done(stage.name):
-            print(f"{head}: done before")
+            print(f"{head}: already done")
         else:
             seconds = [later.seconds(_seen(state)) for later in STAGES[number:]]
-            took = f"about {_minutes(seconds[0])}, {_minutes(sum(seconds))} to the end of all"
+            took = f"about {_minutes(seconds[0])}; all stages end in about {_minutes(sum(seconds))}"
             print(f"{head} ({took})", flush=True)
             _one(state, stage)
         if end := state.journal.found(stage.name).get("end"):
-            print(f"\nthis is the end of what can be done here: {end}")
+            print(f"\nthe onboarding ends here: {end}")
             return
     print(f"\nto deploy  {state.folder / 'commands.sh'}")
 

@@ -51,7 +51,7 @@ class Onboarding:
 
     @property
     def sets_clocks(self) -> bool:
-        """Whether the server's clocks are ours to set."""
+        """Whether the server's clocks can be set."""
         return len(self.facts["gpu_clocks_mhz"]) > 1
 
     @property
@@ -71,7 +71,7 @@ class Onboarding:
         if self._server is None:
             config = self._attachable()
             if config.live.server is None:
-                print(f"starting the server; its log is in {self.folder}", flush=True)
+                print(f"starting the server, log in {self.folder}", flush=True)
             self._server = LiveServer(config, config.block_sizes[0])
             self._check_same()
         return self._server.config  # type: ignore[return-value]
@@ -127,7 +127,7 @@ class Onboarding:
         found = self.look() if before else {}
         if other := [name for name in _SAME if found.get(name) != before.get(name)]:
             said = ", ".join(f"{name} {found[name]}, not {before[name]}" for name in other)
-            raise ConfigError(f"--resume {self.folder}: the server is another one: it has {said}")
+            raise ConfigError(f"--resume {self.folder}: the server has changed since; it now has {said}")
 
     def _common_clocks_mhz(self) -> tuple[int, ...]:
         """Clocks of the twin: those that the server has too; all of the pack's if none of its may be set."""
@@ -136,7 +136,7 @@ class Onboarding:
         pack = load_pack(str(self.pack_path))
         if common := {*pack.gpu_clocks_mhz} & {*self.facts["gpu_clocks_mhz"]}:
             return tuple(sorted(common))
-        raise ConfigError(f"the GPU has none of the clocks of {self.pack_path}, which was fitted to it")
+        raise ConfigError(f"the GPU supports none of the clocks in {self.pack_path}; start a new onboarding")
 
     def _attachable(self) -> OnboardConfig:
         """With what a running server says of itself: its block size and its model."""
@@ -147,7 +147,7 @@ class Onboarding:
         with contextlib.closing(MetricsClient(endpoint)) as client:
             cache = client.scrape().cache_config
         if cache is None:
-            raise NodeError(f"{live.server} does not say its KV block size on /metrics")
+            raise NodeError(f"{live.server} does not report its KV block size on /metrics")
         model = live.model
         if model == SERVED:
             model = served_model(endpoint, name=live.served_model).root

@@ -31,8 +31,8 @@ from fuel_ray.workload.spec import parse_workload
 
 POOR = 3.0  # times a bound, beyond which a twin is no ground to decide on
 NO_SAVING = (
-    "no saving can be modelled: the clock of {gpu} is not ours to set, and no shipped pack has the clock "
-    "axis of its architecture"
+    "no saving can be predicted: fewer than three clocks of {gpu} were profiled, and no shipped calibration "
+    "pack has a clock axis for its architecture"
 )
 _RUNNING = 8  # requests, on average, of the fresh load
 _LOWER = 0.65  # of the highest clock: the other one at which it is compared
@@ -47,7 +47,7 @@ def measure(state: Onboarding) -> dict[str, Any]:
     with into(state.folder, "profile", begun):
         resume = begun[-1] if begun else None
         profile.run(settings(ProfileConfig, config, resume=resume, max_num_batched_tokens=tokens))
-    print(f"onboard goes on with that by itself; it is now in {state.folder / 'profile'}")
+    print(f"the profile is now in {state.folder / 'profile'}; onboard runs the next steps itself")
     found = read_profile([str(state.folder / "profile" / "profile.jsonl")])
     return {"clocks_mhz": found.clocks_mhz, "decode": len(found.decode), "prefill": len(found.prefill)}
 
@@ -87,7 +87,7 @@ def compare(state: Onboarding) -> dict[str, Any]:
     config = state.serving()
     require_alone(config)
     load = _fresh_load(state)
-    print(f"load: {load}, seed {config.seed + 1}, {config.validate_seconds} s; it was not fitted")
+    print(f"workload: {load}, seed {config.seed + 1}, {config.validate_seconds} s; not used in the fit")
     paths = [_record(state, config, load, clock_mhz) for clock_mhz in _clocks(state)]
     pack, runs = load_pack(str(state.pack_path)), [read_trace(str(path)) for path in paths]
     results = [validate.compared(str(path), run, pack) for path, run in zip(paths, runs, strict=True)]
@@ -121,9 +121,9 @@ def into(folder: Path, verb: str, begun: Sequence[Path] = ()) -> Iterator[None]:
 
 def _poor(state: Onboarding, names: list[str]) -> str:
     return (
-        f"the twin is more than {POOR:g} times a bound off in {', '.join(names)}: what it says of a policy "
-        "cannot be trusted. Look whether something else ran at the same time and begin again, or go on with "
-        f"it: fuel-ray onboard --resume {state.folder} --accept-fidelity"
+        f"the error of the twin in {', '.join(names)} is more than {POOR:g} times the accepted bound, so its "
+        "predictions cannot be trusted. Check whether something else ran at the same time and start again, "
+        f"or continue anyway: fuel-ray onboard --resume {state.folder} --accept-fidelity"
     )
 
 
@@ -145,7 +145,7 @@ def _axis_from(state: Onboarding) -> tuple[str | None, bool]:
         same_architecture(facts["gpu_name"])
     except ConfigError as error:
         if profiled >= AXIS_CLOCKS:
-            print(f"how streaming depends on the clock is taken from {state.config.pack}: {error}")
+            print(f"how memory streaming depends on the clock is taken from {state.config.pack}: {error}")
             return state.config.pack, True
         print(NO_SAVING.format(gpu=facts["gpu_name"]))
         return state.config.pack, False

@@ -180,7 +180,7 @@ def _agft(case: Case, _: float) -> Policy:
 
 def _perf(case: Case) -> PerfModel:
     if case.pack is None:
-        raise ConfigError("this rule is made from a model of the GPU: --pack")
+        raise ConfigError("this rule needs a model of the GPU: give --pack")
     return case.pack.perf
 
 

@@ -209,10 +209,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = _json(folder / "manifest.json")
         if raw.get("format", FORMAT) != FORMAT:
-            raise PolicyError(f"{folder}: format {raw['format']}; this version reads {FORMAT}")
+            raise PolicyError(f"{folder}: has format {raw['format']}, and this version reads {FORMAT}")
         return Manifest.from_dict(raw)
     except _MALFORMED as error:
-        raise PolicyError(f"{folder} is not a policy folder: {error}") from error
+        raise PolicyError(_no_folder(folder, error)) from error
 
 
 def _json(path: Path) -> Any:
@@ -294,7 +294,7 @@ def read_policy(folder: Path, *, extra_features: Sequence[str] = ()) -> PolicyFo
     """
     manifest = read_manifest(folder)
     if missing := [name for name in manifest.needs if name not in extra_features]:
-        raise PolicyError(f"{folder} needs features from outside: give --extra-features {' '.join(missing)}")
+        raise PolicyError(f"{folder} needs your own features: add --extra-features {' '.join(missing)}")
     try:
         codec = Codec.from_dict(_json(folder / "codec.json"), extra_features=manifest.needs)
         _check_codec(codec)
@@ -304,8 +304,13 @@ def read_policy(folder: Path, *, extra_features: Sequence[str] = ()) -> PolicyFo
         q = q_values(acting, np.zeros(len(codec.features), np.float32), head=manifest.head)
         _expect(q.shape == (len(codec.grid),), f"weights for {q.shape} actions, not {len(codec.grid)}")
     except _MALFORMED as error:
-        raise PolicyError(f"{folder} is not a policy folder: {error}") from error
+        raise PolicyError(_no_folder(folder, error)) from error
     return PolicyFolder(folder, manifest, codec, arrays)
+
+
+def _no_folder(folder: Path, error: Exception) -> str:
+    why = f"it has no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else str(error)
+    return f"{folder} is not a policy folder: {why}"
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -329,6 +334,6 @@ def load_policy(folder: Path, spec: NodeSpec, *, extra_features: Sequence[str] =
     ):
         if there not in own:
             raise PolicyError(
-                f"{folder} was trained for {what} {', '.join(map(str, own))}, {spec.name} has {there}"
+                f"{folder} was trained for {what} {', '.join(map(str, own))}, and {spec.name} has {there}"
             )
     return found.policy(spec)

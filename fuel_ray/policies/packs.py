@@ -23,8 +23,8 @@ def pack_mismatch(manifest: Manifest, pack: Pack | None) -> str | None:
     if pack is None or pack.name != manifest.pack or pack.sha256 == manifest.pack_sha256:
         return None
     return (
-        f"was trained on pack {manifest.pack} as it was before (its file has changed since, as by format 2, "
-        "which has another clock axis): train it again"
+        f"was trained on an older version of calibration pack {manifest.pack}, whose file has changed since: "
+        "train it again"
     )
 
 
@@ -38,5 +38,5 @@ def check_pack(folder: Path, manifest: Manifest, *, pack: Pack, allow_mismatch: 
     if found is None:
         return
     if not allow_mismatch:
-        raise PolicyError(f"{folder} {found} (--allow-mismatch takes it)")
+        raise PolicyError(f"{folder} {found}, or accept it with --allow-mismatch")
     logger.warning("%s %s", folder, found)

@@ -80,7 +80,10 @@ def fit(profile: Profile, *, base: PerfModel) -> PerfModel:
     """
     points = profile.decode
     if len({(point.seqs, point.context_tokens) for point in points}) < 4:
-        raise ConfigError("a profile needs decode rows of at least 4 different (b, ctx_mid)")
+        raise ConfigError(
+            "--profile: decode rows with at least 4 different pairs (b, ctx_mid) are needed; profile more "
+            "--batches or --contexts"
+        )
     highest_mhz = profile.clocks_mhz[-1]
     at_highest = [point for point in points if point.clock_mhz == highest_mhz]
     axis = _idle_axis(profile, _scaled(base, highest_mhz))

@@ -21,23 +21,24 @@ def run_doubts(run: RecordedRun) -> Iterator[str]:
     n = len(run.requests) + lost
     if lost > _FAILED * n:
         share = f"{lost:.0f} of {n:.0f} requests ({lost / n:.1%})"
-        yield f"{share} failed or did not end: a replay misses their load"
+        yield f"{share} failed or did not finish; the replay does not include them"
     if (late := _number(run, "late_sends") - _behind_others(run)) > _LATE * n:
-        yield f"at least {late:.0f} of {n:.0f} requests were sent late: the load generator had too little CPU"
+        yield f"at least {late:.0f} of {n:.0f} requests were sent late, because the client had too little CPU"
     if (foreign := _number(run, "foreign_requests")) > 0:
-        yield f"the server had at least {foreign:.0f} requests of somebody else: a replay misses their load"
+        yield f"the server had at least {foreign:.0f} requests of other clients; the replay does not include "
+        "them"
     if (cached := _number(run, "prefix_hit_rate")) > _CACHED:
-        yield f"{cached:.0%} of the prompt tokens were found in the prefix cache: a replay computes them"
+        yield f"{cached:.0%} of the prompt tokens came from the prefix cache; the replay computes them"
     if (gap_s := _number(run, "unmeasured_s")) > _GAP_S:
-        yield f"{gap_s:.1f} s of it were not measured: its energy and its schedules are not of all of it"
+        yield f"{gap_s:.1f} s of the run were not measured, so energy and schedules are incomplete"
     gpus, used = _number(run, "gpus"), _number(run, "tensor_parallel_size")
     if run.energy_j is None:
         yield "no energy was measured"
     elif 0 < gpus < used:
-        yield f"its energy is of {gpus:.0f} GPU(s), and the server uses at least {used:.0f}: name all of them"
+        yield f"energy is of {gpus:.0f} GPU(s), but the server uses at least {used:.0f}; give all of them"
     assumed = run.info.get("assumed") or []
     if isinstance(assumed, list) and assumed:
-        yield f"{', '.join(map(str, assumed))}: assumed, nobody said them"
+        yield f"assumed, because the server does not report it: {', '.join(map(str, assumed))}"
 
 
 def pack_doubts(run: RecordedRun, pack: Pack) -> Iterator[str]:
@@ -47,16 +48,16 @@ def pack_doubts(run: RecordedRun, pack: Pack) -> Iterator[str]:
         ("model", run.info.get("model"), pack.model),
     ):
         if isinstance(here, str) and here and not _same(_plain(here), _plain(there)):
-            yield f"its {what} is {here}, the pack's {there}"
+            yield f"the {what} is {here}, and that of the pack {there}"
     if run.max_num_seqs != pack.max_num_seqs:
-        yield f"its max_num_seqs is {run.max_num_seqs}, the pack's {pack.max_num_seqs}"
+        yield f"max_num_seqs is {run.max_num_seqs}, and that of the pack {pack.max_num_seqs}"
     low_mhz, high_mhz = pack.gpu_clocks_mhz[0], pack.gpu_clocks_mhz[-1]
     outside = sorted({mhz for _, mhz in run.clock_schedule if not low_mhz <= mhz <= high_mhz})
     if outside:
-        yield f"it was measured at {_listed(outside)} MHz, and the pack has {low_mhz}..{high_mhz} MHz"
+        yield f"measured at {_listed(outside)} MHz, and the pack has {low_mhz} to {high_mhz} MHz"
     seen_mhz = _number(run, "highest_sm_clock_mhz")
     if not run.clock_schedule and seen_mhz and abs(seen_mhz / high_mhz - 1) > _CLOCK:
-        yield f"its clocks were left alone and reached {seen_mhz:.0f} MHz, the pack has {high_mhz} MHz"
+        yield f"clocks were not set and reached {seen_mhz:.0f} MHz, and the pack's highest is {high_mhz} MHz"
 
 
 def _behind_others(run: RecordedRun) -> int:

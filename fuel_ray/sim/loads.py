@@ -98,7 +98,8 @@ def chat(rows: Rows, *, begin_s: float, server: Server, share: float) -> Load | 
         return None
     bearable_rps = client_chunks_per_s(rows) / output
     if rate_rps > bearable_rps:
-        note = f"{bearable_rps:.3g} req/s: at {rate_rps:.3g} the client would be what is measured"
+        note = f"the rate is {bearable_rps:.3g} req/s, because at {rate_rps:.3g} the client would be the "
+        "bottleneck"
         rate_rps = bearable_rps
     lengths = (
         f"prompt_mean={prompt},max_prompt_tokens={most_prompt},"
@@ -115,10 +116,10 @@ def client_chunks_per_s(rows: Rows) -> float:
 
 
 TRACES: Mapping[str, tuple[Callable[..., Load | None], float, str]] = {  # load, about how many s, in words
-    "mixed-few": (partial(mixed, most=4), 9.0, "prompts that come to 4 requests that decode"),
-    "mixed-many": (partial(mixed, most=48), 9.0, "prompts that come to many requests that decode"),
+    "mixed-few": (partial(mixed, most=4), 9.0, "prompts that arrive while 4 requests decode"),
+    "mixed-many": (partial(mixed, most=48), 9.0, "prompts that arrive while many requests decode"),
     "launch-idle": (partial(launches, most=0), 8.0, "short prompts on an idle server"),
-    "launch-busy": (partial(launches, most=8), 10.0, "short prompts that come to 8 requests that decode"),
+    "launch-busy": (partial(launches, most=8), 10.0, "short prompts that arrive while 8 requests decode"),
     "streams": (streams, 6.0, "many short streams"),
     "load-low": (partial(chat, share=_LOW), LOAD_S + 5.0, "chat at a low rate"),
     "load-high": (partial(chat, share=_HIGH), LOAD_S + 10.0, "chat at two thirds of the capacity"),

@@ -27,8 +27,8 @@ def same_architecture(gpu_name: str) -> str:
     if of is None:
         known = "; ".join(f"{name}: {cards.replace('|', ', ')}" for name, cards in _ARCHITECTURES.items())
         raise ConfigError(
-            f"no shipped pack has the clock axis of {gpu_name!r} (known are {known}): profile it at three "
-            "clocks or more, and name the nearest pack by --clock-axis-from"
+            f"no shipped pack has a clock axis for {gpu_name!r} (there are {known}): profile it at three "
+            "clocks or more, and give the nearest pack with --clock-axis-from"
         )
     own_axis = [pack for pack in _shipped(of) if not pack.clock_axis_from]
     return _nearest(own_axis, gpu_name).name

@@ -53,7 +53,10 @@ class SimulatedNode:
         clocks = tuple(sorted(set(gpu_clocks_mhz))) or pack.gpu_clocks_mhz
         if not set(clocks) <= set(pack.gpu_clocks_mhz):
             low, high = pack.gpu_clocks_mhz[0], pack.gpu_clocks_mhz[-1]
-            raise ConfigError(f"pack {pack.name} has clocks of {low}..{high} MHz, not all of {clocks}")
+            raise ConfigError(
+                f"--gpu-clocks-mhz {' '.join(map(str, clocks))}: pack {pack.name} has {low} to {high} MHz "
+                "only"
+            )
         num_kv_blocks = (kv_tokens or pack.kv_tokens) // kv_block_size
         self._pack = pack
         self._workload = workload
@@ -111,7 +114,11 @@ class SimulatedNode:
         pool = self._engine.num_blocks * self._engine.block_size
         longest = int((requests.prompt_tokens + requests.output_tokens).max(initial=1))
         if longest > pool:
-            raise ConfigError(f"a request of {longest} tokens does not fit into the KV pool of {pool} tokens")
+            raise ConfigError(
+                f"the workload has a request of {longest} tokens, which does not fit into the KV cache of "
+                f"{pool} tokens: raise --kv-tokens, or lower max_prompt_tokens or max_output_tokens of the "
+                "workload"
+            )
         self._knobs = self._spec.max_performance
         self._state = new_state(requests, self._engine)
         self._reported = 0

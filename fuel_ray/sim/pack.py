@@ -212,7 +212,9 @@ class Pack:
         """
         axes = {self.clock_axis: self.perf, **dict(self.other_axes)}
         if name not in axes:
-            raise ConfigError(f"--clock-axis {name}: pack {self.name} has {', '.join(self.clock_axes)}")
+            raise ConfigError(
+                f"--clock-axis {name}: unknown; pack {self.name} has {', '.join(self.clock_axes)}"
+            )
         perf = axes.pop(name)
         return replace(self, clock_axis=name, perf=perf, other_axes=tuple(axes.items()))
 
@@ -225,7 +227,7 @@ class Pack:
         known = {setting.name: setting for setting in self.settings}
         if name not in known:
             has = ", ".join(known) or "none"
-            raise ConfigError(f"--pack {self.name}:{name}: of settings the pack has {has}")
+            raise ConfigError(f"--pack {self.name}:{name}: unknown setting; the pack has {has}")
         rest_w = known[name].rest_w
         return replace(
             self,
@@ -259,19 +261,20 @@ def load_pack(name_or_path: str, clock_axis: str = NOMINAL) -> Pack:
         path = resources.files("fuel_ray.sim") / "packs" / f"{name_or_path}.json"
     else:
         raise ConfigError(
-            f"pack {name_or_path!r} is unknown; shipped are {', '.join(pack_names())}, or give a .json file"
+            f"unknown calibration pack {name_or_path!r}: choose from {', '.join(pack_names())}, or give a "
+            ".json file"
         )
     if not path.is_file():
-        raise ConfigError(f"pack {name_or_path}: no such file")
+        raise ConfigError(f"calibration pack {name_or_path}: there is no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
         raw = json.loads(text)
         _check_format(name_or_path, raw.get("format"))
         pack = _parse_pack(raw, digest=sha256(text.encode()).hexdigest())
     except KeyError as error:
-        raise ConfigError(f"pack {name_or_path}: malformed: it has no {error.args[0]}") from error
+        raise ConfigError(f"{name_or_path} is not a calibration pack: it has no {error.args[0]}") from error
     except (AttributeError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"pack {name_or_path}: malformed: {error}") from error
+        raise ConfigError(f"{name_or_path} is not a calibration pack: {error}") from error
     return (pack.with_setting(setting) if setting else pack).with_axis(clock_axis)
 
 
@@ -298,10 +301,10 @@ def variant_fields(perf: PerfModel, others: Mapping[str, PerfModel]) -> dict[str
 def _check_format(name_or_path: str, found: Any) -> None:
     if found == FORMAT:
         return
-    said = "1, whose clock axis was another" if found is None else repr(found)
+    said = "no format" if found is None else f"format {found!r}"
     raise ConfigError(
-        f"pack {name_or_path}: its format is {said}; this version reads {FORMAT}: make it again by "
-        "`fuel-ray calibrate` from the profile that it was fitted to"
+        f"{name_or_path} is not a calibration pack that this version can read: it has {said}, and needs "
+        f"format {FORMAT}; write it with `fuel-ray calibrate`"
     )
 
 

@@ -61,9 +61,9 @@ def fitting(lengths: Lengths, server: Server) -> tuple[Lengths, tuple[str, ...]]
     prompts = tuple(n for n in lengths.prompts if n + 2 <= longest)
     long = [f"contexts of {n} tokens" for n in lengths.contexts if n not in contexts]
     long += [f"prompts of {n} tokens" for n in lengths.prompts if n not in prompts]
-    left_out = [f"{what}: the server takes {longest} with their output" for what in long]
+    left_out = [f"{what} (the server accepts {longest} tokens with the output)" for what in long]
     left_out += [
-        f"{n} requests together: the server takes {server.max_num_seqs}"
+        f"{n} requests at once (the server runs {server.max_num_seqs} at most)"
         for n in lengths.batches
         if n > server.max_num_seqs
     ]
@@ -112,7 +112,7 @@ def _points(clock_mhz: int, lengths: Lengths, *, server: Server, token_s: float)
     idling = Load("burst:count=0", LONGEST_S, partial(idle, n=windows))
     yield Point(clock_mhz, "idle", "idle", 1.0 + windows, lambda rows: idling)
     for context, n in product(lengths.contexts, lengths.batches):
-        what = f"{n} requests of {context} tokens that decode together"
+        what = f"{n} requests with {context} prompt tokens that decode together"
         expected_s = math.ceil(begin_s + n * context * token_s) + windows
         load = partial(_decoding, begin_s=begin_s, n=n, context=context, lengths=lengths, server=server)
         yield Point(clock_mhz, f"decode-{n}x{context}", what, expected_s, load)
@@ -121,7 +121,7 @@ def _points(clock_mhz: int, lengths: Lengths, *, server: Server, token_s: float)
         of_length = partial(prefills, begin_s=begin_s, tokens=tokens)
         yield Point(clock_mhz, f"prefill-{tokens}", f"{tokens} tokens", expected_s, of_length)
     tokens = max(lengths.prompts)
-    what = f"prompts of {tokens} tokens that wait for each other"
+    what = f"prefills of {tokens} tokens, one after the other"
     at_once = partial(sustained, begin_s=begin_s, tokens=tokens)
     yield Point(clock_mhz, f"prefill_sustained-{tokens}", what, math.ceil(begin_s) + 6.0, at_once)
 

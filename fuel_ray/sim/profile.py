@@ -33,7 +33,7 @@ def read_profile(paths: Sequence[str]) -> Profile:
     rows = [row for path in paths for row in _rows(path)]
     decode = [_decode_point(row) for row in rows if row.values.get("phase") == "decode"]
     if not decode:
-        raise ConfigError(f"profile {', '.join(paths)}: no row with phase decode")
+        raise ConfigError(f"--profile {' '.join(paths)}: not a profile (no row with phase decode)")
     highest_mhz = max(point.clock_mhz for point in decode)
     prefill = [row for row in rows if row.values.get("phase") in ("prefill", "prefill_sustained")]
     idle = [row for row in rows if row.values.get("phase") == "idle"]
@@ -46,7 +46,7 @@ def read_profile(paths: Sequence[str]) -> Profile:
 
 def _rows(path: str) -> Iterator[Row]:
     if not Path(path).is_file():
-        raise ConfigError(f"profile {path}: no such file")
+        raise ConfigError(f"--profile {path}: there is no such file")
     for number, line in enumerate(
         Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1
     ):

@@ -52,16 +52,16 @@ def read_trace(path: str) -> RecordedRun:
         ConfigError: there is no such file, or it is malformed.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"trace {path}: no such file")
+        raise ConfigError(f"trace {path}: there is no such file")
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         info = Row(raw["info"], f"trace {path}: info")
         rows = [Row(row, f"trace {path}: request {k}") for k, row in enumerate(raw["requests"])]
         return _run(info, sorted(rows, key=lambda row: row.number("start", above=-math.inf)))
     except KeyError as error:
-        raise ConfigError(f"trace {path}: malformed: there is no {error}") from error
+        raise ConfigError(f"{path} is not a trace: it has no {error}") from error
     except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"trace {path}: malformed: {error}") from error
+        raise ConfigError(f"{path} is not a trace: {error}") from error
 
 
 def trace_text(run: RecordedRun, **facts: Any) -> str:
@@ -73,9 +73,9 @@ def trace_text(run: RecordedRun, **facts: Any) -> str:
     """
     several = run.requests.output_tokens > 1
     if not (run.e2e_s > run.ttft_s)[several].any():
-        raise ConfigError("a trace needs a request of several tokens that ended")
+        raise ConfigError("a trace needs at least one finished request with several tokens")
     if not run.num_kv_blocks:
-        raise ConfigError("a trace needs the number of KV blocks, which the server does not tell")
+        raise ConfigError("a trace needs the number of KV blocks, which the server does not report")
     requests, latencies_s = run.requests, zip(run.ttft_s.tolist(), run.e2e_s.tolist(), strict=True)
     info = {
         "begin": 0.0,
@@ -114,7 +114,7 @@ def _run(info: Row, rows: Sequence[Row]) -> RecordedRun:
     block_size, num_kv_blocks = (info.whole(key, most=_MOST) for key in ("block_size", "num_kv_blocks"))
     pool, longest = (num_kv_blocks - 1) * block_size, (n_in + n_out).max()
     if longest > pool:
-        raise ValueError(f"a request of {longest} tokens does not fit into the KV pool of {pool} tokens")
+        raise ValueError(f"a request of {longest} tokens does not fit into the KV cache of {pool} tokens")
     begin_s = info.number("begin", above=-math.inf) if "begin" in info.values else start_s[0]
     if begin_s > start_s[0]:
         raise ValueError(f"info: begin is {begin_s}, after the first request's start {start_s[0]}")

@@ -54,11 +54,11 @@ def policy_folder(path: Path, *, extra_features: tuple[str, ...] = ()) -> Policy
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fuel_ray", "export", "--checkpoint", str(path), "--out", folder]
         command += ["--extra-features", *extra_features] if extra_features else []
-        beforehand = f"; beforehand: fuel-ray export --checkpoint {path}"
+        beforehand = f"; convert it first: fuel-ray export --checkpoint {path}"
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=EXPORT_S)
         except subprocess.TimeoutExpired as error:
-            raise PolicyError(f"{path}: not converted within {EXPORT_S:g} s{beforehand}") from error
+            raise PolicyError(f"{path}: the conversion took more than {EXPORT_S:g} s{beforehand}") from error
         if done.returncode:
             why = done.stderr.strip().removeprefix("fuel-ray: ") or f"{command} failed"
             raise PolicyError(why + (beforehand if NOT_NAMED in why else ""))
@@ -85,7 +85,7 @@ def q_network(checkpoint: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, TypeError, AttributeError, EOFError, KeyError, IndexError) as error:
         raise PolicyError(f"{path}: {error}") from error
     except (pickle.UnpicklingError, ImportError, MemoryError, RecursionError) as error:
-        raise PolicyError(f"{path} is not a checkpoint's weights: {error}") from error
+        raise PolicyError(f"{path} does not contain the weights of a checkpoint: {error}") from error
     if not arrays or any(array.dtype.kind != "f" for array in arrays.values()):
-        raise PolicyError(f"{path} has no Q network of this version's")
+        raise PolicyError(f"{path} has no Q network that this version can read")
     return arrays

@@ -29,7 +29,7 @@ def env_settings(arguments: Mapping[str, Any]) -> LearnConfig:
         if name not in _NAMES:
             raise ConfigError(f"{_ENV}: unknown {name!r}{_suggested(name)}; allowed are {', '.join(_NAMES)}")
     if arguments.get("resume") is not None:
-        raise ConfigError(f"{_ENV}: resume: there is no run to go on with")
+        raise ConfigError(f"{_ENV}: resume is not an argument of an environment; leave it out")
     base = _base(arguments)
     plain = {name: value for name, value in arguments.items() if name not in _OWN}
     _rename(arguments, plain)
@@ -42,7 +42,7 @@ def env_settings(arguments: Mapping[str, Any]) -> LearnConfig:
     except ConfigError as error:
         raise ConfigError(f"{_ENV}: {error}") from error
     if config.node == "live" and config.live.server is None:
-        raise ConfigError(f"{_ENV}: a live node is on a server that runs: say live={{'server': URL, ...}}")
+        raise ConfigError(f"{_ENV}: a live node needs a running server: give live={{'server': URL, ...}}")
     return config
 
 
@@ -72,10 +72,10 @@ def _rename(arguments: Mapping[str, Any], plain: dict[str, Any]) -> None:
     if "steps" in arguments:
         train = plain.get("train", {})
         if not isinstance(train, Mapping) or "episode_steps" in train:
-            raise ConfigError(f"{_ENV}: steps are train's episode_steps: give one of them")
+            raise ConfigError(f"{_ENV}: steps is the same as train's episode_steps: give one of them")
         plain["train"] = {**train, "episode_steps": arguments["steps"]}
     if "kv_block_size" in arguments and "block_sizes" in arguments:
-        raise ConfigError(f"{_ENV}: kv_block_size is one, block_sizes are several: give one of them")
+        raise ConfigError(f"{_ENV}: kv_block_size and block_sizes exclude each other: give one of them")
     if "block_sizes" not in arguments:
         plain["block_sizes"] = [arguments.get("kv_block_size", _KV_BLOCK_SIZE)]
 

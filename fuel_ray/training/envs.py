@@ -47,7 +47,7 @@ def _builds(settings: Mapping[str, Any], count: int) -> list[Callable[[], Servin
     if not isinstance(settings.get("config"), Mapping):
         return [partial(serving_env, **settings)] * count
     if unknown := set(settings) - {"config", "block_sizes", "anchors"}:
-        raise ConfigError(f"env_config: unknown {', '.join(sorted(unknown))} beside config")
+        raise ConfigError(f"env_config: unknown key {', '.join(sorted(unknown))} beside config")
     config = from_dict(settings["config"], base=LearnConfig(), source="env_config")
     raw = settings.get("anchors", {}).get(str(settings["block_sizes"][0]))
     anchor = None if raw is None else Anchor.from_dict(raw)
@@ -121,7 +121,9 @@ def serving_env(*, render_mode: None = None, **settings: Any) -> ServingEnv:
         ConfigError: an argument is unknown or has a wrong value.
     """
     if render_mode is not None:  # TypeError: Stable-Baselines3 asks so whether there is one
-        raise TypeError(f"fuel_ray/Serving-v0 has no render_mode, {render_mode!r} neither")
+        raise TypeError(
+            f"fuel_ray/Serving-v0 has no render modes, so render_mode={render_mode!r} is not possible"
+        )
     config = env_settings(settings)
     if config.node == "ray":
         from fuel_ray.cluster.hosts import connect  # noqa: PLC0415  (only this kind of node waits for Ray)

@@ -93,9 +93,9 @@ class NodeWatch(tune.Callback):
         elif time.monotonic() - self._enough_s > self._wait_s:
             errors = [reason(error) for trial in trials if (error := trial.get_error())]
             raise NodeError(
-                f"for {self._wait_s:g} s the cluster has had {there} of the {self._needed} node(s) with the "
-                f"resource {NODE_RESOURCE} that a trial needs; start the host again and --resume"
-                + (f" (the trial's last error: {errors[-1]})" if errors else "")
+                f"for {self._wait_s:g} s the cluster has had only {there} of the {self._needed} node(s) with "
+                f"the resource {NODE_RESOURCE} that a trial needs; start the host again, and continue with "
+                "--resume" + (f" (the trial's last error: {errors[-1]})" if errors else "")
             )
 
 

@@ -61,17 +61,20 @@ def running(
     run_dir = config.resume or _new_run(config, verb, held_out)
     facts = read_json(run_dir / "run.json")
     if facts.get("pack", {}).get("sha256") != load_pack(config.pack).sha256:
-        raise ConfigError(f"--resume {run_dir}: pack {config.pack} is not the one that run began with")
+        raise ConfigError(
+            f"--resume {run_dir}: calibration pack {config.pack} has changed since that run began; start a "
+            "new run"
+        )
     print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
     try:
         with disk_faults():
             yield run_dir
             _publish(config, run_dir)
     except (KeyboardInterrupt, SystemExit):
-        print(f"\ninterrupted; to go on: fuel-ray {verb} --resume {run_dir}", flush=True)
+        print(f"\ninterrupted; to continue: fuel-ray {verb} --resume {run_dir}", flush=True)
         raise
     except DiskError as error:
-        raise DiskError(f"{error}; to go on afterwards: fuel-ray {verb} --resume {run_dir}") from error
+        raise DiskError(f"{error}; then continue: fuel-ray {verb} --resume {run_dir}") from error
 
 
 def in_rounds(
@@ -101,7 +104,8 @@ def in_rounds(
         bar.part(done * each, (done + len(sizes)) * each)
         if config.live_server:
             bar.stage("start")
-            bar.at(0.0, f"{len(sizes)} vLLM, {config.live.start_timeout_s:.0f} s at most; log in {run_dir}")
+            most_s = config.live.start_timeout_s
+            bar.at(0.0, f"starting {len(sizes)} vLLM, {most_s:.0f} s at most; log in {run_dir}")
         with resolve(own, run=run_dir.name, at_once=at_once) as found:
             _note(run_dir, found)
             _publish(config, run_dir)
@@ -111,7 +115,9 @@ def in_rounds(
         if not config.live_server:
             break
     if read_json(run_dir / "run.json")["engine"] is None:
-        raise UnsupportedError(f"no block size of {', '.join(map(str, config.block_sizes))} can be served")
+        raise UnsupportedError(
+            f"--block-sizes {' '.join(map(str, config.block_sizes))}: the server supports none of them"
+        )
 
 
 def expected_s(config: LearnConfig) -> dict[str, float]:
@@ -166,8 +172,9 @@ def check_start(config: LearnConfig, codec: Codec) -> None:
     seen = replace(start.codec, miss_price_j=codec.miss_price_j)  # the price is found after training
     if start.manifest.head != config.train.head or seen.to_dict() != codec.to_dict():
         raise PolicyError(
-            f"--start-from {config.start_from}: its features, scales, SLO, action grid or head are not those "
-            f"of this training; it has {len(start.codec.grid)} actions, this training {len(codec.grid)}"
+            f"--start-from {config.start_from}: that policy has other features, scales, SLO, action grid or "
+            f"head than this training; it has {len(start.codec.grid)} actions, this training "
+            f"{len(codec.grid)}"
         )
 
 

@@ -42,7 +42,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 def _check_installed(names: Sequence[Tracker]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--callbacks {name} needs the package {name}: pip install {name}")
+            raise ConfigError(f"--callbacks {name} needs the package {name}: run pip install {name}")
 
 
 def _faults(name: Tracker) -> tuple[type[Exception], ...]:

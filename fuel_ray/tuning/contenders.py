@@ -88,8 +88,10 @@ def is_folder(entry: str) -> bool:
     if entry in PLAYABLE or (":" in entry and not folder_of(entry).exists()):
         return False
     if not folder_of(entry).is_dir():
-        unlisted = f"none of {', '.join((*SHIPPED, *PLAYABLE))}"
-        raise ConfigError(f"policy {entry}: no folder, no package.module:Class, and {unlisted}")
+        known = ", ".join((*SHIPPED, *PLAYABLE))
+        raise ConfigError(
+            f"unknown policy {entry}: give a policy folder, package.module:Class, or one of {known}"
+        )
     return True
 
 
@@ -116,7 +118,8 @@ def check_sizes(flag: str, entries: Sequence[str], block_sizes: Sequence[int]) -
     """Check that each entry can play at one of the block sizes; raises ConfigError."""
     played = {name for size in block_sizes for name in of_size(entries, size)}
     if left := [name for name in names_of(entries) if name not in played]:
-        raise ConfigError(f"{flag} {' '.join(left)}: for no block size of {', '.join(map(str, block_sizes))}")
+        sizes = ", ".join(map(str, block_sizes))
+        raise ConfigError(f"{flag} {' '.join(left)}: not trained for block size {sizes} (--block-sizes)")
 
 
 def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:

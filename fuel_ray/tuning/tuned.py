@@ -91,10 +91,10 @@ def read_baselines(
             f"{load} at block size {size}" for size in known for load in workloads if load not in known[size]
         ]
         if lacking:
-            raise ConfigError(f"--baselines {path} has none of {', '.join(lacking)}")
+            raise ConfigError(f"--baselines {path}: has no baselines for {', '.join(lacking)}")
         return {size: {load: Tuned.from_dict(own[load]) for load in workloads} for size, own in known.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"--baselines {path}: not a run's baselines.json: {error!r}") from error
+        raise ConfigError(f"--baselines {path}: not the baselines.json of a run: {error!r}") from error
 
 
 def tune_on(

@@ -28,13 +28,13 @@ def count(value: object) -> int | None:
     """A number of tokens, which may be written 472, 472.0, "472" or "1,234"; None if it is missing.
 
     Raises:
-        ValueError: it is no whole number from 0 to 10,000,000.
+        ValueError: it is not a whole number from 0 to 10,000,000.
     """
     number = _number(value)
     if number is None:
         return None
     if not 0 <= number <= MOST or number != int(number):
-        raise ValueError(f"{value!r} is no whole number from 0 to {MOST:,}")
+        raise ValueError(f"{value!r} is not a whole number from 0 to {MOST:,}")
     return int(number)
 
 
@@ -42,16 +42,16 @@ def time_of(value: object) -> float | None:
     """A time as a number in the file's own unit; None if it is missing.
 
     Raises:
-        ValueError: it is no number that a time can be, or one of two.
+        ValueError: it is not a number that a time can be, or one of two.
     """
     if isinstance(value, str) and _TWO_WAYS.fullmatch(value.strip()):
         raise ValueError(f"{value!r} has a comma, of decimals or of thousands: write it without")
     try:
         number = _number(value)
     except ValueError as error:
-        raise ValueError(f"{value!r} is no number, nor a date such as 2024-05-10 00:00:00.5") from error
+        raise ValueError(f"{value!r} is not a number, nor a date such as 2024-05-10 00:00:00.5") from error
     if number is not None and not abs(number) < NO_TIME:
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{value!r} is not a time")
     return number
 
 
@@ -67,7 +67,7 @@ def seconds_of_date(value: object) -> float | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f"{value!r} is no date, as timestamps before it are") from error
+        raise ValueError(f"{value!r} is not a date, as timestamps before it are") from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
@@ -106,9 +106,9 @@ def _number(value: object) -> float | None:
         try:
             return float(text.replace(",", "") if _GROUPED.fullmatch(text) else text)
         except ValueError as error:
-            raise ValueError(f"{value!r} is no number") from error
+            raise ValueError(f"{value!r} is not a number") from error
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     try:
         return float(value)
     except OverflowError as error:

@@ -115,7 +115,7 @@ def _speeds(path: Path, number: int, line: str) -> list[int]:
 
 def _whole(text: str) -> int:
     if (number := count(text)) is None:
-        raise ValueError(f"{text!r} is no number")
+        raise ValueError(f"{text!r} is not a number")
     if number > _MOST_RPS:
         raise ValueError(f"{text} is more than {_MOST_RPS:,}")
     return number

@@ -3,6 +3,7 @@
 A path may have commas in it; in quotes also a comma before what looks like the next ``key=``.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -39,21 +40,21 @@ class Options:
         written = self.text_of(key)
         value = default if written is None else as_number(written)
         if not low <= value <= high:
-            raise self.error(f"{key} is {written or default!r}; a number from {low:g} to {high:g}")
+            raise self.error(f"{key} is {written or default!r}; it must be a number from {low:g} to {high:g}")
         return float(value)
 
     def count(self, key: str, default: int, *, low: int, high: int) -> int:
         """A whole number in [low, high]."""
         value = self.number(key, default, low=low, high=high)
         if not value.is_integer():
-            raise self.error(f"{key} is {value:g}; a whole number from {low} to {high}")
+            raise self.error(f"{key} is {value:g}; it must be a whole number from {low} to {high}")
         return int(value)
 
     def choice(self, key: str, default: str, allowed: Iterable[str]) -> str:
         """One of the allowed words."""
         value = self.text_of(key) or default
         if value not in (allowed := tuple(allowed)):
-            raise self.error(f"{key} is {value!r}; one of {', '.join(allowed)}")
+            raise self.error(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
         return value
 
     def values(self) -> dict[str, float | str]:
@@ -67,8 +68,13 @@ class Options:
         """Check that every key given was asked for."""
         for key in self._given:
             if key not in self._asked:
-                quotes = '; a path with a comma goes in quotes: path="..."' if "path" in self._given else ""
-                raise self.error(f"{key} is unknown here; one of {', '.join(self._asked)}{quotes}")
+                quotes = '; put a path with a comma in quotes: path="..."' if "path" in self._given else ""
+                raise self.error(f"unknown key {key}{self._meant(key)}{quotes}")
+
+    def _meant(self, key: str) -> str:
+        """The key that was probably meant, or else all."""
+        near = difflib.get_close_matches(key, self._asked, n=1)
+        return f": did you mean {near[0]}?" if near else f"; keys are {', '.join(self._asked)}"
 
     def error(self, problem: str) -> ConfigError:
         """The error to raise about this spec."""
@@ -79,7 +85,7 @@ class Options:
         for pair in self._split(text):
             key, _, value = (part.strip() for part in pair.partition("="))
             if not key or not value or key in pairs:
-                raise self.error(f"{pair!r} is not key=value, each key once")
+                raise self.error(f"{pair!r}: give key=value, and each key once")
             pairs[key] = value[1:-1] if _QUOTED.fullmatch(value) else value
         return pairs
 

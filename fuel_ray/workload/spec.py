@@ -1,5 +1,6 @@
 """From the text form of a workload to the workload: every name, key and default is here."""
 
+import difflib
 import os
 from functools import lru_cache, partial
 from pathlib import Path
@@ -91,8 +92,11 @@ def parse_workload(text: str) -> Workload:
         arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
         workload = Synthetic(options.text, arrivals, lengths, prefixes)
     else:
-        allowed = ", ".join((*names, "package.module:function"))
-        raise ConfigError(f"workload {name!r} is unknown; one of {allowed}")
+        near = difflib.get_close_matches(name, names, n=1)
+        meant = f"did you mean {near[0]}? There are" if near else "choose from"
+        raise ConfigError(
+            f"unknown workload {name!r}: {meant} {', '.join(names)} and package.module:function of your own"
+        )
     options.refuse_the_rest()
     return workload
 
@@ -123,7 +127,7 @@ def _piecewise(options: Options) -> Arrivals:
             raise options.error(f"rates has {step!r}; REQ_PER_S@SECONDS, joined by +, as in 2@60+10@30")
         steps.append((rate_rps, seconds))
     if not any(rate_rps for rate_rps, _ in steps):
-        raise options.error("rates are all 0; at least one above 0")
+        raise options.error("all rates are 0; at least one must be above 0")
     return Piecewise(tuple(steps))
 
 
@@ -231,7 +235,7 @@ def _changed(path: Path) -> object:
 def _path(options: Options) -> Path:
     path = options.text_of("path")
     if path is None:
-        raise options.error("path is missing; path=FILE")
+        raise options.error("path is missing; give path=FILE")
     return Path(os.path.expanduser(path))  # pathlib's raises where there is no such home
 
 

@@ -42,7 +42,7 @@ def in_seconds(
     )
     if time[-1] / _PER_SECOND[unit] > _NO_TIME_S:
         example = "a date written as a number? It is read as 2024-05-10 00:00:00"
-        raise ConfigError(f"{source}: {time[-1]:.15g} {unit} is no time of a trace: {example}")
+        raise ConfigError(f"{source}: {time[-1]:.15g} {unit} is not a time of a trace: {example}")
     if known is None and unit != usual:
         said = "%s: timestamps read as %s, %s; in %s, the format's unit, %s; unit=%s sets it by hand"
         there = _rate_in(time, unit), usual, _rate_in(time, usual)

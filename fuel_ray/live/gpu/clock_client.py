@@ -56,7 +56,7 @@ class ClockClient:
             raise GpuError(f"the clock helper at {self._path} does not answer: {error}") from error
         word, _, rest = answer.partition(" ")
         if word != "ok":
-            raise PrivilegeError(f"the clock helper at {self._path} refuses `{line}`: {rest}")
+            raise PrivilegeError(f"the clock helper at {self._path} refused `{line}`: {rest}")
         return rest
 
     def _exchange(self, line: str) -> str:

@@ -163,7 +163,7 @@ def listening_socket(path: Path, *, gid: int | None) -> socket.socket:
             os.chown(path, -1, gid)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
+        raise ConfigError(f"--socket {path}: cannot listen there: {error.strerror or error}") from error
     finally:
         os.umask(umask)
     listener.listen(MAX_PEERS)
@@ -174,11 +174,11 @@ def _remove_stale(path: Path) -> None:
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.stat().st_mode):
-        raise ConfigError(f"{path} is there and is no socket")
+        raise ConfigError(f"--socket {path}: this file exists and is not a socket; choose another path")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
         except OSError:
             path.unlink(missing_ok=True)
             return
-    raise ConfigError(f"another clock helper listens on {path}")
+    raise ConfigError(f"--socket {path}: another clock helper listens there; stop it, or choose another path")

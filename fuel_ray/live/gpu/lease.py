@@ -61,7 +61,7 @@ class ClockLease:
         if not self._held:
             raise GpuError(f"the lease on the clocks of {', '.join(self._uuids)} has ended")
         if not self._watchdog.lives():
-            logger.warning("the clock watchdog of %s died; it is started again", self._uuids)
+            logger.warning("the clock watchdog of %s died; starting it again", self._uuids)
             dead, self._watchdog = self._watchdog, self._watched()
             dead.close()
 
@@ -77,7 +77,7 @@ class ClockLease:
 
     def _take(self, uuid: str) -> None:
         if state_path(self._folder, uuid).exists():
-            logger.warning("GPU %s: its last controller died; its clocks are given back", uuid)
+            logger.warning("GPU %s: its last controller died; resetting its clocks", uuid)
             _reset(uuid)
         record_owner(self._folder, uuid)
 
@@ -132,7 +132,7 @@ class _Watchdog:
                 self._control.write(b"1")
         self._control.close()
         if not self._ended(within_s=END_S):
-            logger.error("the clock watchdog does not end")
+            logger.error("the clock watchdog does not exit")
 
     def close(self) -> None:
         """Forget about it; safe to call twice."""
@@ -212,9 +212,9 @@ def unlock_gpus(gpu_ids: Sequence[str] = (), *, force: bool = False) -> list[Out
             return [_unlocked(uuid, folder, force=force) for uuid in gpus.uuids]
     found = owners(folder)
     if not found:
-        return [Outcome(f"no clocks are recorded as locked in {folder}")]
+        return [Outcome(f"nothing to reset: no clocks are recorded as locked in {folder}")]
     return [
-        Outcome(f"GPU {uuid}: left to {owner}")
+        Outcome(f"GPU {uuid}: not reset, it is in use by {owner}")
         if owner is not None and owner.lives()
         else _unlocked(uuid, folder, force=False)
         for uuid, owner in found.items()

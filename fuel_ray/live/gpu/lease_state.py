@@ -107,7 +107,7 @@ def _private_folder(path: Path) -> Path:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     if not is_own_folder(path):
-        raise ConfigError(f"{path} is another user's; name a folder in {STATE_VARIABLE}")
+        raise ConfigError(f"{path} belongs to another user; set {STATE_VARIABLE} to a folder of your own")
     return path
 
 
@@ -143,8 +143,8 @@ def _lock_file(file: IO[str], folder: Path, uuid: str) -> None:
         except BlockingIOError:
             owner = _owner(folder, uuid)
             if owner is not None and owner.lives():
-                raise GpuError(f"GPU {uuid} is controlled by {owner}; end that first") from None
+                raise GpuError(f"GPU {uuid} is controlled by {owner}; stop that process first") from None
             if time.monotonic() >= deadline_s:
-                whose = f"the watchdog of {owner}, which died," if owner else "a process that is not known"
-                raise GpuError(f"GPU {uuid}: {whose} still has its lock") from None
+                whose = f"the watchdog of {owner}, which died," if owner else "an unknown process"
+                raise GpuError(f"GPU {uuid}: {whose} still holds its lock") from None
         time.sleep(POLL_S)

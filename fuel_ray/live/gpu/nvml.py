@@ -26,12 +26,12 @@ T = TypeVar("T")
 Handle = Any  # a ctypes pointer to NVML's opaque device
 
 ADVICE = {
-    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver here (a container needs `--gpus all`)",
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver on this host (a container needs `--gpus all`)",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded; `sudo modprobe nvidia` loads it",
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "NVML and the loaded driver differ in version; reboot",
-    pynvml.NVML_ERROR_NO_PERMISSION: "run as root (a container: `--cap-add SYS_ADMIN`, for CAP_SYS_ADMIN) "
-    "or by hand `sudo nvidia-smi -lgc MHZ,MHZ`, given back by `sudo nvidia-smi -rgc`",
-    pynvml.NVML_ERROR_GPU_IS_LOST: "the GPU is lost; `dmesg | grep Xid` says why, a reboot brings it back",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "NVML and the loaded driver have different versions; reboot",
+    pynvml.NVML_ERROR_NO_PERMISSION: "it needs root or CAP_SYS_ADMIN (a container: `--cap-add SYS_ADMIN`), "
+    "or do it by hand: `sudo nvidia-smi -lgc MHZ,MHZ`, and `sudo nvidia-smi -rgc` to reset",
+    pynvml.NVML_ERROR_GPU_IS_LOST: "the GPU is lost; `dmesg | grep Xid` says why; reboot to recover it",
     pynvml.NVML_ERROR_RESET_REQUIRED: "the GPU needs a reset: `sudo nvidia-smi --gpu-reset`",
     pynvml.NVML_ERROR_NOT_SUPPORTED: "this GPU or its driver does not support it",
     pynvml.NVML_ERROR_UNINITIALIZED: "NVML is closed",
@@ -153,26 +153,28 @@ class Gpus(AbstractContextManager["Gpus"]):
         return holds_sys_admin(proc)
 
     def settable_clocks_mhz(self, *, wanted: bool) -> tuple[int, ...]:
-        """Those that may be chosen; one, the highest, if clocks are not ours to set."""
+        """Those that may be chosen; one, the highest, if clocks cannot be set."""
         if wanted and self.can_set_clocks():
             for line in self.shared:
                 logger.warning("%s", line)
             return self.supported_clocks_mhz
         if wanted:
-            logger.warning("the clocks of %s may not be set here: they are left alone", self.name)
+            logger.warning("this process may not set the clocks of %s, so they are not changed", self.name)
         if self.supported_clocks_mhz:
             return self.supported_clocks_mhz[-1:]
         clock_mhz = self.read().sm_clock_mhz or _all(self._each("highest SM clock", _highest_clock_mhz))
         if not clock_mhz:
-            raise GpuError(f"{self.name} says neither its supported clocks nor its SM clock nor the highest")
+            raise GpuError(
+                f"{self.name} reports neither its supported clocks nor its current or highest SM clock"
+            )
         return (round(clock_mhz if isinstance(clock_mhz, float) else min(clock_mhz)),)
 
     @property
     def shared(self) -> tuple[str, ...]:
         """A line per card of which the node has but a MIG instance: what it shares with the others."""
         return tuple(
-            f"GPU {device.card}: power, energy and clock are the whole card's, and the node has one of its "
-            f"{len(device.instances)} MIG instances: a clock that is set slows the others too"
+            f"GPU {device.card}: the node has one of {len(device.instances)} MIG instances, but power, "
+            "energy and clock are those of the whole card; setting the clock affects the other instances too"
             for device in self.devices
             if len(device.instances) > 1
         )
@@ -240,8 +242,9 @@ class Gpus(AbstractContextManager["Gpus"]):
         if counters and power:
             raise GpuError(
                 f"the energy of {self.name} cannot be measured: no energy counter on GPU "
-                f"{', '.join(counters)}, no power reading on GPU {', '.join(power)}. A node's cards need one "
-                "of the two in common: update the driver, or leave that card out (see `fuel-ray doctor`)"
+                f"{', '.join(counters)}, no power reading on GPU {', '.join(power)}. All cards of a node "
+                "need the same one of the two: update the driver, or leave that card out (see `fuel-ray "
+                "doctor`)"
             )
 
     def processes(self) -> dict[str, frozenset[int]]:
@@ -253,7 +256,7 @@ class Gpus(AbstractContextManager["Gpus"]):
         return [self._one(what, read, uuid) for uuid in self._handles]
 
     def _one(self, what: str, read: Callable[[Handle], T | None], uuid: str) -> T | None:
-        reason: object = "its value is no value"
+        reason: object = "NVML has no value"
         try:
             value = read(self._handles[uuid])
         except (pynvml.NVMLError, AttributeError) as error:  # an old pynvml has no such function
@@ -265,12 +268,15 @@ class Gpus(AbstractContextManager["Gpus"]):
             return value
         if (uuid, what) not in self._said:
             self._said.add((uuid, what))
-            logger.warning("GPU %s does not give its %s: %s", uuid, what, reason)
+            logger.warning("GPU %s does not report its %s: %s", uuid, what, reason)
         return None
 
     def _snapped(self, clock_mhz: float) -> int:
         if not self.supported_clocks_mhz:
-            raise GpuError(f"cannot lock {clock_mhz} MHz: no clock is supported by all of {self.uuids}")
+            raise GpuError(
+                f"cannot lock {clock_mhz} MHz: the GPUs {', '.join(self.uuids)} have no supported clock in "
+                "common"
+            )
         return min(self.supported_clocks_mhz, key=lambda supported_mhz: abs(supported_mhz - clock_mhz))
 
     def _lock(self, clock_mhz: int) -> None:

@@ -26,17 +26,18 @@ def placement(gpus: Gpus, pids: Set[int]) -> Placement:
             return Placement("right", f"the server runs on GPU {named}")
         return Placement(
             "wrong",
-            f"the server runs on GPU {', '.join(used)}, and GPU {named} would be measured: "
+            f"the server runs on GPU {', '.join(used)}, but GPU {named} would be measured: "
             f"give --gpu-ids {' '.join(used)}",
         )
     others = frozenset[int]().union(*(running.get(uuid, ()) for uuid in gpus.uuids))
     if not others:
-        return _unknown(named, "the driver tells no process there")
+        return _unknown(named, "the driver reports no process on it")
     if not are_ours_to_see(others):
-        return _unknown(named, "the driver counts processes outside this container")
+        return _unknown(named, "the driver reports processes outside this container only")
     pids_text = ", ".join(map(str, sorted(others)))
     return Placement(
-        "wrong", f"no process of the server is on GPU {named}, only others (pid {pids_text}): see nvidia-smi"
+        "wrong",
+        f"no process of the server runs on GPU {named}, only others (pid {pids_text}); see nvidia-smi",
     )
 
 
@@ -47,7 +48,7 @@ def placement_of(gpus: Gpus, url: str) -> Placement:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        return _unknown(named, f"{url} is no URL ({error})")
+        return _unknown(named, f"{url} is not a URL ({error})")
     if not is_local(host):
         return _unknown(named, f"{host} is another host")
     pids, why_not = server_pids(port)
@@ -55,4 +56,4 @@ def placement_of(gpus: Gpus, url: str) -> Placement:
 
 
 def _unknown(named: str, reason: str) -> Placement:
-    return Placement("unknown", f"whether the server runs on GPU {named} cannot be checked: {reason}")
+    return Placement("unknown", f"cannot check whether the server runs on GPU {named}: {reason}")

@@ -57,8 +57,8 @@ def select(
     for index in {device.index for device in chosen}:
         if len(twice := [device.uuid for device in chosen if device.index == index]) > 1:
             raise ConfigError(
-                f"GPUs {', '.join(names) or environ[VARIABLE]} name GPU {index} twice ({', '.join(twice)}): "
-                "power and clock are the card's, and each card may be named once"
+                f"GPUs {', '.join(names) or environ[VARIABLE]}: GPU {index} is given twice "
+                f"({', '.join(twice)}); give each card once, because power and clock are those of the card"
             )
     return tuple(chosen)
 
@@ -81,8 +81,8 @@ def server_environment(devices: Sequence[Device], *, by_index: bool = False) -> 
     used = [_started_on(device) for device in devices]
     if by_index and not all(device.is_card and not device.instances for device in devices):
         raise ConfigError(
-            f"this vLLM takes no UUID in {VARIABLE}, so it cannot be given the MIG instance {used[0]}: "
-            "take a newer vLLM, or a whole card"
+            f"this vLLM accepts no UUIDs in {VARIABLE}, so it cannot use the MIG instance {used[0]}: use a "
+            "newer vLLM, or a whole card"
         )
     names = [str(device.index) for device in devices] if by_index else used
     return {VARIABLE: ",".join(names), ORDER: PCI_ORDER}
@@ -93,7 +93,7 @@ def _started_on(device: Device) -> str:
         return device.uuid
     if len(device.instances) > 1:
         raise ConfigError(
-            f"GPU {device.index} is split into MIG instances; name the one to serve on: "
+            f"GPU {device.index} is split into MIG instances; give the one to serve on: "
             + ", ".join(device.instances)
         )
     return device.instances[0]
@@ -133,8 +133,8 @@ def _check_order(
     if not ordered and indices == {card.index for card in cards}:
         return
     raise ConfigError(
-        f"{VARIABLE}={environ[VARIABLE]} counts the fastest card first, and the cards here differ "
-        f"({', '.join(sorted(names))}): set {ORDER}={PCI_ORDER}, or list UUIDs"
+        f"{VARIABLE}={environ[VARIABLE]} is ambiguous: CUDA counts the fastest card first, and this host has "
+        f"different cards ({', '.join(sorted(names))}); set {ORDER}={PCI_ORDER}, or use UUIDs"
     )
 
 
@@ -153,9 +153,9 @@ def _allowed(
     """The one device of this name that may be used; of a card of which MIG instances are shown, the one."""
     matches = _named(name, devices) or _named(name[:4].upper() + name[4:].lower(), devices)
     if len(matches) > 1:
-        raise ConfigError(f"GPU {name} fits several: {listed(matches)}; give more of the UUID")
+        raise ConfigError(f"GPU {name} is ambiguous: {listed(matches)}; give more of the UUID")
     if not matches:
-        raise GpuError(f"there is no GPU {name}; there are: {listed(devices)}")
+        raise GpuError(f"there is no GPU {name} on this host; it has {listed(devices)}")
     (device,) = matches
     if seen is None or device in seen or any(shown.is_card and shown.card == device.card for shown in seen):
         return device
@@ -163,13 +163,15 @@ def _allowed(
     if len(parts) == 1:
         return parts[0]
     raise ConfigError(
-        f"{VARIABLE}={environ[VARIABLE]} leaves GPU {name} out ({device.uuid}): an index is nvidia-smi's; "
-        f"this process may use {listed(seen)}"
+        f"GPU {name} ({device.uuid}) is excluded by {VARIABLE}={environ[VARIABLE]}; this process may use "
+        f"{listed(seen)} (indices are nvidia-smi's)"
     )
 
 
 def _too_few(found: int, wanted: int, environ: Mapping[str, str]) -> str:
     if VARIABLE in environ:
-        return f"{VARIABLE}={environ[VARIABLE]!r} shows {found or 'no'} GPU to this process; {wanted} needed"
+        return (
+            f"{VARIABLE}={environ[VARIABLE]!r} gives this process {found or 'no'} GPU, and it needs {wanted}"
+        )
     hint = f" ({_CONTAINER}={environ[_CONTAINER]})" if _CONTAINER in environ else ""
-    return f"the NVIDIA driver shows {f'{found} GPU, {wanted} needed' if found else 'no GPU'}{hint}"
+    return f"the NVIDIA driver finds {f'{found} GPU, and {wanted} are needed' if found else 'no GPU'}{hint}"

@@ -79,7 +79,7 @@ def load_custom(path: Path, n: int, *, output_tokens: int) -> tuple[list[str], n
         if len(texts) == n:
             break
     if not texts:
-        raise ConfigError(f'{path}: no line {{"prompt": ..., "output_tokens": ...}}')
+        raise ConfigError(f'{path}: has no line such as {{"prompt": ..., "output_tokens": ...}}')
     return [texts[i % len(texts)] for i in range(n)], np.resize(np.array(lengths, np.int64), n)
 
 

@@ -61,15 +61,15 @@ def cache_config(info: Mapping[str, Labels]) -> CacheConfig | str:
     """The cache of all engines, or what the page lacks."""
     engines = list(info.values())
     if not engines:
-        return f"its KV block size: there is no {CACHE_METRIC} on the page"
+        return f"its KV block size ({CACHE_METRIC} is not on the page)"
     sizes = {_block_size(labels) for labels in engines}
     size = sizes.pop()
     if size is None or sizes:
-        return f"one KV block size: {CACHE_METRIC} has {_shown(engines, 'block_size')}"
+        return f"one KV block size ({CACHE_METRIC} has {_shown(engines, 'block_size')})"
     blocks = [num_blocks(labels) or 0 for labels in engines]
     if not all(blocks):
         shown = _shown(engines, "num_gpu_blocks")
-        return f"how many KV blocks there are: {CACHE_METRIC} has {shown}; {_NO_BLOCKS}"
+        return f"its number of KV blocks ({CACHE_METRIC} has {shown}); {_NO_BLOCKS}"
     scheduler, tokens = _number(engines[0], "block_size"), _number(engines[0], _TOKENS)
     hybrid = tokens is not None and _number(engines[0], _ATTENTION) is None and tokens > blocks[0] * size
     total = _all_blocks(engines[0], blocks)

@@ -64,7 +64,9 @@ class Endpoint:
         if access.metrics_url is not None:
             metrics = page_url(access.metrics_url, flag=beside(flag, "metrics-url"))
         if access.api_key_env and login_variable(url) in os.environ:
-            raise ConfigError(f"{flag} has a login and {beside(flag, 'api-key-env')} a key: give one of them")
+            raise ConfigError(
+                f"{flag} has a login, and {beside(flag, 'api-key-env')} gives a key: give only one of them"
+            )
         made = cls(url, metrics, access.api_key_env, access.ca_file, flag=flag)
         made.headers(url)
         made.context(url)
@@ -104,7 +106,7 @@ class Endpoint:
             context = ssl.create_default_context(cafile=None if folder else path, capath=folder)
         except OSError as error:  # ssl's own among them
             raise ConfigError(
-                f"{name} {path}: {error.strerror or error}; a PEM file of certificates"
+                f"{name} {path}: {error.strerror or error}; it must be a PEM file of certificates"
             ) from error
         context.check_hostname = self.checks_host
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a server's own certificate will do
@@ -132,18 +134,18 @@ class Endpoint:
     def trouble(self, url: str, error: BaseException) -> str:
         """Why there was no answer, and which setting to give where one helps."""
         if isinstance(error, ssl.SSLCertVerificationError):
-            return f"its certificate is not believed: {error.verify_message}; {self._tls_advice(error)}"
+            return f"its certificate is not trusted: {error.verify_message}; {self._tls_advice(error)}"
         if isinstance(error, ssl.SSLError):
             reason: str = getattr(error, "reason", None) or str(error)  # not every one has it
             if "CERTIFICATE_REQUIRED" in reason:
-                return f"{reason}: it wants a certificate of its clients, and none can be given"
-            return f"TLS failed, {reason}" + ("; is it http:// there?" if reason in _NO_TLS else "")
+                return f"{reason}: it requires client certificates, which fuel_ray does not support"
+            return f"TLS failed: {reason}" + ("; does it serve http:// there?" if reason in _NO_TLS else "")
         text = self.without_secrets(str(error) or type(error).__name__)
         if isinstance(error, http.client.BadStatusLine) and urlsplit(url).scheme == "http":
-            return f"{text}; is it https:// there?"
+            return f"{text}; does it serve https:// there?"
         proxied = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
         if proxied and isinstance(error, OSError) and not _is_here(url):
-            return f"{text} (asked directly: {proxied[0]} is not used)"
+            return f"{text} (fuel_ray connects directly and ignores {proxied[0]})"
         return text
 
     def without_secrets(self, text: str) -> str:
@@ -163,7 +165,7 @@ class Endpoint:
         name = next((name for name in names if os.environ.get(name, "").strip()), "")
         key = os.environ[name].strip() if name else None
         if key is not None and not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{name}: its key has characters that cannot be sent in a header")
+            raise ConfigError(f"{name}: the key in it has characters that cannot be sent in an HTTP header")
         return key
 
     def _secrets(self) -> set[str]:
@@ -182,36 +184,36 @@ class Endpoint:
         setting = self.setting("api-key-env")
         if self._authorization(self.url) is None:
             looked = "" if self.api_key_env == "" else f"; {' and '.join(KEY_VARIABLES)} are not set"
-            return f"put its key into a variable and name that by {setting}{looked}"
+            return f"put its key into an environment variable and give its name with {setting}{looked}"
         if login_variable(self.url) in os.environ:
-            return f"the login in {self.flag} is not taken"
+            return f"it does not accept the login in {self.flag}"
         names = KEY_VARIABLES if self.api_key_env is None else (self.api_key_env,)
         variable = next(name for name in names if os.environ.get(name or "", "").strip())
-        return f"the key in {variable} is not taken; name the variable of another by {setting}"
+        return f"it does not accept the key in {variable}; give the variable of another key with {setting}"
 
     def _path_advice(self, url: str) -> str:
-        advice = f"is there a path before it, a gateway's or --root-path? Then give it in {self.flag}"
+        advice = f"if a gateway or --root-path adds a path, include it in {self.flag}"
         if url == self.metrics_url:
-            advice += f"; where metrics are elsewhere, in {self.setting('metrics-url')}"
+            advice += f"; if its /metrics has another address, give that with {self.setting('metrics-url')}"
         return advice
 
     def _elsewhere(self, url: str, location: str | None) -> str:
         if (target := _target(url, location)) is None:
-            return "it sends to no address that can be read"
+            return "it redirects to an invalid address"
         place, page = shown(target).rstrip("/"), url.removeprefix(self.url).rstrip("/")
         if page == url and place.rpartition("/")[2] == url.rpartition("/")[2]:
-            return f"it is elsewhere; give {self.setting('metrics-url')} {place}"
+            return f"it has moved; give {self.setting('metrics-url')} {place}"
         if place.endswith(page):
-            return f"it is elsewhere; give {self.flag} {place.removesuffix(page)}"
-        advice = f"if it is there now, give that in {self.flag}; if one logs in there, {self._key_advice()}"
-        return f"it sends to {place}, which is no such page: {advice}"
+            return f"it has moved; give {self.flag} {place.removesuffix(page)}"
+        advice = f"if the server is there, give {self.flag} {place}; if that is a login, {self._key_advice()}"
+        return f"it redirects to {place}: {advice}"
 
     def _tls_advice(self, error: ssl.SSLCertVerificationError) -> str:
         if error.verify_code in _ANOTHER_NAME:
-            return f"name it in {self.flag} as its certificate does"
+            return f"use the host name of its certificate in {self.flag}"
         if error.verify_code in _OUT_OF_TIME:
-            return "it needs a new one, or this host's clock is wrong"
-        return f"give the certificate of its CA, or its own if it signed itself, by {self.setting('ca-file')}"
+            return "renew it, or correct this host's clock"
+        return f"give the certificate of its CA, or its own if self-signed, with {self.setting('ca-file')}"
 
 
 def with_other_slash(url: str, status: int, location: str | None) -> str | None:

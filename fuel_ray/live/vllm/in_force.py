@@ -98,16 +98,16 @@ class Acknowledgement:
     def _why(self, report: Report) -> str:
         traffic, path = f"{self._doubt_s:.0f} s of traffic", self._path
         start = (
-            "vLLM needs fuel_ray in its environment, not left out by VLLM_PLUGINS (`fuel-ray doctor` checks "
-            f"both), and, if you started it, {LIMIT_FILE_VARIABLE}={path}, this very file, which its user "
-            "can read and write; without a limit file the batch limit is left alone"
+            "vLLM needs fuel_ray in its environment and not excluded by VLLM_PLUGINS (`fuel-ray doctor` "
+            f"checks both); a server that you started needs {LIMIT_FILE_VARIABLE}={path}, and its user must "
+            "be able to read and write that file. Without a limit file the batch limit is not changed"
         )
         if not report.monotonic_ns:
             return f"no vLLM scheduler has read {path} in {traffic}: {start}"
         if self._word is None or self._silent_s > SILENT_S:
-            return f"a scheduler attached to {path}, but none of its steps was reported in {traffic}: {start}"
+            return f"a scheduler attached to {path}, but reported no step in {traffic}: {start}"
         return (
-            f"its scheduler had {self._word.batch_limit} in force in {traffic}: start vLLM without "
-            "--scheduler-cls, whose class may admit by a rule of its own; let no other server have the same "
-            f"{LIMIT_FILE_VARIABLE}; and keep {path} on a local file system, which has locks"
+            f"the scheduler kept {self._word.batch_limit} during {traffic}. Start vLLM without "
+            "--scheduler-cls, whose class may ignore the limit; give no other server the same "
+            f"{LIMIT_FILE_VARIABLE}; and keep {path} on a local file system, because it needs locks"
         )

@@ -195,7 +195,7 @@ class KVCacheMonitor:
         """
         newest = self._sampler.latest(timeout_s=2 * self.interval_s + 2 * self._timeout_s)
         if time.monotonic() - newest.at_s > 2 * self.interval_s + self._timeout_s:
-            raise TelemetryError(f"{self._client.url}: no answer since {2 * self.interval_s:g} s and more")
+            raise TelemetryError(f"{self._client.url}: no answer for more than {2 * self.interval_s:g} s")
         trace = self.trace()
         since_s = newest.at_s - max(_RATE_WINDOW_S, 2 * self.interval_s)
         return state(trace[max(0, bisect_right(trace, since_s, key=itemgetter(0)) - 1) :])

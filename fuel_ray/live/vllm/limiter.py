@@ -52,10 +52,10 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
                 vllm_plugin.create_file(str(self.path))
         except BlockingIOError:
             raise NodeError(
-                f"control file {self.path} is in use by {_holder(self.path)}; end that first"
+                f"--limit-file {self.path}: in use by {_holder(self.path)}; stop that process first"
             ) from None
         except OSError as error:
-            raise NodeError(f"control file {self.path} cannot be made: {error}") from error
+            raise NodeError(f"limit file {self.path} cannot be created: {error.strerror or error}") from error
         try:
             self._acknowledgement = Acknowledgement(self.path, self._read()[1], capacity=capacity)
         except NodeError:
@@ -75,7 +75,7 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
         if used != limit and limit not in self._said:
             self._said.add(limit)
             logger.warning(
-                "batch limit %d is outside 1..%d; %d is used", limit, report.capacity or limit, used
+                "batch limit %d is outside 1 to %d; using %d", limit, report.capacity or limit, used
             )
         self._acknowledgement.ask(limit, report)
         self._write(limit)
@@ -116,7 +116,7 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
             raise NodeError(
                 f"no vLLM scheduler has attached to {self.path}: start vLLM with "
                 f"{vllm_plugin.LIMIT_FILE_VARIABLE}={self.path}, with fuel_ray installed in its environment "
-                "and not shut out by VLLM_PLUGINS; one that was already up attaches at its next step"
+                "and not excluded by VLLM_PLUGINS; a running server attaches at its next step"
             )
         return LimiterStatus(wanted, *report[:-1])
 
@@ -136,16 +136,16 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
         try:
             content = vllm_plugin.read_file(str(self.path))
         except OSError as error:
-            raise NodeError(f"control file {self.path} cannot be read: {error}") from error
+            raise NodeError(f"limit file {self.path} cannot be read: {error.strerror or error}") from error
         if content is None:
-            raise NodeError(f"control file {self.path} is corrupt")
+            raise NodeError(f"limit file {self.path} is corrupt")
         return content
 
     def _write(self, wanted: int | None) -> None:
         try:
             vllm_plugin.write_limit(str(self.path), wanted)
         except OSError as error:
-            raise NodeError(f"control file {self.path} cannot be written: {error}") from error
+            raise NodeError(f"limit file {self.path} cannot be written: {error.strerror or error}") from error
 
 
 def _holder(path: Path) -> str:

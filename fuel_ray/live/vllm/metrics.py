@@ -144,7 +144,7 @@ def difference(before: MetricsSnapshot, after: MetricsSnapshot, seconds: float) 
         TelemetryError: ``seconds`` is not positive.
     """
     if not seconds > 0:
-        raise TelemetryError(f"no rates over {seconds} s between two scrapes of /metrics")
+        raise TelemetryError(f"two scrapes of /metrics are {seconds} s apart, which gives no rates")
     counted = {f.name: getattr(after, f.name) for f in fields(Counters)}
     if not (restarted := _restarted(before, after)):
         counted = {name: _minus(value, getattr(before, name)) for name, value in counted.items()}
@@ -166,7 +166,7 @@ def _read(text: str, *, is_whole: bool) -> Series:
     """The samples we want; a metric that is declared without samples has an empty list."""
     lines = [line for line in text.splitlines(keepends=True) if line.startswith(_LINES)]
     if not any("vllm:" in line for line in lines):
-        raise TelemetryError(f"the page has no metric of vLLM; it begins {text[:60]!r}")
+        raise TelemetryError(f"the page has no metrics of vLLM; it begins with {text[:60]!r}")
     if not _is_ended(text, is_whole=is_whole):
         raise TelemetryError(f"the /metrics page is cut off after {text[-60:]!r}")
     series: Series = {}

@@ -21,7 +21,7 @@ def gpus_used(flags: Sequence[str]) -> int | None:
     given = {flag_name(word) for word in flags}
     if "--device-ids" in given:
         raise ConfigError(
-            "--live.flags: --device-ids is set from --live.gpu-ids, which names the GPUs in order"
+            "--live.flags: --device-ids is not allowed here; give the GPUs in order with --live.gpu-ids"
         )
     if given.intersection(_ELSEWHERE):
         return None

@@ -155,7 +155,7 @@ class VllmServer:
                 process.terminate()
                 process.wait(self._stop_timeout_s)
         except subprocess.TimeoutExpired:
-            logger.warning("vLLM did not end within %g s of SIGTERM; it is killed", self._stop_timeout_s)
+            logger.warning("vLLM did not exit within %g s of SIGTERM; killing it", self._stop_timeout_s)
             process.kill()
         finally:
             self._family.end(grace_s=1.0 if process.poll() is not None else 0.0)
@@ -174,7 +174,7 @@ class VllmServer:
             if time.monotonic() >= deadline_s:
                 raise NodeError(
                     f"vLLM did not answer on {self.url}/health within {self._start_timeout_s:g} s; "
-                    f"its last line: {_last_line(self._log())} (log: {self.log_path})"
+                    f"the last line of its log is: {_last_line(self._log())} (log: {self.log_path})"
                 )
             time.sleep(POLL_S)
         self.check()  # the answer was not another server's
@@ -202,7 +202,7 @@ class VllmServer:
         return NodeError(f"{self._ended(code)} while starting: {last_error(log)} (log: {self.log_path})")
 
     def _ended(self, code: int) -> str:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return f"vLLM on port {self.port} {how}"
 
     def _log(self) -> str:
@@ -240,7 +240,7 @@ def refused_block_size(log: str) -> str | None:
 
 
 def _last_line(log: str) -> str:
-    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
+    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "(empty)")
 
 
 def _block_size(asked: int | None, variable: str | None) -> int | None:
@@ -249,9 +249,9 @@ def _block_size(asked: int | None, variable: str | None) -> int | None:
     try:
         size = int(variable or "") if asked is None else asked
     except ValueError:
-        raise ConfigError(f"{BLOCK_SIZE_VARIABLE} is {variable!r}; a number of tokens") from None
+        raise ConfigError(f"{BLOCK_SIZE_VARIABLE}={variable}: must be a number of tokens") from None
     if size < 1:
-        raise ConfigError(f"the KV block size is {size}; at least 1 token")
+        raise ConfigError(f"KV block size {size}: must be at least 1 token")
     return size
 
 
@@ -259,7 +259,8 @@ def _todays_flags(flags: Sequence[str]) -> tuple[str, ...]:
     for flag in flags:
         if flag_name(flag) in _OUR_FLAGS:
             raise ConfigError(
-                f"{flag_name(flag)}: fuel_ray itself says where its server listens and its blocks"
+                f"--live.flags: {flag_name(flag)} is not allowed here; fuel_ray sets port and block size "
+                "itself"
             )
     renamed = {"--disable-prefix-caching": "--no-enable-prefix-caching"}
     return tuple(renamed.get(flag, flag) for flag in flags)
@@ -271,7 +272,7 @@ def _check_free(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise NodeError(f"port {port} cannot be used: {error}") from error
+            raise NodeError(f"port {port} cannot be used: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,11 +326,16 @@ def served_model(server: str | Endpoint, *, name: str | None = None, like: str |
     if name is not None:
         models = [model for model in found if model.name == name]
         if not models:
-            raise NodeError(f"{endpoint.setting('served-model')} {name}: {endpoint.url} serves {names}")
+            raise NodeError(
+                f"{endpoint.setting('served-model')} {name}: not on {endpoint.url}, which serves {names}"
+            )
     elif like and (fitting := [model for model in models if model.fits(like)]):
         models = [model for model in fitting if like in (model.name, model.root)] or fitting
     elif len({model.root for model in models}) > 1:
-        raise NodeError(f"{endpoint.url} serves {names}: say which by {endpoint.setting('served-model')}")
+        raise NodeError(
+            f"{endpoint.url} serves several models ({names}): choose one with "
+            f"{endpoint.setting('served-model')}"
+        )
     return models[0]
 
 
@@ -343,7 +349,7 @@ def server_version(server: str | Endpoint) -> str | None:
     try:
         return str(_answer(Endpoint.of(server), "/version", lambda answer: answer["version"]))
     except PageError as error:
-        logger.warning("the version of vLLM is not known: %s", error)
+        logger.warning("the version of vLLM is unknown: %s", error)
         return None
 
 
@@ -359,7 +365,7 @@ def _answer(endpoint: Endpoint, path: str, part: Callable[[Any], Any]) -> Any:
     try:
         return part(json.loads(body))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise NodeError(f"{endpoint.url}{path} does not answer as a vLLM server does: {error!r}") from error
+        raise NodeError(f"{endpoint.url}{path} does not answer like a vLLM server: {error!r}") from error
 
 
 def _is_healthy(endpoint: Endpoint) -> bool:
