@@ -97,15 +97,16 @@ class ServingConfig:
     """A node, the load that it serves and its SLO."""
 
     preset: Preset = "default"
-    """Set of defaults that the other flags change. default: one policy per workload and SLO, trained to stay
-    near its best simple rule. quick: the same for one block size, with less training and fewer seeds. plain:
-    trained at one fixed price of a miss. generalist: one policy for many workloads and SLOs. seed: GreenDLS's
-    reward with a KV term, 11 x 17 actions, 10 features."""
+    """Set of defaults: default, quick, plain, generalist, seed. default: one policy per workload and SLO,
+    trained to stay near its best simple rule. quick: the same for one block size, with less training and
+    fewer seeds. plain: trained at one fixed price of a miss. generalist: one policy for many workloads and
+    SLOs. seed: GreenDLS's reward with a KV term, 11 x 17 actions, 10 features."""
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes in tokens: powers of two up to 256."""
     node: NodeKind = "sim"
-    """What serves the requests. sim: the twin, a simulated vLLM server. live: a real vLLM server on this
-    machine's GPUs, in real time. ray: the nodes of a Ray cluster, of the kind that --backend names."""
+    """What serves the requests: sim, live or ray. sim: the twin, a simulated vLLM server. live: a real vLLM
+    server on this machine's GPUs, in real time. ray: the nodes of a Ray cluster, of the kind that --backend
+    names."""
     backend: Backend = "sim"
     """With --node ray, the kind of the cluster's nodes. With --node sim or live it is not needed."""
     node_wait_s: float = 60.0
@@ -123,7 +124,7 @@ class ServingConfig:
     """Size of the KV cache in tokens, for the twin and for a server that is started. None: the pack's or the
     server's own."""
     max_num_seqs: int | None = None
-    """Requests that the server can run at once, which is its highest batch limit. None: the pack's."""
+    """Requests that the server can run at once. This is its highest batch limit. None: the pack's."""
     limit_control: Literal["on", "off"] = "on"
     """on: policies set the batch limit of the twin. off: it stays at the server's capacity, as on a vLLM
     server without a limit file."""
@@ -132,8 +133,8 @@ class ServingConfig:
     prefix_caching: bool = True
     """Whether the server reuses full KV blocks of prompts with the same beginning."""
     workload: str = "diurnal"
-    """Workload to serve: NAME or NAME:key=value,... such as mmpp, azure-conv or diurnal:high_rps=20.
-    docs/workloads.md lists them; package.module:function names one of your own."""
+    """Workload to serve: NAME or NAME:KEY=VALUE,KEY=VALUE. Examples are mmpp, azure-conv and
+    diurnal:high_rps=20; docs/workloads.md has all. package.module:function is one of your own."""
     slo_ttft_s: float | None = 1.0
     """SLO: limit on the time to first token in s. None: no limit."""
     slo_tpot_s: float | None = 0.05

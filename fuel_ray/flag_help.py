@@ -1,4 +1,4 @@
-"""The page of --help: an example, then the flags that most people need, then the rest in groups."""
+"""The page of --help: an example, a line for each flag that most people need, then all flags in groups."""
 
 import os
 import re
@@ -6,22 +6,25 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from fuel_ray.verbs import VERBS
 
 WIDEST = 110  # columns; tyro sets boxes side by side from 130 on, where nothing can be found
 _OPTIONS = " options"
+_INDENT = " " * 8
+_MOST = "workload, SLO and run"
 _GROUPS = {
-    "used most": (
-        *("help", "preset", "block-sizes", "workload", "slo-ttft-s", "slo-tpot-s", "slo-share", "steps"),
-        *("policies", "static", "seeds", "seconds", "out", "save", "config", "resume"),
+    _MOST: (
+        *("preset", "block-sizes", "workload", "slo-ttft-s", "slo-tpot-s", "slo-share", "steps"),
+        *("node", "policies", "static", "seeds", "seconds", "out", "save", "config", "resume"),
     ),
-    "the simulated node": (
+    "the twin, a simulated server": (
         *("pack", "clock-axis", "kv-tokens", "max-num-seqs", "limit-control", "gpu-clocks-mhz"),
         "prefix-caching",
     ),
     "live nodes and clusters": (
-        *("node", "backend", "node-wait-s", "node-failures", "nodes-per-trial", "live-seconds"),
+        *("backend", "node-wait-s", "node-failures", "nodes-per-trial", "live-seconds"),
         *("storage", "save-traces"),
     ),
     "learning": (
@@ -30,6 +33,45 @@ _GROUPS = {
         *("normalisation", "grid", "grid-clock-step-mhz", "grid-lowest-clock-share", "grid-batch-limits"),
     ),
 }
+
+_OF_VERBS = {  # flags that most people need of verbs whose flags are in no groups
+    "deploy": (
+        "policy",
+        "server",
+        "limit-file",
+        "gpu-ids",
+        "max-num-seqs",
+        "shadow",
+        "canary",
+        "metrics-port",
+    ),
+    "benchmark": ("model", "base-url", "port", "request-rate", "num-prompts", "gpu-ids", "save-result"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A flag, with the kind of its value, and what it does."""
+
+    flag: str
+    text: str
+
+    @property
+    def names(self) -> list[str]:
+        return re.findall(r"--([a-z][\w.-]*)", self.flag)
+
+    def full(self, width: int) -> str:
+        indent = {"initial_indent": _INDENT, "subsequent_indent": _INDENT}
+        text = textwrap.fill(self.text, width, **indent, break_on_hyphens=False)
+        return "\n".join(filter(None, (f"  {self.flag}", text)))
+
+    def short(self, name: str, width: int) -> str:
+        """A line with its first sentence and, where there is room, its default."""
+        sentence = re.split(r"(?<=\.) | \(default: | \(required", self.text, maxsplit=1)[0].removesuffix(".")
+        default = re.search(r"\((?:default: )?([^()]+)\)$", self.text)
+        start = f"  --{name:<13} "
+        whole = f"{start}{sentence}" + (f" ({default[1]})" if default and default[1] != "None" else "")
+        return whole if len(whole) <= width else start + textwrap.shorten(sentence, width - len(start))
 
 
 @contextmanager
@@ -49,40 +91,54 @@ def narrowed() -> Iterator[None]:
 def page(text: str, prog: str) -> str:
     """Tyro's page, as it writes it where there are no box characters, with an example and in groups."""
     usage, *blocks = "\n".join(line.rstrip() for line in text.splitlines()).strip().split("\n\n")
-    verb = VERBS.get(prog.removeprefix("fuel-ray "))
-    if verb is not None:
-        usage += f"\nexample: {prog} {verb.example}".rstrip()
-    return "\n\n".join((usage, *(own for block in blocks for own in _grouped(block)))) + "\n"
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    name = prog.removeprefix("fuel-ray ")
+    if name in VERBS:
+        usage += f"\nexample: {prog} {VERBS[name].example}".rstrip()
+    return "\n\n".join((usage, *(own for block in blocks for own in _set(block, name, width)))) + "\n"
 
 
-def _grouped(block: str) -> list[str]:
-    """The block of options as several; another, or one of few, as it is."""
+def _set(block: str, verb: str, width: int) -> list[str]:
+    """A block of the page, set anew: flags that most people need, and all in groups."""
     title, _, rest = block.partition("\n")
+    if not title.startswith(" "):
+        return [textwrap.fill(" ".join(block.split()), width)]
     rule, _, rest = rest.partition("\n")
-    entries = {_name(entry): _filled(entry, len(rule)) for entry in re.split(r"^(?=  -)", rest, flags=re.M)}
-    entries.pop("", None)
-    if title != _OPTIONS or not {"workload", "kv-tokens"} <= entries.keys():
-        return [block]
-    groups = {name: _taken(entries, names) for name, names in _GROUPS.items()}
-    groups["more"] = list(entries.values())
-    return ["\n".join((f" {name}", rule, *own)) for name, own in groups.items() if own]
+    intro, inner, flags = rest.rpartition(f"\n  {rule.strip()[1:]}\n")
+    entries = [_entry(part) for part in re.split(r"^(?=  \S)", flags, flags=re.M) if part.strip()]
+    most, groups = _grouped(entries, verb if title == _OPTIONS else "")
+    boxes = {" used most": [e.short(name, width) for name, e in most]}
+    boxes |= {name or title: [e.full(width) for e in own] for name, own in groups.items()}
+    return [
+        "\n".join((name, rule, *filter(None, [intro + inner.rstrip()]), *own))
+        for name, own in boxes.items()
+        if own
+    ]
 
 
-def _taken(entries: dict[str, str], names: Sequence[str]) -> list[str]:
-    return [entries.pop(name) for name in names if name in entries]
+def _entry(part: str) -> _Entry:
+    """From tyro's columns: a flag, and its text beside or below it."""
+    first, *lines = part.rstrip("\n").split("\n")
+    flag, _, beside = first.strip().partition("  ")
+    text = " ".join(" ".join((beside, *lines)).split())
+    return _Entry(flag, text.removesuffix(" (default: )"))
 
 
-def _name(entry: str) -> str:
-    """The first long flag of an entry."""
-    found = re.match(r"  (?:-\w, )?--([a-z][\w.-]*)", entry)
-    return "" if found is None else found[1]
+Grouped = tuple[list[tuple[str, _Entry]], dict[str, list[_Entry]]]
 
 
-def _filled(entry: str, width: int) -> str:
-    """An entry whose explanation is broken where the page ends rather than where its source does."""
-    flag, *lines = entry.rstrip("\n").split("\n")
-    if not lines:
-        return flag
-    indent = " " * (len(lines[0]) - len(lines[0].lstrip()))
-    text = " ".join(line.strip() for line in lines)
-    return "\n".join((flag, textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)))
+def _grouped(entries: list[_Entry], verb: str) -> Grouped:
+    """The flags that most people need, by name, and all in groups by title; a lone group keeps its own."""
+    by_name = {name: entry for entry in entries for name in entry.names}
+    if not {"workload", "kv-tokens"} <= by_name.keys():
+        return [(name, by_name[name]) for name in _OF_VERBS.get(verb, ())], {"": entries}
+    most = [(name, by_name[name]) for name in _GROUPS[_MOST] if name in by_name]
+    groups = {f" {title}": _taken(entries, names) for title, names in _GROUPS.items()}
+    return most, groups | {" more": entries}
+
+
+def _taken(entries: list[_Entry], names: Sequence[str]) -> list[_Entry]:
+    """The entries of these flags, which are not there afterwards."""
+    taken = [entry for name in names for entry in entries if name in entry.names]
+    entries[:] = [entry for entry in entries if entry not in taken]
+    return taken

@@ -64,14 +64,14 @@ class LiveConfig(Access):
     served_model: str | None = None
     """Model name to request from a server that has several. None: the one that matches --live.model."""
     limit_file: Path | None = None
-    """Path in FUEL_RAY_LIMIT_FILE of the running server. None: its batch limit is not changed."""
+    """The server's FUEL_RAY_LIMIT_FILE. None: its batch limit is not changed."""
     vllm: str = "vllm"
     """Command that runs vLLM; quote it if it has several words."""
     flags: str = ""
     """More flags for `vllm serve`, in quotes: --live.flags="--dtype half"."""
     gpu_ids: tuple[str, ...] = ()
-    """GPUs of the server, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning). By default
-    the first of CUDA_VISIBLE_DEVICES, as many as --live.flags make the server use."""
+    """GPUs of the server: nvidia-smi's indices, or UUIDs. The beginning of a UUID (GPU-4f2, MIG-4f2) is
+    enough. By default the first of CUDA_VISIBLE_DEVICES, as many as --live.flags make the server use."""
     clock_control: Literal["on", "off"] = "on"
     """off: never set clocks, so that policies choose the batch limit only."""
     max_num_batched_tokens: int | None = None

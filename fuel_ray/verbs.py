@@ -22,7 +22,7 @@ GROUPS = {
         ),
         "train": Verb(
             "train a policy per KV block size, without the comparison",
-            "--block-sizes 16 --workload azure",
+            "--block-sizes 16 --workload azure-conv",
             "fuel_ray.config:TrainVerbConfig",
         ),
         "evaluate": Verb(
@@ -43,7 +43,7 @@ GROUPS = {
     "for your own server": {
         "onboard": Verb(
             "measure a server, train a policy for it, and prepare deployment",
-            "--server http://127.0.0.1:8000 --workload azure",
+            "--server http://127.0.0.1:8000 --workload azure-conv",
             "fuel_ray.onboarding.config:OnboardConfig",
         ),
         "profile": Verb(

@@ -13,9 +13,9 @@ from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 @dataclass(frozen=True)
 class _JudgeConfig(ServingConfig):
     policies: tuple[str, ...] = ()
-    """Policies to compare: policy folders, names such as clipper or example, or package.module:Class."""
+    """Policies to compare. Names such as clipper or example, policy folders, or package.module:Class."""
     seeds: int = 10
-    """Held-out seeds; each is an episode with the same arrivals for every policy."""
+    """Held-out seeds to evaluate on. Each is an episode with the same arrivals for every policy."""
     seconds: int = EPISODE_S
     """Seconds of arrivals per episode."""
     tune_share: float = 0.97

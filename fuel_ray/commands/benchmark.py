@@ -36,11 +36,11 @@ class BenchmarkConfig(DrawnLoad, Access):
     """Benchmark a running vLLM server: latencies, GPU and CPU power, KV cache usage."""
 
     model: str
-    """Name of the model to request, or the path that the server was started with."""
+    """Name of the model to request. The path that the server was started with will do too."""
     backend: Literal["vllm"] = "vllm"
     """Kind of server."""
     base_url: str | None = None
-    """URL of the server, such as https://gateway/prefix, instead of --host and --port."""
+    """URL of the server, instead of --host and --port. An example is https://gateway/prefix."""
     host: str = "127.0.0.1"
     """Host of the server."""
     port: int = 8000
@@ -52,8 +52,8 @@ class BenchmarkConfig(DrawnLoad, Access):
     """Limits in ms as KEY:VALUE, such as ttft:1000 tpot:50 e2el:8000. request_goodput then counts the
     requests per second that meet all of them, as in `vllm bench serve --goodput`."""
     gpu_ids: tuple[str, ...] | None = None
-    """GPUs of the server, by nvidia-smi's index or by UUID. None: the first of CUDA_VISIBLE_DEVICES. Empty:
-    no GPU is measured."""
+    """GPUs of the server: nvidia-smi's indices, or UUIDs. None: the first of CUDA_VISIBLE_DEVICES. Empty: no
+    GPU is measured."""
     gpu_monitor_interval: float = 0.05
     """Seconds between two samples of GPU and CPU."""
     kv_monitor_interval: float = 0.5

@@ -23,7 +23,7 @@ class ClockHelperConfig:
     """
 
     gpu_ids: tuple[str, ...]
-    """GPUs whose clocks may be set, by nvidia-smi's index or by UUID."""
+    """GPUs whose clocks may be set: nvidia-smi's indices, or UUIDs."""
     users: tuple[str, ...] = ()
     """Users, by name or number, that may set clocks, besides root."""
     group: str | None = None

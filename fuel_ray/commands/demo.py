@@ -29,7 +29,7 @@ class DemoConfig:
     """
 
     seeds: int = 3
-    """Held-out seeds; each is an episode with the same arrivals for every policy."""
+    """Held-out seeds to evaluate on. Each is an episode with the same arrivals for every policy."""
     seconds: int = 1200
     """Seconds of arrivals per episode. The workload repeats after 1200 s."""
 

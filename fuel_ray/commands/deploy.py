@@ -35,13 +35,13 @@ class DeployConfig(Target):
     """
 
     policy: Annotated[str, arg(aliases=["--model"])]
-    """Policy folder, such as results/sweep-.../policies/block_16, or an RLlib checkpoint in its run's folder.
-    With --shadow also the name of a rule, such as clipper, or package.module:Class; these need an SLO
-    (--slo-...)."""
+    """Policy to deploy. A policy folder, such as results/sweep-.../policies/block_16, or an RLlib checkpoint
+    in its run's folder. With --shadow also the name of a rule, such as clipper, or package.module:Class;
+    these need an SLO (--slo-...)."""
     canary: float | None = None
-    """Share of the time in which the policy is in control, such as 0.1; the rest runs at maximum performance.
-    Blocks of --canary-block-s are assigned at random, and the difference is reported with a 95 % interval.
-    None: the policy is always in control."""
+    """Share of the time with the policy in control, such as 0.1. In the rest the server runs at maximum
+    performance. Blocks of --canary-block-s are assigned at random, and the difference is reported with a 95 %
+    interval. None: the policy is always in control."""
     canary_block_s: float = 30.0
     """Length of a canary block in s."""
     seed: int = 0
@@ -51,7 +51,7 @@ class DeployConfig(Target):
     max_steps: int | None = None
     """Windows after which to stop. None: run until stopped by a signal."""
     metrics_port: int | None = None
-    """Port on which the controller serves its own /metrics, such as 9464. None: no /metrics."""
+    """Port for the controller's own /metrics, such as 9464. None: no /metrics."""
     metrics_host: str = "127.0.0.1"
     """Address on which /metrics listens."""
     slo_ttft_s: float | None = None

@@ -36,7 +36,7 @@ class DoctorConfig:
     block_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """KV block sizes to serve, in tokens."""
     gpu_ids: tuple[str, ...] = ()
-    """GPUs to serve on, by nvidia-smi's index or by UUID. By default the first of CUDA_VISIBLE_DEVICES."""
+    """GPUs to serve on: nvidia-smi's indices, or UUIDs. By default the first of CUDA_VISIBLE_DEVICES."""
     vllm: str = "vllm"
     """Command that runs vLLM; quote it if it has several words."""
     out: Path = Path("results")

@@ -12,10 +12,10 @@ HOST_S = 60.0
 
 @dataclass(frozen=True)
 class UnlockConfig:
-    """Return GPU clocks that a killed controller left locked to the driver."""
+    """Reset GPU clocks that a killed controller left locked."""
 
     gpu_ids: tuple[str, ...] = ()
-    """GPUs to reset, by nvidia-smi's index or by UUID, whoever locked their clocks. None given: those that a
+    """GPUs to reset, whoever locked their clocks: nvidia-smi's indices, or UUIDs. None given: those that a
     killed controller left locked."""
     force: bool = False
     """Reset the GPUs of --gpu-ids even while a controller uses them."""

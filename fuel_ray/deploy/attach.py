@@ -56,14 +56,14 @@ class Target(Access):
     served_model: str | None = None
     """Model name to request from a server that has several. None: the policy's model."""
     gpu_ids: tuple[str, ...] = ()
-    """GPUs of the server, by nvidia-smi's index or by UUID (GPU-... or MIG-..., or its beginning). By default
-    the first of CUDA_VISIBLE_DEVICES."""
+    """GPUs of the server: nvidia-smi's indices, or UUIDs. The beginning of a UUID (GPU-4f2, MIG-4f2) is
+    enough. By default the first of CUDA_VISIBLE_DEVICES."""
     strict: bool = False
     """Fail, instead of warning, if no process of the server runs on these GPUs."""
     limit_file: Path | None = None
-    """Path in FUEL_RAY_LIMIT_FILE of the running server. None: its batch limit is not changed."""
+    """The server's FUEL_RAY_LIMIT_FILE. None: its batch limit is not changed."""
     max_num_seqs: int | None = None
-    """Requests that the server can run at once, which is its highest batch limit. None: what its scheduler
+    """Requests that the server can run at once. This is its highest batch limit. None: what its scheduler
     reports."""
     clock_control: Literal["on", "off"] = "on"
     """off: never set clocks, so that the policy chooses the batch limit only."""

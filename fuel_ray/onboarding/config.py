@@ -28,9 +28,9 @@ class OnboardLive(LiveConfig):
     server: Annotated[str | None, arg(aliases=["--server"])] = None
     """URL of a running server, which is never stopped. None: start one for --model."""
     limit_file: Annotated[Path | None, arg(aliases=["--limit-file"])] = None
-    """Path in FUEL_RAY_LIMIT_FILE of the running server. None: its batch limit is not changed."""
+    """The server's FUEL_RAY_LIMIT_FILE. None: its batch limit is not changed."""
     gpu_ids: Annotated[tuple[str, ...], arg(aliases=["--gpu-ids"])] = ()
-    """GPUs of the server, by nvidia-smi's index or by UUID. By default the first of CUDA_VISIBLE_DEVICES."""
+    """GPUs of the server: nvidia-smi's indices, or UUIDs. By default the first of CUDA_VISIBLE_DEVICES."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class OnboardConfig(LearnConfig, ProfileConfig):
     """
 
     node: NodeKind = "live"
-    """What is onboarded. live: your server. sim: a rehearsal, in which the twin of --pack takes the place of
-    a server."""
+    """What is measured: live (your server) or sim (a rehearsal). In a rehearsal the twin of --pack takes the
+    place of a server."""
     live: OnboardLive = field(default_factory=OnboardLive)
     block_sizes: tuple[int, ...] = (16,)
-    """KV block size in tokens of a server that is started; a running one reports its own."""
+    """KV block size in tokens of a server that is started. A running one reports its own."""
     kv_tokens: int | None = None
     """Size of the KV cache in tokens. None: the server's own, or with --node sim the pack's."""
     steps: int = 120_000
