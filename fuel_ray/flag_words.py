@@ -9,7 +9,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from fuel_ray.errors import ConfigError
 
 _NO_NUMBER = r"Error parsing (\S+): (invalid literal for int|could not convert string to float).*: '(.*)'"
-_NO_CHOICE = r"Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\].*"
+_NO_CHOICE = r"Error parsing (\S+): no type matching (.+?) could be instantiated from \['(.*?)'\].*"
+_NO_VALUE = r"Missing value for argument '(\S+)'.*"
+_REQUIRED = r"Missing from (.*?): (.*)"
+_FIRST_FLAG = r"(?:--\S+ [^,]*, )*(--[\w.-]+|[A-Z]+)"  # tyro writes other names of a flag before its own
+_OTHER_CHOICE = r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?),?\)\."
 _STRAY = r"Unrecognized options: (.*)"
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
 
@@ -47,20 +51,46 @@ def one_line(text: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m|╭.*|\A[^\n]*\n\s*-{8,}|-{8,}", "", text)  # without ╭ where all is ASCII
     words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
     said = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
-    if number := re.fullmatch(_NO_NUMBER, said):
-        return f"{number[1]} {number[3]}: must be a {'whole ' if 'int' in number[2] else ''}number"
-    if choice := re.fullmatch(_NO_CHOICE, said):
-        return f"{choice[1]} {choice[3]}: {_must_be(choice[2])}"
-    if stray := re.fullmatch(_STRAY, said):
-        return f"{stray[1]} does not belong to a flag; --help lists all flags"
+    told = {
+        _NO_NUMBER: _no_number,
+        _NO_CHOICE: _no_choice,
+        _OTHER_CHOICE: lambda found: f"{found[2]} {found[1]}: must be one of {found[3].replace(chr(39), '')}",
+        _NO_VALUE: lambda found: f"{found[1].rpartition('/')[2]} needs a value",
+        _REQUIRED: lambda found: _required(found[1], found[2].split("(required)")[:-1]),
+        _STRAY: lambda found: f"unexpected {found[1]!r}; --help lists what is accepted",
+    }
+    for pattern, tell in told.items():
+        if found := re.fullmatch(pattern, said):
+            return tell(found)
     return said
+
+
+def _no_number(found: re.Match[str]) -> str:
+    return f"{found[1]} {found[3]}: must be a {'whole ' if 'int' in found[2] else ''}number"
+
+
+def _no_choice(found: re.Match[str]) -> str:
+    given = found[3].replace("', '", " ")
+    return f"{found[1]} {given}: {_must_be(found[2])}"
+
+
+def _required(prog: str, missing: Sequence[str]) -> str:
+    """What is said of flags without which a verb cannot begin, each followed by its help."""
+    flags = [found[1] for part in missing if (found := re.match(_FIRST_FLAG, part.strip()))]
+    verb = "is" if len(flags) == 1 else "are"
+    return f"{' and '.join(flags)} {verb} required; `{prog} --help` has an example"
 
 
 def _must_be(kinds: str) -> str:
     """What a value must be, from tyro's short form such as {sim,live} or {None}|FLOAT."""
-    named = [word for kind in kinds.split("|") for word in kind.strip("{}").split(",")]
-    words = [_KINDS.get(word, word) for word in named]
+    words = [_word(word) for kind in kinds.split("|") for word in kind.strip("{}").split(",")]
     return f"must be one of {', '.join(words)}" if len(words) > 2 else f"must be {' or '.join(words[::-1])}"
+
+
+def _word(kind: str) -> str:
+    each = kind.split()
+    word = _KINDS.get(each[0], each[0])
+    return word if len(each) == 1 else f"{len(each)} {word.removeprefix('a ')}s"
 
 
 def _names(argv: Sequence[str]) -> Iterator[str]:

@@ -249,7 +249,8 @@ def check_ranges(config: Any) -> None:
             continue
         low, high = _RANGES[name]
         if not low <= value <= high:
-            raise ConfigError(f"{_flag(name)} {value}: must be from {low:g} to {high:g}")
+            most = f"from {low:g} to {high:g}" if high < 10**9 else f"at least {low:g}"
+            raise ConfigError(f"{_flag(name)} {value:g}: must be {most}")
 
 
 def _values(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

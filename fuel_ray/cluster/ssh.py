@@ -26,9 +26,11 @@ def file_checks(path: Path) -> list[Check]:
         hosts = [provider["head_ip"], *provider["worker_ips"]]
         user, key = str(auth["ssh_user"]), auth.get("ssh_private_key")
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"--cluster-file {path}: not a Ray cluster file with `provider: type: local`: {error!r}"
-        ) from error
+        why = (
+            getattr(error, "strerror", None)
+            or f"not a Ray cluster file with `provider: type: local`: {error!r}"
+        )
+        raise ConfigError(f"--cluster-file {path}: {why}") from error
     with ThreadPoolExecutor(len(hosts)) as threads:
         return list(threads.map(lambda host: _ssh_check(str(host), user, key), hosts))
 

@@ -84,6 +84,7 @@ def parse(argv: list[str], *, prog: str) -> DeployConfig:
             raise ConfigError(
                 f"--policy {config.policy}: a rule can only be watched; add --shadow, or give a policy folder"
             )
+        rule.check_slo()
     elif given := [name for name in _OF_A_RULE if getattr(config, name) is not None]:
         raise ConfigError(
             f"--{given[0].replace('_', '-')} is for rules; a policy folder contains its own: leave it out"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from fuel_ray.errors import ConfigError
 from fuel_ray.report.sections import summary_table, write_report
 
 
@@ -18,6 +19,11 @@ class ReportConfig:
 
 def run(config: ReportConfig) -> int:
     """Write the report and print its table."""
+    if not (config.run_dir / "run.json").is_file():
+        raise ConfigError(
+            f"{config.run_dir}: not the folder of a run (no run.json in it); give one such as "
+            "results/sweep-20261127-120000"
+        )
     report = write_report(config.run_dir)
     print(f"{summary_table(config.run_dir)}\n\nreport    {report}")
     return 0

@@ -241,7 +241,9 @@ def read_page(server: str | Endpoint, *, timeout_s: float = 2.0) -> Page:
     try:
         text = ask(controller, "/metrics", timeout_s=timeout_s).decode()
         families = list(text_string_to_metric_families(text))
-    except (NodeError, ValueError) as error:
+    except NodeError as error:
+        raise TelemetryError(f"no controller: {error}") from error
+    except ValueError as error:
         raise TelemetryError(f"{url}/metrics does not answer like a controller: {error}") from error
     samples = [s for family in families for s in family.samples if s.name.startswith("fuel_ray_")]
     info = [s.labels for s in samples if s.name == "fuel_ray_info"]

@@ -30,6 +30,9 @@ class Rule:
                 f"--policy {self.entry}: this rule has to be tuned for a workload; `fuel-ray recommend "
                 "--save FOLDER` does that and writes a policy folder"
             )
+
+    def check_slo(self) -> None:
+        """Raises ConfigError without an SLO by which it could be judged."""
         limits_s = [s for s in (self.slo.ttft_s, self.slo.tpot_s, self.slo.e2e_s) if s is not None]
         if not limits_s or not min(limits_s) > 0:
             raise ConfigError(

@@ -124,7 +124,7 @@ def _gpus(gpu_ids: Sequence[str]) -> Iterator[Check]:
             if (idle := idle_power(gpus)) is not None:
                 yield idle
     except GpuError as error:
-        remedy = "install the NVIDIA driver, or start the container with --gpus all"
+        remedy = "install the NVIDIA driver, or give the container its GPUs"
         yield Check("GPU", str(error), remedy if error.__cause__ else "`nvidia-smi -L` lists the GPUs")
     except ConfigError as error:
         yield Check("GPU", str(error), "give other GPUs with --gpu-ids, or change that variable")

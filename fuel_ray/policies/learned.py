@@ -309,7 +309,12 @@ def read_policy(folder: Path, *, extra_features: Sequence[str] = ()) -> PolicyFo
 
 
 def _no_folder(folder: Path, error: Exception) -> str:
-    why = f"it has no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else str(error)
+    """Why a folder is none of a policy, and what one is."""
+    if isinstance(error, FileNotFoundError):
+        lacking = Path(error.filename).name
+        why = f"it has no {lacking}; give a folder such as results/sweep-.../policies/block_16"
+    else:
+        why = str(error)
     return f"{folder} is not a policy folder: {why}"
 
 

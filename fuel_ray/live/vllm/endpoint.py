@@ -125,7 +125,8 @@ class Endpoint:
         """What a status other than 200 means, in the server's words, and which setting to give."""
         if status in REDIRECTS:
             return f"HTTP {status}: {self._elsewhere(url, location)}"
-        said = " ".join(self.without_secrets(words).split())[:_WORDS]
+        shown_words = "" if words.lstrip().startswith("<") else words  # a web page says nothing here
+        said = " ".join(self.without_secrets(shown_words).split())[:_WORDS]
         advice = self._key_advice() if status in (401, 403) else None
         if status == 404 and "model" not in said.lower():  # of a model that is not there the words are enough
             advice = self._path_advice(url)
@@ -140,7 +141,10 @@ class Endpoint:
             if "CERTIFICATE_REQUIRED" in reason:
                 return f"{reason}: it requires client certificates, which fuel_ray does not support"
             return f"TLS failed: {reason}" + ("; does it serve http:// there?" if reason in _NO_TLS else "")
-        text = self.without_secrets(str(error) or type(error).__name__)
+        if isinstance(error, ConnectionRefusedError):
+            text = f"{error.strerror or 'connection refused'}: is the server running?"
+        else:
+            text = self.without_secrets(str(error) or type(error).__name__)
         if isinstance(error, http.client.BadStatusLine) and urlsplit(url).scheme == "http":
             return f"{text}; does it serve https:// there?"
         proxied = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
