@@ -373,6 +373,6 @@ def test_a_log_without_room_does_not_end_a_benchmark(stub, tmp_path):
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "fuel_ray", "benchmark", *flags, *save]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1 and "what was printed is not complete" in done.stderr
+    assert done.returncode == 1 and "the printed output is incomplete" in done.stderr
     (path,) = tmp_path.glob("*.json")
     assert json.loads(path.read_text())["completed"] == 60

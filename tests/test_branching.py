@@ -254,5 +254,5 @@ def test_what_branches_have_no_use_for_is_refused(flag):
     "switch", ["--train.branch-tries 0", "--train.algorithm ppo", "--train.algorithm rllib-dqn"]
 )
 def test_who_does_not_branch_has_no_use_for_how(switch):
-    with pytest.raises(ConfigError, match=r"--train.branch-every: .* has no use for it"):
+    with pytest.raises(ConfigError, match=r"--train.branch-every: .* does not use it"):
         parse_serving(LearnConfig, [*switch.split(), "--train.branch-every", "2"], prog="train")

@@ -81,7 +81,8 @@ def test_a_server_without_its_limit_file_has_one_batch_limit_to_choose(gpu, caps
     ]
     assert main(["evaluate", *flags, "--static", "max", "8"]) == 2
     assert (
-        "--static 8: the batch limit is 128 and not ours to set; --live.limit-file" in capsys.readouterr().err
+        "--static 8: the batch limit of this node is 128 and cannot be set; give the server's"
+        in capsys.readouterr().err
     )
 
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import re
+import socket
 import subprocess
 import sys
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from fuel_ray.commands import sweep
 from fuel_ray.config import PRESETS, LiveConfig, SweepConfig, from_dict, load_config, to_dict
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
+from fuel_ray.policies.shipped import SHIPPED
+from fuel_ray.workload.spec import parse_workload
 from tests.fake_nvml import FakeNvml
 
 WRONG = [
@@ -167,7 +172,7 @@ def test_a_broken_variant_of_the_clock_axis_is_named(changes, message, capsys, t
     path.write_text(json.dumps({**json.loads(shipped.read_text()), "clock_axis_variants": changes}))
     assert main(["evaluate", "--pack", str(path)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"pack {path}: malformed" in error and message in error
+    assert error.count("\n") == 1 and f"{path} is not a calibration pack" in error and message in error
 
 
 def test_a_pack_of_the_older_format_is_refused_with_the_reason(capsys, tmp_path):
@@ -176,7 +181,10 @@ def test_a_pack_of_the_older_format_is_refused_with_the_reason(capsys, tmp_path)
     assert main(["sweep", "--pack", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"pack {path}: its format is 1, whose clock axis was another" in error and "calibrate" in error
+    assert (
+        f"{path} is not a calibration pack that this version can read: it has no format" in error
+        and "calibrate" in error
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\x00", b'{"train": 3}', b'{"steps": 0}'])
@@ -292,27 +300,30 @@ def test_help_explains_every_flag_of_the_contract(capsys):
     assert "in s" in text and "tokens" in text and "MHz" in text
 
 
-def test_the_first_screen_of_help_has_what_is_used_most(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+MOST = "preset block-sizes workload slo-ttft-s slo-tpot-s slo-share steps node policies seeds out config "
+"resume"
+
+
+def test_the_first_screen_of_help_has_what_most_people_need(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     text = help_page(capsys, "sweep")
-    screen = "\n".join(text.splitlines()[:50])
+    screen = "\n".join(text.splitlines()[:24])
     assert "example: fuel-ray sweep --preset quick" in screen
-    for flag in [
-        "preset",
-        "block-sizes",
-        "workload",
-        "slo-ttft-s",
-        "slo-tpot-s",
-        "steps",
-        "policies",
-        "seeds",
-        "out",
-        "resume",
-    ]:
-        assert f"\n  --{flag} " in screen
+    for flag in MOST.split():
+        assert re.search(rf"^  --{flag} +\w.*\w", screen, re.MULTILINE), flag
+    assert "KV block sizes in tokens: powers of two up to 256 (8 16 32 64)" in screen
     for flag in ["node-wait-s", "grid-batch-limits", "train.lr", "guard.drift"]:
         assert f"--{flag} " not in screen and f"\n  --{flag}" in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("verb", "flag"), [("deploy", "policy"), ("benchmark", "model"), ("arena", "slos")])
+def test_help_tells_a_flag_in_a_line_of_its_own_width(verb, flag, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_page(capsys, verb).splitlines()
+    full = next(k for k, line in enumerate(lines) if re.match(rf"  (--\S+ \S+, )?--{flag} [A-Z[]", line))
+    assert lines[full + 1].startswith("        ") and lines[full + 1].strip()
+    assert max(map(len, [*lines[:1], *lines[2:]])) <= 80  # an example is to be copied, and stays in one line
 
 
 @pytest.mark.parametrize("name", ["sweep", "train", "evaluate", "deploy"])
@@ -366,7 +377,11 @@ def test_completion_names_the_shells_that_it_is_for(capsys):
 def test_the_example_of_a_verb_has_flags_that_there_are(verb, capsys):
     words = VERBS[verb].example.split()
     known = help_page(capsys, verb)
+    assert f"\nexample: fuel-ray {verb} {VERBS[verb].example}".rstrip() in known
     assert all(word in known for word in words if word.startswith("--"))
+    for flag, value in pairwise(words):
+        if flag == "--workload":
+            parse_workload(value)
 
 
 @pytest.mark.parametrize(
@@ -466,7 +481,7 @@ def test_the_seed_preset_is_the_original_request():
 def test_a_live_node_without_a_driver_is_said_and_nothing_is_written(verb, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
     assert main([verb, "--node", "live", "--live.model", "m", "--out", str(tmp_path)]) == 2
-    assert "no NVIDIA driver here" in capsys.readouterr().err
+    assert "no NVIDIA driver on this host" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -498,16 +513,16 @@ def test_sigterm_ends_a_verb_in_an_orderly_way(tmp_path):
         ("Sweep", "did you mean sweep?"),
         ("clock_helper", "did you mean clock-helper?"),
         ("help swep", "did you mean sweep?"),
-        ("--out x sweep", "--out stands before the verb: fuel-ray sweep --out"),
-        ("sweep --stpes 5", "--stpes is no flag here: did you mean --steps?"),
+        ("--out x sweep", "--out must come after the verb: fuel-ray sweep --out"),
+        ("sweep --stpes 5", "unknown flag --stpes: did you mean --steps?"),
         ("sweep --lr 5", "did you mean --train.lr?"),
-        ("deploy --poli x", "--poli is no flag here: did you mean --policy?"),
-        ("sweep --xyzzy", "--xyzzy is no flag here; --help lists them"),
-        ("sweep --steps=5x", "--steps 5x: not a whole number"),
-        ("sweep --train.lr x", "--train.lr x: not a number"),
-        ("sweep --slo-share x", "--slo-share x: none of {None}|FLOAT"),
-        ("sweep --conditional true", "true belongs to no flag"),
-        ("sweep --preset seed --preset fast", "--preset fast is unknown"),
+        ("deploy --poli x", "unknown flag --poli: did you mean --policy?"),
+        ("sweep --xyzzy", "unknown flag --xyzzy; --help lists all flags"),
+        ("sweep --steps=5x", "--steps 5x: must be a whole number"),
+        ("sweep --train.lr x", "--train.lr x: must be a number"),
+        ("sweep --slo-share x", "--slo-share x: must be a number or None"),
+        ("sweep --conditional true", "unexpected 'true'"),
+        ("sweep --preset seed --preset fast", "--preset fast: unknown; choose from"),
         ("sweep --block-sizes 8 --block_sizes 16", "--block-sizes is given twice"),
     ],
 )
@@ -515,6 +530,67 @@ def test_what_was_meant_is_said(argv, words, capsys):
     assert main(argv.split()) == 2
     said = capsys.readouterr().err
     assert words in said and len(said.splitlines()) == 1
+
+
+PLAIN = [
+    ("evaluate --seeds three", "--seeds three: must be a whole number"),
+    ("evaluate --node simm", "--node simm: must be one of sim, live, ray"),
+    ("evaluate --seeds", "--seeds needs a value"),
+    ("deploy", "--policy is required; `fuel-ray deploy --help` has an example"),
+    ("calibrate --name x", "--profile and --out are required; `fuel-ray calibrate --help` has an example"),
+    ("calibrate --clocks-mhz 1 2", "--clocks-mhz 1 2: must be 3 whole numbers or None"),
+    ("validate nowhere.json", "trace nowhere.json: there is no such file"),
+    ("evaluate --config nowhere.json", "--config nowhere.json: No such file or directory; give a JSON file"),
+    ("evaluate --config wrong.json", "wrong.json: unknown key 'workloads': did you mean 'workload'?"),
+    ("evaluate --config typed.json", "typed.json: seeds is 'ten'; it must be a whole number"),
+    ("report empty", "empty: not the folder of a run (no run.json in it); give one such as results/sweep-"),
+    ("evaluate --pack wrong.json", "wrong.json is not a calibration pack that this version can read"),
+    (
+        "evaluate --static 48@0",
+        "--static 48@0: 0 MHz is not a supported clock; supported are 900 to 1980 MHz",
+    ),
+    ("evaluate --gpu-clocks-mhz 0", "--gpu-clocks-mhz 0: must be at least 1"),
+    ("sweep --block-sizes 17", "--block-sizes 17: must be a power of two from 1 to 256, such as 16"),
+    ("sweep --slo-ttft-s -1", "--slo-ttft-s -1.0: must be above 0 s, or None for no limit"),
+    ("evaluate --workload diurnl", "unknown workload 'diurnl': did you mean diurnal?"),
+    ("evaluate --workload diurnal:high_rsp=3", "unknown key high_rsp: did you mean high_rps?"),
+    ("deploy --policy empty", "empty is not a policy folder: it has no manifest.json; give a folder such as"),
+    (
+        "evaluate --policies empty",
+        "empty is not a policy folder: it has no manifest.json; give a folder such as",
+    ),
+    (
+        "deploy --policy clipper",
+        "--policy clipper: a rule can only be watched; add --shadow, or give a policy",
+    ),
+    (
+        "benchmark --model m --port 1",
+        "http://127.0.0.1:1/metrics: Connection refused: is the server running?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), PLAIN)
+def test_a_wrong_word_gets_one_plain_line(argv, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "wrong.json").write_text(json.dumps({"workloads": "mmpp"}))
+    (tmp_path / "typed.json").write_text(json.dumps({"seeds": "ten"}))
+    monkeypatch.chdir(tmp_path)
+    assert main(argv.split()) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1 and said.startswith("fuel-ray: ")
+
+
+def test_a_port_in_use_gets_one_plain_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["--policy", str(SHIPPED["example"]), "--metrics-port", str(port)]
+        assert main(["deploy", *words]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"fuel-ray: --metrics-port {port}: cannot listen on 127.0.0.1: Address already in use; "
+        "choose another port\n"
+    )
 
 
 @pytest.mark.parametrize("word", ["version", "--version", "-V"])

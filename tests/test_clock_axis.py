@@ -74,7 +74,7 @@ def test_a_variant_that_cannot_be_is_malformed_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "named"),
-    [(None, "format is 1, whose clock axis was another"), (1, "format is 1"), (99, "format is 99")],
+    [(None, "has no format"), (1, "has format 1"), (99, "has format 99")],
 )
 def test_a_pack_of_another_format_is_refused_with_how_to_make_it_again(
     tmp_path: Path, version: int | None, named: str, capsys: pytest.CaptureFixture[str]

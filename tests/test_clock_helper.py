@@ -237,7 +237,7 @@ def test_the_socket_is_its_owners_alone_and_one_helpers(tmp_path):
     listening_socket(path, gid=None).close()
     path.unlink()
     path.write_text("")
-    with pytest.raises(ConfigError, match="no socket"):
+    with pytest.raises(ConfigError, match="is not a socket"):
         listening_socket(path, gid=None)
 
 

@@ -178,7 +178,7 @@ def test_unlock_asks_every_host_and_goes_on_where_one_fails(two_hosts, tmp_path,
     assert len(lines) == 3 and all("no clocks are recorded as locked" in line for line in lines)
     assert main(["unlock", "--cluster", "--gpu-ids", "0"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all("no NVIDIA driver here" in line for line in lines)
+    assert len(lines) == 3 and all("no NVIDIA driver on this host" in line for line in lines)
 
 
 def test_each_node_has_gpus_of_its_own(two_hosts):
@@ -299,5 +299,5 @@ def test_a_server_outlives_the_nodes_on_it_and_is_started_once(two_hosts, tmp_pa
     assert (tmp_path / "starts").read_text().count("start") == 2
     node.close()
     end_actors([actor])
-    with pytest.raises(NodeError, match="kept, which has the node's server, is gone"):
+    with pytest.raises(NodeError, match="kept, which owns the node's server, has died"):
         remote_node(name="kept")

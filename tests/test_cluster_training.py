@@ -115,7 +115,7 @@ def test_a_node_that_does_not_come_back_fails_the_trial_with_the_reason(two_host
     began_s = time.monotonic()
     assert training.process.wait(400) == 2
     print(f"said after {time.monotonic() - began_s:.0f} s")
-    assert "failures of the node in a row" in training.text().splitlines()[-1]
+    assert "times in a row, at last with" in training.text().splitlines()[-1]
     two_hosts.hosts += [two_hosts.add(), two_hosts.add()]
 
 

@@ -65,7 +65,7 @@ def test_the_example_plays_by_its_name(tmp_path, capsys):
 
 def test_the_example_is_for_one_block_size(capsys):
     assert main(["evaluate", "--block-sizes", "8", "--policies", "example"]) == 2
-    assert "--policies example: for no block size of 8" in capsys.readouterr().err
+    assert "--policies example: not trained for block size 8" in capsys.readouterr().err
 
 
 def test_quick_is_the_default_preset_made_small():

@@ -148,7 +148,7 @@ def test_without_clock_control_the_policy_chooses_among_limits_at_the_highest_cl
 
 def test_a_deployment_that_can_set_nothing_says_so(stub, gpu, policy, tmp_path, caplog):
     _, lines, _ = deploy(stub, policy, tmp_path, "--clock-control", "off")
-    assert "this only watches" in caplog.text
+    assert "so the policy has no effect" in caplog.text
     assert {line["applied"]["batch_limit"] for line in lines} == {32}
 
 
@@ -337,10 +337,13 @@ def near(knobs):
 MISFITS = [
     ({"sizes": (32,)}, "trained for KV block size 32, the server has 16"),
     ({"model": "Llama"}, "trained for model Llama, the server has tiny"),
-    ({"gpu_name": "NVIDIA A100"}, "trained for GPU NVIDIA A100, this is NVIDIA H100"),
-    ({"pack": "h100-qwen3-8b"}, "it was trained on pack h100-qwen3-8b as it was before"),
-    ({"engine": "Hugging Face transformers"}, "trained for Hugging Face transformers, the server is vLLM"),
-    ({"grid": ActionGrid((4,), (990, 1007))}, "the GPU does not support its clocks 1007 MHz"),
+    ({"gpu_name": "NVIDIA A100"}, "trained for GPU NVIDIA A100, and this is NVIDIA H100"),
+    ({"pack": "h100-qwen3-8b"}, "it was trained on an older version of calibration pack h100-qwen3-8b"),
+    (
+        {"engine": "Hugging Face transformers"},
+        "trained for Hugging Face transformers, and the server is vLLM",
+    ),
+    ({"grid": ActionGrid((4,), (990, 1007))}, "the GPU does not support its clocks of 1007 MHz"),
     ({"grid": ActionGrid((4, 64), (990,))}, "its highest batch limit is 64, the server's 32"),
     ({"anchor": near(Knobs(4, 1007))}, "the GPU does not support its clocks 1007 MHz"),
     ({"anchor": near(Knobs(64, 990))}, "its highest batch limit is 64, the server's 32"),
@@ -408,7 +411,7 @@ def test_a_server_by_which_the_slo_cannot_be_judged_is_refused_and_told_why(
     words = ["deploy", "--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
     assert main([*words, "--max-steps", "1"]) == 2
     error = capsys.readouterr().err
-    assert f"has no {HISTOGRAMS[limited]}, by which the SLO's {limited} is judged: " in error
+    assert f"has no {HISTOGRAMS[limited]}, which is needed for the SLO's limit on {limited}: " in error
     assert len(error.splitlines()) == 1 and gpu.locked_mhz is None
 
 
@@ -481,7 +484,7 @@ def test_blocks_that_are_not_known_are_not_blamed_on_the_block_size(
     )
     error = capsys.readouterr().err
     assert (
-        f'does not say how many KV blocks there are: vllm:cache_config_info has num_gpu_blocks="{blocks}"'
+        f'does not report its number of KV blocks (vllm:cache_config_info has num_gpu_blocks="{blocks}")'
         in error
     )
     assert "block size" not in error and len(error.splitlines()) == 1
@@ -495,9 +498,9 @@ def test_blocks_that_are_not_known_are_not_blamed_on_the_block_size(
             "None",
             "70000",
             2,
-            "the server's page says 4, which need not be that of a hybrid model's attention",
+            "the server reports 4, which for a hybrid model may be another than that of its attention",
         ),
-        ("None", "1200", 2, "trained for KV block size 256, the server has 4"),
+        ("None", "1200", 2, "trained for KV block size 256, and the server has 4"),
     ],
 )
 def test_a_hybrid_models_block_size_is_its_attentions(

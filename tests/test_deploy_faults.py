@@ -183,7 +183,7 @@ def test_a_server_without_good_metrics_gets_its_knobs_back_until_it_has_them(run
     events = run(windows=40)
     assert len(events.of("lost")) >= 2
     error, clock_mhz = events.of("detached")[0]
-    assert "no window could be measured" in str(error) and stub.url in str(error)
+    assert "no control window could be measured" in str(error) and stub.url in str(error)
     assert clock_mhz is None, "clocks are back while nobody looks"
     assert len(events.of("attached")) >= 2 and run.last_window_is_controlled()
 

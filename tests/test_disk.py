@@ -167,7 +167,7 @@ def test_output_that_finds_no_room_is_exit_code_1_and_one_line(words, unbuffered
         command = [sys.executable, *unbuffered, "-m", "fuel_ray", *words]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "fuel-ray: what was printed is not complete: No space left on device\n"
+    assert done.stderr == "fuel-ray: the printed output is incomplete: No space left on device\n"
 
 
 def test_a_full_log_does_not_end_an_evaluation(tmp_path):

@@ -80,12 +80,18 @@ def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatc
     found = lines(capsys)
     assert found["GPU"][0] == "FAIL" and "--gpus all" in found["GPU"][1]
     mark, text = found["plug-in"]
-    assert mark == "FAIL" and text.startswith("fuel_ray is not among vLLM's plug-ins: batch limits need it: ")
-    assert text.endswith(f"/python --no-deps --force-reinstall {ROOT}")
-    assert found["block sizes"] == ("note", "multiples of 32: 32, 64: 8, 16 will end as unsupported")
+    assert mark == "FAIL" and text.startswith(
+        "fuel_ray is not installed in vLLM's environment: batch limits need it: "
+    )
+    assert text.endswith(f"/python {ROOT}")
+    assert found["block sizes"] == (
+        "note",
+        "this vLLM serves multiples of 32: 32, 64: 8, 16 will be skipped as unsupported",
+    )
 
 
-STALE = "fuel_ray is among vLLM's plug-ins, but its import ends in ModuleNotFoundError: No module named "
+STALE = "fuel_ray is installed in vLLM's environment, but cannot be imported: ModuleNotFoundError: No module "
+"named "
 
 
 @pytest.mark.parametrize(
@@ -93,8 +99,8 @@ STALE = "fuel_ray is among vLLM's plug-ins, but its import ends in ModuleNotFoun
     [
         ({"plugin": "stale"}, None, STALE),
         ({}, "", "VLLM_PLUGINS= leaves fuel_ray out"),
-        ({}, "lora_resolver,other", "VLLM_PLUGINS=lora_resolver,other leaves fuel_ray out"),
-        ({"plugin_version": "0.0.9"}, None, "fuel_ray 0.0.9 is among vLLM's plug-ins, this is "),
+        ({}, "lora_resolver,other", "VLLM_PLUGINS=lora_resolver,other excludes fuel_ray"),
+        ({"plugin_version": "0.0.9"}, None, "vLLM's environment has fuel_ray 0.0.9, and this is "),
     ],
 )
 def test_a_plug_in_that_would_not_be_loaded_fails(vllm, capsys, monkeypatch, made, variable, words):
@@ -112,7 +118,7 @@ def test_plug_ins_that_are_named_may_have_it_among_them(vllm, capsys, monkeypatc
     command = vllm()
     monkeypatch.setenv("VLLM_PLUGINS", "other,fuel_ray")
     assert main(["doctor", "--vllm", command]) == 0
-    assert lines(capsys)["plug-in"] == ("ok", "fuel_ray is among vLLM's plug-ins")
+    assert lines(capsys)["plug-in"] == ("ok", "fuel_ray is installed in vLLM's environment")
 
 
 def test_block_sizes_that_no_node_can_serve_fail(vllm, capsys, monkeypatch):
@@ -132,10 +138,15 @@ def test_clocks_that_may_not_be_set_are_a_note(vllm, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("server", "here", "mark", "text"),
     [
-        (None, None, "note", "CUDA_DISABLE_PERF_BOOST is not set here: a server may be started with"),
-        (None, "1", "ok", "CUDA_DISABLE_PERF_BOOST=1 is set here, and in servers that are started from here"),
-        ("1", None, "ok", "CUDA_DISABLE_PERF_BOOST=1 is in the environment of what runs on the GPU"),
-        ("0", "1", "note", "CUDA_DISABLE_PERF_BOOST is not set in pid {} on the GPU: start the server with"),
+        (None, None, "note", "CUDA_DISABLE_PERF_BOOST is not set here: consider starting servers with"),
+        (
+            None,
+            "1",
+            "ok",
+            "CUDA_DISABLE_PERF_BOOST=1 is set here, and servers that are started here inherit it",
+        ),
+        ("1", None, "ok", "CUDA_DISABLE_PERF_BOOST=1 is set for the processes on the GPU"),
+        ("0", "1", "note", "CUDA_DISABLE_PERF_BOOST is not set for pid {} on the GPU: start the server with"),
     ],
 )
 def test_a_hopper_server_that_could_rest_deeper_is_a_note(
@@ -162,7 +173,7 @@ def test_a_process_whose_environment_cannot_be_read_is_said(vllm, capsys, monkey
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(pids=(2**22 + 1,))))
     assert main(["doctor", "--vllm", vllm()]) == 0
     assert lines(capsys)["idle power"][1].startswith(
-        "of what runs on the GPU the environment cannot be read; "
+        "the environment of the processes on the GPU cannot be read, "
     )
 
 

@@ -127,7 +127,7 @@ def test_failures_in_a_row_are_given_up_with_the_reason():
     env.reset(seed=1)
     node.errors = [NodeError("lost"), NodeError("still lost"), NodeError("gone")]
     env.step(np.int64(3))
-    with pytest.raises(NodeError, match="3 failures of the node in a row, the last: gone"):
+    with pytest.raises(NodeError, match="the node failed 3 times in a row, at last with: gone"):
         env.reset()
 
 

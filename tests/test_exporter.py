@@ -245,7 +245,7 @@ def test_watch_shows_a_row_per_controller_and_what_is_wrong_with_it(exporter, ca
     with serving(Stub()) as stub:
         assert main(["watch", "--once", "--urls", exporter.url, stub.url, "http://127.0.0.1:9"]) == 2
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert f"{stub.url}/metrics is not a controller's" in shown and "refused" in shown
+    assert f"{stub.url}/metrics is not a controller of fuel_ray" in shown and "refused" in shown
 
 
 def test_a_terminal_of_80_columns_tells_servers_apart(monkeypatch, capsys):

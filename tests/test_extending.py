@@ -92,7 +92,7 @@ def test_a_policy_folder_says_which_features_it_needs_and_that_they_were_not_nam
     )
     raw = json.loads((tmp_path / "q" / "manifest.json").read_text())
     assert raw["needs"] == [EXTRA] and raw["reward"] == REWARD and raw["workload"] == WORKLOAD
-    with pytest.raises(PolicyError, match=f"give --extra-features {EXTRA}"):
+    with pytest.raises(PolicyError, match=f"add --extra-features {EXTRA}"):
         read_policy(tmp_path / "q")
     found = read_policy(tmp_path / "q", extra_features=[EXTRA])
     assert found.codec == codec and found.codec.high.tolist() == [1.0, 1.0, 1.0]
@@ -201,9 +201,9 @@ def test_what_the_command_line_names_is_loaded(trap, tmp_path):
         (["--reward", "profit"], "or package.module:Class"),
         (["--reward", EXTRA], "not a callable object|not callable"),
         (["--reward", "fractions:Fraction"], "slo"),
-        (["--extra-features", REWARD], "is no mapping of names to Feature"),
-        (["--extra-features", EXTRA, EXTRA], "there is a feature tokens_per_joule, full_batch already"),
-        (["--features", "full_batch"], "--features full_batch: each once, out of"),
+        (["--extra-features", REWARD], "must be a mapping of names to Feature"),
+        (["--extra-features", EXTRA, EXTRA], "a feature named tokens_per_joule, full_batch exists already"),
+        (["--features", "full_batch"], "--features full_batch: give at least one, each one once, out of"),
         (["--workload", "examples.outside.workloads:classes:teachers=1"], "'teachers'"),
         (["--workload", "examples.outside.workloads:np"], "not a callable object|not callable"),
         (["--workload", "fuel_ray.guard:Rules"], "makes a Rules, which has no name, period_s"),

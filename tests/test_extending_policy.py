@@ -150,7 +150,7 @@ def test_a_folder_of_another_block_size_is_not_left_out_without_a_word(verb, cap
     folder = str(write_policy(tmp_path / "of_16"))
     out = tmp_path / "out"
     assert main([verb, "--policies", folder, "--block-sizes", "32", "--out", str(out)]) == 2
-    assert "--policies of_16: for no block size of 32" in capsys.readouterr().err and not out.exists()
+    assert "--policies of_16: not trained for block size 32" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize("slo", [Slo(ttft_s=1.0), Slo(tpot_s=0.05)])

@@ -126,7 +126,7 @@ def until_given_up(made, report, *, between=lambda: None, duration_s=1.0):
     ("report", "words"),
     [
         (NOTHING, "no vLLM scheduler has read /run/limit in 5 s of traffic: vLLM needs fuel_ray in its"),
-        (STARTED, "a scheduler attached to /run/limit, but none of its steps was reported in 5 s of traffic"),
+        (STARTED, "a scheduler attached to /run/limit, but reported no step in 5 s of traffic"),
         (
             lambda number: step(number, CAPACITY),
             "its scheduler had 32 in force in 5 s of traffic: start vLLM ",

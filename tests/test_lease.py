@@ -291,7 +291,7 @@ def test_a_reused_pid_is_not_mistaken_for_the_owner(changed, gpu, state):
 def test_a_lease_waits_for_the_watchdog_of_an_owner_that_died_only_so_long(gpu, state, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.lease_state.LOCK_WAIT_S", 0.1)
     with lease_state.lock(state, "GPU-0"):
-        with pytest.raises(GpuError, match="process that is not known still has its lock"):
+        with pytest.raises(GpuError, match="an unknown process still holds its lock"):
             ClockLease(["GPU-0"])
         write_state(state)
         with pytest.raises(GpuError, match=r"watchdog of pid \d+ \(fuel-ray run\).*, which died"):

@@ -77,7 +77,7 @@ def test_a_limit_out_of_range_is_clamped_and_said(attached, caplog, limit, used)
     limiter, _ = attached
     with caplog.at_level(logging.WARNING):
         assert limiter.set(limit) == used
-    assert f"batch limit {limit} is outside 1..{CAPACITY}; {used} is used" in caplog.text
+    assert f"batch limit {limit} is outside 1 to {CAPACITY}; using {used}" in caplog.text
 
 
 def test_closing_gives_the_limit_back_and_removes_the_file_and_may_be_repeated(tmp_path):
@@ -130,7 +130,7 @@ def test_a_leased_limit_is_one_controllers_and_ends_when_it_is_killed(tmp_path):
         engine = Engine(path, running=6)
         engine.step()
         assert engine.scheduler.max_num_active_reqs == 3
-        with pytest.raises(NodeError, match=f"is in use by pid {other.pid}; end that first"):
+        with pytest.raises(NodeError, match=f"in use by pid {other.pid}; stop that process first"):
             BatchLimiter(path, leased=True)
         other.kill()
         other.wait()

@@ -86,7 +86,7 @@ def test_ray_address_auto_without_a_cluster_is_told(monkeypatch, tmp_path):
 @pytest.mark.parametrize("address", ["foo", "127.0.0.1", ":6379", "127.0.0.1:x"])
 def test_ray_address_that_is_none_is_told(address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(ConfigError, match=f"RAY_ADDRESS={address} is no HOST:PORT"):
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS={address}: not HOST:PORT"):
         hosts.connect(cluster=False)
 
 

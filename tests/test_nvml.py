@@ -147,7 +147,7 @@ def test_a_gpu_that_lists_no_clocks_is_observed_only(nvml, clocks_mhz):
     with Gpus() as gpus:
         assert gpus.supported_clocks_mhz == ()
         assert not gpus.can_set_clocks()
-        with pytest.raises(GpuError, match="no clock is supported"):
+        with pytest.raises(GpuError, match="no supported clock in common"):
             gpus.pin(1200)
 
 
@@ -248,7 +248,7 @@ def test_a_reading_that_is_not_given_is_none_and_takes_no_other_with_it(
         assert gpus.settable_clocks_mhz(wanted=False) == (1980,)
     assert {name for name in reading.__slots__ if getattr(reading, name) is None} == unknown
     assert (energy_j is None) == (function == ENERGY)
-    assert len([line for line in caplog.messages if "GPU GPU-a does not give its" in line]) <= 1
+    assert len([line for line in caplog.messages if "GPU GPU-a does not report its" in line]) <= 1
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_sum_never_leaves_one_card_out_and_it_is_said_which_lacks_it(nvml, cap
         assert gpus.read().power_w is None and gpus.energy_j() == 10_000
         assert gpus.lacking() == {"power": ("GPU-b",)}
         gpus.require_energy()
-    assert "GPU GPU-b does not give its power" in caplog.text
+    assert "GPU GPU-b does not report its power" in caplog.text
 
 
 def test_without_a_way_to_the_energy_of_all_cards_it_is_said_at_once(nvml):

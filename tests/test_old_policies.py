@@ -22,7 +22,7 @@ from tests.policy_folders import write_policy
 PACK = load_pack("h100-qwen3-8b")
 CONFIG = replace(SweepConfig(), train=replace(PRESETS["default"].train, head="joint"))
 CODEC = build_codec(CONFIG, build_spec(CONFIG, 16))
-REASON = "was trained on pack h100-qwen3-8b as it was before"
+REASON = "was trained on an older version of calibration pack h100-qwen3-8b"
 VERBS = {"evaluate": evaluate, "recommend": recommend, "arena": arena, "sweep": sweep}
 
 
@@ -108,4 +108,4 @@ def test_an_arena_is_not_resumed_with_another_pack(capsys, tmp_path):
     facts = {"config": to_dict(ArenaConfig()), "pack_sha256": "0"}
     (tmp_path / "run.json").write_text(json.dumps(facts))
     assert main(["arena", "--resume", str(tmp_path)]) == 2
-    assert "is not the one that run began with" in capsys.readouterr().err
+    assert "has changed since that arena began" in capsys.readouterr().err

@@ -100,19 +100,19 @@ def test_a_rule_that_is_recommended_can_be_deployed_and_never_leaves_its_knobs(t
 def test_without_the_privilege_the_saving_is_modelled_and_what_is_missing_is_said(tmp_path, capsys):
     folder = onboarded(tmp_path, *ONE_CLOCK)
     said = capsys.readouterr().out
-    assert said.count("clock-helper") >= 2 and "Nothing can be saved without the privilege" in said
+    assert said.count("clock-helper") >= 2 and "to realise it, clocks must be set" in said
     found = json.loads((folder / "recommendation.json").read_text())
     assert max(row["against_max"] for row in found["rows"]) == 1.0 > found["rows"][0]["against_max"]
-    assert any("not measured here" in note for note in found["notes"])
+    assert any("not measured on this server" in note for note in found["notes"])
 
 
 def test_a_card_without_a_clock_axis_gets_a_twin_and_no_saving(tmp_path, capsys):
     raw = json.loads(Path("fuel_ray/sim/packs/h100-qwen3-8b.json").read_text()) | {"gpu_name": "NVIDIA L4"}
     (tmp_path / "l4.json").write_text(json.dumps(raw))
     folder = onboarded(tmp_path, *ONE_CLOCK, "--pack", str(tmp_path / "l4.json"))
-    assert "no saving can be modelled" in capsys.readouterr().out
+    assert "no saving can be predicted" in capsys.readouterr().out
     assert list(journal(folder))[-1] == "validate" and not (folder / "commands.sh").exists()
-    assert "no saving can be modelled" in (folder / "report.html").read_text()
+    assert "no saving can be predicted" in (folder / "report.html").read_text()
 
 
 def test_an_slo_that_cannot_be_met_is_said_with_one_that_can(tmp_path, capsys):
@@ -213,7 +213,7 @@ def test_a_server_that_is_gone_in_mid_profile_is_said_and_its_profile_gone_on_wi
     monkeypatch.setattr(profile, "probe", gone)
     monkeypatch.setattr(stages, "STAGES", STAGES[:3])
     folder = onboarded(tmp_path, *ONE_CLOCK, code=2)
-    assert f"does not answer. To go on then: fuel-ray onboard --resume {folder}" in capsys.readouterr().err
+    assert f"does not answer. Then continue: fuel-ray onboard --resume {folder}" in capsys.readouterr().err
     assert journal(folder)["profile"]["state"] == "stopped"
     assert again(folder) == 0
     again_from = seen.index("gone") + 1
@@ -231,7 +231,11 @@ def test_a_load_whose_requests_the_server_refuses_is_said_before_it_is_profiled(
 def test_a_default_load_and_an_slo_that_leaves_room_are_said(tmp_path, capsys):
     folder = onboarded(tmp_path, *ONE_CLOCK)
     page, said = (folder / "report.html").read_text(), capsys.readouterr().out
-    for text in ("the default; name yours by --slo-ttft-s", "The SLO leaves room", "requests/s on average"):
+    for text in (
+        "the default; give yours with --slo-ttft-s",
+        "is enough to meet the SLO",
+        "requests/s on average",
+    ):
         assert text in said and text in page
     assert "0.0" in page and "−0.0" not in page
 
@@ -240,10 +244,10 @@ def test_a_default_load_and_an_slo_that_leaves_room_are_said(tmp_path, capsys):
     ("words", "said"),
     [
         ([], "give --server URL"),
-        (["--node", "sim", "--observe-minutes", "1"], "no traffic to read"),
-        (["--server", "h", "--observe-minutes", "1", "--workload", "steady"], "either named or read"),
+        (["--node", "sim", "--observe-minutes", "1"], "there is no traffic to watch"),
+        (["--server", "h", "--observe-minutes", "1", "--workload", "steady"], "exclude each other"),
         (["--node", "sim", "--workload", "stedy"], "stedy"),
-        (["--node", "sim", "--block-sizes", "8", "16"], "one block size"),
+        (["--node", "sim", "--block-sizes", "8", "16"], "exactly one block size"),
         (["--node", "ray", "--server", "h"], "own machine"),
         (["--node", "sim", "--slo-share", "2"], "--slo-share"),
         (["--node", "live"], "--live.model"),
@@ -313,7 +317,7 @@ def test_traffic_is_read_before_anything_is_sent(tmp_path, monkeypatch, capsys):
     words = ["onboard", "--server", "http://h:1", "--observe-minutes", "1", "--out", str(tmp_path)]
     assert main(words) == 0
     assert order == ["piecewise:rates=2@30,prompt_mean=8,output_mean=4"]
-    assert "watching the real traffic of http://h:1 for 1 min" in capsys.readouterr().out
+    assert "watching the traffic of http://h:1 for 1 min" in capsys.readouterr().out
     (path,) = tmp_path.glob("onboard-*/observed.json")
     assert json.loads(path.read_text())["rates"] == [[2.0, 30.0]]
 

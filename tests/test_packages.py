@@ -79,7 +79,7 @@ def test_every_verb_says_which_package_it_lacks():
         if code != 0:
             assert (code, said.count("\n")) == (2, 1), said
             wanted = (
-                f"needs the package {module}, which is not installed here: pip install '{PACKAGES[module]}"
+                f"needs the package {module}, which is not installed: run pip install '{PACKAGES[module]}"
             )
             assert said.startswith(f"fuel-ray: {verb} {wanted}"), said
             lacking.add((verb, module))

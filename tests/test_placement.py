@@ -82,7 +82,7 @@ def test_a_server_on_another_card_than_it_was_given_is_ended_and_said(cards, tmp
         return [SimpleNamespace(pid=process.pid) for process in on_a]
 
     monkeypatch.setattr(FakeNvml, "nvmlDeviceGetComputeRunningProcesses", running)
-    with pytest.raises(GpuError, match="the server runs on GPU GPU-a, and GPU GPU-b would be measured"):
+    with pytest.raises(GpuError, match="the server runs on GPU GPU-a, but GPU GPU-b would be measured"):
         LiveServer(config(tmp_path, "1"), 16)
     left = psutil.Process().children(recursive=True)
     assert not [process for process in left if "stub_vllm" in " ".join(process.cmdline())]
@@ -98,9 +98,17 @@ def test_a_server_on_another_card_than_it_was_given_is_ended_and_said(cards, tmp
             "runs on GPU GPU-a, and GPU GPU-b would be measured: give --gpu-ids GPU-a",
         ),
         ({"a": [7], "b": [7]}, "wrong", "runs on GPU GPU-a, GPU-b, and GPU GPU-b would be measured"),
-        ({"b": [1]}, "wrong", "no process of the server is on GPU GPU-b, only others (pid 1)"),
-        ({}, "unknown", "cannot be checked: the driver tells no process there"),
-        ({"a": [1]}, "unknown", "cannot be checked: the driver tells no process there"),
+        ({"b": [1]}, "wrong", "no process of the server runs on GPU GPU-b, only others (pid 1)"),
+        (
+            {},
+            "unknown",
+            "cannot check whether the server runs on GPU GPU-b: the driver reports no process on it",
+        ),
+        (
+            {"a": [1]},
+            "unknown",
+            "cannot check whether the server runs on GPU GPU-b: the driver reports no process on it",
+        ),
     ],
 )
 def test_the_driver_is_asked_which_processes_are_where(cards, pids, found, words):
@@ -115,9 +123,7 @@ def test_pids_of_another_namespace_cannot_be_checked(cards, monkeypatch, tmp_pat
     cards[1].pids = (GONE,)
     monkeypatch.setattr("fuel_ray.live.processes._FIRST_PID_NAMESPACE", 0)
     with Gpus(["1"]) as gpus:
-        assert placement(gpus, {7}).text.endswith(
-            "cannot be checked: the driver counts processes outside this container"
-        )
+        assert placement(gpus, {7}).text.endswith("the driver reports processes outside this container only")
         cards[1].pids = (os.getpid(),)
         assert placement(gpus, {7}).found == "wrong"
 
@@ -143,9 +149,9 @@ def test_a_server_is_found_by_its_port(cards):
     [
         ("http://192.0.2.7:8000", "192.0.2.7 is another host"),
         ("http://nowhere.invalid:8000", "nowhere.invalid is another host"),
-        ("http://127.0.0.1:9", "no process that may be seen from here listens on port 9"),
+        ("http://127.0.0.1:9", "no process that this user can see listens on port 9"),
         ("https://127.0.0.1/v1", "listens on port 443"),
-        ("http://127.0.0.1:99999", "is no URL"),
+        ("http://127.0.0.1:99999", "is not a URL"),
     ],
 )
 def test_a_server_elsewhere_cannot_be_checked(cards, url, words):
@@ -194,12 +200,13 @@ def test_parallel_sizes_say_how_many_gpus_a_server_uses(flags, gpus):
 
 def test_ids_that_are_more_or_fewer_than_the_server_uses_are_refused(cards, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"names 1 GPU\(s\) and --live.flags make the server use 2: it would not"
+        ConfigError,
+        match=r"gives 1 GPU\(s\), but --live.flags make the server use 2, so the server would not",
     ):
         LiveServer(config(tmp_path, "0", flags="-tp 2"), 16)
-    with pytest.raises(ConfigError, match="use 1: the others would be measured and idle"):
+    with pytest.raises(ConfigError, match="use 1, so idle GPUs would be measured"):
         LiveServer(config(tmp_path, "0", "1"), 16)
-    with pytest.raises(ConfigError, match=r"--device-ids is set from --live.gpu-ids"):
+    with pytest.raises(ConfigError, match=r"--device-ids is not allowed here"):
         LiveServer(config(tmp_path, "0", flags="--device-ids 1"), 16)
     assert num_gpus(config(tmp_path, "0,1", flags="-tp 2")) == 2
     on_ray = replace(config(tmp_path, flags="-tp 2"), node="ray", backend="live")

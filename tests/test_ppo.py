@@ -116,7 +116,7 @@ def test_an_algorithm_from_outside_is_a_function_that_the_user_names():
     assert algorithm_of(LearnConfig(train=train)).__name__ == "own"
     with pytest.raises(ConfigError, match="nowhere"):
         algorithm_of(LearnConfig(train=replace(train, algorithm="nowhere:own")))
-    with pytest.raises(ConfigError, match="it is called with settings, model"):
+    with pytest.raises(ConfigError, match="fuel_ray calls it with settings, model"):
         algorithm_of(LearnConfig(train=replace(train, algorithm="textwrap:dedent")))
 
 
@@ -132,7 +132,7 @@ def test_an_algorithm_from_outside_is_a_function_that_the_user_names():
             ["--train.algorithm", "ppo", "--train.epsilon-final", "0"],
             "--train.epsilon-final: --train.algorithm ppo",
         ),
-        (["--train.algorithm", "rllib-dqn", "--train.hold-steps", "2"], "rllib-dqn has no use for it"),
+        (["--train.algorithm", "rllib-dqn", "--train.hold-steps", "2"], "rllib-dqn does not use it"),
         (["--train.algorithm", "rllib-dqn", "--train.fragment-steps", "3"], "at least --train.n-step"),
         (["--train.algorithm", "nowhere:own"], "nowhere"),
     ],

@@ -103,7 +103,7 @@ def test_points_that_were_measured_before_a_fault_are_kept_and_said(monkeypatch,
     assert [row["phase"] for row in rows] == ["idle", "decode", "decode"]
     assert json.loads((path.parent / "run.json").read_text())["partial"]
     found = capsys.readouterr()
-    assert f"ended early, 3 points are kept in {path}" in found.out and "the GPU is lost" in found.err
+    assert f"stopped early; 3 points were saved in {path}" in found.out and "the GPU is lost" in found.err
 
 
 @pytest.mark.parametrize("rows", ["[1]\n", '{"phase": "idle"}\n', "null\n", "x\n", None])
@@ -120,7 +120,7 @@ def test_a_profile_that_is_none_cannot_be_gone_on_with(rows, profile, tmp_path, 
 def test_batches_beyond_the_servers_capacity_are_left_out_and_one_is_measured():
     lengths = Lengths(batches=(256,), contexts=(128,), prompts=(128,), output_tokens=512, windows=3)
     found, left_out = fitting(lengths, SERVER)
-    assert found.batches == (128,) and left_out == ("256 requests together: the server takes 128",)
+    assert found.batches == (128,) and left_out == ("256 requests at once (the server runs 128 at most)",)
 
 
 def test_a_profile_says_how_long_it_takes_and_keeps_to_it(profiled):
@@ -171,7 +171,7 @@ def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tm
     flags = [*SMALL, "--batches", "1", "4", "--out", str(tmp_path)]
     assert main(["profile", *flags]) == 130
     (folder,) = tmp_path.glob("profile-*")
-    assert f"to go on: fuel-ray profile --resume {folder}" in capsys.readouterr().out
+    assert f"to continue: fuel-ray profile --resume {folder}" in capsys.readouterr().out
     with (folder / "profile.jsonl").open("a") as file:
         file.write('{"phase": "pre')
     assert main(["profile", "--resume", str(folder), "--batches", "1", "8"]) == 2
@@ -195,13 +195,13 @@ def test_another_load_on_the_server_ends_a_profile_and_is_said(monkeypatch, tmp_
     _changed(monkeypatch, running=lambda w: w.running + 3, output_tokens=lambda w: w.output_tokens + 9)
     assert main(["profile", *SMALL, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert "another load is on the server: at least 3 requests that are not the profile's" in said.err
+    assert "another client uses the server: at least 3 requests are not from this profile" in said.err
 
 
 def test_prompts_of_somebody_else_are_noticed_though_they_never_wait(monkeypatch, tmp_path, capsys):
     _changed(monkeypatch, prompt_tokens=lambda w: w.prompt_tokens + 70 * (w.completed > 0))
     assert main(["profile", *SMALL, "--batches", "1", "--out", str(tmp_path)]) == 2
-    assert "70 prompt tokens that are not the profile's; stop it" in capsys.readouterr().err
+    assert "70 prompt tokens are not from this profile; stop it" in capsys.readouterr().err
 
 
 def test_rows_with_hits_in_the_prefix_cache_are_refused(monkeypatch, tmp_path, capsys):
@@ -210,7 +210,7 @@ def test_rows_with_hits_in_the_prefix_cache_are_refused(monkeypatch, tmp_path, c
     assert main(["profile", *SMALL, *flags]) == 2
     said = capsys.readouterr()
     assert "skipped: prompts were found in the prefix cache" in said.out
-    assert "no requests that decode could be measured" in said.err
+    assert "no decode point could be measured" in said.err
 
 
 def test_what_the_server_cannot_take_is_left_out_and_said(tmp_path, capsys):
@@ -234,7 +234,8 @@ def test_a_load_is_no_faster_than_the_client_bears():
     load = chat(rows, begin_s=0.1, server=SERVER, share=0.65)
     (rate_rps,) = re.findall(r"\+([\d.]+)@", load.workload)
     assert (
-        float(rate_rps) * 220 == pytest.approx(6_250, rel=0.01) and "the client would be what is" in load.note
+        float(rate_rps) * 220 == pytest.approx(6_250, rel=0.01)
+        and "the client would be the bottleneck" in load.note
     )
     assert not chat(rows, begin_s=0.1, server=SERVER, share=0.05).note
     assert "*8+" in mixed(rows, begin_s=0.1, server=SERVER, most=48).workload  # 16 / 2.3 ms are too many

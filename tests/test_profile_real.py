@@ -93,7 +93,7 @@ def test_a_server_that_goes_in_mid_profile_costs_what_is_missing(gpu, tmp_path, 
 def test_requests_of_somebody_else_on_a_server_are_said(gpu, tmp_path, capsys):
     with serving(ServingStub(token_delay_s=0.005, foreign=4)) as stub:
         assert _profile(stub, tmp_path, "--batches", "1") == 2
-    assert re.search("another load is on the server: at least [1-4] requests", capsys.readouterr().err)
+    assert re.search("another client uses the server: at least [1-4] requests", capsys.readouterr().err)
 
 
 @slow
@@ -105,7 +105,7 @@ def test_a_short_model_is_refused_and_requests_that_fail_are_said(gpu, tmp_path,
         assert _profile(stub, tmp_path, "--batches", "2") == 2
     said = capsys.readouterr()
     assert "skipped: 2 of 2 requests failed: ValueError: " in said.out
-    assert "no requests that decode could be measured" in said.err
+    assert "no decode point could be measured" in said.err
 
 
 @slow
@@ -113,7 +113,7 @@ def test_a_clock_that_something_else_holds_is_said(gpu, tmp_path, capsys):
     gpu.sm_clock_mhz = 1500
     with serving(ServingStub(token_delay_s=0.005)) as stub:
         assert _profile(stub, tmp_path, "--batches", "1") == 0
-    assert "throttled: 1500 MHz in place of 1980 at 400 W of 700" in capsys.readouterr().out
+    assert "throttled: 1500 MHz instead of 1980 at 400 W of 700" in capsys.readouterr().out
 
 
 @slow
@@ -144,5 +144,5 @@ def test_a_profile_that_is_ended_gives_the_clocks_back(tmp_path, by, code):
         process.send_signal(by)
         said = process.communicate(timeout=20)[0]
     assert process.returncode == code
-    assert re.search(r"1 points are kept in .*\nto go on: fuel-ray profile --resume", said)
+    assert re.search(r"1 points were saved in .*\nto continue: fuel-ray profile --resume", said)
     assert [line.split()[2] for line in (tmp_path / "nvml.log").read_text().splitlines()][-1] == "reset"

@@ -95,15 +95,15 @@ WRONG = [
     ({"steps": 0}, "--train.episode-steps 0"),
     ({"steps": "5"}, "episode_steps is '5'"),
     ({"steps": 5, "train": {"episode_steps": 7}}, "give one of them"),
-    ({"kv_block_size": 17}, "--block-sizes 17: not a power of two"),
+    ({"kv_block_size": 17}, "--block-sizes 17: must be a power of two"),
     ({"kv_block_size": 8, "block_sizes": (8,)}, "give one of them"),
     ({"slo_tpot_s": -1.0}, "--slo-tpot-s -1.0: must be above 0"),
     ({"train": {"learning_rate": 1}}, "train: unknown key 'learning_rate'"),
     ({"preset": "mine"}, "preset is 'mine'"),
     ({"config": "nowhere.json"}, "nowhere.json"),
-    ({"resume": "results"}, "no run to go on with"),
+    ({"resume": "results"}, "resume is not an argument"),
     ({"features": ("miss_price",)}, "trains at one price"),
-    ({"node": "live", "live": {"model": "m"}}, "a live node is on a server that runs"),
+    ({"node": "live", "live": {"model": "m"}}, "a live node needs a running server"),
 ]
 
 

@@ -46,7 +46,7 @@ def test_a_reader_that_has_left_is_no_error_to_speak_of(line, code, unbuffered):
 def test_a_full_disk_at_the_end_of_the_output_is_told(line):
     done = shell(f"$F {line} >/dev/full")
     assert done.returncode == 1
-    assert done.stderr == "fuel-ray: what was printed is not complete: No space left on device\n"
+    assert done.stderr == "fuel-ray: the printed output is incomplete: No space left on device\n"
 
 
 @pytest.mark.parametrize("line", ["sweep --help", "doctor --backend sim"])
@@ -71,4 +71,4 @@ def test_another_encoding_is_printed_in(line, variables):
 
 def test_a_working_directory_that_is_gone_is_told(tmp_path):
     done = shell(f"mkdir gone && cd gone && rmdir ../gone && $F train --steps 16; cd {ROOT}", cwd=tmp_path)
-    assert done.stderr == "fuel-ray: the working directory is gone: cd to one that is there\n"
+    assert done.stderr == "fuel-ray: the working directory no longer exists: cd to another one\n"

@@ -333,7 +333,7 @@ def test_failed_requests_as_pandas_writes_them_are_left_out(read):
         (
             "mooncake",
             lines([row | {"input_length": -1} for row in recorded(2)]),
-            ":1: .*-1 is no whole number",
+            ":1: .*-1 is not a whole number",
         ),
         (
             "mooncake",
@@ -372,7 +372,7 @@ def test_a_path_may_have_commas(tmp_path, read, file):
         specs += [f"azure:path={path},rate_scale=2", f"azure:rate_scale=2,path={path}"]
     assert {parse_workload(spec).digest() for spec in specs} == {expected}
     if "rate=" in file:
-        with pytest.raises(ConfigError, match="a path with a comma goes in quotes"):
+        with pytest.raises(ConfigError, match="put a path with a comma in quotes"):
             parse_workload(f"azure:path={path}")
 
 

@@ -50,8 +50,8 @@ def test_a_gpu_is_named_by_index_or_by_the_beginning_of_its_uuid_and_the_order_s
     [
         (["GPU-a"], "GPU GPU-a fits several: 0 = GPU-aa1, 1 = GPU-ab2"),
         (["GPU-"], "fits several"),
-        (["0", "GPU-aa1"], "name GPU 0 twice"),
-        (["0,0"], "name GPU 0 twice"),
+        (["0", "GPU-aa1"], "GPU 0 is given twice"),
+        (["0,0"], "GPU 0 is given twice"),
         (["cuda:0"], "there is no GPU cuda:0"),
         ([""], "there is no GPU ; there are"),
         (["0000:17:00.0"], "there is no GPU"),
@@ -86,7 +86,7 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(nvml, visible, shown):
             assert chosen(index) == chosen(uuid) == (uuid,)  # an index is nvidia-smi's, not one of the list
         else:
             with pytest.raises(
-                ConfigError, match=rf"leaves GPU {index} out \({uuid}\).*may use .*{shown[0]}"
+                ConfigError, match=rf"GPU {index} \({uuid}\) is excluded.*may use .*{shown[0]}"
             ):
                 chosen(index)
             assert chosen(index, hidden=True) == (uuid,)  # clocks are given back whatever it says
@@ -103,7 +103,7 @@ def test_where_cuda_sees_no_gpu_there_is_none(nvml, visible):
 
 def test_too_few_visible_gpus_are_said(nvml):
     nvml(CUDA_VISIBLE_DEVICES="1")
-    with pytest.raises(GpuError, match="shows 1 GPU to this process; 2 needed"):
+    with pytest.raises(GpuError, match="gives this process 1 GPU, and it needs 2"):
         chosen(default=2)
 
 
@@ -139,8 +139,8 @@ def test_a_mig_instance_serves_and_its_card_is_measured(nvml, caplog, monkeypatc
         assert gpus.uuids == ("GPU-a",) and gpus.name == "H100 MIG 4g.40gb"
         assert server_environment(gpus.devices)["CUDA_VISIBLE_DEVICES"] == "MIG-2b"
         assert gpus.settable_clocks_mhz(wanted=True)[-1] == 1980
-    assert "one of its 2 MIG instances: a clock that is set slows the others too" in caplog.text
-    with pytest.raises(ConfigError, match="name GPU 0 twice"):
+    assert "setting the clock affects the other instances too" in caplog.text
+    with pytest.raises(ConfigError, match="GPU 0 is given twice"):
         chosen("MIG-1a", "MIG-2b")
     with Gpus(["0"]) as gpus, pytest.raises(ConfigError, match="name the one to serve on: MIG-1a, MIG-2b"):
         server_environment(gpus.devices)

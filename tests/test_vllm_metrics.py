@@ -107,7 +107,7 @@ def test_an_impossible_value_is_named(name, value):
 
 @pytest.mark.parametrize("page", ["", "<html>\n<body>502</body></html>\n", "python_info 1.0\n"])
 def test_a_page_without_vllm_says_so(page):
-    with pytest.raises(TelemetryError, match="no metric of vLLM"):
+    with pytest.raises(TelemetryError, match="no metrics of vLLM"):
         parse_metrics(page)
 
 
@@ -222,7 +222,7 @@ def test_an_idle_connection_that_was_dropped_is_reopened():
     ("change", "message"),
     [
         ({"status": 503}, "HTTP 503"),
-        ({"page": "<html>no</html>"}, "no metric of vLLM"),
+        ({"page": "<html>no</html>"}, "no metrics of vLLM"),
         ({"truncate": True}, "cut off"),
         ({"page": PAGE[:-3]}, "cut off"),
     ],
@@ -347,13 +347,13 @@ def test_the_cache_is_what_its_engines_say_together(series, found):
 
 
 UNKNOWN = [
-    ([_info(num_gpu_blocks="None")], r'how many KV blocks .* num_gpu_blocks="None"'),
-    ([_info(num_gpu_blocks="")], r'how many KV blocks .* num_gpu_blocks=""'),
-    ([_info(num_gpu_blocks="0")], r'how many KV blocks .* num_gpu_blocks="0"'),
-    ([_info(num_gpu_blocks=None)], r'how many KV blocks .* num_gpu_blocks=""'),
+    ([_info(num_gpu_blocks="None")], r'its number of KV blocks .* num_gpu_blocks="None"'),
+    ([_info(num_gpu_blocks="")], r'its number of KV blocks .* num_gpu_blocks=""'),
+    ([_info(num_gpu_blocks="0")], r'its number of KV blocks .* num_gpu_blocks="0"'),
+    ([_info(num_gpu_blocks=None)], r'its number of KV blocks .* num_gpu_blocks=""'),
     ([_info(), _info(num_gpu_blocks="None", engine="1")], r'num_gpu_blocks="1000" and num_gpu_blocks="None"'),
-    ([_info("None")], r'KV block size: .* block_size="None"'),
-    ([_info(), _info("32", engine="1")], r'one KV block size: .* block_size="16" and block_size="32"'),
+    ([_info("None")], r'KV block size .* block_size="None"'),
+    ([_info(), _info("32", engine="1")], r'one KV block size .* block_size="16" and block_size="32"'),
 ]
 
 

@@ -163,7 +163,7 @@ def test_an_unsupported_block_size_is_an_error_of_its_own(server):
 def test_a_server_that_hangs_is_ended_at_the_deadline(server):
     hanging = server("hangs", start_timeout_s=0.5)
     with pytest.raises(
-        NodeError, match=r"did not answer on .*/health within 0.5 s; its last line: INFO start"
+        NodeError, match=r"did not answer on .*/health within 0.5 s; the last line of its log is: INFO start"
     ):
         hanging.start()
     assert hanging.pids() == ()
@@ -239,4 +239,4 @@ def test_the_last_error_is_the_cause_and_not_its_consequence():
     assert last_error("usage: vllm\nvllm: error: unrecognized arguments: --x") == (
         "vllm: error: unrecognized arguments: --x"
     )
-    assert (last_error("all well\n\n"), last_error("")) == ("all well", "it printed nothing")
+    assert (last_error("all well\n\n"), last_error("")) == ("all well", "(empty)")
