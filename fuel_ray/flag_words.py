@@ -77,8 +77,9 @@ def _no_choice(found: re.Match[str]) -> str:
 def _required(prog: str, missing: Sequence[str]) -> str:
     """What is said of flags without which a verb cannot begin, each followed by its help."""
     flags = [found[1] for part in missing if (found := re.match(_FIRST_FLAG, part.strip()))]
+    named = " and ".join(filter(None, (", ".join(flags[:-1]), *flags[-1:])))
     verb = "is" if len(flags) == 1 else "are"
-    return f"{' and '.join(flags)} {verb} required; `{prog} --help` has an example"
+    return f"{named} {verb} required; `{prog} --help` has an example"
 
 
 def _must_be(kinds: str) -> str:

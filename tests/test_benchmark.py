@@ -114,7 +114,7 @@ def test_the_visible_gpu_is_recorded_and_what_it_lacks_is_unknown(stub, tmp_path
     assert gpu["avg_gpu_util"] is None and gpu["avg_power"] == pytest.approx(400_000)
     flags = ["benchmark", "--model", "tiny", "--port", stub.url.rsplit(":", 1)[1]]
     assert main([*flags, "--gpu-ids", "0"]) == 2
-    assert "CUDA_VISIBLE_DEVICES=GPU-1 leaves GPU 0 out" in capsys.readouterr().err
+    assert "is excluded by CUDA_VISIBLE_DEVICES=GPU-1" in capsys.readouterr().err
     assert main([*flags, "--gpu-ids", "1", "GPU-1"]) == 2
     assert "--gpu-ids name GPU 1 twice" in capsys.readouterr().err
 
@@ -124,7 +124,7 @@ def test_a_server_on_a_card_that_is_not_recorded_is_said(stub, tmp_path, monkeyp
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(*cards))
     assert benchmark(stub, tmp_path)[0] == 0
     assert (
-        "runs on GPU GPU-1, and GPU GPU-0 would be measured: give --gpu-ids GPU-1" in capsys.readouterr().out
+        "runs on GPU GPU-1, but GPU GPU-0 would be measured: give --gpu-ids GPU-1" in capsys.readouterr().out
     )
 
 
@@ -259,7 +259,7 @@ def test_requests_that_are_all_refused_are_a_failure_in_the_servers_words(
     assert code == 1 and result["completed"] == 0 and result["failed"] == 30
     assert result["gpu_energy_per_request_j"] is None and result["total_input_tokens"] == 0
     found = capsys.readouterr()
-    assert "no request of 30 was answered" in found.err and "too long" in found.err
+    assert "all 30 requests failed" in found.err and "too long" in found.err
     assert "30 with " in found.out and "HTTP 400" in found.out
 
 
@@ -308,7 +308,7 @@ def benchmark_process(stub, *flags):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_benchmark_writes_what_it_has(number, stub, tmp_path):
     process = benchmark_process(stub, "--result-dir", str(tmp_path))
-    assert "ended" in [line := process.stdout.readline(), line + process.stdout.readline()][1]
+    assert "finished" in [line := process.stdout.readline(), line + process.stdout.readline()][1]
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -339,7 +339,7 @@ def test_a_result_that_finds_no_room_goes_elsewhere(stub, tmp_path, monkeypatch,
     (path,) = other.glob("full/tiny-benchmark-*.json")
     assert json.loads(path.read_text())["completed"] == 5
     found = capsys.readouterr()
-    assert "J/request" in found.out and f"it is in {path.parent} instead" in found.err
+    assert "J/request" in found.out and f"it was written to {path.parent} instead" in found.err
     assert "No space left on device" in found.err and not list(folder.iterdir())
 
 

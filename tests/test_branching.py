@@ -229,7 +229,7 @@ def test_the_ring_keeps_the_newest_samples():
 
 
 def test_an_action_that_is_held_beyond_the_comparison_is_refused():
-    with pytest.raises(ConfigError, match="longer than --train"):
+    with pytest.raises(ConfigError, match="must be at most --train"):
         parse_serving(LearnConfig, ["--train.branch-hold", "30"], prog="train")
     own = parse_serving(LearnConfig, ["--train.branch-tries", "0"], prog="train")
     assert not branches(own)
@@ -245,7 +245,7 @@ def test_an_action_that_is_held_beyond_the_comparison_is_refused():
 )
 def test_what_branches_have_no_use_for_is_refused(flag):
     name, value = flag.split()
-    with pytest.raises(ConfigError, match=f"--train.{name}: learning from branches"):
+    with pytest.raises(ConfigError, match=f"--train.{name}: training with branches"):
         parse_serving(LearnConfig, [f"--train.{name}", value], prog="train")
     parse_serving(LearnConfig, [f"--train.{name}", value, "--train.branch-tries", "0"], prog="train")
 

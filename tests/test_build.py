@@ -65,7 +65,7 @@ def test_a_server_without_its_limit_file_has_one_batch_limit_to_choose(gpu, caps
     attached = replace(LIVE, live=LiveConfig(model="m", server="http://127.0.0.1:1"), max_num_seqs=64)
     spec = build_spec(attached, 16)
     assert spec.batch_limits == (64, 64) and build_codec(attached, spec).grid.batch_limits == (64,)
-    with pytest.raises(ConfigError, match=r"--grid seed has batch limits, .*--live.limit-file"):
+    with pytest.raises(ConfigError, match=r"--grid seed has several batch limits, .*--live.limit-file"):
         build_codec(replace(attached, grid="seed"), spec)
     named = replace(attached, live=replace(attached.live, limit_file=tmp_path / "limit"))
     assert build_spec(named, 16).batch_limits == (1, 64)

@@ -162,7 +162,7 @@ def test_a_malformed_pack_is_named(content, capsys, tmp_path, monkeypatch):
         ({"low": {"perf": {"idle": 3.0}}}, "low: it has no such entry: idle"),
         ({"low": {"perf": {"idle_w": "a"}}}, "clock_axis_variants, low: "),
         ({"nominal": {}}, "clock_axis_variants, nominal: that is the name"),
-        ([1], "malformed"),
+        ([1], "not a calibration pack"),
     ],
     ids=str,
 )
@@ -537,8 +537,11 @@ PLAIN = [
     ("evaluate --node simm", "--node simm: must be one of sim, live, ray"),
     ("evaluate --seeds", "--seeds needs a value"),
     ("deploy", "--policy is required; `fuel-ray deploy --help` has an example"),
-    ("calibrate --name x", "--profile and --out are required; `fuel-ray calibrate --help` has an example"),
-    ("calibrate --clocks-mhz 1 2", "--clocks-mhz 1 2: must be 3 whole numbers or None"),
+    ("calibrate", "--profile, --name and --out are required; `fuel-ray calibrate --help` has an example"),
+    (
+        "calibrate --name x --out x.json --profile x --clocks-mhz 1 2",
+        "--clocks-mhz 1 2: must be 3 whole numbers or None",
+    ),
     ("validate nowhere.json", "trace nowhere.json: there is no such file"),
     ("evaluate --config nowhere.json", "--config nowhere.json: No such file or directory; give a JSON file"),
     ("evaluate --config wrong.json", "wrong.json: unknown key 'workloads': did you mean 'workload'?"),

@@ -63,12 +63,12 @@ def test_a_pack_whose_clock_axis_cannot_be_is_malformed(
     tmp_path: Path, changes: dict[str, list[float]], named: str
 ) -> None:
     axis = json.loads(PACK_FILE.read_text())["clock_axis"] | changes
-    with pytest.raises(ConfigError, match=f"malformed.*{named}"):
+    with pytest.raises(ConfigError, match=f"not a calibration pack.*{named}"):
         load_pack(edited(tmp_path, clock_axis=axis))
 
 
 def test_a_variant_that_cannot_be_is_malformed_too(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"malformed.*as many entries"):
+    with pytest.raises(ConfigError, match=r"not a calibration pack.*as many entries"):
         load_pack(edited(tmp_path, clock_axis_variants={"odd": {"clock_axis": {"idle": [1.0]}}}))
 
 

@@ -458,7 +458,10 @@ def test_a_tight_limit_is_judged_by_what_is_certain(
     lowest, highest = lines[-1]["slo_attainment_bounds"]
     assert lowest == pytest.approx(bounds[0], abs=0.15) and highest == bounds[1]
     assert "TTFT <= 1 s is judged exactly" in out
-    assert "TPOT <= 20 ms is judged within bounds: requests between 10 ms and 25 ms" in out
+    assert (
+        "SLO limit TPOT 20 ms: attainment is known within bounds, because requests between 10 ms and 25 ms"
+        in out
+    )
     assert "a limit of 25 ms would be exact" in out
     assert f"TPOT mean {tpot_s * 1000:.3g} ms, p50 10 to 25 ms, p99 10 to 25 ms" in out
     assert run["summary"]["tpot"]["mean_s"] == pytest.approx(tpot_s)
@@ -545,7 +548,7 @@ def test_the_gpu_that_is_visible_is_the_one_that_is_controlled(stub, policy, tmp
     assert deploy(stub, policy, tmp_path)[2]["spec"]["gpu_uuids"] == ["GPU-c"]
     arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
     assert main(["deploy", *arguments, "--gpu-ids", "0"]) == 2
-    assert "CUDA_VISIBLE_DEVICES=2,1 leaves GPU 0 out (GPU-a)" in capsys.readouterr().err
+    assert "GPU 0 (GPU-a) is excluded by CUDA_VISIBLE_DEVICES=2,1" in capsys.readouterr().err
 
 
 def test_a_card_whose_energy_cannot_be_had_is_refused_before_anything_is_set(

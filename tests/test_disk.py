@@ -193,7 +193,7 @@ def test_an_evaluation_that_finds_no_room_is_elsewhere_as_a_whole(tmp_path, monk
     (run_dir,) = other.iterdir()
     assert {path.name for path in run_dir.iterdir()} == {"run.json", "summary.csv", "steps.jsonl"}
     found = capsys.readouterr()
-    assert "J/request" in found.out and f"it is in {run_dir} instead" in found.err
+    assert "J/request" in found.out and f"it was written to {run_dir} instead" in found.err
     assert "quota exceeded" in found.err
 
 
@@ -233,7 +233,7 @@ def test_points_of_a_profile_that_find_no_room_are_elsewhere_and_whole(tmp_path,
     (path,) = other.glob("profile-*/profile.jsonl")
     phases = [json.loads(line)["phase"] for line in path.read_text().splitlines()]
     assert phases == ["idle", "decode", "decode", "prefill"]
-    assert f"it is in {path.parent} instead" in capsys.readouterr().err
+    assert f"it was written to {path.parent} instead" in capsys.readouterr().err
 
 
 def test_storage_never_has_half_a_file_nor_a_resumed_run_half_a_folder(tmp_path, monkeypatch):
@@ -363,7 +363,10 @@ def test_a_benchmark_on_a_full_disk_and_on_one_that_is_read_only(small_disk, tmp
         assert main([*words, "--save-result", "--result-dir", str(disk / "results")]) == 1
         (path,) = other.glob("results/*.json")
         assert json.loads(path.read_text())["completed"] == 20
-        assert f"No space left on device; free some space; it is in {path.parent}" in capsys.readouterr().err
+        assert (
+            f"No space left on device; free some space; it was written to {path.parent}"
+            in capsys.readouterr().err
+        )
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         sent = len(stub.bodies)
         assert main([*words, "--save-result", "--result-dir", str(disk)]) == 1

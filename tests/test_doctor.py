@@ -71,7 +71,7 @@ def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
     assert found["readings"] == ("ok", "energy counter, power, utilisation, SM clock")
     assert found["clocks"][0] == found["plug-in"][0] == found["disk"][0] == found["port"][0] == "ok"
     assert found["vLLM"] == ("ok", f"0.32.0 ({command})")
-    assert found["block sizes"] == ("ok", "multiples of 16: 16, 32")
+    assert found["block sizes"] == ("ok", "this vLLM serves multiples of 16: 16, 32")
 
 
 def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatch):
@@ -98,7 +98,7 @@ STALE = "fuel_ray is installed in vLLM's environment, but cannot be imported: Mo
     ("made", "variable", "words"),
     [
         ({"plugin": "stale"}, None, STALE),
-        ({}, "", "VLLM_PLUGINS= leaves fuel_ray out"),
+        ({}, "", "VLLM_PLUGINS= excludes fuel_ray"),
         ({}, "lora_resolver,other", "VLLM_PLUGINS=lora_resolver,other excludes fuel_ray"),
         ({"plugin_version": "0.0.9"}, None, "vLLM's environment has fuel_ray 0.0.9, and this is "),
     ],
@@ -214,9 +214,9 @@ def test_the_visible_gpu_is_looked_at_and_others_are_said_to_be_hidden(vllm, cap
     command = vllm()
     assert main(["doctor", "--vllm", command]) == 0
     found = lines(capsys)
-    assert "1 x NVIDIA H100" in found["GPU"][1] and "one of its 2 MIG instances" in found["MIG"][1]
+    assert "1 x NVIDIA H100" in found["GPU"][1] and "one of 2 MIG instances" in found["MIG"][1]
     assert main(["doctor", "--vllm", command, "--gpu-ids", "0"]) == 1
-    assert "CUDA_VISIBLE_DEVICES=GPU-1 leaves GPU 0 out" in lines(capsys)["GPU"][1]
+    assert "is excluded by CUDA_VISIBLE_DEVICES=GPU-1" in lines(capsys)["GPU"][1]
 
 
 def test_rapl_that_stands_still_is_modelled(vllm, capsys, monkeypatch, tmp_path):

@@ -156,7 +156,7 @@ def test_a_missing_and_a_wrong_key_say_which_setting_to_give(monkeypatch):
         live = Endpoint.of(stub.url, flag="--live.server")
         texts = [wrong(live), wrong(live, served_model), *errors(live)]
     for text in texts:
-        assert "the key in OPENAI_API_KEY is not taken" in text and "--live.api-key-env" in text
+        assert "does not accept the key in OPENAI_API_KEY" in text and "--live.api-key-env" in text
         assert "sk-mine" not in text and "Unauthorized: Bearer ***" in text
 
 
@@ -164,7 +164,9 @@ def test_what_names_no_key_is_refused_without_it(monkeypatch):
     for name in ("sk-123 4", "sk-123", "perhaps_a_key"):
         text = wrong(None, lambda _, name=name: Endpoint.of("h", Access(api_key_env=name)))
         assert "--api-key-env" in text and name not in text
-    assert "NOT_SET: it is not set" in wrong(None, lambda _: Endpoint.of("h", Access(api_key_env="NOT_SET")))
+    assert "NOT_SET: this environment variable is not set" in wrong(
+        None, lambda _: Endpoint.of("h", Access(api_key_env="NOT_SET"))
+    )
     monkeypatch.setenv("VLLM_API_KEY", "sk-1\r\nX: y")
     text = wrong(None, lambda _: Endpoint.of("h"))
     assert "VLLM_API_KEY" in text and "sk-1" not in text
@@ -177,7 +179,7 @@ def test_a_prefix_is_part_of_the_address_and_its_lack_is_said():
         assert errors(stub.url) == {None}
         bare = stub.url.removesuffix("/team/llm")
         for text in (wrong(bare), wrong(bare, served_model), *errors(bare)):
-            assert "HTTP 404" in text and "give it in --server" in text, text
+            assert "HTTP 404" in text and "include it in --server" in text, text
         assert "--metrics-url" in wrong(bare) and "--metrics-url" not in wrong(bare, served_model)
 
 
@@ -272,7 +274,7 @@ def test_proxies_are_not_used(monkeypatch):
         assert (
             running(stub.url) == 30 and served_model(stub.url).name == "tiny" and errors(stub.url) == {None}
         )
-    assert "http_proxy is not used" in wrong("http://no-such-host.invalid:1")
+    assert "ignores http_proxy" in wrong("http://no-such-host.invalid:1")
 
 
 def models(*entries):
@@ -291,7 +293,7 @@ def test_the_model_is_the_one_that_is_meant():
         assert served_model(stub.url, like="/m/Qwen3-8B").name == "qwen"
         assert served_model(stub.url, like="Qwen/Qwen3-8B").name == "qwen"
         text = wrong(Endpoint.of(stub.url, flag="--live.server"), served_model)
-        assert "serves llama, qwen, q, sql: say which by --live.served-model" in text
+        assert "serves several models (llama, qwen, q, sql): choose one with --live.served-model" in text
         stub.models_list = [{"id": "bare"}]
         assert served_model(stub.url).name == "bare"
         stub.models_list = [{"name": "ollama"}]
@@ -399,7 +401,7 @@ def test_a_load_follows_a_slash_too():
 def test_a_login_and_a_key_are_not_both_taken(logins, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     text = wrong(None, lambda _: Endpoint.of("http://u:secret@h", Access(api_key_env="MY_KEY")))
-    assert "give one of them" in text and "secret" not in text
+    assert "give only one of them" in text and "secret" not in text
 
 
 def test_a_model_that_is_not_there_is_not_blamed_on_a_path():

@@ -110,7 +110,7 @@ def test_episodes_that_were_measured_before_a_fault_are_kept_and_said(monkeypatc
     assert facts["partial"] and "the GPU is lost" in facts["ended"]
     assert len(read_csv(run_dir / "summary.csv")) == 3
     found = capsys.readouterr()
-    assert "ended early, 3 episodes are kept: cannot read the power" in found.out and "partial" in found.out
+    assert "stopped early (cannot read the power" in found.out and "partial" in found.out
     assert found.err.endswith("the GPU is lost\n")
 
 
@@ -145,5 +145,5 @@ def test_a_live_evaluation_says_what_limit_was_in_force(plugins, monkeypatch, tm
         return
     assert code == 2 and not last and {line["applied"]["batch_limit"] for line in lines} == {32}
     assert json.loads((folder / "run.json").read_text())["partial"]
-    assert "VLLM_PLUGINS=none leaves fuel_ray out" in caplog.text
+    assert "VLLM_PLUGINS=none excludes fuel_ray" in caplog.text
     assert "fuel-ray: batch limit 4 is not in force: no vLLM scheduler has" in capsys.readouterr().err

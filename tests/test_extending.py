@@ -113,7 +113,7 @@ def trap(tmp_path, monkeypatch):
 
 def test_a_policy_folder_or_settings_alone_never_load_code(trap, tmp_path, capsys):
     write_policy(tmp_path / "policy", needs=("trap:FEATURES",))
-    with pytest.raises(PolicyError, match="give --extra-features trap:FEATURES"):
+    with pytest.raises(PolicyError, match="add --extra-features trap:FEATURES"):
         read_policy(tmp_path / "policy")
     assert main(["evaluate", "--policies", str(tmp_path / "policy"), "--block-sizes", "16"]) == 2
     for change in (

@@ -129,7 +129,7 @@ def until_given_up(made, report, *, between=lambda: None, duration_s=1.0):
         (STARTED, "a scheduler attached to /run/limit, but reported no step in 5 s of traffic"),
         (
             lambda number: step(number, CAPACITY),
-            "its scheduler had 32 in force in 5 s of traffic: start vLLM ",
+            "the scheduler kept 32 during 5 s of traffic. Start vLLM ",
         ),
     ],
 )

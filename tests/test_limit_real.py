@@ -88,7 +88,7 @@ GREEDY = ("--scheduler-cls", "own_schedulers.Greedy")
 WITHOUT = {
     "no plug-in": ((), "none", "limit", "no vLLM scheduler has read "),
     "another file": ((), "fuel_ray", "another", "no vLLM scheduler has read "),
-    "own schedule": (GREEDY, "fuel_ray", "limit", "its scheduler had 32 in force "),
+    "own schedule": (GREEDY, "fuel_ray", "limit", "the scheduler kept 32 "),
 }
 
 

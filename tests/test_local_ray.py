@@ -35,7 +35,7 @@ def test_a_folder_too_long_for_a_socket_gives_way_to_a_short_one(variable, monke
 
 def test_a_full_folder_gives_way_and_none_at_all_is_told(monkeypatch):
     monkeypatch.setattr(local, "_LEAST_FREE", 2**60)
-    with pytest.raises(ConfigError, match=r"/tmp.* is full, nor is .*Set RAY_TMPDIR"):
+    with pytest.raises(ConfigError, match=r"/tmp.* is full, and .* cannot be used either. Set RAY_TMPDIR"):
         local.start_local({})
 
 

@@ -190,7 +190,7 @@ def test_without_a_driver_the_error_says_so(nvml):
 @pytest.mark.parametrize("key", ["GPU-x", 2, "7", -1])
 def test_an_unknown_gpu_is_answered_with_those_that_there_are(nvml, key):
     fake = nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", lost=True))
-    with pytest.raises(GpuError, match=rf"no GPU {key}; there are: 0 = GPU-a, 1 = \(GPU is lost\)"):
+    with pytest.raises(GpuError, match=rf"no GPU {key} on this host; it has 0 = GPU-a, 1 = \(GPU is lost\)"):
         Gpus([key])
     assert fake.inits == 0
 

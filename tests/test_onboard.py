@@ -224,7 +224,7 @@ def test_a_load_whose_requests_the_server_refuses_is_said_before_it_is_profiled(
     raw = json.loads(Path("fuel_ray/sim/packs/h100-qwen3-8b.json").read_text()) | {"max_model_len": 1024}
     (tmp_path / "short.json").write_text(json.dumps(raw))
     folder = onboarded(tmp_path, *ONE_CLOCK, "--pack", str(tmp_path / "short.json"), code=2)
-    assert "the server takes 1024 in all (max_model_len)" in capsys.readouterr().err
+    assert "the server accepts 1024 in total (max_model_len)" in capsys.readouterr().err
     assert [*journal(folder)] == ["server", "load"]
 
 

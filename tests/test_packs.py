@@ -54,8 +54,8 @@ def test_a_pack_in_full_has_its_fidelity_by_trace_and_its_constants(
     text = " ".join(capsys.readouterr().out.split())
     assert "1 trace not seen by the fit: energy within 2.1%, mean TPOT within 3.0%, median" in text
     assert "b.json 80 -2.1% +3.0% unknown +11.0% left out of the fit" in text and "a.json 90 +20.0%" in text
-    assert "idle_w 133" in text and "the axis of h100-qwen3-8b" in text and PACK.measured in text
-    assert f"--pack mine:{SETTING} 80 W without requests; 53 W less" in text
+    assert "idle_w 133" in text and "taken from h100-qwen3-8b" in text and PACK.measured in text
+    assert f"--pack mine:{SETTING} 80 W when idle; 53 W less" in text
 
 
 def test_a_pack_without_a_table_says_that_its_fidelity_is_unknown(
@@ -76,7 +76,7 @@ def test_machines_get_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_fidelity_table_of_other_columns_is_malformed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="malformed"):
+    with pytest.raises(ConfigError, match="not a calibration pack"):
         load_pack(edited(tmp_path, fidelity=[{"trace": "a"}]))
 
 
@@ -92,7 +92,7 @@ def test_a_pack_whose_tables_have_no_numbers_is_malformed(
     change: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["packs", edited(tmp_path, **change)]) == 2
-    assert "malformed" in capsys.readouterr().err
+    assert "not a calibration pack" in capsys.readouterr().err
 
 
 # The choice
@@ -199,7 +199,7 @@ def test_under_a_setting_all_axes_rest_at_one_power_and_steps_cost_the_same(axis
 def test_a_setting_is_no_clock_axis_and_is_said_to_be_transferred() -> None:
     under = load_pack(f"{PACK.name}:{SETTING}")
     assert under.clock_axes == PACK.clock_axes and under.sha256 == PACK.sha256
-    assert "80 W without requests: 53 W less" in under.transferred
+    assert "80 W when idle: 53 W less" in under.transferred
 
 
 def test_a_setting_that_a_pack_has_not_is_refused(tmp_path: Path) -> None:

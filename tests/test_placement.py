@@ -73,7 +73,7 @@ def test_without_ids_it_gets_the_first_visible_ones_that_its_flags_need(cards, t
 def test_a_vllm_that_takes_no_uuids_gets_numbers(cards, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("STUB_OLD", "1")
     LiveServer(config(tmp_path, "1"), 16).close()
-    assert told(tmp_path) == ["GPU-b PCI_BUS_ID", "1 PCI_BUS_ID"] and "takes no UUIDs" in caplog.text
+    assert told(tmp_path) == ["GPU-b PCI_BUS_ID", "1 PCI_BUS_ID"] and "accepts no UUIDs" in caplog.text
 
 
 def test_a_server_on_another_card_than_it_was_given_is_ended_and_said(cards, tmp_path, monkeypatch):
@@ -95,9 +95,9 @@ def test_a_server_on_another_card_than_it_was_given_is_ended_and_said(cards, tmp
         (
             {"a": [7], "b": []},
             "wrong",
-            "runs on GPU GPU-a, and GPU GPU-b would be measured: give --gpu-ids GPU-a",
+            "runs on GPU GPU-a, but GPU GPU-b would be measured: give --gpu-ids GPU-a",
         ),
-        ({"a": [7], "b": [7]}, "wrong", "runs on GPU GPU-a, GPU-b, and GPU GPU-b would be measured"),
+        ({"a": [7], "b": [7]}, "wrong", "runs on GPU GPU-a, GPU-b, but GPU GPU-b would be measured"),
         ({"b": [1]}, "wrong", "no process of the server runs on GPU GPU-b, only others (pid 1)"),
         (
             {},
@@ -175,7 +175,7 @@ def test_a_port_that_docker_publishes_cannot_be_checked(cards, tmp_path):
         with Gpus(["0"]) as gpus:
             seen = placement_of(gpus, f"http://127.0.0.1:{port}")
         process.kill()
-    assert seen.found == "unknown" and "docker-proxy listens on port" in seen.text
+    assert seen.found == "unknown" and "docker-proxy on port" in seen.text
 
 
 @pytest.mark.parametrize(

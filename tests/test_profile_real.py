@@ -56,7 +56,7 @@ def test_a_profile_of_a_real_server_is_fitted(model, gpu, tmp_path, capsys):  # 
     )
     said = capsys.readouterr().out
     assert code == 0, said
-    assert "left out: prompts of 4096 tokens: the server takes 2048 with their output" in said
+    assert "skipped: prompts of 4096 tokens (the server accepts 2048 tokens with the output)" in said
     (path,) = tmp_path.glob("profile-*/profile.jsonl")
     traces = sorted((path.parent / "traces").iterdir())
     assert {trace.stem.rpartition("-")[0] for trace in traces} == set(TRACES), said

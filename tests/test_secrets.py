@@ -209,7 +209,7 @@ def test_a_policy_fits_a_server_by_what_it_was_started_from(tmp_path, capsys):
         assert ": prod on" in capsys.readouterr().out
         stub.models_list = [{"id": "a"}, {"id": "b"}]
         assert main(given) == 2
-        assert "serves a, b: say which by --served-model" in capsys.readouterr().err
+        assert "serves several models (a, b): choose one with --served-model" in capsys.readouterr().err
 
 
 def test_watch_takes_addresses_too(capsys):

@@ -181,7 +181,7 @@ def test_a_block_size_that_contradicts_the_prompts_is_refused(read):
     with pytest.raises(ConfigError, match="block=N says their size"):
         rows = [row | {"hash_ids": list(range(30 + 7 * n))} for n, row in enumerate(recorded(20))]
         read("mooncake", lines(rows))
-    with pytest.raises(ConfigError, match="block is unknown here"):
+    with pytest.raises(ConfigError, match="unknown key block"):
         read("azure", table(), ",block=16")
 
 

@@ -48,12 +48,12 @@ def test_a_gpu_is_named_by_index_or_by_the_beginning_of_its_uuid_and_the_order_s
 @pytest.mark.parametrize(
     ("which", "message"),
     [
-        (["GPU-a"], "GPU GPU-a fits several: 0 = GPU-aa1, 1 = GPU-ab2"),
-        (["GPU-"], "fits several"),
+        (["GPU-a"], "GPU GPU-a is ambiguous: 0 = GPU-aa1, 1 = GPU-ab2"),
+        (["GPU-"], "is ambiguous"),
         (["0", "GPU-aa1"], "GPU 0 is given twice"),
         (["0,0"], "GPU 0 is given twice"),
         (["cuda:0"], "there is no GPU cuda:0"),
-        ([""], "there is no GPU ; there are"),
+        ([""], "there is no GPU  on this host; it has"),
         (["0000:17:00.0"], "there is no GPU"),
     ],
 )
@@ -95,9 +95,9 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(nvml, visible, shown):
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles", "none", "void", "0,0", "9"])
 def test_where_cuda_sees_no_gpu_there_is_none(nvml, visible):
     nvml(CUDA_VISIBLE_DEVICES=visible)
-    with pytest.raises(GpuError, match=f"CUDA_VISIBLE_DEVICES='{visible}' shows no GPU"):
+    with pytest.raises(GpuError, match=f"CUDA_VISIBLE_DEVICES='{visible}' gives this process no GPU"):
         chosen(default=1)
-    with pytest.raises(ConfigError, match=r"leaves GPU 1 out .* may use none"):
+    with pytest.raises(ConfigError, match=r"GPU 1 .* is excluded by .* may use none"):
         chosen("1")
 
 
@@ -142,16 +142,16 @@ def test_a_mig_instance_serves_and_its_card_is_measured(nvml, caplog, monkeypatc
     assert "setting the clock affects the other instances too" in caplog.text
     with pytest.raises(ConfigError, match="GPU 0 is given twice"):
         chosen("MIG-1a", "MIG-2b")
-    with Gpus(["0"]) as gpus, pytest.raises(ConfigError, match="name the one to serve on: MIG-1a, MIG-2b"):
+    with Gpus(["0"]) as gpus, pytest.raises(ConfigError, match="give the one to serve on: MIG-1a, MIG-2b"):
         server_environment(gpus.devices)
-    with Gpus(["MIG-1a"]) as gpus, pytest.raises(ConfigError, match=r"takes no UUID.*MIG-1a"):
+    with Gpus(["MIG-1a"]) as gpus, pytest.raises(ConfigError, match=r"accepts no UUIDs.*MIG-1a"):
         server_environment(gpus.devices, by_index=True)
 
 
 def test_a_card_of_which_one_instance_is_visible_means_that_one(nvml):
     nvml(FakeGpu("GPU-a", instances=MIG), CUDA_VISIBLE_DEVICES="MIG-2b")
     assert chosen() == chosen("0") == chosen("MIG-2b") == ("MIG-2b",)
-    with pytest.raises(ConfigError, match=r"leaves GPU MIG-1a out.*MIG-2b \(MIG, of 0\)"):
+    with pytest.raises(ConfigError, match=r"GPU MIG-1a .*is excluded by .*MIG-2b \(MIG, of 0\)"):
         chosen("MIG-1a")
     nvml(FakeGpu("GPU-a", instances=MIG[:1]))
     with Gpus([0]) as gpus:

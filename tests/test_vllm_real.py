@@ -149,7 +149,7 @@ def test_a_server_killed_mid_way_is_noticed_and_leaves_nothing(model, tmp_path):
         with Load(server.url, clients=4) as load:
             os.kill(server.pids()[0], signal.SIGKILL)
             start_s = time.monotonic()
-            with pytest.raises(NodeError, match="was ended by SIGKILL"):
+            with pytest.raises(NodeError, match="was killed by SIGKILL"):
                 while time.monotonic() < start_s + 10:
                     server.check()
         assert load.failures

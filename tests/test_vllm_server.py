@@ -183,7 +183,7 @@ def test_a_server_killed_later_is_noticed_and_can_be_started_again(server):
         children = running.pids()[1:]
         os.kill(running.pids()[0], signal.SIGKILL)
         deadline_s = time.monotonic() + 5
-        with pytest.raises(NodeError, match=r"was ended by SIGKILL: INFO starting"):
+        with pytest.raises(NodeError, match=r"was killed by SIGKILL: INFO starting"):
             while time.monotonic() < deadline_s:
                 running.check()
         running.stop()

@@ -366,7 +366,7 @@ def test_a_replay_caps_prompts_and_their_prefixes(tmp_path):
         ("steady:prefixes=1.5", "whole number"),
         ("steady:prefixes=2,prefix_share=1.5", "from 0 to 1"),
         ("steady:lengths=short", "lognormal, sharegpt, fixed"),
-        ("steady:lengths=fixed,sigma=1", "sigma is unknown here"),
+        ("steady:lengths=fixed,sigma=1", "unknown key sigma"),
         ("steady:prompt_mean=4000", "from 8 to 2048"),
         ("piecewise:rates=2@60+x@30", "'x@30'"),
         ("piecewise:rates=2", "'2'"),
