@@ -116,7 +116,7 @@ def test_the_visible_gpu_is_recorded_and_what_it_lacks_is_unknown(stub, tmp_path
     assert main([*flags, "--gpu-ids", "0"]) == 2
     assert "is excluded by CUDA_VISIBLE_DEVICES=GPU-1" in capsys.readouterr().err
     assert main([*flags, "--gpu-ids", "1", "GPU-1"]) == 2
-    assert "--gpu-ids name GPU 1 twice" in capsys.readouterr().err
+    assert "--gpu-ids: GPU 1 (GPU-1) is given twice" in capsys.readouterr().err
 
 
 def test_a_server_on_a_card_that_is_not_recorded_is_said(stub, tmp_path, monkeypatch, capsys):

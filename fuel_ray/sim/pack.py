@@ -233,7 +233,7 @@ class Pack:
             self,
             perf=replace(self.perf, rest_w=rest_w),
             other_axes=tuple((axis, replace(perf, rest_w=rest_w)) for axis, perf in self.other_axes),
-            transferred=f"{self.transferred}; {name}, {rest_w:g} W without requests: {known[name].source}",
+            transferred=f"{self.transferred}; {name}, {rest_w:g} W when idle: {known[name].source}",
         )
 
 
