@@ -50,6 +50,8 @@ TTFTS, TPOTS, FINISHED = range(10, 13)
 ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS = range(13, 19)
 # ... and, at its end, the number of requests without a first token
 WAITS = 19
+# The most requests that ran at once since time 0
+MOST_RUNNING = 20
 
 FIRST_EVENT, LAST_EVENT = 1, 2  # bits of an event: request * 4 + bits
 NEVER = -1.0
@@ -87,7 +89,7 @@ class State(NamedTuple):
     finished: np.ndarray  # (n,) requests in order of finish
     wait: np.ndarray  # (n,) s: ages of the WAITS requests without a first token as the window ended
     clock: np.ndarray  # (10,) float64
-    count: np.ndarray  # type: ignore[assignment]  # (20,) int64; hides tuple.count
+    count: np.ndarray  # type: ignore[assignment]  # (21,) int64; hides tuple.count
 
 
 def new_state(requests: Requests, engine: Engine) -> State:
@@ -107,7 +109,7 @@ def new_state(requests: Requests, engine: Engine) -> State:
     block[:, FOLLOWING] = np.arange(1, blocks + 2)
     block[0, PREVIOUS], block[blocks, FOLLOWING] = blocks, 0
     block[:, CONTENT] = NO_CONTENT
-    count = np.zeros(20, np.int64)
+    count = np.zeros(21, np.int64)
     count[FREE_BLOCKS], count[FREE_SLOTS] = blocks, slots
     longest = int((requests.prompt_tokens + requests.output_tokens).max(initial=1))
     prefixes = int(requests.prefix_id.max(initial=-1)) + 1
@@ -134,7 +136,7 @@ def new_state(requests: Requests, engine: Engine) -> State:
 def advance(s: State, e: Engine, m: Constants, at: AtClock, until_s: float, batch_limit: int) -> None:
     """Let the engine run to ``until_s`` under the knobs; what is counted per window starts anew."""
     s.clock[ENERGY] = s.clock[BUSY_S] = s.clock[CLOCK_S] = 0.0
-    s.count[ARRIVALS:] = 0
+    s.count[ARRIVALS:MOST_RUNNING] = 0
     while True:
         if s.count[ON_GPU] == 1:
             end = min(s.clock[STEP_END], until_s)
@@ -485,6 +487,7 @@ def _admit(s: State, e: Engine, buffer: int, budget: int) -> int:
     s.request[r, COMPUTED] = hits * e.block_size
     k = s.count[RUNNING]
     s.count[RUNNING] += 1
+    s.count[MOST_RUNNING] = max(s.count[MOST_RUNNING], s.count[RUNNING])
     s.run[REQUEST, k] = r
     s.run[DUE, k] = 0
     _add_to_step(s, e, buffer, k, tokens)
