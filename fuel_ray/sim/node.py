@@ -180,7 +180,7 @@ class SimulatedNode:
 
     @property
     def most_running(self) -> int:
-        """The most requests that ran at once since the node was reset; a higher batch limit changes nothing."""
+        """The most requests that ran at once since the reset; a higher batch limit would change nothing."""
         return int(self._running().count[rules.MOST_RUNNING])
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ class Runs:
         return score_of(self.traces(policy, slo), self.slos[slo], share=share)
 
     def _under_higher_limit(self, knobs: Knobs) -> "_Fixed | None":
-        """The runs under a higher batch limit at this clock, if so few requests ran that this one is the same."""
+        """The runs under a higher batch limit, if so few requests ran that they are the same."""
         for known, fixed in self._static.items():
             higher = known.gpu_clock_mhz == knobs.gpu_clock_mhz and known.batch_limit > knobs.batch_limit
             if higher and fixed.most_running is not None and fixed.most_running <= knobs.batch_limit:
