@@ -4,6 +4,7 @@ import time
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 
 from fuel_ray.cluster.hosts import NODE_RESOURCE
 
@@ -14,6 +15,7 @@ class Hosts:
     """A head with CPUs for trials, and ``count`` hosts with one node each."""
 
     def __init__(self, count: int, *, cpus: int = 2):
+        self._joined = internal_kv.internal_kv_get_gcs_client()  # of the cluster that this process is in
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, **SMALL})
         self.head = self._cluster.head_node
         self.hosts = [self.add() for _ in range(count)]
@@ -43,4 +45,6 @@ class Hosts:
         return self
 
     def __exit__(self, *exc):
-        self._cluster.shutdown()
+        self._cluster.shutdown()  # and with it, in Ray 2.60, what this process knows of any cluster
+        if self._joined is not None and ray.is_initialized():
+            internal_kv._initialize_internal_kv(self._joined)

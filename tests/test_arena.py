@@ -95,6 +95,22 @@ def test_a_fixed_pair_is_run_once():
     assert sum(t.penalty.sum() for t in again) > sum(t.penalty.sum() for t in first)
 
 
+def test_a_limit_that_so_few_requests_do_not_reach_is_not_run_again():
+    loop = build_loop(PRESETS["default"], 16, horizon_s=60.0, workload="steady:rate_rps=6")
+    slos = {"a": Slo(ttft_s=0.5, tpot_s=0.012)}
+    runs = Runs(loop, seeds=[1, 2], seconds=60.0, slos=slos)
+    unlimited = runs.traces(Static(Knobs(128, 1500)), "a")
+    most = max(runs.played(Static(Knobs(128, 1500)), seed).most_running for seed in (1, 2))
+    for limit, same in ((most, True), (most - 1, False)):
+        found = runs.traces(Static(Knobs(limit, 1500)), "a")
+        assert (found is unlimited) is same
+        fresh = Runs(loop, seeds=[1, 2], seconds=60.0, slos=slos).traces(Static(Knobs(limit, 1500)), "a")
+        for own, run in zip(found, fresh, strict=True):
+            np.testing.assert_array_equal(own.energy_j, run.energy_j)
+            np.testing.assert_array_equal(own.penalty, run.penalty)
+    assert runs.traces(Static(Knobs(most, 1515)), "a") is not unlimited
+
+
 # Tuning by one number
 
 

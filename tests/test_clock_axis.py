@@ -1,6 +1,7 @@
 """The clock axis: its tables, variants in packs, fit and transfer."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,9 +232,9 @@ def rows_of(perf: PerfModel, clocks_mhz: tuple[int, ...]) -> list[dict[str, obje
     return rows
 
 
-def calibrated(tmp_path: Path, clocks_mhz: tuple[int, ...], *flags: str) -> int:
+def calibrated(tmp_path: Path, clocks_mhz: tuple[int, ...], *flags: str, rows: int | None = None) -> int:
     profile = tmp_path / "profile.jsonl"
-    profile.write_text("\n".join(json.dumps(row) for row in rows_of(known(), clocks_mhz)))
+    profile.write_text("\n".join(json.dumps(row) for row in rows_of(known(), clocks_mhz)[:rows]))
     out = str(tmp_path / "mine.json")
     return main(["calibrate", "--profile", str(profile), "--name", "mine", "--out", out, *flags])
 
@@ -250,6 +251,28 @@ def test_three_clocks_tell_the_clock_axis(tmp_path: Path) -> None:
     assert (m.clock_s, m.clock_seq_s) == pytest.approx((0.0016, 8e-6), rel=0.05)
     assert "streaming by clock from h100-qwen3-8b" in pack.transferred
     assert "clock axis, all of it" not in pack.transferred
+
+
+def test_four_decode_rows_are_enough_and_fewer_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--gpu", "NVIDIA H100 80GB HBM3")
+    assert calibrated(tmp_path, (1980,), *flags, rows=5) == 0  # the first is idle
+    assert "the errors are unknown, because the fit needs every row" in capsys.readouterr().out
+    assert calibrated(tmp_path, (1980,), *flags, rows=4) == 2
+    assert "decode rows with 3 different pairs of batch and context" in capsys.readouterr().err
+
+
+def test_as_many_rows_are_kept_as_a_fit_needs_and_how_far_off_they_are_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "noisy.jsonl"
+    rows = [row for row in rows_of(known(), (1980,)) if row["phase"] == "decode"][:5]
+    noisy = [{**row, "itl": 0.01 * 6 ** (k % 2)} for k, row in enumerate(rows)]
+    profile.write_text("\n".join(map(json.dumps, noisy)))
+    flags = ["--gpu", "NVIDIA H100", "--name", "mine", "--out", str(tmp_path / "mine.json")]
+    assert main(["calibrate", "--profile", str(profile), *flags]) == 0
+    assert re.search(r"warning: a decode row is \d\d+% off the fit, and too few", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("clocks_mhz", [(1980,), (1380, 1980)])

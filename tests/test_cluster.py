@@ -66,6 +66,18 @@ def test_windows_and_records_equal_those_in_process(node):
         np.testing.assert_array_equal(getattr(records, field.name), getattr(own_records, field.name))
 
 
+def test_another_cluster_leaves_the_one_that_this_process_has_joined(two_hosts):
+    """A trial finds there what was registered after it."""
+    from ray.tune.registry import ENV_CREATOR, _global_registry, register_env
+
+    from tests.ray_hosts import Hosts
+
+    with Hosts(0):
+        pass
+    register_env("fuel_ray_another", dict)
+    assert not _global_registry._to_flush and _global_registry.contains(ENV_CREATOR, "fuel_ray_another")
+
+
 @pytest.mark.parametrize("kind", [UnsupportedError, ConfigError, NodeError])
 def test_an_error_on_the_node_arrives_as_what_it_is(two_hosts, kind):
     def build(server):

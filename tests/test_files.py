@@ -77,7 +77,8 @@ def test_policy_folders(tmp_path):
 def test_a_deployment(flags, stub, gpu, policy, tmp_path):  # noqa: F811
     _, lines, run = deploy(stub, policy, tmp_path, *flags)
     check("run_deploy", run)
-    assert lines
+    check("run_deploy", {name: run[name] for name in run if name not in ("spec", "summary")})  # at its start
+    assert lines and {"spec", "summary"} <= run.keys()
     for line in lines:
         check("deploy_step", line)
 

@@ -220,6 +220,26 @@ def test_a_server_that_is_gone_in_mid_profile_is_said_and_its_profile_gone_on_wi
     assert not {*seen[1 : again_from - 1]} & {*seen[again_from + 1 :]}  # but the warm-up
 
 
+def test_a_profile_with_too_few_rows_ends_there_and_its_rest_is_measured_later(tmp_path, monkeypatch, capsys):
+    measured = profile.probe
+
+    def noisy(config, point, *given, **named):
+        if point.phase == "decode" and "512" in point.name:
+            return profile.Probe(refused="there was no window")
+        return measured(config, point, *given, **named)
+
+    monkeypatch.setattr(profile, "probe", noisy)
+    monkeypatch.setattr(stages, "STAGES", STAGES[:4])
+    folder = onboarded(tmp_path, *ONE_CLOCK, code=2)
+    said = capsys.readouterr().err
+    assert "decode rows with 3 different pairs of batch and context" in said and f"--resume {folder}" in said
+    assert "Not measured: decode-1x512 at 1980 MHz, decode-8x512 at" in said and said.count("\n") == 1
+    assert journal(folder)["profile"]["state"] == "stopped" and "calibrate" not in journal(folder)
+    monkeypatch.setattr(profile, "probe", measured)
+    assert again(folder) == 0
+    assert journal(folder)["profile"]["found"]["decode"] == 6
+
+
 def test_a_load_whose_requests_the_server_refuses_is_said_before_it_is_profiled(tmp_path, capsys):
     raw = json.loads(Path("fuel_ray/sim/packs/h100-qwen3-8b.json").read_text()) | {"max_model_len": 1024}
     (tmp_path / "short.json").write_text(json.dumps(raw))
@@ -250,6 +270,10 @@ def test_a_default_load_and_an_slo_that_leaves_room_are_said(tmp_path, capsys):
         (["--node", "sim", "--block-sizes", "8", "16"], "exactly one block size"),
         (["--node", "ray", "--server", "h"], "own machine"),
         (["--node", "sim", "--slo-share", "2"], "--slo-share"),
+        (
+            ["--node", "sim", "--batches", "1", "2", "--contexts", "128"],
+            "too few for a twin; give at least 4",
+        ),
         (["--node", "live"], "--live.model"),
     ],
 )

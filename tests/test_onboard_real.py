@@ -13,7 +13,7 @@ from tests.test_vllm_real import BIN, FLAGS, model, pytestmark, vllm_server  # n
 LOAD = "steady:rate_rps=1,lengths=fixed,prompt_mean=32,output_mean=16"
 SHORT = [
     *("--clocks-mhz", "1980", "--batches", "1", "2", "4", "--contexts", "32", "64", "--prompts", "64"),
-    *("--output-tokens", "400", "--windows", "2", "--validate-seconds", "10", "--accept-fidelity"),
+    *("--windows", "2", "--validate-seconds", "10", "--accept-fidelity"),
     *("--workload", LOAD, "--live.vocab-size", "500", "--max-num-seqs", "32", "--seeds", "2"),
     *("--slo-ttft-s", "20", "--slo-tpot-s", "5", "--steps", "24", "--train.iterations", "2"),
     *("--no-traces", "--train.episode-steps", "8", "--train.fragment-steps", "5", "--train.batch-size", "4"),

@@ -74,6 +74,35 @@ def test_a_batch_that_does_not_fit_the_kv_pool_is_skipped_and_said(tmp_path, cap
     assert [row["b"] for row in decode] == [4]
 
 
+def _decoded(tmp_path, *flags):
+    words = ["--clocks-mhz", "1980", "--contexts", "128", "--prompts", "128", "--no-traces"]
+    assert main(["profile", "--out", str(tmp_path), *words, *flags]) == 0
+    (path,) = tmp_path.glob("profile-*/profile.jsonl")
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == "decode"]
+
+
+def test_requests_that_ended_before_a_window_are_sent_again_with_more_tokens(tmp_path):
+    long, short = tmp_path / "long", tmp_path / "short"
+    rows = _decoded(short, "--output-tokens", "64", "--batches", "1", "4")
+    assert rows == _decoded(long, "--batches", "1", "4")
+
+
+def test_where_the_server_takes_too_few_tokens_for_a_window_it_is_shorter(tmp_path):
+    raw = json.loads(Path("fuel_ray/sim/packs/h100-qwen3-8b.json").read_text()) | {"max_model_len": 384}
+    (tmp_path / "short.json").write_text(json.dumps(raw))
+    few = _decoded(tmp_path, "--pack", str(tmp_path / "short.json"), "--batches", "1", "4")
+    usual = _decoded(tmp_path / "usual", "--batches", "1", "4")
+    assert [(row["windows"], row["window_s"]) for row in few] == [(2, 0.5)] * 2
+    assert [row["itl"] for row in few] == pytest.approx([row["itl"] for row in usual], rel=0.03)
+
+
+def test_a_profile_that_is_too_small_to_be_fitted_says_so_at_its_end(tmp_path, capsys):
+    _decoded(tmp_path, "--batches", "1", "4")
+    assert (
+        "not enough for `fuel-ray calibrate`: decode rows with 2 different pairs" in capsys.readouterr().out
+    )
+
+
 def test_the_twin_tells_what_another_h100_was_measured_to_do():
     """`fuel-ray profile --node live` on a card that the pack was not fitted to; see docs/live.md."""
     perf = load_pack("h100-qwen3-8b").perf

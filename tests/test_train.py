@@ -1,6 +1,7 @@
 """What fuel-ray train makes of finished trials; trials and parallel jobs are stand-ins."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +9,7 @@ from fuel_ray.build.codec import build_codec
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.build.resolve import resolve
 from fuel_ray.config import PRESETS, SweepConfig
-from fuel_ray.errors import ConfigError
+from fuel_ray.errors import ConfigError, FuelRayError
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_policy, save_policy
 from fuel_ray.policies.static import LoadTable
@@ -16,7 +17,7 @@ from fuel_ray.record import write_json
 from fuel_ray.training import policies as train
 from fuel_ray.training import run
 from fuel_ray.training.run import check_start
-from fuel_ray.training.trials import Checkpointed, Trained
+from fuel_ray.training.trials import Checkpointed, Trained, _finished
 from fuel_ray.tuning.runs import Score
 from fuel_ray.tuning.tuned import Tuned
 from fuel_ray.types import Knobs
@@ -153,3 +154,37 @@ def test_training_may_start_from_a_policy_whose_price_was_tuned(tmp_path):
     made = read_policy(folder)
     save_policy(folder, made.arrays, replace(codec, miss_price_j=150.0), made.manifest)
     check_start(replace(config, start_from=folder), codec)
+
+
+IN_CREATION = """The actor died because of an error raised in its creation task, ray::BranchedDqn.__init__()
+  File "algorithm.py", line 806, in setup
+gymnasium.error.NameNotFound: Environment `fuel_ray_serving` doesn't exist."""
+IN_PICKLE = """The actor died unexpectedly before finishing this task.
+\tclass_name: FastDqn
+ray.exceptions.RaySystemError: System error: cannot import name
+traceback: Traceback (most recent call last):
+ImportError: cannot import name 'RequestMeans' from 'fuel_ray.averages' (averages.py)
+
+An unexpected internal error occurred while the worker was executing a task."""
+OWN = """ray::BranchedDqn.train() (pid=1)
+fuel_ray.errors.NodeError: the server does not answer
+RuntimeError: a trial failed"""
+KILLED = """The actor died unexpectedly before finishing this task.
+\tpid: 864
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (IN_CREATION, "gymnasium.error.NameNotFound: Environment `fuel_ray_serving` doesn't exist."),
+        (IN_PICKLE, "ImportError: cannot import name 'RequestMeans' from 'fuel_ray.averages' (averages.py)"),
+        (OWN, "the server does not answer"),
+        (KILLED, "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_a_failed_trial_is_one_line_with_its_own_error(error, said):
+    with pytest.raises(FuelRayError) as raised:
+        _finished(SweepConfig(), SimpleNamespace(errors=[RuntimeError(error)]))
+    assert str(raised.value) == f"training failed: {said}"

@@ -150,9 +150,11 @@ def build_loop(
     workload: str | None = None,
     random_start: bool = False,
     part: Part = "whole",
+    interval_s: float = 1.0,
 ) -> ControlLoop:
     """A node under control."""
     node = build_node(
         config, kv_block_size, horizon_s=horizon_s, workload=workload, random_start=random_start, part=part
     )
-    return ControlLoop(node, build_objective(config), guard=Guard(config.guard.rules(config.slo, node.spec)))
+    guard = Guard(config.guard.rules(config.slo, node.spec))
+    return ControlLoop(node, build_objective(config), interval_s=interval_s, guard=guard)

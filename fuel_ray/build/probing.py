@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -19,7 +19,6 @@ from fuel_ray.live.node import GpuNode
 from fuel_ray.sim.loads import Load, Rows
 from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
 from fuel_ray.sim.recorded import RecordedRun
-from fuel_ray.sim.windows import Measured, Windows
 from fuel_ray.types import Knobs, Requests, WindowMetrics
 from fuel_ray.workload.spec import drawn, parse_workload
 
@@ -37,28 +36,37 @@ class Probe:
     facts: dict[str, Any] = field(default_factory=dict)  # of the trace
     refused: str = ""
     note: str = ""  # what else there is to say
+    again: Load | None = None  # where there was no window to measure
     spent_s: float = 0.0  # with what lies between two points
 
 
 def probe(config: ServingConfig, point: Point, rows: Rows) -> Probe:
-    """Measure a point on a node of its own, which is given back.
+    """Measure a point on a node of its own, which is given back; again where its load had no window.
 
     Raises:
         NodeError: the node is gone, or serves somebody else's requests too.
     """
-    load = point.load(rows)
-    if load is None:
-        return Probe(refused=f"there was no window of {point.what}")
-    began_s = time.monotonic()
-    loop = build_loop(config, config.block_sizes[0], horizon_s=load.horizon_s, workload=load.workload)
+    spent_s, found = 0.0, _no_window(point, again=point.load(rows))
+    while found.again is not None:
+        found = _tried(config, point, found.again)
+        spent_s += found.spent_s
+    return replace(found, spent_s=spent_s)
+
+
+def _tried(config: ServingConfig, point: Point, load: Load) -> Probe:
+    began_s, size = time.monotonic(), config.block_sizes[0]
+    loop = build_loop(
+        config, size, horizon_s=load.horizon_s, workload=load.workload, interval_s=load.window_s
+    )
     with contextlib.closing(loop.node):
         windows = _Watched(loop, point.clock_mhz, seed=config.seed, load=load)
-        if load.measure is None:
-            found = _record(windows, load, config=config)
-        else:
-            found = _row(windows, point, load.measure)
+        found = _record(windows, load, config=config) if load.measure is None else _row(windows, point, load)
     virtual_s = sum(window.duration_s for window in windows.seen) + CHANGE_S
     return replace(found, spent_s=time.monotonic() - began_s if config.live_server else virtual_s)
+
+
+def _no_window(point: Point, *, again: Load | None) -> Probe:
+    return Probe(refused=f"there was no window of {point.what}", again=again)
 
 
 class _Watched:
@@ -69,11 +77,12 @@ class _Watched:
         workload = parse_workload(load.workload)
         self.requests = drawn(workload, load.horizon_s, seed=seed, random_start=False)
         self._knobs = Knobs(loop.node.spec.batch_limits[-1], clock_mhz)
+        self._most = math.ceil(LONGEST_S / load.window_s)
         self._ours = _Ours(self.requests)
 
     def __iter__(self) -> Iterator[WindowMetrics]:
         yield self._next(self.loop.reset(seed=self.seed))
-        for _ in range(LONGEST_S):
+        for _ in range(self._most):
             if self.failed():
                 return
             yield self._next(self.loop.step(self._knobs).metrics)
@@ -132,13 +141,15 @@ class _Ours:
             )
 
 
-def _row(windows: _Watched, point: Point, measure: Callable[[Windows], Measured]) -> Probe:
-    measured = measure(iter(windows))
+def _row(windows: _Watched, point: Point, load: Load) -> Probe:
+    measured = load.measure(iter(windows)) if load.measure else None
     if refused := windows.refused():
         return Probe(refused=refused)
     if measured is None:
-        return Probe(refused=f"there was no window of {point.what}")
+        return _no_window(point, again=load.again)
     row = {"phase": point.phase, "clock_mhz": point.clock_mhz, "point": point.name, **measured}
+    if load.window_s < 1.0:
+        row["window_s"] = load.window_s
     if point.phase == "decode" and (cost_s := _client_s(windows)) is not None:
         row["client_s"] = cost_s
     return Probe(row=row, note=_throttled(windows.loop, row))

@@ -13,6 +13,7 @@ from fuel_ray.disk import whole
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.calibrate import (
     AXIS_CLOCKS,
+    OUTLIER,
     Profile,
     errors,
     fit,
@@ -81,13 +82,25 @@ def run(config: CalibrateConfig) -> int:
     start = with_clock_axis(base.perf, of=shape.perf).replace(power_cap_w=cap_w)
     profile, dropped = without_outliers(profile, base=start)
     for point in dropped:
-        print(f"outlier left out, more than 30 % off any fit: {point}")
+        print(f"outlier left out, more than {OUTLIER:.0%} off any fit: {point}")
+    _warn_of_noise(profile, base=start)
     raw = _pack(config, server, profile, *_fitted(profile, server, base=start), base=base, shape=shape)
     with whole(Path(os.path.realpath(config.out))) as file:  # a user's link stays one
         file.write(json.dumps(raw, indent=2) + "\n")
     load_pack(config.out)
     print(f"wrote {config.out}; measured: {raw['measured']}; transferred: {raw['transferred']}")
     return 0
+
+
+def _warn_of_noise(profile: Profile, *, base: PerfModel) -> None:
+    """Say that rows are kept which no fit meets, since too few would be left without them."""
+    model = fit(profile, base=base)
+    off = max(errors(model, [point])[0] for point in profile.decode)
+    if off > OUTLIER:
+        print(
+            f"warning: a decode row is {off:.0%} off the fit, but the fit needs it; measure again, with "
+            "nothing else on the GPU and its host"
+        )
 
 
 @dataclass(frozen=True, slots=True)

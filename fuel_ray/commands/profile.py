@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.live.vllm.facts import assumed
 from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json, write_json, write_lines
+from fuel_ray.sim.calibrate import too_few
 from fuel_ray.sim.loads import Server
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.sim.points import CHANGE_S, WARM_UP, Lengths, Point, all_points, fitting, spread, warm_up
+from fuel_ray.sim.profile import read_profile
 from fuel_ray.sim.recorded import trace_text
 from fuel_ray.types import NodeSpec
 
@@ -43,7 +45,8 @@ class ProfileConfig(ServingConfig):
     prompts: tuple[int, ...] = (128, 512, 2048, 4096)
     """Prompt tokens of the prefill points."""
     output_tokens: int = 4096
-    """Most output tokens of a request at a decode point; capped by what the server accepts."""
+    """Output tokens of a request at a decode point. If they come too fast to be measured, as many as the
+    server accepts."""
     windows: int = 3
     """Windows of 1 s to measure per decode point."""
     traces: bool = True
@@ -81,7 +84,7 @@ def run(config: ProfileConfig) -> int:
     facts = _facts(config)
     path = run_dir / "profile.jsonl"
     make_folder(run_dir / "traces")
-    rows = _rows_of(path)
+    rows, skipped = _rows_of(path), dict[str, str]()
     with (
         _kept_lines(path, rows) as keep,
         served(replace(config, out=run_dir), config.block_sizes[0]) as there,
@@ -101,22 +104,32 @@ def run(config: ProfileConfig) -> int:
             if found.trace is not None:
                 text = trace_text(found.trace, **found.facts, **of, clock_mhz=point.clock_mhz)
                 write_or_keep(run_dir / "traces", {_trace_name(point): text})
+            if found.refused:
+                skipped[f"{point.name} at {point.clock_mhz} MHz"] = found.refused
     if not any(row["phase"] == "decode" for row in rows):
         raise NodeError(
             f"no decode point could be measured (the lines above say why), so {path} is of no use"
         )
-    write_json(run_dir / "run.json", {**facts, "partial": False})
-    _say_next(run_dir, spec)
+    write_json(run_dir / "run.json", {**facts, "partial": False, "skipped": skipped})
+    _say_next(run_dir, spec, skipped)
     return 0
 
 
-def _say_next(run_dir: Path, spec: NodeSpec) -> None:
+def _say_next(run_dir: Path, spec: NodeSpec, skipped: Collection[str]) -> None:
     path, traces = run_dir / "profile.jsonl", sorted((run_dir / "traces").glob("*.json"))
+    print(f"\nwrote {path} and {len(traces)} traces")
+    if skipped:
+        print(f"not measured (the lines above say why): {', '.join(skipped)}")
+    if why := too_few(read_profile([str(path)]).decode):
+        more = f"measure the rest: {_go_on(run_dir)}" if skipped else "profile more --batches or --contexts"
+        print(f"not enough for `fuel-ray calibrate`: {why}; {more}")
+        return
     and_traces = f" --traces {run_dir}/traces/*.json" if traces else ""
-    print(
-        f"\nwrote {path} and {len(traces)} traces; next: fuel-ray calibrate --profile {path}{and_traces} "
-        f"--name NAME --gpu {spec.gpu_name!r} ..."
-    )
+    print(f"next: fuel-ray calibrate --profile {path}{and_traces} --name NAME --gpu {spec.gpu_name!r} ...")
+
+
+def _go_on(run_dir: Path) -> str:
+    return f"fuel-ray profile --resume {run_dir}"
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
@@ -264,7 +277,7 @@ def _kept_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Callable
         log.close()
         if lines and not whole:
             print(f"stopped early; {len(lines)} points were saved in {path}", flush=True)
-            print(f"to continue: fuel-ray profile --resume {path.parent}", flush=True)
+            print(f"to continue: {_go_on(path.parent)}", flush=True)
         if log.lost_lines:
             with contextlib.suppress(OSError):
                 path.unlink()  # a line of it may be torn

@@ -12,6 +12,7 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.node_config import LiveConfig
 from fuel_ray.onboarding.journal import JOURNAL, OF_STAGE, is_done
+from fuel_ray.sim.calibrate import FEWEST
 from fuel_ray.workload.spec import parse_workload
 
 SERVED = "what the server serves"  # in place of a model that was not named
@@ -80,6 +81,11 @@ def parse(argv: list[str], *, prog: str) -> OnboardConfig:
         )
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a server has exactly one block size, such as --block-sizes 16")
+    if (pairs := len({*config.batches}) * len({*config.contexts})) < FEWEST:
+        raise ConfigError(
+            f"--batches, --contexts: {pairs} pairs of a batch and a context are too few for a twin; give at "
+            f"least {FEWEST}"
+        )
     if config.observe_minutes is None:
         parse_workload(config.workload)
     elif value_of(argv, "--workload") is not None:

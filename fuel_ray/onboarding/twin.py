@@ -14,13 +14,13 @@ from fuel_ray.commands import calibrate, profile, validate
 from fuel_ray.commands.calibrate import CalibrateConfig
 from fuel_ray.commands.profile import ProfileConfig
 from fuel_ray.disk import whole
-from fuel_ray.errors import ConfigError
+from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.onboarding.config import OnboardConfig, settings
 from fuel_ray.onboarding.load import mean_lengths
 from fuel_ray.onboarding.server import require_alone
 from fuel_ray.onboarding.state import Onboarding
-from fuel_ray.record import make_folder
-from fuel_ray.sim.calibrate import AXIS_CLOCKS
+from fuel_ray.record import make_folder, read_json
+from fuel_ray.sim.calibrate import AXIS_CLOCKS, Profile, too_few
 from fuel_ray.sim.nearest import same_architecture
 from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.sim.profile import read_profile
@@ -39,7 +39,11 @@ _LOWER = 0.65  # of the highest clock: the other one at which it is compared
 
 
 def measure(state: Onboarding) -> dict[str, Any]:
-    """`fuel-ray profile`, into profile/; one that was interrupted is gone on with."""
+    """`fuel-ray profile`, into profile/; one that was interrupted is gone on with.
+
+    Raises:
+        NodeError: too few points could be measured.
+    """
     config = state.serving()
     require_alone(config)
     begun = sorted(state.folder.glob("profile-*"))
@@ -47,8 +51,8 @@ def measure(state: Onboarding) -> dict[str, Any]:
     with into(state.folder, "profile", begun):
         resume = begun[-1] if begun else None
         profile.run(settings(ProfileConfig, config, resume=resume, max_num_batched_tokens=tokens))
+        found = _measured(resume or max(state.folder.glob("profile-*")))
     print(f"the profile is now in {state.folder / 'profile'}; onboard runs the next steps itself")
-    found = read_profile([str(state.folder / "profile" / "profile.jsonl")])
     return {"clocks_mhz": found.clocks_mhz, "decode": len(found.decode), "prefill": len(found.prefill)}
 
 
@@ -117,6 +121,26 @@ def into(folder: Path, verb: str, begun: Sequence[Path] = ()) -> Iterator[None]:
     """Give the folder that a verb makes in the block, or goes on with, the verb's plain name."""
     yield
     os.replace(begun[-1] if begun else max(folder.glob(f"{verb}-*")), folder / verb)
+
+
+def _measured(folder: Path) -> Profile:
+    """What a profile has measured.
+
+    Raises:
+        NodeError: that is too little for a twin.
+        ConfigError: that is all that was asked for, and too little for a twin.
+    """
+    found = read_profile([str(folder / "profile.jsonl")])
+    if why := too_few(found.decode):
+        skipped = read_json(folder / "run.json")["skipped"]
+        if not skipped:
+            raise ConfigError(f"the profile has {why}; start again with more --batches or --contexts")
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        raise NodeError(
+            f"the profile has {why}. Not measured: {', '.join(skipped)} ({reasons}). Check whether "
+            "something else runs on the server or its host"
+        )
+    return found
 
 
 def _poor(state: Onboarding, names: list[str]) -> str:

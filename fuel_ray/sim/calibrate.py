@@ -11,8 +11,9 @@ from fuel_ray.sim.clock_axis import ClockAxis
 from fuel_ray.sim.pack import PerfModel
 
 _GRAPH_TOKENS = 256  # vLLM captures CUDA graphs up to 2 x max_num_seqs = 256 tokens by default
+FEWEST = 4  # different batches and contexts of decode rows, of which a step's time has three coefficients
 AXIS_CLOCKS = 3  # from which on a profile tells its own clock axis
-_OUTLIER = 0.3
+OUTLIER = 0.3  # error of a row's time
 _KNOTS = 8  # of a fitted clock axis
 _MOST_HBM_W = 400.0
 _LAUNCH_BOUND = 1.3  # prefills that take less than this times the shortest eager one tell the launch time
@@ -79,11 +80,8 @@ def fit(profile: Profile, *, base: PerfModel) -> PerfModel:
         ConfigError: the profile has too few decode rows.
     """
     points = profile.decode
-    if len({(point.seqs, point.context_tokens) for point in points}) < 4:
-        raise ConfigError(
-            "--profile: decode rows with at least 4 different pairs (b, ctx_mid) are needed; profile more "
-            "--batches or --contexts"
-        )
+    if why := too_few(points):
+        raise ConfigError(f"--profile: {why}; profile more --batches or --contexts")
     highest_mhz = profile.clocks_mhz[-1]
     at_highest = [point for point in points if point.clock_mhz == highest_mhz]
     axis = _idle_axis(profile, _scaled(base, highest_mhz))
@@ -94,6 +92,13 @@ def fit(profile: Profile, *, base: PerfModel) -> PerfModel:
     if len(profile.clocks_mhz) >= AXIS_CLOCKS:
         model = _fit_switched(points, model)
     return _fit_prefill([point for point in profile.prefill if point.clock_mhz == highest_mhz], model)
+
+
+def too_few(points: Sequence[DecodePoint]) -> str:
+    """Why a fit needs more decode rows than these; empty where it does not."""
+    found = len({(point.seqs, point.context_tokens) for point in points})
+    few = f"decode rows with {found} different pairs of batch and context (b, ctx_mid); a fit needs {FEWEST}"
+    return few if found < FEWEST else ""
 
 
 def with_clock_axis(model: PerfModel, *, of: PerfModel) -> PerfModel:
@@ -109,19 +114,23 @@ def without_outliers(profile: Profile, *, base: PerfModel) -> tuple[Profile, tup
     """The profile without decode rows whose time the fit misses by over 30 %, and those rows, worst first.
 
     They are measured wrongly rather than modelled wrongly: clients that merge chunks see longer intervals.
+    As many rows are kept as a fit needs, however far off they are.
     """
     dropped: list[DecodePoint] = []
     while True:
         kept = replace(profile, decode=tuple(p for p in profile.decode if p not in dropped))
         model = fit(kept, base=base)
         error, worst = max(((errors(model, [p])[0], p) for p in kept.decode), key=lambda pair: pair[0])
-        if error <= _OUTLIER:
+        if error <= OUTLIER or too_few([p for p in kept.decode if p != worst]):
             return kept, tuple(dropped)
         dropped.append(worst)
 
 
 def leave_one_out(profile: Profile, *, base: PerfModel) -> tuple[LeftOut, ...]:
-    """Errors per clock left out, but the highest, which is the reference; per row if there is one clock."""
+    """Errors per clock left out, but the highest, which is the reference; per row if there is one clock.
+
+    What cannot be fitted without it is not left out.
+    """
     one_clock, groups = len(profile.clocks_mhz) == 1, dict[str, list[DecodePoint]]()
     for p in sorted(profile.decode, key=lambda p: p.clock_mhz):
         if one_clock or p.clock_mhz < profile.clocks_mhz[-1]:
@@ -130,6 +139,8 @@ def leave_one_out(profile: Profile, *, base: PerfModel) -> tuple[LeftOut, ...]:
     results = []
     for label, left_out in groups.items():
         rest = tuple(point for point in profile.decode if point not in left_out)
+        if too_few(rest):
+            continue
         model = fit(replace(profile, decode=rest), base=base)
         results.append(LeftOut(label, *errors(model, left_out)))
     return tuple(results)
@@ -162,6 +173,8 @@ def relative_fit(
 
 def table(errors: Sequence[LeftOut]) -> str:
     """Errors of each row or clock left out, and their means, for people."""
+    if not errors:
+        return "the errors are unknown, because the fit needs every row"
     lines = [f"{'left out':>20} {'time':>7} {'power':>7} {'energy':>7}   mean absolute errors, decode steps"]
     means = np.mean([(e.time, e.power, e.energy) for e in errors], axis=0).tolist()
     for e in (*errors, LeftOut("mean", *means)):

@@ -32,12 +32,14 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent. Without ``measure``, which makes a row of windows of 1 s, it is recorded as a trace."""
+    """What is sent. Without ``measure``, which makes a row of windows, it is recorded as a trace."""
 
     workload: str
     horizon_s: float  # in which requests arrive
     measure: Callable[[Windows], Measured] | None = None
     note: str = ""  # what there is to say of it
+    window_s: float = 1.0
+    again: "Load | None" = None  # what is sent next where this one had no window to measure
 
 
 def prefills(rows: Rows, *, begin_s: float, tokens: int) -> Load:

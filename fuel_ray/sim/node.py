@@ -185,6 +185,11 @@ class SimulatedNode:
         """Since the node was reset."""
         return int(self._running().request[:, rules.PREEMPTED_TIMES].sum())
 
+    @property
+    def most_running(self) -> int:
+        """The most requests that ran at once since the reset; a higher batch limit would change nothing."""
+        return int(self._running().count[rules.MOST_RUNNING])
+
     def close(self) -> None:
         """Forget the requests."""
         self._state = None

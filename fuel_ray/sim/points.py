@@ -13,13 +13,14 @@ from itertools import product
 from fuel_ray.sim.loads import TRACES, Load, Rows, Server, prefills, sustained
 from fuel_ray.sim.windows import REPEATS, decode, idle, passed
 
-LONGEST_S = 120  # in which a row's windows have to be there
+LONGEST_S = 120.0  # in which a row's windows have to be there
 CHANGE_S = 0.6  # between two points: the load is stopped, the node given back and taken again
 WARM_UP = "warmup"
 LOWER_TRACES = ("mixed-few", "mixed-many", "load-high")  # at two more clocks
 _CLOCKS = 8  # from half of the highest clock to the highest
 _SETTLED_S = 1.4  # the first window is at the highest clock, and a change takes up to 0.2 s
 _FEWEST_OUTPUTS = 64  # tokens, of a request that decodes
+_HALF_S = 0.5  # windows where requests end before one of 1 s lies between the first token and the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +132,16 @@ def _decoding(
 ) -> Load | None:
     if n * (context + _FEWEST_OUTPUTS) > server.kv_tokens:
         return None
-    outputs = min(lengths.output_tokens, server.max_model_len - context, server.kv_tokens - context)
-    load = f"burst:count={n},after_s={begin_s},lengths=fixed,prompt_mean={context},output_mean={outputs}"
-    return Load(load, LONGEST_S, partial(decode, n=n, context=context, enough=lengths.windows))
+    most = min(server.max_model_len, server.kv_tokens) - context
+    tries = ((min(lengths.output_tokens, most), 1.0), (most, 1.0), (most, _HALF_S))
+    again: Load | None = None
+    for outputs, window_s in reversed(tries):
+        load = f"burst:count={n},after_s={begin_s},lengths=fixed,prompt_mean={context},output_mean={outputs}"
+        enough = math.ceil(lengths.windows / window_s)
+        measure = partial(decode, n=n, context=context, enough=enough)
+        if again is None or (again.workload, again.window_s) != (load, window_s):
+            again = Load(load, LONGEST_S, measure, window_s=window_s, again=again)
+    return again
 
 
 def _traces(clock_mhz: int, names: Sequence[str], *, server: Server) -> Iterator[Point]:

@@ -50,6 +50,8 @@ TTFTS, TPOTS, FINISHED = range(10, 13)
 ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS = range(13, 19)
 # ... and, at its end, the number of requests without a first token
 WAITS = 19
+# The most requests that ran at once since time 0
+MOST_RUNNING = 20
 
 FIRST_EVENT, LAST_EVENT = 1, 2  # bits of an event: request * 4 + bits
 NEVER = -1.0
@@ -87,7 +89,7 @@ class State(NamedTuple):
     finished: np.ndarray  # (n,) requests in order of finish
     wait: np.ndarray  # (n,) s: ages of the WAITS requests without a first token as the window ended
     clock: np.ndarray  # (10,) float64
-    count: np.ndarray  # type: ignore[assignment]  # (20,) int64; hides tuple.count
+    count: np.ndarray  # type: ignore[assignment]  # (21,) int64; hides tuple.count
 
 
 def new_state(requests: Requests, engine: Engine) -> State:
@@ -107,7 +109,7 @@ def new_state(requests: Requests, engine: Engine) -> State:
     block[:, FOLLOWING] = np.arange(1, blocks + 2)
     block[0, PREVIOUS], block[blocks, FOLLOWING] = blocks, 0
     block[:, CONTENT] = NO_CONTENT
-    count = np.zeros(20, np.int64)
+    count = np.zeros(21, np.int64)
     count[FREE_BLOCKS], count[FREE_SLOTS] = blocks, slots
     longest = int((requests.prompt_tokens + requests.output_tokens).max(initial=1))
     prefixes = int(requests.prefix_id.max(initial=-1)) + 1
@@ -134,7 +136,7 @@ def new_state(requests: Requests, engine: Engine) -> State:
 def advance(s: State, e: Engine, m: Constants, at: AtClock, until_s: float, batch_limit: int) -> None:
     """Let the engine run to ``until_s`` under the knobs; what is counted per window starts anew."""
     s.clock[ENERGY] = s.clock[BUSY_S] = s.clock[CLOCK_S] = 0.0
-    s.count[ARRIVALS:] = 0
+    s.count[ARRIVALS:MOST_RUNNING] = 0
     while True:
         if s.count[ON_GPU] == 1:
             end = min(s.clock[STEP_END], until_s)
@@ -303,26 +305,29 @@ def _compose_step(s: State, e: Engine, m: Constants, batch_limit: int) -> None:
     """Choose what the next step computes, into the buffer that is not on the GPU."""
     _see_arrivals(s, m)
     buffer = s.count[BUFFER]
-    s.step[buffer, :] = 0
+    for column in range(EVENTS + 1):
+        s.step[buffer, column] = 0
     budget = e.max_num_batched_tokens
     preemptions_before = s.count[PREEMPTIONS]
     s.count[STEP] += 1
-    decodes = context = 0
+    step, running = s.count[STEP], s.count[RUNNING]
+    decodes = origins = 0
     k = 0
-    while k < s.count[RUNNING] and budget > 0:
-        if s.run[DUE, k] > s.count[STEP]:  # one more token, into a block that it holds: the hot path
+    while k < running and budget > 0:
+        if s.run[DUE, k] > step:  # one more token, into a block that it holds: the hot path
             decodes += 1
-            context += s.count[STEP] - s.run[ORIGIN, k]
+            origins += s.run[ORIGIN, k]
             budget -= 1
         else:
             budget = _continue_request(s, e, buffer, k, budget)
+            running = s.count[RUNNING]
         k += 1
-    for skipped in range(k, s.count[RUNNING]):
+    for skipped in range(k, running):
         s.run[DUE, skipped] += 1
         s.run[ORIGIN, skipped] += 1
     s.step[buffer, SEQS] += decodes
     s.step[buffer, TOKENS_OUT] += decodes
-    s.step[buffer, CONTEXT] += context
+    s.step[buffer, CONTEXT] += decodes * step - origins
     if s.count[PREEMPTIONS] == preemptions_before:
         while budget > 0 and s.count[RUNNING] < min(batch_limit, e.max_num_seqs):
             budget = _admit(s, e, buffer, budget)
@@ -333,24 +338,45 @@ def _compose_step(s: State, e: Engine, m: Constants, batch_limit: int) -> None:
 def _continue_request(s: State, e: Engine, buffer: int, k: int, budget: int) -> int:
     """Schedule the k-th running request individually; returns the token budget left."""
     r = s.run[REQUEST, k]
-    _settle(s, k)
+    if s.run[DUE, k] > 0:
+        _settle(s, e, k)
+        full = s.request[r, COMPUTED] == s.slot[s.request[r, SLOT], HELD] * e.block_size
+        if full and not _make_room(s, e, k, 1):
+            return 0
+        _decode(s, e, buffer, k)
+        return budget - 1
     if s.request[r, EMITTED] == s.request[r, OUTPUT]:
         return budget  # its last token is on the way
     tokens = min(s.request[r, PROMPT] + s.request[r, EMITTED] - s.request[r, COMPUTED], budget)
-    if not _make_room(s, e, k, tokens):
+    total = s.request[r, COMPUTED] + tokens
+    needed = -(-total // e.block_size) - s.slot[s.request[r, SLOT], HELD]
+    if not _make_room(s, e, k, needed):
         return 0
     _add_to_step(s, e, buffer, k, tokens)
     return budget - tokens
 
 
 @_inlined
-def _settle(s: State, k: int) -> None:
+def _settle(s: State, e: Engine, k: int) -> None:
     """Write down how far the k-th running request came while it decoded without a closer look."""
     if s.run[DUE, k] > 0:
         r = s.run[REQUEST, k]
         s.request[r, COMPUTED] = s.count[STEP] - 1 - s.run[ORIGIN, k]
         s.request[r, EMITTED] = s.request[r, COMPUTED] - s.request[r, PROMPT] + 1
         s.run[DUE, k] = 0
+        _publish_last(s, e, r)
+
+
+@_inlined
+def _decode(s: State, e: Engine, buffer: int, k: int) -> None:
+    """Account for one token of the k-th running request, which decodes into a block that it holds."""
+    r = s.run[REQUEST, k]
+    s.request[r, COMPUTED] += 1
+    s.step[buffer, SEQS] += 1
+    s.step[buffer, CONTEXT] += s.request[r, COMPUTED]
+    s.step[buffer, TOKENS_OUT] += 1
+    _publish_last(s, e, r)
+    _emit(s, e, buffer, k)
 
 
 @_inlined
@@ -386,21 +412,19 @@ def _emit(s: State, e: Engine, buffer: int, k: int) -> None:
     if emitted < output:
         computed = s.request[r, COMPUTED]
         room = s.slot[s.request[r, SLOT], HELD] * e.block_size - computed
-        s.run[DUE, k] = s.count[STEP] + min(room if room > 0 else 1, output - emitted)
+        s.run[DUE, k] = s.count[STEP] + min(room + 1, output - emitted)
         s.run[ORIGIN, k] = s.count[STEP] - computed
 
 
 @_inlined
-def _make_room(s: State, e: Engine, k: int, tokens: int) -> bool:
-    """Allocate blocks for the next tokens of the k-th running request, preempting the newest if need be."""
-    r = s.run[REQUEST, k]
-    slot = s.request[r, SLOT]
-    needed = -(-(s.request[r, COMPUTED] + tokens) // e.block_size) - s.slot[slot, HELD]
+def _make_room(s: State, e: Engine, k: int, needed: int) -> bool:
+    """Allocate blocks for the k-th running request, preempting the newest if need be."""
+    slot = s.request[s.run[REQUEST, k], SLOT]
     while needed > s.count[FREE_BLOCKS]:
         victim = s.count[RUNNING] - 1
         while victim > k and _is_ending(s, victim):
             victim -= 1
-        _preempt(s, victim)
+        _preempt(s, e, victim)
         if victim == k:
             return False
     _take_blocks(s, slot, needed)
@@ -415,9 +439,9 @@ def _is_ending(s: State, k: int) -> bool:
 
 
 @_compiled
-def _preempt(s: State, k: int) -> None:
+def _preempt(s: State, e: Engine, k: int) -> None:
     r = s.run[REQUEST, k]
-    _settle(s, k)
+    _settle(s, e, k)
     slot = s.request[r, SLOT]
     s.slot[slot, KEPT] = s.slot[slot, HELD]
     _free_blocks(s, slot)
@@ -463,6 +487,7 @@ def _admit(s: State, e: Engine, buffer: int, budget: int) -> int:
     s.request[r, COMPUTED] = hits * e.block_size
     k = s.count[RUNNING]
     s.count[RUNNING] += 1
+    s.count[MOST_RUNNING] = max(s.count[MOST_RUNNING], s.count[RUNNING])
     s.run[REQUEST, k] = r
     s.run[DUE, k] = 0
     _add_to_step(s, e, buffer, k, tokens)
@@ -500,6 +525,14 @@ def _publish_block(s: State, e: Engine, r: int, j: int) -> None:
         known = s.prefix_block[s.request[r, PREFIX_ID], j]
         if known < 0 or s.block[known, CONTENT] != key:
             s.prefix_block[s.request[r, PREFIX_ID], j] = block
+
+
+@_inlined
+def _publish_last(s: State, e: Engine, r: int) -> None:
+    """The same for the last block that a decoding request holds, once it is full."""
+    last = s.slot[s.request[r, SLOT], HELD] - 1
+    if s.request[r, COMPUTED] == (last + 1) * e.block_size:
+        _publish_block(s, e, r, last)
 
 
 @_compiled

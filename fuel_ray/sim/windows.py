@@ -33,7 +33,7 @@ def decode(windows: Windows, *, n: int, context: int, enough: int) -> Measured:
         if running == window.running == n and not (window.prompt_tokens or window.preemptions):
             used.append(window)
             contexts.append(context + (generated + window.output_tokens / 2) / n)
-        elif used or window.completed:
+        elif used or window.completed or window.preemptions:  # from then on fewer run
             break
         generated, running = generated + window.output_tokens, window.running
         if len(used) == enough:

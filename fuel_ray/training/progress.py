@@ -21,6 +21,7 @@ from fuel_ray.progress import Bar
 from fuel_ray.training.ray_private import reseed
 
 _OWN_ERROR = re.compile(r"fuel_ray\.errors\.\w+: (.*)")
+_ERROR = re.compile(r"(?!ray\.|traceback:)[A-Za-z_][\w.]*: \S")  # as a traceback ends, but in Ray's own
 
 
 class Episodes(RLlibCallback):
@@ -116,7 +117,8 @@ def _shown(value: float | None, form: str) -> list[str]:
 
 
 def reason(error: BaseException) -> str:
-    """Why a trial failed: our own error in what Ray and RLlib made of it, else the last line."""
+    """Why a trial failed: our own error in what Ray and RLlib made of it, else the last one in there."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     own = [found.group(1) for line in lines if (found := _OWN_ERROR.match(line.strip()))]
-    return own[-1] if own else lines[-1]
+    named = [line for line in lines if _ERROR.match(line)]
+    return (own or named or lines)[-1]

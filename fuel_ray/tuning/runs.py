@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Played:
     clocks_mhz: np.ndarray
     records: RequestRecords
     preemptions: int
+    most_running: int | None  # requests at once; None: not known
 
     @property
     def schedule(self) -> np.ndarray:
@@ -65,6 +67,13 @@ def least_energy(points: Iterable[tuple[float, float]], attained: float) -> floa
     return min([best, *mixes])
 
 
+class _Fixed(NamedTuple):
+    """What runs showed: traces by SLO, one per seed, and the most requests that ran at once, if known."""
+
+    traces: dict[str, list[Trace]]
+    most_running: int | None
+
+
 class Runs:
     """Plays policies against the same arrivals and judges them by several SLOs at once."""
 
@@ -73,7 +82,7 @@ class Runs:
     ) -> None:
         self.loop, self.slos = loop, dict(slos)
         self.seeds, self.seconds = tuple(seeds), seconds
-        self._static: dict[Knobs, dict[str, list[Trace]]] = {}
+        self._static: dict[Knobs, _Fixed] = {}
 
     def first(self, seeds: int) -> "Runs":
         """The same on the first seeds alone."""
@@ -90,10 +99,11 @@ class Runs:
     def traces(self, policy: Policy, slo: str) -> list[Trace]:
         """One trace per seed."""
         if not isinstance(policy, Static):
-            return self._play(policy, (slo,))[slo]
-        if policy.knobs not in self._static:
-            self._static[policy.knobs] = self._play(policy, tuple(self.slos))
-        return self._static[policy.knobs][slo]
+            return self._play(policy, (slo,)).traces[slo]
+        knobs = policy.knobs
+        if knobs not in self._static:
+            self._static[knobs] = self._under_higher_limit(knobs) or self._play(policy, tuple(self.slos))
+        return self._static[knobs].traces[slo]
 
     def score(self, policy: Policy, slo: str, *, share: float) -> Score:
         """Energy per request and attainment, pooled over the seeds.
@@ -102,20 +112,32 @@ class Runs:
         """
         return score_of(self.traces(policy, slo), self.slos[slo], share=share)
 
-    def _play(self, policy: Policy, slos: Sequence[str]) -> dict[str, list[Trace]]:
+    def _under_higher_limit(self, knobs: Knobs) -> "_Fixed | None":
+        """The runs under a higher batch limit, if so few requests ran that they are the same."""
+        for known, fixed in self._static.items():
+            higher = known.gpu_clock_mhz == knobs.gpu_clock_mhz and known.batch_limit > knobs.batch_limit
+            if higher and fixed.most_running is not None and fixed.most_running <= knobs.batch_limit:
+                return fixed
+        return None
+
+    def _play(self, policy: Policy, slos: Sequence[str]) -> "_Fixed":
         traces: dict[str, list[Trace]] = {name: [] for name in slos}
+        most: list[int | None] = []
         for seed in self.seeds:
             own = self.played(policy, seed)
+            most.append(own.most_running)
             for name in slos:
                 traces[name].append(trace_of(own.energy_j, own.arrivals, own.records, self.slos[name]))
-        return traces
+        known = [running for running in most if running is not None]
+        return _Fixed(traces, max(known) if len(known) == len(most) else None)
 
     def _slow(self, policy: Policy, seed: int) -> Played:
         episode = self.episode(policy, seed)
         rows = [(w.arrivals, w.knobs.batch_limit, w.knobs.gpu_clock_mhz) for w in episode.windows]
         arrivals, limits, clocks_mhz = np.array(rows).T
         energy_j = np.array([w.energy_j for w in episode.windows])
-        return Played(energy_j, arrivals, limits, clocks_mhz, episode.records, episode.totals.preemptions)
+        preemptions = episode.totals.preemptions
+        return Played(energy_j, arrivals, limits, clocks_mhz, episode.records, preemptions, most_running=None)
 
     def _fast(self, policy: Policy, seed: int) -> Played | None:
         """The same without looking at windows, for a policy that need not; None for any other."""
@@ -163,7 +185,8 @@ def _played(
     """What a node has just served, which may have ended before the arrivals."""
     ran, (lowest, highest) = len(energy_j), node.spec.batch_limits
     in_force = np.clip(limits[:ran], lowest, highest)
-    return Played(energy_j, arrivals[:ran], in_force, clocks_mhz[:ran], node.take_records(), node.preemptions)
+    records, preemptions, most = node.take_records(), node.preemptions, node.most_running
+    return Played(energy_j, arrivals[:ran], in_force, clocks_mhz[:ran], records, preemptions, most)
 
 
 def plays_of(policy: Policy, alone: Sequence[Runs]) -> list[Played]:
