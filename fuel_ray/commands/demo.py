@@ -14,8 +14,8 @@ from fuel_ray.policies.static import Static
 from fuel_ray.types import NodeSpec, Policy
 
 _LAST = (
-    "Modelled, not measured: a simulated H100 served the same arrivals to each; nobody was tuned on them.\n"
-    "To train policies yourself: fuel-ray sweep --preset quick; for your own server: fuel-ray onboard --help"
+    "Modelled, not measured: the policies served the same requests on a simulated H100; none was tuned on them.\n"
+    "To train policies: fuel-ray sweep --preset quick. For your own server: fuel-ray onboard --help"
 )
 
 

@@ -10,21 +10,23 @@ from fuel_ray.commands import deploy
 from fuel_ray.disk import whole
 from fuel_ray.onboarding.server import HOW_TO_SET_CLOCKS
 from fuel_ray.onboarding.state import Onboarding
+from fuel_ray.policies.catalogue import label
+from fuel_ray.report.wording import ascii_only
 from fuel_ray.vllm_plugin import LIMIT_FILE_VARIABLE
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 _STEPS = (
     (
         "shadow",
-        "1. Shadow: nothing is set; what the policy would do, and how the server does without it.",
+        "1. Shadow: records what the policy would do and how the server does without it; sets nothing.",
         ("--shadow",),
     ),
     (
         "canary",
-        "2. Canary: it rules in a tenth of the time, drawn by chance, and is compared with the rest of it.",
+        "2. Canary: the policy controls the server for a random tenth of the time, compared with the rest.",
         ("--canary", "0.1"),
     ),
-    ("live", "3. Live: it rules until it is stopped; then the driver and the server do again.", ()),
+    ("live", "3. Live: the policy controls the server until it stops; then clock and limit are reset.", ()),
 )
 
 
@@ -37,7 +39,7 @@ def write(state: Onboarding) -> dict[str, Any]:
     lines = ["#!/bin/sh", *(f"# {line}" for line in _said(state)), ""]
     for name, what, _ in _STEPS:
         lines += [f"# {what}", shlex.join(["fuel-ray", "deploy", *commands[name]]), ""]
-    text = "\n".join(lines)
+    text = ascii_only("\n".join(lines))
     with whole(state.folder / "commands.sh") as file:
         file.write(text)
     print(text)
@@ -94,16 +96,17 @@ def _serve(state: Onboarding) -> str:
 def _said(state: Onboarding) -> list[str]:
     """What a reader should know before the first line is run."""
     found, live = state.journal.found("recommend"), state.config.live
-    lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, load {state.workload}"]
+    lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, workload {state.workload}"]
     lines.append(f"{found['headline']}.")
     if state.config.node == "sim":
-        lines.append("The twin stood for a server in all of this: so would the lines of your own look.")
+        lines.append("A rehearsal on the twin: with a server of your own, the commands look like this.")
     elif live.server is None:
-        lines.append(f"Start the server first, as it was here: {_serve(state)}")
+        lines.append(f"Start the server first, as onboard did: {_serve(state)}")
     if policy_of(state).name != "recommended":
-        lines.append(f"What is recommended, {found['best']}, is no policy folder; this is the trained one.")
+        best = label(found["best"])
+        lines.append(f"{best} is recommended, but is no policy folder; this is the trained policy.")
     if not state.sets_clocks:
-        lines.append(f"Clocks are not ours to set: 2 and 3 save nothing until they are. {HOW_TO_SET_CLOCKS}")
+        lines.append(f"2 and 3 save nothing until fuel_ray can set the clocks here. {HOW_TO_SET_CLOCKS}.")
     if live.server is not None and login_variable(live.server) in os.environ:
-        lines.append("The login of --server is not written here: put it into the address again.")
+        lines.append("The login of --server is not written here; add it to the address again.")
     return lines

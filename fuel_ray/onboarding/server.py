@@ -20,18 +20,18 @@ LISTEN_S = 3.0  # in which a server without other traffic counts no request
 _TO_START = ("vLLM", "plug-in", "block sizes", "port")  # checks that matter only to a server that is started
 
 HOW_TO_SET_CLOCKS = (
-    "Locking clocks needs CAP_SYS_ADMIN: run `sudo fuel-ray clock-helper --gpu-ids ... --users USER` beside "
-    "the controller, with FUEL_RAY_CLOCK_SOCKET in its environment, or start its container with "
-    "--cap-add=SYS_ADMIN; docs/deploy.md, Privilege, has both"
+    "Setting clocks needs CAP_SYS_ADMIN: run `sudo fuel-ray clock-helper --gpu-ids ... --users USER` and set "
+    "FUEL_RAY_CLOCK_SOCKET in fuel_ray's environment, or start its container with --cap-add=SYS_ADMIN; see "
+    "docs/deploy.md, Privilege"
 )
 HOW_TO_SET_LIMITS = (
-    "The batch limit needs fuel_ray in vLLM's environment and FUEL_RAY_LIMIT_FILE=FILE in the server's, and "
+    "Setting it needs fuel_ray in vLLM's environment, FUEL_RAY_LIMIT_FILE=FILE in the server's, and "
     "--limit-file FILE here"
 )
 
 
 def look(state: Onboarding) -> dict[str, Any]:
-    """Check the host, ask the server and say what of it is ours to set.
+    """Check the host, ask the server and say what of it fuel_ray can set.
 
     Raises:
         ConfigError: something that is needed is missing.
@@ -52,10 +52,13 @@ def look(state: Onboarding) -> dict[str, Any]:
         print("\n".join(lines))
     if len(clocks_mhz) == 1:
         print(
-            f"observe-only: its clocks are not ours to set, {clocks_mhz[0]} MHz is taken. {HOW_TO_SET_CLOCKS}"
+            f"observe-only: fuel_ray cannot set the clocks here and assumes {clocks_mhz[0]} MHz. "
+            f"{HOW_TO_SET_CLOCKS}."
         )
     if limits[0] == limits[-1]:
-        print(f"its batch limit is not ours to set: policies choose the clock alone. {HOW_TO_SET_LIMITS}.")
+        print(
+            f"fuel_ray cannot set the batch limit here; policies choose the clock only. {HOW_TO_SET_LIMITS}."
+        )
     if unknown := sorted({*state.config.clocks_mhz} - {*clocks_mhz}):
         raise ConfigError(f"--clocks-mhz {unknown}: {clocks_mhz[0]} to {clocks_mhz[-1]} MHz may be set here")
     return found

@@ -20,9 +20,10 @@ _CONTEXT = PROMPT_TOKENS + OUTPUT_TOKENS // 2  # tokens of a request in the midd
 _LARGEST_DOT = 380  # square points, of a clock that was always chosen
 _BAND = (
     "Top: energy of a decode step of {batch} requests of {context} tokens, relative to the highest clock. "
-    "Line: the nominal clock axis. Band: lowest to highest of {axes} axes. Bottom: the clocks that each "
-    "policy chose on workload {workload}, one held-out seed, all block sizes; the area of a dot is the share "
-    "of control windows. The wider the band at those clocks, the less certain is a saving."
+    "Line: nominal clock axis. Band: lowest to highest of {axes} axes. The wider the band at the clocks "
+    "that a policy chose, the less certain its saving. Bottom: the clocks that each policy chose on "
+    "workload {workload}, one held-out seed, all block sizes; the area of a dot is the share of control "
+    "windows."
 )
 
 
@@ -62,7 +63,7 @@ def decision_heat_maps(run: Run, *, workload: str) -> str | None:
             axes.set(title=f"block size {size}", xlabel="GPU clock (MHz)", ylabel="batch limit")
         for axes in grid.flat[len(sizes) :]:
             axes.set_visible(False)
-        figure.colorbar(image, ax=grid, label="share of windows (%)", shrink=0.7)
+        figure.colorbar(image, ax=grid, label="share of control windows (%)", shrink=0.7)
 
     return draw(paint, height_in=min(0.9 + rows * (1.1 + 0.22 * len(limits.lows)), 9.0))
 

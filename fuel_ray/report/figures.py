@@ -60,7 +60,7 @@ class ProfilePoint:
 
 def learning_curves(run: Run) -> str:
     """Reward and energy per request against environment steps, one line per block size."""
-    named = (("reward", "reward per window"), (ENERGY, "energy per request (J)"))
+    named = (("reward", "reward per control window"), (ENERGY, "energy per request (J)"))
     panels = [(column, name) for column, name in named if run.learning[column].notna().any()]
 
     def paint(figure: Figure) -> None:
@@ -113,7 +113,7 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
                 _trace(axes, rows, rows[column], color(policy, run.policies))
         load = steps[steps["policy"] == steps["policy"].iloc[0]].sort_values("time_s")
         _trace(panels[0], load, load["arrivals"] / _window_s(load), "#30343b")
-        names = ("arrivals\nper s", "requests, running\nand waiting", "GPU clock (MHz)", "batch limit")
+        names = ("arrivals\nper second", "requests, running\nand waiting", "GPU clock (MHz)", "batch limit")
         for axes, name in zip(panels, names, strict=True):
             axes.set_ylabel(name)
         panels[3].set_yscale("log", base=2)
