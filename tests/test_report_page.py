@@ -110,10 +110,8 @@ def test_rates_are_rounded_and_rates_of_one_pair_are_one(tmp_path):
     table_of = {"rates_rps": [1.43633, 2.87265, 9.04], "knobs": [[40, 900], [40, 900], [40, 990], [40, 1515]]}
     run.info["tuned"]["16"]["load_table"] = table_of
     shown = tables.chosen_pairs(run)
-    assert (
-        "up to 2.9 requests/s: 900 MHz; up to 9.0 requests/s: 990 MHz; above: 1515 MHz; batch limit 40"
-        in shown
-    )
+    assert "up to 2.9 requests/s: 900 MHz; up to 9.0 requests/s: 990 MHz; above: 1515 MHz" in shown
+    assert "; batch limit 40" in shown
 
 
 @pytest.mark.parametrize(

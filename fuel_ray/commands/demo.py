@@ -14,7 +14,7 @@ from fuel_ray.policies.static import Static
 from fuel_ray.types import NodeSpec, Policy
 
 _LAST = (
-    "Modelled, not measured: the policies served the same requests on a simulated H100; none saw them before.\n"
+    "Modelled, not measured: all policies served the same requests on a simulated H100.\n"
     "To train policies: fuel-ray sweep --preset quick. For your own server: fuel-ray onboard --help"
 )
 
