@@ -1,48 +1,28 @@
 """The page of an onboarding: the server, its twin and how well it fits, the policy, the commands to copy."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fuel_ray.disk import whole
 from fuel_ray.policies.catalogue import CATALOGUE, MAX_PERFORMANCE, color, label
 from fuel_ray.record import read_json
-from fuel_ray.report.figures import ProfilePoint, profile_and_model
-from fuel_ray.report.page import Cell, code, figure, heading, page, paragraph, table, tile, tiles
+from fuel_ray.report.accuracy import fidelity, figure_name, profile, signed
+from fuel_ray.report.page import Cell, code, heading, page, paragraph, table, tile, tiles
 from fuel_ray.report.tables import key_values
 from fuel_ray.report.text import when
 from fuel_ray.report.wording import (
     DEFAULT_SLO,
     change,
-    duration,
     ends,
-    latency_name,
     limits_text,
     percent,
     slo_text,
 )
-from fuel_ray.sim.fidelity import ERRORS, Fidelity
-from fuel_ray.sim.pack import PerfModel, load_pack
 from fuel_ray.types import Slo
 
 _UNKNOWN = "unknown"
 _ON = {True: "on", False: "off", None: _UNKNOWN}
-_UNITS = {"energy": "J", "mean_power": "W"}
-_FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{}, 99th percentile"}
-_PROFILE = (
-    "Points: decode steps as {origin}. Lines: the fitted twin at the same points. The energy of a token is "
-    "step time x power / requests."
-)
-_FIDELITY = (
-    "The twin was not fitted to this workload, whose seed and rate differ from the profile's. Server and "
-    "twin served the same requests. A positive error means that the twin's value is too high. One run of "
-    "{requests} requests."
-)
-_FITTED = (
-    "Errors of the twin on the workloads of its own profile. On a new workload, expect the error of one that "
-    "was left out of the fit."
-)
 _POLICIES = (
     "Modelled: every policy served the same requests on the twin, n = {seeds} held-out seeds. Small print: "
     "{small_print}. Only the canary below measures a saving."
@@ -71,11 +51,11 @@ def _sections(folder: Path, journal: Mapping[str, Any]) -> Iterator[str]:
         yield key_values(_server(server))
     if (folder / "pack.json").exists() and (folder / "profile" / "profile.jsonl").exists():
         yield heading("Profile and twin")
-        yield from _profile(folder, found)
+        yield from profile(folder, found)
     if rows := found.get("validate", {}).get("rows"):
         yield heading("How accurate is the twin?")
         measured = found["server"]["origin"] == "measured"
-        yield from _fidelity(found["validate"], rows, source="measured" if measured else "simulated server")
+        yield from fidelity(found["validate"], rows, source="measured" if measured else "simulated server")
     if load := found.get("load"):
         yield heading("Workload and SLO")
         yield key_values(_load(load, found.get("slo", {})))
@@ -124,8 +104,8 @@ def _tiles(found: Stages) -> Iterator[str]:
         for name in ("energy", "tpot_mean"):
             worst = max((row["errors"][name] or 0.0 for row in fidelity), key=abs)
             notes = (f"bound {percent(bounds[name])}",)
-            what = f"error of the twin: {_figure_name(name)}"
-            yield tile(_signed(worst), name=what, notes=notes, bad=name in outside)
+            what = f"error of the twin: {figure_name(name)}"
+            yield tile(signed(worst), name=what, notes=notes, bad=name in outside)
 
 
 def _server(server: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,92 +130,6 @@ def _server(server: Mapping[str, Any]) -> dict[str, Any]:
         **({"idle power": server["idle_power"]} if server.get("idle_power") else {}),
         "these facts are": server["origin"],
     }
-
-
-def _profile(folder: Path, found: Stages) -> Iterator[str]:
-    points = _points(folder / "profile" / "profile.jsonl", load_pack(str(folder / "pack.json")).perf)
-    origin = found["server"]["origin"]
-    if points:
-        yield figure(profile_and_model(points), caption=_PROFILE.format(origin=origin))
-    fitted = found.get("calibrate", {})
-    notes = {name: fitted[name] for name in ("pack", "measured", "transferred") if name in fitted}
-    yield key_values(notes)
-    if rows := load_pack(str(folder / "pack.json")).fidelity:
-        yield paragraph(_FITTED, style="soft")
-        yield _pack_fidelity(rows)
-
-
-def _pack_fidelity(rows: Sequence[Fidelity]) -> str:
-    head = [Cell("workload of the profile", style="text"), Cell("requests")]
-    head += [*map(Cell, ERRORS.values()), Cell("", style="text")]
-    body = [
-        [
-            Cell(row.trace, style="text"),
-            Cell(str(row.requests)),
-            *(Cell("–" if (e := getattr(row, name)) is None else _signed(e)) for name in ERRORS),
-            Cell("left out of the fit" if row.left_out else "fitted", style="text"),
-        ]
-        for row in rows
-    ]
-    return table(head, [body])
-
-
-def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
-    """Of the decode rows, whose points are named by batch and prompt tokens, as in decode-8x128."""
-    rows = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))]
-    points: list[ProfilePoint] = []
-    for row in (row for row in rows if row.get("phase") == "decode"):
-        clock_mhz, batch = float(row["clock_mhz"]), row["b"]
-        known_mhz = min(clock_mhz, perf.constants.max_clock_mhz)
-        step_s, power_w, _ = perf.step_cost(batch, batch * row["ctx_mid"], 0, known_mhz)
-        measured = (row["itl"], step_s), (row["power_w"], power_w)
-        context = int(str(row["point"]).rpartition("x")[2])
-        points.append(ProfilePoint(clock_mhz, context, batch, *measured))
-    return points
-
-
-def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]], *, source: str) -> Iterator[str]:
-    head = [Cell("figure", style="text")]
-    for row in rows:
-        head += [Cell(f"{source}, {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
-    body = [[_figure_cell(name, found), *_errors(name, rows, found)] for name in rows[0]["errors"]]
-    yield table(head, [body])
-    for row in rows:
-        for doubt in row.get("doubts", []):
-            yield paragraph(f"Doubt, at {row['clock_mhz']} MHz: {doubt}.")
-    requests = " and ".join(str(row["requests"]) for row in rows)
-    yield paragraph(f"{found['workload']}. {_FIDELITY.format(requests=requests)}", style="soft")
-
-
-def _figure_cell(name: str, found: Mapping[str, Any]) -> Cell:
-    bound = found["bounds"].get(name)
-    note = "" if bound is None else f"bound {percent(bound)}"
-    return Cell(_figure_name(name), note, style="text")
-
-
-def _figure_name(name: str) -> str:
-    """As people write it: tpot_mean is mean TPOT."""
-    what, _, which = name.partition("_")
-    if which not in _FIGURES or what == "mean":
-        return name.replace("_", " ")
-    return _FIGURES[which].format(latency_name(what))
-
-
-def _amount(name: str, value: float) -> str:
-    if (unit := _UNITS.get(name)) is not None:
-        return f"{value:,.0f} {unit}"
-    return duration(value)
-
-
-def _errors(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any]) -> Iterator[Cell]:
-    bound = found["bounds"].get(name)
-    for row in rows:
-        for source in ("measured", "predicted"):
-            value = row[source][name]
-            yield Cell("–" if value is None else _amount(name, value))
-        error = row["errors"][name]
-        outside = bound is not None and error is not None and abs(error) > bound
-        yield Cell("–" if error is None else _signed(error), style="bad" if outside else "")
 
 
 def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,7 +206,3 @@ def _stages(stages: Stages) -> str:
 def _sentence(text: str) -> str:
     """With a capital and a full stop."""
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def _signed(error: float) -> str:
-    return change(1 + error)
