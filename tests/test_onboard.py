@@ -111,7 +111,7 @@ def test_a_card_without_a_clock_axis_gets_a_twin_and_no_saving(tmp_path, capsys)
     folder = onboarded(tmp_path, *ONE_CLOCK, "--pack", str(tmp_path / "l4.json"))
     assert "no saving can be modelled" in capsys.readouterr().out
     assert list(journal(folder))[-1] == "validate" and not (folder / "commands.sh").exists()
-    assert "no saving can be modelled" in (folder / "report.html").read_text()
+    assert ">No saving can be modelled: fuel_ray cannot set" in (folder / "report.html").read_text()
 
 
 def test_an_slo_that_cannot_be_met_is_said_with_one_that_can(tmp_path, capsys):

@@ -448,7 +448,7 @@ def test_the_section_on_the_clock_axis_says_what_rests_on_it_and_has_the_band_of
     page = prose(write_report(axes_run).read_text())
     section = page.split("How much depends on the model?")[1].split("<h2>")[0]
     assert f"so is every saving. {AXIS_NOTES}" in section
-    assert "of 3 axes (nominal, high, low)" in section
+    assert "under 3 axes (nominal, high, low)" in section
     heads = re.findall(r"<th [^>]*>(.*?)</th>", section)
     assert heads == ["policy", *AXIS_HEADS]
     row = re.search(r"</i>tuned static</td>(.*?)</tr>", section)[1]

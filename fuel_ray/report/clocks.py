@@ -17,6 +17,7 @@ _MOST_CELLS = 16  # along an axis, so that a number fits into each
 _ROUND_MHZ = 25  # widths of wider cells are a multiple of it
 _WRITTEN_SHARE = 3  # %
 _CONTEXT = PROMPT_TOKENS + OUTPUT_TOKENS // 2  # tokens of a request in the middle of its output
+_DOT_ROOM = 0.02  # of the axis, beside its ends
 _LARGEST_DOT = 380  # square points, of a clock that was always chosen
 _BAND = (
     "Top: energy of a decode step of {batch} requests of {context} tokens, relative to the highest clock. "
@@ -90,6 +91,8 @@ def band(run: Run, pack: Pack, *, workload: str) -> Drawn | None:
             _dots(bottom, where(steps, policy=policy)[_CLOCK], row, color(policy, run.policies))
         bottom.set_yticks(range(len(run.policies)), list(map(label, run.policies)))
         bottom.set(xlabel="GPU clock (MHz)", ylim=(len(run.policies) - 0.4, -0.6))
+        room_mhz = _DOT_ROOM * (pack.gpu_clocks_mhz[-1] - pack.gpu_clocks_mhz[0])
+        bottom.set_xlim(pack.gpu_clocks_mhz[0] - room_mhz, pack.gpu_clocks_mhz[-1] + room_mhz)
 
     told = {"batch": batch, "context": _CONTEXT, "axes": len(pack.clock_axes), "workload": workload}
     return Drawn(draw(paint, height_in=3.4 + 0.34 * len(run.policies)), _BAND.format(**told))

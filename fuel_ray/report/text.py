@@ -16,7 +16,7 @@ from fuel_ray.report.data import (
     missed,
     unsure,
 )
-from fuel_ray.report.wording import change, ends, energy_than, listed, percent, span, with_interval
+from fuel_ray.report.wording import NO_CHANGE, change, ends, energy_than, listed, percent, span, with_interval
 from fuel_ray.stats import Interval
 
 SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
@@ -250,11 +250,9 @@ def _untrained(run: Run) -> str:
     ratios = block_size_ratios(run, MAX_PERFORMANCE, workload=run.workloads[0])
     if not ratios:
         return ""
-    (a, b), widest = max(ratios.items(), key=lambda item: abs(item[1].mean - 1))
-    return (
-        " At maximum performance, where nothing is learned, the largest difference is "
-        f"{percent(abs(widest.mean - 1))} (block sizes {b} and {a})."
-    )
+    widest = max(abs(ratio.mean - 1) for ratio in ratios.values())
+    most = f"at most {percent(widest)}" if widest >= NO_CHANGE else "less than 0.1 %"
+    return f" At maximum performance, where nothing is learned, block sizes differ by {most}."
 
 
 def _modelled(run: Run) -> bool:
