@@ -8,21 +8,21 @@ from typing import Any
 from fuel_ray.report.figures import ProfilePoint, profile_and_model
 from fuel_ray.report.page import Cell, figure, paragraph, table
 from fuel_ray.report.tables import key_values
-from fuel_ray.report.wording import change, duration, latency_name, percent
+from fuel_ray.report.wording import change, latency_name, listed, percent
 from fuel_ray.sim.fidelity import ERRORS, Fidelity
 from fuel_ray.sim.pack import PerfModel, load_pack
 
+_SHORT_S = 0.1  # below it a latency is shown in tenths of ms
 _UNITS = {"energy": "J", "mean_power": "W"}
-_FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{}, 99th percentile"}
+_FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{} p99"}
 _RESTS_ON = {"pack": "pack", "measured": "measured here", "transferred": "taken from elsewhere"}
 _PROFILE = (
     "Points: decode steps as {origin}. Lines: the fitted twin at the same points. The energy of a token is "
-    "step time x power / requests."
+    "step time × power / requests."
 )
 _FIDELITY = (
     "The twin was not fitted to this workload, whose seed and rate differ from the profile's. Server and "
-    "twin served the same requests. A positive error means that the twin's value is too high. One run of "
-    "{requests} requests."
+    "twin served the same requests. A positive error means that the twin's value is too high. {runs}."
 )
 _FITTED = (
     "Errors of the twin on the workloads of its own profile. On a new workload, expect the error of one that "
@@ -53,8 +53,9 @@ def fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]], *, source:
     for row in rows:
         for doubt in row.get("doubts", []):
             yield paragraph(f"Doubt, at {row['clock_mhz']} MHz: {doubt}.")
-    requests = " and ".join(str(row["requests"]) for row in rows)
-    yield paragraph(f"{found['workload']}. {_FIDELITY.format(requests=requests)}", style="soft")
+    requests = listed([str(row["requests"]) for row in rows])
+    runs = f"One run of {requests} requests" + (" at each clock" if len(rows) > 1 else "")
+    yield paragraph(f"Workload {found['workload']}. {_FIDELITY.format(runs=runs)}", style="soft")
 
 
 def figure_name(name: str) -> str:
@@ -119,4 +120,6 @@ def _errors(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any]) 
 def _amount(name: str, value: float) -> str:
     if (unit := _UNITS.get(name)) is not None:
         return f"{value:,.0f} {unit}"
-    return duration(value)
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{1000 * value:.{1 if value < _SHORT_S else 0}f} ms"

@@ -1,6 +1,6 @@
 """The page of an onboarding: the server, its twin and how well it fits, the policy, the commands to copy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from fuel_ray.types import Slo
 _UNKNOWN = "unknown"
 _ON = {True: "on", False: "off", None: _UNKNOWN}
 _POLICIES = (
-    "Modelled: every policy served the same requests on the twin, n = {seeds} held-out seeds. Small print: "
-    "{small_print}. Only the canary below measures a saving."
+    "Modelled: every policy served the same requests on the twin, n = {seeds} held-out seeds.{small_print} "
+    "Only the canary below measures a saving."
 )
-_SMALL_PRINT = {True: "lowest and highest value over the clock axes", False: "95 % interval over the seeds"}
+_AXES, _SEEDS = "lowest and highest value over the clock axes", "95 % interval over the seeds"
 
 Stages = Mapping[str, Mapping[str, Any]]
 
@@ -62,15 +62,15 @@ def _sections(folder: Path, journal: Mapping[str, Any]) -> Iterator[str]:
     if rows := found.get("recommend", {}).get("rows"):
         yield heading("Policies on this workload")
         yield _policies(rows, best=found["recommend"]["best"])
-        small_print = _SMALL_PRINT[any(row["band_against_max"] for row in rows)]
-        told = _POLICIES.format(seeds=found["recommend"]["seeds"], small_print=small_print)
+        told = _POLICIES.format(seeds=found["recommend"]["seeds"], small_print=_small_print(rows))
         yield paragraph(told, style="soft")
     if (folder / "commands.sh").exists():
         yield heading("Commands")
         yield paragraph("Run them in this order; run the next one when the one before shows what you expect.")
         yield code((folder / "commands.sh").read_text(encoding="utf-8").removeprefix("#!/bin/sh\n"))
     yield heading("How this was made")
-    yield key_values({key: journal[key] for key in ("command", "git_commit") if journal.get(key)})
+    facts = {"command": journal.get("command"), "git commit": journal.get("git_commit")}
+    yield key_values({name: fact for name, fact in facts.items() if fact})
     yield _stages(stages)
 
 
@@ -97,7 +97,8 @@ def _tiles(found: Stages) -> Iterator[str]:
         best = next(row for row in rows if row["policy"] == found["recommend"]["best"])
         range_ = _interval(best["interval_against_max"], best["band_against_max"])
         against = f"J/request vs {label(MAX_PERFORMANCE)}"
-        yield tile(change(best["against_max"]), name=against, notes=(f"modelled: {range_}",))
+        notes = (f"modelled: {range_}" if range_ else "modelled",)
+        yield tile(change(best["against_max"]), name=against, notes=notes)
         yield tile(percent(best["attained"]), name="SLO attainment", notes=("modelled",), bad=not best["met"])
     if fidelity := found.get("validate", {}).get("rows"):
         outside, bounds = found["validate"]["outside"], found["validate"]["bounds"]
@@ -113,7 +114,7 @@ def _server(server: Mapping[str, Any]) -> dict[str, Any]:
     gpus = ", ".join(server["gpu_uuids"])
     return {
         "address": server["url"]
-        or ("started by onboard" if server["origin"] == "measured" else "none, the twin stands for it"),
+        or ("started by onboard" if server["origin"] == "measured" else "none (rehearsal on the twin)"),
         "model": server["model"],
         "engine": server["engine"],
         "GPU": f"{server['gpu_name']} ({gpus})" if gpus else server["gpu_name"],
@@ -180,6 +181,13 @@ def _against(row: Mapping[str, Any]) -> Cell:
     if row["policy"] == MAX_PERFORMANCE:
         return Cell("–")
     return Cell(change(row["against_max"]), _interval(row["interval_against_max"], row["band_against_max"]))
+
+
+def _small_print(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What it is, where there is some."""
+    if any(row["band_against_max"] for row in rows):
+        return f" Small print: {_AXES}."
+    return f" Small print: {_SEEDS}." if any(row["interval_against_max"][0] for row in rows) else ""
 
 
 def _interval(interval: list[float | None], band: list[float] | None) -> str:
