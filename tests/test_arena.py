@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +13,12 @@ import numpy as np
 import psutil
 import pytest
 
+from fuel_ray.arena.advice import recommendation
 from fuel_ray.arena.axes import axis_rows
 from fuel_ray.arena.cell import CHOSEN, choose, held_out_rows
 from fuel_ray.arena.comparison import summarise
 from fuel_ray.arena.equal import iso, sweep_of
-from fuel_ray.arena.recommendation import Pair, recommendation
+from fuel_ray.arena.recommendation import Pair
 from fuel_ray.arena.scenarios import INTERACTIVE, SCENARIOS, scenarios_of, serving, slo_of
 from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.build.codec import build_codec
@@ -391,7 +393,7 @@ def test_one_training_is_marked_as_such():
     rows = by_name(cell)
     assert (rows["dqn"]["trainings"], rows["dqn"]["seeds_only"]) == (1, True)
     assert (rows["load_table"]["trainings"], rows["load_table"]["seeds_only"]) == (None, False)
-    assert "-2.2 (-2.2..-2.2 s)" in text(summarise(cell))
+    assert "-2.2 (-2.2 to -2.2 s)" in text(summarise(cell))
 
 
 def test_captured_headroom_is_of_what_the_search_in_hindsight_leaves_at_the_rules_attainment():
@@ -410,8 +412,8 @@ def test_who_misses_what_tuned_static_keeps_is_marked():
     kept = {row["policy"]: row["kept"] for row in summarise(CELL)}
     assert kept == {"max_performance": True, STATIC: True, "dqn": True, "cheap": False}
     rows = markdown(summarise(CELL)).splitlines()
-    assert next(line for line in rows if "cheap" in line).split("|")[3].strip() == "0.800 !"
-    assert "-10.0 (-10.0..-10.0)" in text(summarise(CELL))
+    assert next(line for line in rows if "cheap" in line).split("|")[3].strip() == "80.0 !"
+    assert "-10.0 (-10.0 to -10.0)" in text(summarise(CELL))
 
 
 def under_axes(cell, **axes):
@@ -433,7 +435,7 @@ def test_a_saving_has_the_lowest_and_highest_over_the_clock_axes():
     assert (dqn["vs_tuned_static_axis_low"], dqn["vs_tuned_static_axis_high"]) == pytest.approx((-20.0, -5.0))
     assert dqn["vs_max_performance_axis_low"] == pytest.approx(-50.0)
     assert (dqn["slo_attainment_axis_low"], dqn["slo_attainment_axis_high"]) == pytest.approx((0.96, 0.99))
-    assert "-10.0 (-10.0..-10.0) [-20.0..-5.0]" in text(summaries)
+    assert "-10.0 (-10.0 to -10.0) [-20.0 to -5.0]" in text(summaries)
     cheap = next(row for row in summaries if row["policy"] == "cheap")
     assert cheap["vs_tuned_static_axis_low"] is None  # it has not played under another axis
 
@@ -473,13 +475,11 @@ def test_a_cell_in_which_everybody_is_at_the_lowest_clock_says_so():
         max_performance=(8000, 1.0), tuned_static=(5000, 1.0), load_table=(5000, 1.0), dqn=(5000, 1.0)
     )
     clocks = {"max_performance": 1980, "tuned_static": 900.4, "load_table": 900.4, "dqn": 900.6}
-    note = "every policy is at the lowest clock, 900 MHz: nothing to compare"
+    note = "Every policy is always at the lowest clock, 900 MHz, so that there is nothing to compare."
     for table in (text, markdown):
         assert note in table(summarise(at_clocks(cell, **clocks)))
         some = table(summarise(at_clocks(cell, **{**clocks, "dqn": 950})))
-        assert (
-            note not in some and "900 MHz, are tuned static, load table: nothing to compare between" in some
-        )
+        assert note not in some and "compare between them: tuned static; load table." in some
         assert "lowest clock, " not in table(summarise(at_clocks(cell, **{**clocks, "tuned_static": 915})))
 
 
@@ -579,15 +579,29 @@ def test_the_policy_that_surely_beats_tuned_static_is_recommended_with_its_runne
     pairs = [pair(policy, size, [e * share for e in NOISY]) for policy, size, share in shares]
     best, said = recommendation(pairs, share=0.95)
     assert best.policy == "dqn" and said.startswith("Recommended: learned (DQN) at block size 16")
-    assert "-20.0% (-20.0% to -20.0%)" in said
-    assert "Runner-up: learned (DQN) at block size 32" in said
+    assert "It uses 20.0 % less energy per request than tuned static at block size 16" in said
+    assert "(−20.0 to −20.0). Runner-up: learned (DQN) at block size 32" in said
+    assert re.search(r"it uses 6\.\d % more energy per request than the recommended policy \(", said)
 
 
 def test_tuned_static_is_recommended_where_no_policy_surely_beats_it():
     pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, (90.0, 112.0, 91.0, 105.0))]
     best, said = recommendation(pairs, share=0.95)
     assert best.policy == STATIC and said.startswith("Recommended: tuned static at block size 16")
-    assert "No other policy is better beyond the 95 % interval" in said
+    assert "No other policy saves energy beyond the 95 % interval" in said
+
+
+def test_a_change_that_rounds_to_nothing_is_said_in_words():
+    pairs = [pair(STATIC, 16, (100.0, 110.0, 90.0)), pair("dqn", 16, (99.99, 110.01, 89.99))]
+    best, said = recommendation(pairs, share=0.95)
+    assert best.policy == STATIC and "uses as much energy per request as tuned static (0.0 to 0.0)" in said
+    assert "-0.0" not in said and "−0.0" not in said and "+0.0" not in said
+
+
+def test_no_table_of_the_arena_has_a_signed_nothing_and_shares_are_percentages():
+    cell = a_cell(tuned_static=(5000, 0.97), load_table=(5001, 0.97), dqn=(4999, 0.97))
+    for shown in (text(summarise(cell)), markdown(summarise(cell))):
+        assert "97.0" in shown and not re.search(r"[-+]0\.0\b", shown)
 
 
 RULE = ("load_table", 16)
@@ -597,12 +611,9 @@ def test_a_simple_rule_that_is_as_good_is_recommended_and_that_is_said():
     pairs = [pair(STATIC, 16, NOISY), pair("dqn", 16, [e * 0.8 for e in NOISY])]
     best, said = recommendation([*pairs, pair(*RULE, [e * 0.803 for e in NOISY])], share=0.95)
     assert best.policy == "load_table" and said.startswith("Recommended: load table")
-    assert (
-        "It is simpler than the best policy, and as good within 0.5%. Runner-up: learned (DQN) at block size "
-        "16" in said
-    )
+    assert "preferred: it uses at most 0.5 % more energy than the best policy. Runner-up: learned" in said
     best, said = recommendation([*pairs, pair(*RULE, [e * 0.805 for e in NOISY])], share=0.95)
-    assert best.policy == "dqn" and "simpler" not in said
+    assert best.policy == "dqn" and "preferred" not in said
 
 
 def test_what_is_recommended_is_compared_at_equal_attainment():
@@ -621,7 +632,7 @@ def test_what_is_recommended_is_compared_at_equal_attainment():
     best, said = recommendation(
         [pair(STATIC, 16, NOISY), dqn, replace(rule, tuned_rank=(False, 90.0))], share=0.95
     )
-    assert best is dqn and "Runner-up: load table" in said and "+1.2%" in said
+    assert best is dqn and "Runner-up: load table" in said and "1.2 % more energy" in said
 
 
 def test_against_a_server_without_control_the_tuned_setting_counts():
@@ -663,7 +674,7 @@ def test_a_block_size_at_which_less_can_be_asked_is_not_recommended():
 def test_an_slo_that_nobody_meets_is_said(attained, warned):
     pairs = [pair(STATIC, 16, NOISY, attained), pair("dqn", 16, [e * 0.8 for e in NOISY], attained)]
     best, said = recommendation(pairs, share=0.95)
-    assert best.policy == "dqn" and ("does not meet the SLO for 95% of requests" in said) == warned
+    assert best.policy == "dqn" and ("does not meet the SLO for 95 % of requests" in said) == warned
 
 
 @pytest.mark.parametrize(
@@ -697,7 +708,7 @@ def dqn_under(**axes):
 
 def test_a_policy_that_is_better_under_every_clock_axis_is_recommended_with_its_band():
     best, said = recommendation([STATIC_AXES, dqn_under(low=(1.14, 0.95), high=(0.9, 0.92))], share=0.95)
-    assert best.policy == "dqn" and "-20.0% (-20.0% to -20.0%) [-20.0%..+0.0%] energy against" in said
+    assert best.policy == "dqn" and "(−20.0 to −20.0) [−20.0 to 0.0]" in said
 
 
 @pytest.mark.parametrize(
@@ -705,22 +716,23 @@ def test_a_policy_that_is_better_under_every_clock_axis_is_recommended_with_its_
     [
         (
             {"low": (1.14, 0.96), "high": (0.936, 0.96)},
-            "the clock axis high its energy is +4.0% compared with tuned static",
+            "the clock axis high it uses 4.0 % more energy per request than tuned static",
         ),
         (
             {"low": (1.32, 0.96), "high": (0.936, 0.96)},
-            "the clock axis low its energy is +10.0% compared with tuned static",
+            "the clock axis low it uses 10.0 % more energy per request than tuned static",
         ),
         (
             {"low": (1.32, 0.96), "high": (0.8, 0.91)},  # there 0.92 less the slack is asked
-            "the clock axis high its attainment is 91.0%, and that of tuned static 92.0%",
+            "the clock axis high its SLO attainment is 91.0 %, that of tuned static 92.0 %",
         ),
     ],
 )
 def test_a_policy_that_is_worse_under_a_clock_axis_is_refused_and_that_is_said(under, reason):
     best, said = recommendation([STATIC_AXES, dqn_under(**under)], share=0.95)
     assert best is STATIC_AXES and said.startswith("Recommended: tuned static")
-    assert "learned (DQN) at block size 16" in said and "uses -20.0%" in said and f"under {reason}." in said
+    assert "Learned (DQN) at block size 16" in said and "uses 20.0 % less" in said
+    assert f"under {reason}." in said
 
 
 def test_where_the_best_is_refused_the_next_is_recommended():
@@ -730,7 +742,7 @@ def test_where_the_best_is_refused_the_next_is_recommended():
         axes=axes_of(NOISY, low=(1.1, 0.96), high=(0.8, 0.96)),
     )
     best, said = recommendation([STATIC_AXES, refused, table], share=0.95)
-    assert best.policy == "load_table" and "learned (DQN) at block size 16" in said and ", but under" in said
+    assert best.policy == "load_table" and "Learned (DQN) at block size 16" in said and ", but under" in said
 
 
 # Training on any load
@@ -793,8 +805,8 @@ def test_the_headline_has_a_row_per_workload_with_the_references():
     references = {"max_performance": (8000, 1.0), "tuned_static": (5000, 0.97), "load_table": (4800, 0.97)}
     cell = a_cell(**references, dqn=(4500, 0.97))
     row = headline(summarise(cell), "dqn").splitlines()[-1]
-    levels = "| s, tight | 50.0 (0.970) | load table | 48.0 (0.970) | 45.0 (0.970) |"
-    assert row == f"{levels} -6.2 (-6.2..-6.2) | -6.2 | -10.0 (-10.0..-10.0) | -43.8 | - | - |"
+    levels = "| s, tight | 50.0 (97.0) | load table | 48.0 (97.0) | 45.0 (97.0) |"
+    assert row == f"{levels} -6.2 (-6.2 to -6.2) | -6.2 | -10.0 (-10.0 to -10.0) | -43.8 | - | - |"
 
 
 def test_a_priced_policy_is_given_the_slo_and_the_price(tmp_path):

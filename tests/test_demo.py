@@ -33,7 +33,7 @@ def test_the_demo_compares_without_ray_or_torch_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ("maximum performance", "tuned static", "best simple rule", "learned (DQN)", "modelled"):
         assert word in done.stdout
-    assert "J/request" in done.stdout and "of SLO" in done.stdout and list(tmp_path.iterdir()) == []
+    assert "J/request" in done.stdout and "SLO attainment" in done.stdout and list(tmp_path.iterdir()) == []
 
 
 def test_the_example_is_a_policy_of_the_default_preset_for_the_pack_that_is_shipped():

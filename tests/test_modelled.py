@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fuel_ray.arena.advice import recommendation
 from fuel_ray.arena.comparison import summarise
 from fuel_ray.arena.config import EvaluateConfig
 from fuel_ray.arena.evaluation import comparison
-from fuel_ray.arena.recommendation import recommendation
 from fuel_ray.arena.tables import headline, markdown, text
 from fuel_ray.config import LiveConfig
 from fuel_ray.deploy.recorder import Recorder

@@ -44,11 +44,11 @@ def test_a_server_that_is_started_is_onboarded_and_stopped(model, gpu, tmp_path,
     log = (folder / "vllm-block-32.log").read_text()
     assert log.count("Starting vLLM server on") == 1  # one start for all that is measured
     said = capsys.readouterr().out
-    assert "to realise it, clocks must be set" in said and "clock-helper" in said
+    assert "Nothing can be saved without the privilege" in said and "clock-helper" in said
     for line in (folder / "commands.sh").read_text().splitlines():
         if line.startswith("fuel-ray deploy"):
             assert deploy.parse(shlex.split(line)[2:], prog="deploy").gpu_ids == ("GPU-0",)
-    assert "to realise it, clocks must be set" in (folder / "report.html").read_text()
+    assert "Nothing can be saved" in (folder / "report.html").read_text()
 
 
 def test_a_running_server_is_onboarded_and_its_shadow_command_works(model, gpu, tmp_path):  # noqa: F811

@@ -23,6 +23,7 @@ from fuel_ray.policies.catalogue import BEST_RULE, LOAD_TABLE, MAX_PERFORMANCE, 
 from fuel_ray.policies.learned import load_policy, read_manifest
 from fuel_ray.policies.static import Static
 from fuel_ray.record import step_line, summary_fields
+from fuel_ray.report.wording import ascii_only, change, percent, slo_text, with_interval
 from fuel_ray.sim.doubts import run_doubts
 from fuel_ray.sim.pack import NOMINAL, load_pack
 from fuel_ray.sim.recorded import trace_text
@@ -54,29 +55,43 @@ def static_name(text: str) -> str:
 
 
 def comparison(rows: Rows, config: EvaluateConfig, *, partial: bool) -> str:
-    """A table of the policies, means over the seeds; savings are paired, with 95 % intervals."""
+    """A table of the policies, means over the seeds; changes are paired, with 95 % intervals."""
     first = static_name(config.static[0])
-    axis = "" if config.clock_axis == NOMINAL else f", clock axis {config.clock_axis}"
-    kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}{axis}"
     width = max(20, *(len(label(row["policy"])) + 1 for row in rows))
-    seeds, seconds = held_out_episodes(config.workload, config.seeds, config.seconds)
+    against = f"vs {label(first)}"
+    changes = max(26, len(against) + 2)
     lines = [
-        f"{config.workload}, n = {seeds} x {seconds} s, {kind}{', partial' if partial else ''}",
-        f"{'block':>5}  {'policy':<{width}}{'J/request':>10}  {'saving (95 %)':<26}{'of SLO':>7}"
-        f"{'TTFT p50':>10}{'TPOT p50':>10}{'mean e2e':>10}",
+        _conditions(config, partial=partial),
+        f"{'block size':>10}  {'policy':<{width}}{'J/request':>10}  {against:<{changes}}"
+        f"{'SLO attainment':>14}{'TTFT p50':>10}{'TPOT p50':>10}{'mean e2e':>10}",
     ]
     for size, policy in dict.fromkeys((row["block_size"], row["policy"]) for row in rows):
         reference = _by_seed(rows, size, first)
         own = {seed: row for seed, row in _by_seed(rows, size, policy).items() if seed in reference}
-        saving = "-" if policy == first else _saving(own, reference)
+        shown = "-" if policy == first else _change(own, reference)
         known = {name: [row[name] for row in own.values() if row[name] is not None] for name in _SHOWN}
         mean = {name: float(np.mean(values or [np.nan])) for name, values in known.items()}
         lines.append(
-            f"{size:>5}  {label(policy):<{width}}{mean['energy_j_per_request']:>10.2f}  {saving:<26}"
-            f"{mean['slo_attainment']:>7.3f}{mean['ttft_p50_s'] * 1e3:>7.0f} ms"
+            f"{size:>10}  {label(policy):<{width}}{mean['energy_j_per_request']:>10.2f}  {shown:<{changes}}"
+            f"{percent(mean['slo_attainment']):>14}{mean['ttft_p50_s'] * 1e3:>7.0f} ms"
             f"{mean['tpot_p50_s'] * 1e3:>7.1f} ms{mean['e2e_mean_s']:>8.2f} s"
         )
+    lines.append(
+        "vs: change in J/request on the same requests (95 % interval over the seeds). SLO: "
+        f"{slo_text(config.slo)}."
+    )
     return "\n".join(lines)
+
+
+def _conditions(config: EvaluateConfig, *, partial: bool) -> str:
+    """What was served, how often, and whether that was measured."""
+    axis = "" if config.clock_axis == NOMINAL else f", clock axis {config.clock_axis}"
+    kind = "measured on a live node" if config.live_server else f"modelled, pack {config.pack}{axis}"
+    seeds, seconds = held_out_episodes(config.workload, config.seeds, config.seconds)
+    return (
+        f"workload {config.workload}, n = {seeds} held-out seeds of {seconds} s, {kind}"
+        f"{', partial' if partial else ''}"
+    )
 
 
 def _by_seed(rows: Rows, kv_block_size: int, policy: str) -> dict[int, Mapping[str, Any]]:
@@ -85,14 +100,10 @@ def _by_seed(rows: Rows, kv_block_size: int, policy: str) -> dict[int, Mapping[s
     return {row["seed"]: row for row in of_policy if row["energy_j_per_request"] is not None}
 
 
-def _saving(*pair: Mapping[int, Mapping[str, Any]]) -> str:
+def _change(*pair: Mapping[int, Mapping[str, Any]]) -> str:
     own, reference = ({seed: row["energy_j_per_request"] for seed, row in rows.items()} for rows in pair)
     ratio = relative_energy(own, reference)
-    if ratio is None:
-        return "-"
-    if ratio.low is None or ratio.high is None:
-        return f"{1 - ratio.mean:+z.1%}"
-    return f"{1 - ratio.mean:+z.1%} ({1 - ratio.high:+z.1%}..{1 - ratio.low:+z.1%})"
+    return "-" if ratio is None else ascii_only(with_interval(ratio, change))
 
 
 def evaluate_block_size(
@@ -219,7 +230,7 @@ def _progress(row: Mapping[str, Any]) -> str:
     return (
         f"evaluate  block {row['block_size']:>3}  seed {row['seed'] - HELD_OUT_SEED:>2}"
         f"  {label(row['policy']):<20}  {'-' if energy_j is None else format(energy_j, '.2f'):>7} J/request"
-        f"  {row['slo_attainment']:.3f} of SLO"
+        f"  SLO attainment {percent(row['slo_attainment'])}"
     )
 
 

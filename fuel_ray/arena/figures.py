@@ -18,7 +18,7 @@ def draw(summaries: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write ``savings_SLO.png``: energy at equal attainment per workload and policy, with intervals."""
     for slo in dict.fromkeys(row["slo"] for row in summaries):
         rows = [row for row in summaries if row["slo"] == slo]
-        title = f"{slo} SLO: energy against the best simple rule at its attainment (95 % intervals)"
+        title = f"{slo} SLO: energy vs the best simple rule, at equal attainment (95 % intervals)"
         with whole(folder / f"savings_{slo}.png", "wb") as file:
             _forest(rows, title).savefig(file, format="png", dpi=110)
 
@@ -52,7 +52,8 @@ def _forest(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(
-        "change of energy per request in % (in brackets: the rule; triangles: beyond; hollow: misses the SLO)"
+        "change in energy per request (%); in brackets: best simple rule; triangles: outside; hollow: SLO "
+        "missed"
     )
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -20,7 +20,7 @@ from fuel_ray.codec import ActionGrid, Codec
 from fuel_ray.control import ControlLoop
 from fuel_ray.drift import Range, observed_ranges
 from fuel_ray.policies.anchor import Anchor
-from fuel_ray.policies.catalogue import MAX_PERFORMANCE, SIMPLE, TUNED_STATIC, label
+from fuel_ray.policies.catalogue import MAX_PERFORMANCE, SIMPLE, TUNED_STATIC
 from fuel_ray.policies.learned import LearnedPolicy, Manifest, read_policy, save_policy, save_rule
 from fuel_ray.policies.rules import Rule, RulePolicy
 from fuel_ray.policies.static import LoadTable, Static
@@ -35,7 +35,6 @@ from fuel_ray.types import Knobs, Policy
 from fuel_ray.workload.spec import parse_workload
 
 _ASKED = "asked"
-AS_GOOD = 0.005  # of energy: within it of the best policy a simple rule is recommended instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,125 +239,8 @@ def _how(policy: Policy) -> str:
     if isinstance(policy, Static):
         return f"batch limit {policy.knobs.batch_limit} at {policy.knobs.gpu_clock_mhz} MHz"
     if not isinstance(policy, LearnedPolicy):
-        return "a rule"
+        return ""
     parts = [f"price of a miss {policy.codec.miss_price_j:.0f} J"] if policy.priced else []
     if policy.anchor is not None and policy.anchor.weight > 0.0:
-        parts.append(f"leaving the best simple rule costs {policy.anchor.weight:g} per 100 MHz")
-    return ", ".join(parts) or "as trained"
-
-
-def line(pair: Pair, static: Pair) -> str:
-    """One pair, for the terminal, beside tuned static at the same block size; [..] over the clock axes."""
-    shares = [pair.attained + change for change in (0.0, *(p.attained_change for p in pair.axes.values()))]
-    attained = f"{pair.attained:.3f}" + (
-        f" [{max(min(shares), 0.0):.3f}..{min(max(shares), 1.0):.3f}]" if pair.axes else ""
-    )
-    change = "" if pair is static else f", {_percent(pair.against(static))}{_band(pair, static)}"
-    return (
-        f"recommend  block {pair.kv_block_size:>3}  {label(pair.policy):<16}"
-        f" {pair.energy_j_per_request:7.2f} J/request{change}  attainment {attained}  ({pair.how})"
-    )
-
-
-def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair, str]:
-    """The pair to deploy and a sentence or two; chosen on the tuning seeds, judged on the held-out ones.
-
-    A pair is one of least energy that attains what was asked on the tuning seeds; a block size at which less
-    can be had than at another counts as missing it. It is deployed if on the held-out seeds it meets the SLO,
-    or as much of it as tuned static, within ``SLACK``, and surely beats it: the interval of the difference
-    excludes none. Under no other clock axis may it be worse than tuned static, in energy or in this; where it
-    is, the next best is looked at in the same way. Energies are compared at equal attainment. A simple rule
-    of which all this holds too and that takes at most ``AS_GOOD`` more is deployed instead.
-    """
-    bar = (min if share is None else max)(pair.asked for pair in pairs)
-
-    def rank(pair: Pair) -> tuple[bool, bool, float]:
-        missed, figure = pair.tuned_rank
-        return abs(pair.asked - bar) > SLACK, missed, figure
-
-    ranked = sorted(pairs, key=rank)
-    static = next(pair for pair in ranked if pair.policy == TUNED_STATIC)
-    best = next((pair for pair in ranked if pair.policy != TUNED_STATIC), None)
-    if best is None or any(rank(best)[:2]) or not _meets(best, static, share):
-        why = "" if best is None else " No other policy meets the SLO."
-        return static, f"Recommended: {_named(static)}.{why}{_warning(static, share)}"
-    change = best.against(static)
-    if change.high is None or change.high >= 1.0:
-        return static, (
-            f"Recommended: {_named(static)}. No other policy is better beyond the 95 % interval: the energy "
-            f"of the best one, {_named(best)}, differs by {_percent(change)}.{_warning(static, share)}"
-        )
-    if refused := _refused(best, static, share):
-        chosen, sentence = recommendation([pair for pair in pairs if pair is not best], share=share)
-        return chosen, (
-            f"{sentence} Not recommended: {_named(best)}. Its energy differs by {_percent(change)}, but "
-            f"{refused}."
-        )
-    deployable = [pair for pair in ranked if not any(rank(pair)[:2])]
-    chosen = _simpler(best, static, deployable, share) or best
-    others = [best] if chosen is not best else [pair for pair in ranked if pair is not best]
-    runner_up = f" Runner-up: {_named(others[0])}, {_percent(others[0].against(chosen))}." if others else ""
-    saved = f"{_percent(chosen.against(static))}{_band(chosen, static)} energy compared with {_named(static)}"
-    why = "" if chosen is best else f" It is simpler than the best policy, and as good within {AS_GOOD:.1%}."
-    return chosen, f"Recommended: {_named(chosen)}: {saved}.{why}{runner_up}{_warning(chosen, share)}"
-
-
-def _simpler(best: Pair, static: Pair, deployable: Sequence[Pair], share: float | None) -> Pair | None:
-    """A simple rule that is as good as the best policy, and may as well be deployed."""
-    if best.policy in SIMPLE:
-        return None
-    for rule in (pair for pair in deployable if pair.policy in SIMPLE and _meets(pair, static, share)):
-        surely = rule.against(static).high
-        as_good = rule.against(best).mean <= 1.0 + AS_GOOD
-        if as_good and surely is not None and surely < 1.0 and not _refused(rule, static, share):
-            return rule
-    return None
-
-
-def _refused(best: Pair, static: Pair, share: float | None) -> str:
-    """Under which clock axis the pair is worse than tuned static, and by how much; empty if under none.
-
-    The worst axis is named, and attainment that is lost comes before energy.
-    """
-    under = {axis: (pair, static.axes[axis]) for axis, pair in best.axes.items()}
-    lost = {axis: pair.attained for axis, (pair, other) in under.items() if not _meets(pair, other, share)}
-    if lost:
-        axis = min(lost, key=lambda name: lost[name])
-        pair, other = under[axis]
-        attained = f"{pair.attained:.1%}, and that of tuned static {other.attained:.1%}"
-        return f"under the clock axis {axis} its attainment is {attained}"
-    ratios = {axis: pair.against(other).mean for axis, (pair, other) in under.items()}
-    axis = max(ratios, key=lambda name: ratios[name], default="")
-    if not ratios or ratios[axis] <= 1.0:
-        return ""
-    return f"under the clock axis {axis} its energy is {ratios[axis] - 1:+z.1%} compared with tuned static"
-
-
-def _band(pair: Pair, other: Pair) -> str:
-    band = pair.band_against(other)
-    return "" if band is None else f" [{band[0] - 1:+z.1%}..{band[1] - 1:+z.1%}]"
-
-
-def _meets(pair: Pair, static: Pair, share: float | None) -> bool:
-    """Whether the SLO is met on held-out seeds, or as well as by tuned static."""
-    if share is None:
-        return pair.met or not static.met
-    return pair.attained >= min(share, static.attained) - SLACK
-
-
-def _warning(pair: Pair, share: float | None) -> str:
-    if pair.met if share is None else pair.attained >= share - SLACK:
-        return ""
-    asked = "" if share is None else f" for {share:.0%} of requests"
-    return f" It does not meet the SLO{asked}: this node cannot serve the workload within the SLO."
-
-
-def _named(pair: Pair) -> str:
-    attained = f"attainment {pair.attained:.1%}"
-    return f"{label(pair.policy)} at block size {pair.kv_block_size} ({pair.how}, {attained})"
-
-
-def _percent(ratio: Interval) -> str:
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.mean - 1:+z.1%}"
-    return f"{ratio.mean - 1:+z.1%} ({ratio.low - 1:+z.1%} to {ratio.high - 1:+z.1%})"
+        parts.append(f"anchor weight {policy.anchor.weight:g}")
+    return ", ".join(parts)

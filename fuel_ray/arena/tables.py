@@ -1,64 +1,85 @@
 """What came of an arena as tables, for Markdown and for a terminal."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fuel_ray.arena.equal import Rows
-from fuel_ray.policies.catalogue import MAX_PERFORMANCE, TUNED_STATIC, label
+from fuel_ray.policies.catalogue import BEST_RULE, MAX_PERFORMANCE, TUNED_STATIC, label
+from fuel_ray.report.wording import ascii_only, bare, change, percent
 
-SHOWN = (
-    ("J/req", "energy_j_per_request", "{:.1f}"),
-    ("of SLO", "slo_attainment", "{:.3f}"),
-    ("iso best rule", "iso_best_rule", "{:+.1f}"),
-    ("raw", "vs_best_rule", "{:+.1f}"),
-    ("iso static", "iso_tuned_static", "{:+.1f}"),
-    ("iso table", "iso_load_table", "{:+.1f}"),
-    ("vs max", "vs_max_performance", "{:+.1f}"),
-    ("captured", "captured", "{:.0f}"),
-    ("switches", "clock_switches", "{:.0f}"),
+_Form = Callable[[float], str]
+
+
+def _changed(pct: float) -> str:
+    return ascii_only(bare(change(1 + pct / 100)))
+
+
+def _share(share: float) -> str:
+    return bare(percent(share))
+
+
+def _whole(value: float) -> str:
+    return f"{value:z.0f}"
+
+
+_ATTAINMENT = ("SLO attainment", "slo_attainment", _share)
+_BOUND = (("bound", "bound", _changed), ("headroom captured", "captured", _whole))
+SHOWN: tuple[tuple[str, str, _Form], ...] = (
+    ("J/request", "energy_j_per_request", "{:.1f}".format),
+    _ATTAINMENT,
+    (f"iso vs {label(BEST_RULE)}", "iso_best_rule", _changed),
+    (f"vs {label(BEST_RULE)}", "vs_best_rule", _changed),
+    ("iso vs tuned static", "iso_tuned_static", _changed),
+    ("iso vs load table", "iso_load_table", _changed),
+    ("vs maximum performance", "vs_max_performance", _changed),
+    _BOUND[1],
+    ("clock switches", "clock_switches", _whole),
 )
-_HEADLINE = ("vs_best_rule", "iso_tuned_static", "vs_max_performance")
+_HEADLINE = ("iso_best_rule", "vs_best_rule", "iso_tuned_static", "vs_max_performance")
 _WITH_INTERVAL = ("iso_best_rule", "iso_tuned_static")
 _CHANGES = ("vs_", "iso_", "captured", "bound")
 _MARKS = {"": "", "short": " <", "not reached": "n.r."}
 _READING = (
-    "energy in %, (95 % interval) [lowest..highest over the clock axes]; iso: at the attainment that the "
-    "other reached, < short of it by 0.1 point at most, n.r. not reached; s: one training, interval of seeds "
-    "only; captured: of what the search in hindsight leaves below the best simple rule"
+    "Changes in J/request in %, SLO attainment in %; (95 % interval), [lowest to highest value over the "
+    "clock axes]. vs: both as tuned. iso: at the SLO attainment that the other policy reached; <: up to 0.1 "
+    "point below it; n.r.: not reached. s: one training, so the interval is over seeds only. !: SLO missed. "
+    "Headroom captured: share, in %, of what the search in hindsight saves compared with the best simple "
+    "rule."
 )
 
 
 def markdown(summaries: Rows) -> str:
-    """One table per SLO and scenario."""
+    """One table per SLO and scenario, after a paragraph on how to read them."""
     head = ["policy", *(title for title, _, _ in SHOWN)]
-    return "\n\n".join(
-        f"**{scenario}, {slo} SLO** ({_facts(rows)}, {_READING})\n\n"
+    tables = (
+        f"**{scenario}, {slo} SLO** ({_facts(rows)})\n\n"
         + _piped(head, ([label(row["policy"]), *_shown(row)] for row in rows))
         + "".join(f"\n\n{note}" for note in _notes(rows))
         for (slo, scenario), rows in _cells(summaries)
     )
+    return "\n\n".join([_READING, *tables])
 
 
 def headline(summaries: Rows, policy: str) -> str:
     """One row per workload for one policy, beside tuned static and the best simple rule."""
-    head = ["static J (SLO)", "best rule", "J (SLO)", f"{label(policy)} J (SLO)", "**iso best rule**", "raw"]
+    energy = "J/request (SLO attainment)"
+    head = [f"{label(TUNED_STATIC)}, {energy}", label(BEST_RULE), energy, f"{label(policy)}, {energy}"]
+    columns = [*(column for name in _HEADLINE for column in SHOWN if column[1] == name), *_BOUND]
     lines = []
     for (slo, scenario), of_cell in _cells(summaries):
         rows = {row["policy"]: row for row in of_cell}
         if policy in rows:
             own, best = rows[policy], rows.get(rows[policy]["best_rule"])
             named = ["-", "-"] if best is None else [label(best["policy"]), _level(best)]
-            changes = [_figure(own, "iso_best_rule", "{:+.1f}")]
-            changes += [_figure(own, name, "{:+.1f}") for name in _HEADLINE]
-            bound = [_figure(own, "bound", "{:+.1f}"), _figure(own, "captured", "{:.0f}")]
-            where = f"{scenario}, {slo}"
-            lines.append([where, _level(rows[TUNED_STATIC]), *named, _level(own), *changes, *bound])
-    return _piped(["", *head, "iso static", "vs max", "bound", "captured %"], lines)
+            changes = [_figure(own, name, form) for _, name, form in columns]
+            lines.append([f"{scenario}, {slo}", _level(rows[TUNED_STATIC]), *named, _level(own), *changes])
+    return _piped(["", *head, *(title for title, _, _ in columns)], lines)
 
 
 def _level(row: Mapping[str, Any]) -> str:
     """Energy per request and attainment."""
-    return f"{row['energy_j_per_request']:.1f} ({_figure(row, 'slo_attainment', '{:.3f}', band=False)})"
+    _, name, form = _ATTAINMENT
+    return f"{row['energy_j_per_request']:.1f} ({_figure(row, name, form, band=False)})"
 
 
 def text(summaries: Rows) -> str:
@@ -66,22 +87,28 @@ def text(summaries: Rows) -> str:
     titles = [title for title, _, _ in SHOWN]
     columns = zip(titles, *(_shown(row) for row in summaries), strict=True)
     widths = [max(map(len, column)) + 2 for column in columns]
+    first_width = 2 + max(len(label(row["policy"])) for row in summaries)
 
     def line(first: str, figures: Iterable[str]) -> str:
-        return f"{first:<34}" + "".join(f"{x:>{width}}" for x, width in zip(figures, widths, strict=True))
+        return f"  {first:<{first_width}}" + "".join(
+            f"{x:>{width}}" for x, width in zip(figures, widths, strict=True)
+        )
 
     blocks = []
     for (slo, scenario), rows in _cells(summaries):
-        head = line(f"{scenario}, {slo} SLO, {_facts(rows)}", titles)
-        lines = [line(f"  {label(row['policy'])}", _shown(row)) for row in rows]
-        blocks.append("\n".join([head, *lines, *(f"  {note}" for note in _notes(rows))]))
+        lines = [line("policy", titles), *(line(label(row["policy"]), _shown(row)) for row in rows)]
+        blocks.append(
+            "\n".join(
+                [f"{scenario}, {slo} SLO ({_facts(rows)})", *lines, *(f"  {note}" for note in _notes(rows))]
+            )
+        )
     return "\n\n".join([*blocks, _READING])
 
 
 def _facts(rows: Rows) -> str:
-    """How many seeds there are and whom policies are compared with."""
+    """How many seeds there are and which simple rule is the best."""
     best = rows[0]["best_rule"]
-    return f"n = {rows[0]['n']}" + ("" if best is None else f", best rule: {label(best)}")
+    return f"n = {rows[0]['n']} seeds" + ("" if best is None else f", {label(BEST_RULE)}: {label(best)}")
 
 
 def _notes(rows: Rows) -> Iterator[str]:
@@ -89,12 +116,12 @@ def _notes(rows: Rows) -> Iterator[str]:
     at_floor = [row for row in rows if row.get("floor_mhz") is not None]
     if len(at_floor) > 1:
         others = {row["policy"] for row in rows} - {row["policy"] for row in at_floor} - {MAX_PERFORMANCE}
-        names = ", ".join(label(row["policy"]) for row in at_floor)
-        where = f"at the lowest clock, {at_floor[0]['floor_mhz']} MHz"
+        where = f"the lowest clock, {at_floor[0]['floor_mhz']} MHz"
         if others:
-            yield f"{where}, are {names}: nothing to compare between them"
+            names = "; ".join(label(row["policy"]) for row in at_floor)
+            yield f"Always at {where}, so that there is nothing to compare between them: {names}."
         else:
-            yield f"every policy is {where}: nothing to compare"
+            yield f"Every policy is always at {where}, so that there is nothing to compare."
 
 
 def _cells(summaries: Rows) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
@@ -113,13 +140,13 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
     return [_figure(row, name, form) for _, name, form in SHOWN]
 
 
-def _figure(row: Mapping[str, Any], name: str, form: str, *, band: bool = True) -> str:
+def _figure(row: Mapping[str, Any], name: str, form: _Form, *, band: bool = True) -> str:
     """A figure with its mark, its interval if it is at equal attainment, and its band over the clock axes."""
     value = row[f"{name}_pct"] if name.startswith(_CHANGES) else row[name]
     mark = _MARKS[row.get(f"{name}_mark", "")]
     if value is None:
         return mark or "-"
-    shown = form.format(value) + mark
+    shown = form(value) + mark
     if name == "slo_attainment" and not row["kept"]:
         shown += " !"
     if name in _WITH_INTERVAL:
@@ -127,8 +154,8 @@ def _figure(row: Mapping[str, Any], name: str, form: str, *, band: bool = True) 
     return shown + (_span(row, f"{name}_axis", form, "[]") if band else "")
 
 
-def _span(row: Mapping[str, Any], name: str, form: str, brackets: str, *, after: str = "") -> str:
+def _span(row: Mapping[str, Any], name: str, form: _Form, brackets: str, *, after: str = "") -> str:
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
     if low is None or high is None:
         return ""
-    return f" {brackets[0]}{form.format(low)}..{form.format(high)}{after and ' ' + after}{brackets[1]}"
+    return f" {brackets[0]}{form(low)} to {form(high)}{after and ' ' + after}{brackets[1]}"

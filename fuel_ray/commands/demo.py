@@ -14,9 +14,8 @@ from fuel_ray.policies.static import Static
 from fuel_ray.types import NodeSpec, Policy
 
 _LAST = (
-    "Modelled, not measured: every policy served the same arrivals on a simulated H100. No policy was "
-    "trained or\ntuned on them. Train your own policies with `fuel-ray sweep --preset quick`, or for your "
-    "own server with\n`fuel-ray onboard`."
+    "Modelled, not measured: all policies served the same requests on a simulated H100.\n"
+    "Train your own policies: fuel-ray sweep --preset quick. For your own server: fuel-ray onboard --help"
 )
 
 

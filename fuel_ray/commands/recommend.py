@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fuel_ray.arena.advice import line, recommendation
 from fuel_ray.arena.config import RecommendConfig, check_tuning
-from fuel_ray.arena.recommendation import Pair, by_size, line, recommendation, save
+from fuel_ray.arena.recommendation import Pair, by_size, save
 from fuel_ray.build.nodes import build_spec
 from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.catalogue import label
 from fuel_ray.policies.shipped import folder_of
 from fuel_ray.record import make_folder
+from fuel_ray.report.wording import ascii_only
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import check, is_folder, of_size
 from fuel_ray.workload.spec import parse_workload
@@ -78,7 +80,7 @@ def recommended(config: RecommendConfig) -> tuple[list[Pair], Pair, str]:
     best, sentence = recommendation(pairs, share=config.slo.share)
     if best.axes:
         print(f"\n{load_pack(config.pack).clock_axis_notes}")
-    print("\n" + sentence)
+    print("\n" + ascii_only(sentence))
     if config.save is not None and best.fitted is not None:
         save(best, best.fitted, config)
     return pairs, best, sentence

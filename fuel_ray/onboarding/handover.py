@@ -10,6 +10,8 @@ from fuel_ray.commands import deploy
 from fuel_ray.disk import whole
 from fuel_ray.onboarding.server import HOW_TO_SET_CLOCKS
 from fuel_ray.onboarding.state import Onboarding
+from fuel_ray.policies.catalogue import label
+from fuel_ray.report.wording import ascii_only
 from fuel_ray.vllm_plugin import LIMIT_FILE_VARIABLE
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -21,11 +23,14 @@ _STEPS = (
     ),
     (
         "canary",
-        "2. Canary: the policy is in control for a tenth of the time, in random blocks; measures the "
-        "difference.",
+        "2. Canary: the policy controls the server for a random tenth of the time, compared with the rest.",
         ("--canary", "0.1"),
     ),
-    ("live", "3. Live: the policy is in control until stopped; then clocks and batch limit are reset.", ()),
+    (
+        "live",
+        "3. Live: the policy controls the server until you stop it; then clock and limit are reset.",
+        (),
+    ),
 )
 
 
@@ -38,7 +43,7 @@ def write(state: Onboarding) -> dict[str, Any]:
     lines = ["#!/bin/sh", *(f"# {line}" for line in _said(state)), ""]
     for name, what, _ in _STEPS:
         lines += [f"# {what}", shlex.join(["fuel-ray", "deploy", *commands[name]]), ""]
-    text = "\n".join(lines)
+    text = ascii_only("\n".join(lines))
     with whole(state.folder / "commands.sh") as file:
         file.write(text)
     print(text)
@@ -98,13 +103,14 @@ def _said(state: Onboarding) -> list[str]:
     lines = [f"{state.facts['model']} on {state.facts['gpu_name']}, workload {state.workload}"]
     lines.append(f"{found['headline']}.")
     if state.config.node == "sim":
-        lines.append("A rehearsal: the twin took the place of a server, so these commands are an example.")
+        lines.append("A rehearsal on the twin: with a server of your own, the commands look like this.")
     elif live.server is None:
-        lines.append(f"First start the server as it was started here: {_serve(state)}")
+        lines.append(f"Start the server first, as onboard did: {_serve(state)}")
     if policy_of(state).name != "recommended":
-        lines.append(f"The recommended {found['best']} has no policy folder; this is the trained policy.")
+        best = label(found["best"])
+        lines.append(f"{best} is recommended, but is no policy folder; this is the trained policy.")
     if not state.sets_clocks:
-        lines.append(f"Steps 2 and 3 save nothing until clocks can be set. {HOW_TO_SET_CLOCKS}.")
+        lines.append(f"2 and 3 save nothing until fuel_ray can set the clocks here. {HOW_TO_SET_CLOCKS}.")
     if live.server is not None and login_variable(live.server) in os.environ:
-        lines.append("The login of --server is not stored here: add it to the address.")
+        lines.append("The login of --server is not written here; add it to the address again.")
     return lines

@@ -21,7 +21,7 @@ from fuel_ray.record import write_json
 from fuel_ray.workload.lengths import OUTPUT_TOKENS, PROMPT_TOKENS
 from fuel_ray.workload.spec import Workload, parse_workload
 
-DEFAULT = "the default; give yours with --workload or --observe-minutes"
+DEFAULT = "the default; set your own with --workload or --observe-minutes"
 _SEGMENT_S = 30.0  # at least, of one rate
 _SEGMENTS = 40  # at most
 _LOST = 3  # pages in a row without an answer, after which the watch ends

@@ -19,12 +19,21 @@ from fuel_ray.onboarding.twin import into
 from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.policies.static import Static
 from fuel_ray.record import make_folder, write_json
+from fuel_ray.report.wording import (
+    DEFAULT_SLO,
+    ascii_only,
+    change,
+    ends,
+    energy_than,
+    limits_text,
+    percent,
+    slo_text,
+)
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.episodes import EPISODE_S, TUNING_SEEDS
 from fuel_ray.tuning.runs import Runs
 from fuel_ray.types import RequestRecords, Slo
 
-DEFAULT_SLO = "the default; give yours with --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 _ASKED = "asked"
 _SEEDS = 3
 _ROOM = 1.05  # above what is reached, for an SLO that is offered instead
@@ -46,12 +55,10 @@ def check_slo(state: Onboarding) -> dict[str, Any]:
     met = score.slo_attainment >= (slo.share or 1.0)
     found = {"slo": asdict(slo), "attained": score.slo_attainment, "met": met, "reached": reached}
     found |= {"energy_j_per_request": score.energy_j_per_request, "seeds": seeds, "seconds": EPISODE_S}
-    limits = ", ".join(f"{name.upper()} {limit_s:g} s" for name, limit_s in slo.limits_s.items())
-    whom = "on average" if slo.share is None else f"for {slo.share:.0%} of the requests"
     found["default"] = slo == OnboardConfig().slo
     named = f" ({DEFAULT_SLO})" if found["default"] else ""
-    print(f"SLO: {limits} {whom}{named}; on the twin at the highest clock {_attained(found)} (modelled)")
-    return found if met else found | {"stop": _cannot(state, found, limits, whom)}
+    print(f"SLO: {slo_text(slo)}{named}; on the twin at its highest clock, {_attained(found)} (modelled)")
+    return found if met else found | {"stop": _cannot(state, found, slo)}
 
 
 def learn(state: Onboarding) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def decide(state: Onboarding) -> dict[str, Any]:
     found = {"sentence": sentence, "best": best.policy, "how": best.how, "rows": rows, "seeds": config.seeds}
     notes = [*_room(pairs, chosen, config), *_notes(state)]
     found |= {"headline": _headline(chosen, best), "notes": notes}
-    print("\n".join((found["headline"], *found["notes"])))
+    print(ascii_only("\n".join((found["headline"], *found["notes"]))))
     write_json(state.folder / "recommendation.json", found)
     return found
 
@@ -90,12 +97,18 @@ def recommend_config(state: Onboarding, twin: OnboardConfig) -> RecommendConfig:
 
 def _headline(chosen: dict[str, Any], best: Pair) -> str:
     if best.policy == MAX_PERFORMANCE:
-        return "According to the twin, nothing can be saved for this workload and SLO"
-    band = chosen["band_against_max"]
-    span = "" if band is None else f" ({1 - band[1]:.1%} to {1 - band[0]:.1%} over the clock axes)"
-    saving = f"{1 - chosen['against_max']:.1%}{span} of the energy that maximum performance uses"
-    name = "The trained policy" if isinstance(best.fitted, Fitted) else label(best.policy).capitalize()
-    return f"{name} would save {saving}: modelled, not measured"
+        return "On the twin, no policy saves energy under this workload and SLO"
+    name = "the trained policy" if isinstance(best.fitted, Fitted) else label(best.policy)
+    return (
+        f"Modelled, not measured: {name} would use {energy_than(chosen['against_max'])} maximum performance"
+        f"{_over_axes(chosen['band_against_max'])}"
+    )
+
+
+def _over_axes(band: tuple[float, float] | None) -> str:
+    if band is None:
+        return ""
+    return f" ({ends(*band, change)} over the clock axes)"
 
 
 def _room(pairs: list[Pair], chosen: dict[str, Any], config: RecommendConfig) -> list[str]:
@@ -107,9 +120,9 @@ def _room(pairs: list[Pair], chosen: dict[str, Any], config: RecommendConfig) ->
     if fitted.static.gpu_clock_mhz != lowest_mhz or not chosen["met"]:
         return []
     return [
-        f"Here the lowest clock of the twin, {lowest_mhz} MHz, is enough to meet the SLO (attainment "
-        f"{chosen['attained']:.1%}), so there is nothing for a policy to choose. Check that workload and SLO "
-        "are yours: with a higher load or a tighter SLO there is"
+        f"The twin's lowest clock, {lowest_mhz} MHz, meets the SLO under this workload (SLO attainment "
+        f"{percent(chosen['attained'])}), so a policy has nothing to choose. Check that workload and SLO are "
+        "yours: with a higher load or a tighter SLO there is a choice"
     ]
 
 
@@ -118,17 +131,17 @@ def _notes(state: Onboarding) -> list[str]:
     notes = []
     if not state.sets_clocks:
         notes.append(
-            "The saving is what the twin predicts; to realise it, clocks must be set, which this process may "
-            f"not do or was told not to do. {HOW_TO_SET_CLOCKS}"
+            "Nothing can be saved without the privilege to set clocks, which this process lacks or was told "
+            f"not to use. {HOW_TO_SET_CLOCKS}"
         )
     if (idle := state.facts.get("idle_power")) and "_BOOST=1: " in idle:
         notes.append(f"Idle power can be lowered without any privilege: {idle}")
     if not state.sets_limits:
-        notes.append(f"The policy does not change the batch limit. {HOW_TO_SET_LIMITS}")
+        notes.append(f"The policies do not change the batch limit. {HOW_TO_SET_LIMITS}")
     transferred = state.journal.found("calibrate")["transferred"]
     if "clock axis" in transferred:
         axis = next(part for part in transferred.split("; ") if "clock axis" in part)
-        notes.append(f"How step time and power depend on the clock was not measured on this server: {axis}")
+        notes.append(f"How time and power depend on the clock was not measured here. Source: {axis}")
     return notes
 
 
@@ -165,18 +178,15 @@ def _reached(records: list[RequestRecords], slo: Slo) -> dict[str, float]:
 def _attained(found: dict[str, Any]) -> str:
     if found["slo"]["share"] is None:
         return "it is met" if found["met"] else "it is missed"
-    return f"attainment is {found['attained']:.1%}"
+    return f"SLO attainment is {percent(found['attained'])}"
 
 
-def _cannot(state: Onboarding, found: dict[str, Any], limits: str, whom: str) -> str:
-    offered = {
-        name: max(_ROOM * reached_s, found["slo"][f"{name}_s"])
-        for name, reached_s in found["reached"].items()
-    }
-    can = ", ".join(f"{name.upper()} {value_s:.2g} s" for name, value_s in offered.items())
+def _cannot(state: Onboarding, found: dict[str, Any], slo: Slo) -> str:
+    offered = {name: max(_ROOM * found["reached"][name], limit_s) for name, limit_s in slo.limits_s.items()}
+    can = limits_text({name: float(f"{value_s:.2g}") for name, value_s in offered.items()})
     flags = " ".join(f"--slo-{name}-s {value_s:.2g}" for name, value_s in offered.items())
     return (
-        f"according to the twin, the server cannot meet {limits} {whom} for this workload even at its "
-        f"highest clock: {_attained(found)}. It can meet {can}. Reduce the load, or continue with that SLO: "
-        f"fuel-ray onboard --resume {state.folder} {flags}"
+        f"according to the twin, the server cannot meet {slo_text(slo)} under this workload, even at its "
+        f"highest clock: {_attained(found)}. It can meet {can}. Lower the load, or continue with these "
+        f"limits: fuel-ray onboard --resume {state.folder} {flags}"
     )

@@ -21,18 +21,18 @@ LISTEN_S = 3.0  # in which a server without other traffic counts no request
 _TO_START = ("vLLM", "plug-in", "block sizes", "port")  # checks that matter only to a server that is started
 
 HOW_TO_SET_CLOCKS = (
-    "To set clocks, a controller needs CAP_SYS_ADMIN or a helper: run `sudo fuel-ray clock-helper --gpu-ids "
-    "... --users USER` and set FUEL_RAY_CLOCK_SOCKET for the controller, or start its container with "
-    "--cap-add=SYS_ADMIN (docs/deploy.md, Privilege)"
+    "Setting clocks needs CAP_SYS_ADMIN: run `sudo fuel-ray clock-helper --gpu-ids ... --users USER` and set "
+    "FUEL_RAY_CLOCK_SOCKET in fuel_ray's environment, or start its container with --cap-add=SYS_ADMIN; see "
+    "docs/deploy.md, Privilege"
 )
 HOW_TO_SET_LIMITS = (
-    "To set the batch limit, install fuel_ray in vLLM's environment, start the server with "
-    "FUEL_RAY_LIMIT_FILE=FILE, and give --limit-file FILE here"
+    "Setting it needs fuel_ray in vLLM's environment, FUEL_RAY_LIMIT_FILE=FILE in the server's, and "
+    "--limit-file FILE here"
 )
 
 
 def look(state: Onboarding) -> dict[str, Any]:
-    """Check the host, ask the server and say which of its settings can be changed.
+    """Check the host, ask the server and say what of it fuel_ray can set.
 
     Raises:
         ConfigError: something that is needed is missing.
@@ -53,13 +53,12 @@ def look(state: Onboarding) -> dict[str, Any]:
         print("\n".join(lines))
     if len(clocks_mhz) == 1:
         print(
-            f"This process may not set the GPU's clocks, so the server is only observed, at {clocks_mhz[0]} "
-            f"MHz. {HOW_TO_SET_CLOCKS}."
+            "fuel_ray cannot set the GPU's clocks here, so it only observes them and assumes "
+            f"{clocks_mhz[0]} MHz. {HOW_TO_SET_CLOCKS}."
         )
     if limits[0] == limits[-1]:
         print(
-            "The server's batch limit cannot be changed, so policies choose the clock only. "
-            f"{HOW_TO_SET_LIMITS}."
+            f"fuel_ray cannot set the batch limit here; policies choose the clock only. {HOW_TO_SET_LIMITS}."
         )
     if unknown := sorted({*state.config.clocks_mhz} - {*clocks_mhz}):
         given = " ".join(map(str, unknown))

@@ -31,8 +31,8 @@ from fuel_ray.workload.spec import parse_workload
 
 POOR = 3.0  # times a bound, beyond which a twin is no ground to decide on
 NO_SAVING = (
-    "no saving can be predicted: fewer than three clocks of {gpu} were profiled, and no shipped calibration "
-    "pack has a clock axis for its architecture"
+    "no saving can be modelled: fuel_ray cannot set the clocks of {gpu} here, and no shipped pack has the "
+    "clock axis of its architecture"
 )
 _RUNNING = 8  # requests, on average, of the fresh load
 _LOWER = 0.65  # of the highest clock: the other one at which it is compared

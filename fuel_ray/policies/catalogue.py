@@ -191,14 +191,15 @@ CATALOGUE: dict[str, Entry] = {
     MAX_PERFORMANCE: Entry(
         *("maximum performance", "#7a7a7a"),
         lambda case, _: Static(case.spec.max_performance),
-        what="highest clock, no batch limit: a server without control",
+        what="the highest clock and no batch limit: a server without a controller",
     ),
     TUNED_STATIC: Entry(
         *("tuned static", "#e69f00"),
         _static,
         tuned=True,
         dial=OFFSETS_MHZ,
-        what="the one GPU clock and batch limit with the least energy within the SLO on the tuning seeds",
+        what="the one pair of GPU clock and batch limit that meets the SLO with the least energy on the "
+        "tuning seeds",
     ),
     LOAD_TABLE: Entry(
         *("load table", "#009e73"),
@@ -206,7 +207,7 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=OFFSETS_MHZ,
-        what="a table from the recent arrival rate to a GPU clock and batch limit",
+        what="a GPU clock and batch limit for each range of the recent arrival rate",
     ),
     FAST_LOAD_TABLE: Entry(
         *("load table, 4 s", "#66c2a5"),
@@ -214,7 +215,7 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=OFFSETS_MHZ,
-        what="the load table read at an average of 4 s, tuned for itself",
+        what="the load table with the arrival rate averaged over 4 s, tuned separately",
     ),
     REQUESTS_TABLE: Entry(
         *("requests table", "#44aa99"),
@@ -222,7 +223,7 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=OFFSETS_MHZ,
-        what="a table from the requests in the system, running or waiting, to a clock",
+        what="a clock for each range of the requests in the system, running or waiting",
     ),
     RATE_REQUESTS_TABLE: Entry(
         *("rate and requests table", "#117733"),
@@ -230,7 +231,7 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=OFFSETS_MHZ,
-        what="a table from the recent arrival rate and the requests in the system to a clock",
+        what="a clock for each range of the recent arrival rate and of the requests in the system",
     ),
     REQUESTS_TRIM: Entry(
         *("requests table, trimmed", "#999933"),
@@ -238,7 +239,8 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=OFFSETS_MHZ,
-        what="the requests table and a linear correction by queue, KV usage, time between tokens, prompts",
+        what="the requests table, with a linear correction for queue, KV cache usage, time between tokens "
+        "and prompts",
     ),
     PREDICTIVE: Entry(
         *("predictive", "#aa4499"),
@@ -246,7 +248,8 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=CLOSER,
-        what="the clock of least energy per token at which a model of the GPU keeps the TPOT limit",
+        what="the clock with the least energy per token at which a model of the GPU predicts TPOT within "
+        "its limit",
     ),
     PREDICTIVE_TRIM: Entry(
         *("predictive, trimmed", "#882255"),
@@ -254,7 +257,8 @@ CATALOGUE: dict[str, Entry] = {
         tuned=True,
         simple=True,
         dial=CLOSER,
-        what="the predictive rule and a linear correction by queue, KV usage, time between tokens, prompts",
+        what="the predictive rule, with a linear correction for queue, KV cache usage, time between tokens "
+        "and prompts",
     ),
     "clipper": Entry("Clipper", "#cc79a7", lambda case, _: Clipper(case.spec, case.slo)),
     "clipper_binding": Entry("Clipper, if binding", "#8c3d6b", _clipper_binding),
@@ -267,7 +271,8 @@ CATALOGUE: dict[str, Entry] = {
         "best simple rule",
         "#aa3377",
         make=None,
-        what="the simple rule of least energy within the SLO on the tuning seeds: what learning has to beat",
+        what="the simple rule that meets the SLO with the least energy on the tuning seeds: what learning "
+        "has to beat",
     ),
     LEARNED: Entry("learned (DQN)", "#0072b2", make=None),
     "ppo": Entry("learned (PPO)", "#0072b2", make=None),

@@ -17,12 +17,14 @@ _MOST_CELLS = 16  # along an axis, so that a number fits into each
 _ROUND_MHZ = 25  # widths of wider cells are a multiple of it
 _WRITTEN_SHARE = 3  # %
 _CONTEXT = PROMPT_TOKENS + OUTPUT_TOKENS // 2  # tokens of a request in the middle of its output
+_DOT_ROOM = 0.02  # of the axis, beside its ends
 _LARGEST_DOT = 380  # square points, of a clock that was always chosen
 _BAND = (
     "Top: energy of a decode step of {batch} requests of {context} tokens, relative to the highest clock. "
-    "Line: the nominal clock axis. Band: lowest to highest of {axes} axes. Bottom: the clocks that each "
-    "policy chose on workload {workload}, one held-out seed, all block sizes; the area of a dot is the share "
-    "of control windows. The wider the band at those clocks, the less certain is a saving."
+    "Line: nominal clock axis. Band: lowest to highest of {axes} axes. The wider the band at the clocks "
+    "that a policy chose, the less certain its saving. Bottom: the clocks that each policy chose on "
+    "workload {workload}, one held-out seed, all block sizes; the area of a dot is the share of control "
+    "windows."
 )
 
 
@@ -62,7 +64,7 @@ def decision_heat_maps(run: Run, *, workload: str) -> str | None:
             axes.set(title=f"block size {size}", xlabel="GPU clock (MHz)", ylabel="batch limit")
         for axes in grid.flat[len(sizes) :]:
             axes.set_visible(False)
-        figure.colorbar(image, ax=grid, label="share of windows (%)", shrink=0.7)
+        figure.colorbar(image, ax=grid, label="share of control windows (%)", shrink=0.7)
 
     return draw(paint, height_in=min(0.9 + rows * (1.1 + 0.22 * len(limits.lows)), 9.0))
 
@@ -89,6 +91,8 @@ def band(run: Run, pack: Pack, *, workload: str) -> Drawn | None:
             _dots(bottom, where(steps, policy=policy)[_CLOCK], row, color(policy, run.policies))
         bottom.set_yticks(range(len(run.policies)), list(map(label, run.policies)))
         bottom.set(xlabel="GPU clock (MHz)", ylim=(len(run.policies) - 0.4, -0.6))
+        room_mhz = _DOT_ROOM * (pack.gpu_clocks_mhz[-1] - pack.gpu_clocks_mhz[0])
+        bottom.set_xlim(pack.gpu_clocks_mhz[0] - room_mhz, pack.gpu_clocks_mhz[-1] + room_mhz)
 
     told = {"batch": batch, "context": _CONTEXT, "axes": len(pack.clock_axes), "workload": workload}
     return Drawn(draw(paint, height_in=3.4 + 0.34 * len(run.policies)), _BAND.format(**told))

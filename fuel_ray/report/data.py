@@ -13,6 +13,7 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.policies.catalogue import LEARNED, REFERENCES
 from fuel_ray.sim.pack import NOMINAL
 from fuel_ray.stats import Interval, mean_of, relative_energy
+from fuel_ray.types import Slo
 
 ENERGY = "energy_j_per_request"
 _COLUMNS = (
@@ -70,6 +71,12 @@ class Run:
         """Share of requests that must meet the SLO, 0..1."""
         target = self.setting("slo_share")
         return None if target is None else float(target)
+
+    @property
+    def slo(self) -> Slo | None:
+        """The limits and the share of requests that has to meet them; None where no limit is known."""
+        limits = [self.setting(f"slo_{name}_s") for name in ("ttft", "tpot", "e2e")]
+        return None if not any(limits) else Slo(*limits, share=self.attainment_target)
 
     def setting(self, name: str) -> Any:
         """A config value by the last part of its key; None where the run has no such key."""

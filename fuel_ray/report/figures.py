@@ -23,6 +23,7 @@ _BLOCK_COLORS = ("#9ecae1", "#4a98c9", "#1764ab", "#08306b", "#6a51a3", "#3f007d
 _CLOCK_COLORS = ("#b3261e", "#e08214", "#4a98c9", "#08306b")  # fast to slow
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _TRACED = ("in_system", "applied.gpu_clock_mhz", "applied.batch_limit")
+_MOST_TICKS = 5  # of batch limits; more run together
 SMOOTH_S = 15  # bold lines in the time plot are means over this long
 
 _batch = attrgetter("batch")
@@ -60,7 +61,7 @@ class ProfilePoint:
 
 def learning_curves(run: Run) -> str:
     """Reward and energy per request against environment steps, one line per block size."""
-    named = (("reward", "reward per window"), (ENERGY, "energy per request (J)"))
+    named = (("reward", "reward per control window"), (ENERGY, "energy per request (J)"))
     panels = [(column, name) for column, name in named if run.learning[column].notna().any()]
 
     def paint(figure: Figure) -> None:
@@ -74,7 +75,7 @@ def learning_curves(run: Run) -> str:
                 axes.plot(curve["env_steps"], smooth, color=ink, linewidth=1.8, label=f"block size {size}")
             axes.set(xlabel="environment steps (control windows)", ylabel=name)
             axes.xaxis.set_major_formatter(lambda steps, _: f"{steps:,.0f}")
-        axes.legend()
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
 
     return draw(paint, height_in=3.4)
 
@@ -113,11 +114,13 @@ def choices_over_time(run: Run, *, workload: str, block_size: int) -> str | None
                 _trace(axes, rows, rows[column], color(policy, run.policies))
         load = steps[steps["policy"] == steps["policy"].iloc[0]].sort_values("time_s")
         _trace(panels[0], load, load["arrivals"] / _window_s(load), "#30343b")
-        names = ("arrivals\nper s", "requests, running\nand waiting", "GPU clock (MHz)", "batch limit")
+        names = ("arrivals\nper second", "requests, running\nand waiting", "GPU clock (MHz)", "batch limit")
         for axes, name in zip(panels, names, strict=True):
             axes.set_ylabel(name)
         panels[3].set_yscale("log", base=2)
         panels[3].yaxis.set_major_formatter(ScalarFormatter())
+        if len(limits := sorted(steps["applied.batch_limit"].unique())) <= _MOST_TICKS:
+            panels[3].set_yticks(limits)
         panels[3].set_xlabel("time (min)")
         figure.align_ylabels()
         figure.legend(handles=_policy_key(run), loc="outside upper center", ncols=len(run.policies))

@@ -1,44 +1,33 @@
 """The page of an onboarding: the server, its twin and how well it fits, the policy, the commands to copy."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fuel_ray.disk import whole
-from fuel_ray.policies.catalogue import LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, color, label
+from fuel_ray.policies.catalogue import CATALOGUE, MAX_PERFORMANCE, color, label
 from fuel_ray.record import read_json
-from fuel_ray.report.figures import ProfilePoint, profile_and_model
-from fuel_ray.report.page import Cell, code, figure, heading, page, paragraph, table, tile, tiles
+from fuel_ray.report.accuracy import fidelity, figure_name, profile, signed
+from fuel_ray.report.page import Cell, code, heading, page, paragraph, table, tile, tiles
 from fuel_ray.report.tables import key_values
 from fuel_ray.report.text import when
-from fuel_ray.report.wording import change, ends, percent
-from fuel_ray.sim.fidelity import ERRORS, Fidelity
-from fuel_ray.sim.pack import PerfModel, load_pack
+from fuel_ray.report.wording import (
+    DEFAULT_SLO,
+    change,
+    ends,
+    limits_text,
+    percent,
+    slo_text,
+)
+from fuel_ray.types import Slo
 
 _UNKNOWN = "unknown"
-_KNOWN = (TUNED_STATIC, LOAD_TABLE, MAX_PERFORMANCE)
 _ON = {True: "on", False: "off", None: _UNKNOWN}
-_UNITS = {"energy": "J", "mean_power": "W"}
-_FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{}, 99th percentile"}
-_PROFILE = (
-    "Points: decode steps as they were {origin}. Lines: the fitted twin at the same points. Energy per token "
-    "is the product of the two, by the requests that share it."
-)
-_FIDELITY = (
-    "One load that was not fitted, with another seed and rate than the profile's; the twin was given the "
-    "same arrivals. With a positive error the twin's figure is too high. One run of {requests} requests."
-)
-_FITTED = (
-    "The twin's error on the loads of its own profile. The error on a load that was left out of the fit is "
-    "the one to expect on a new load."
-)
-_DEFAULT_SLO = "the default; name yours by --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 _POLICIES = (
-    "Modelled: the twin under your load, {seeds} held-out seeds, the same arrivals for all; in small print "
-    "the 95 % interval, or where the pack has several clock axes, the lowest to the highest. Only the canary "
-    "below measures a saving."
+    "Modelled: every policy served the same requests on the twin, n = {seeds} held-out seeds.{small_print} "
+    "Only the canary below measures a saving."
 )
+_AXES, _SEEDS = "lowest and highest value over the clock axes", "95 % interval over the seeds"
 
 Stages = Mapping[str, Mapping[str, Any]]
 
@@ -61,25 +50,27 @@ def _sections(folder: Path, journal: Mapping[str, Any]) -> Iterator[str]:
         yield heading("The server")
         yield key_values(_server(server))
     if (folder / "pack.json").exists() and (folder / "profile" / "profile.jsonl").exists():
-        yield heading("Its profile and its twin")
-        yield from _profile(folder, found)
+        yield heading("Profile and twin")
+        yield from profile(folder, found)
     if rows := found.get("validate", {}).get("rows"):
-        yield heading("How far the twin is off")
+        yield heading("How accurate is the twin?")
         measured = found["server"]["origin"] == "measured"
-        yield from _fidelity(found["validate"], rows, told="measured" if measured else "of the stand-in")
+        yield from fidelity(found["validate"], rows, source="measured" if measured else "simulated server")
     if load := found.get("load"):
-        yield heading("The load and the SLO")
+        yield heading("Workload and SLO")
         yield key_values(_load(load, found.get("slo", {})))
     if rows := found.get("recommend", {}).get("rows"):
-        yield heading("What policies would do")
+        yield heading("Policies on this workload")
         yield _policies(rows, best=found["recommend"]["best"])
-        yield paragraph(_POLICIES.format(seeds=found["recommend"]["seeds"]), style="soft")
+        told = _POLICIES.format(seeds=found["recommend"]["seeds"], small_print=_small_print(rows))
+        yield paragraph(told, style="soft")
     if (folder / "commands.sh").exists():
-        yield heading("The commands")
-        yield paragraph("Run them in this order, each after the one before has shown what you expect.")
+        yield heading("Commands")
+        yield paragraph("Run them in this order; run the next one when the one before shows what you expect.")
         yield code((folder / "commands.sh").read_text(encoding="utf-8").removeprefix("#!/bin/sh\n"))
     yield heading("How this was made")
-    yield key_values({key: journal[key] for key in ("command", "git_commit") if journal.get(key)})
+    facts = {"command": journal.get("command"), "git commit": journal.get("git_commit")}
+    yield key_values({name: fact for name, fact in facts.items() if fact})
     yield _stages(stages)
 
 
@@ -87,16 +78,15 @@ def _answer(stages: Stages, found: Stages) -> Iterator[str]:
     stopped = [(name, stage["why"]) for name, stage in stages.items() if stage["state"] == "stopped"]
     ended = [stage["end"] for stage in found.values() if "end" in stage]
     for name, why in stopped:
-        yield paragraph(f"Stopped at {name}: {why}", style="headline bad")
+        yield paragraph(f"Stopped in stage {name}: {why}", style="headline bad")
     for end in ended:
-        yield paragraph(f"Ended: {end}", style="headline bad")
+        yield paragraph(_sentence(end), style="headline bad")
     recommended = found.get("recommend", {})
     if recommended:
-        answer = recommended["headline"]
-        yield paragraph(answer[:1].upper() + answer[1:], style="headline")
+        yield paragraph(_sentence(recommended["headline"]), style="headline")
         yield paragraph(recommended["sentence"])
         for note in recommended["notes"]:
-            yield paragraph(note)
+            yield paragraph(_sentence(note))
     elif not stopped and not ended:
         yield paragraph("Not finished yet.", style="headline")
     yield tiles(_tiles(found))
@@ -107,149 +97,63 @@ def _tiles(found: Stages) -> Iterator[str]:
         best = next(row for row in rows if row["policy"] == found["recommend"]["best"])
         range_ = _interval(best["interval_against_max"], best["band_against_max"])
         against = f"J/request vs {label(MAX_PERFORMANCE)}"
-        yield tile(change(best["against_max"]), name=against, notes=(f"modelled: {range_}",))
+        notes = (f"modelled: {range_}" if range_ else "modelled",)
+        yield tile(change(best["against_max"]), name=against, notes=notes)
         yield tile(percent(best["attained"]), name="SLO attainment", notes=("modelled",), bad=not best["met"])
     if fidelity := found.get("validate", {}).get("rows"):
         outside, bounds = found["validate"]["outside"], found["validate"]["bounds"]
         for name in ("energy", "tpot_mean"):
             worst = max((row["errors"][name] or 0.0 for row in fidelity), key=abs)
             notes = (f"bound {percent(bounds[name])}",)
-            what = f"the twin's error in {_figure_name(name)}"
-            yield tile(_signed(worst), name=what, notes=notes, bad=name in outside)
+            what = f"error of the twin: {figure_name(name)}"
+            yield tile(signed(worst), name=what, notes=notes, bad=name in outside)
 
 
 def _server(server: Mapping[str, Any]) -> dict[str, Any]:
     clocks, limits = server["gpu_clocks_mhz"], server["batch_limits"]
     gpus = ", ".join(server["gpu_uuids"])
     return {
-        "address": server["url"] or ("started for this" if server["origin"] == "measured" else "the twin"),
+        "address": server["url"]
+        or ("started by onboard" if server["origin"] == "measured" else "none (rehearsal on the twin)"),
         "model": server["model"],
         "engine": server["engine"],
-        "GPU": f"{server['gpu_name']} ({gpus})",
+        "GPU": f"{server['gpu_name']} ({gpus})" if gpus else server["gpu_name"],
         "KV cache": f"{server['num_kv_blocks'] or _UNKNOWN} blocks of {server['kv_block_size']} tokens",
-        "capacity": f"{limits[-1]} requests",
-        "clocks": f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, may be set"
+        "capacity": f"{limits[-1]} requests at once",
+        "clocks": f"{len(clocks)} from {clocks[0]} to {clocks[-1]} MHz, which fuel_ray can set"
         if len(clocks) > 1
-        else f"{clocks[0]} MHz; may not be set: observe-only",
-        "batch limit": "may be set" if limits[0] < limits[-1] else "may not be set",
-        "tokens a step": str(server.get("max_num_batched_tokens") or _UNKNOWN),
+        else f"{clocks[0]} MHz, which fuel_ray cannot change here",
+        "batch limit": f"fuel_ray {'can' if limits[0] < limits[-1] else 'cannot'} set it",
+        "tokens per step": str(server.get("max_num_batched_tokens") or _UNKNOWN),
         "longest request": f"{longest} tokens" if (longest := server.get("max_model_len")) else _UNKNOWN,
         "prefix caching": _ON[server.get("prefix_caching")],
         **({"assumed": "; ".join(server["assumed"])} if server.get("assumed") else {}),
         **({"idle power": server["idle_power"]} if server.get("idle_power") else {}),
-        "these facts": server["origin"],
+        "these facts are": server["origin"],
     }
 
 
-def _profile(folder: Path, found: Stages) -> Iterator[str]:
-    points = _points(folder / "profile" / "profile.jsonl", load_pack(str(folder / "pack.json")).perf)
-    origin = found["server"]["origin"]
-    if points:
-        yield figure(profile_and_model(points), caption=_PROFILE.format(origin=origin))
-    fitted = found.get("calibrate", {})
-    notes = {name: fitted[name] for name in ("pack", "measured", "transferred") if name in fitted}
-    yield key_values(notes)
-    if rows := load_pack(str(folder / "pack.json")).fidelity:
-        yield paragraph(_FITTED, style="soft")
-        yield _pack_fidelity(rows)
-
-
-def _pack_fidelity(rows: Sequence[Fidelity]) -> str:
-    head = [Cell("load of the profile", style="text"), Cell("requests")]
-    head += [*map(Cell, ERRORS.values()), Cell("", style="text")]
-    body = [
-        [
-            Cell(row.trace, style="text"),
-            Cell(str(row.requests)),
-            *(Cell("–" if (e := getattr(row, name)) is None else _signed(e)) for name in ERRORS),
-            Cell("left out of the fit" if row.left_out else "fitted", style="text"),
-        ]
-        for row in rows
-    ]
-    return table(head, [body])
-
-
-def _points(path: Path, perf: PerfModel) -> list[ProfilePoint]:
-    """Of the decode rows, whose points are named by batch and prompt tokens, as in decode-8x128."""
-    rows = [row for line in path.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))]
-    points: list[ProfilePoint] = []
-    for row in (row for row in rows if row.get("phase") == "decode"):
-        clock_mhz, batch = float(row["clock_mhz"]), row["b"]
-        known_mhz = min(clock_mhz, perf.constants.max_clock_mhz)
-        step_s, power_w, _ = perf.step_cost(batch, batch * row["ctx_mid"], 0, known_mhz)
-        measured = (row["itl"], step_s), (row["power_w"], power_w)
-        context = int(str(row["point"]).rpartition("x")[2])
-        points.append(ProfilePoint(clock_mhz, context, batch, *measured))
-    return points
-
-
-def _fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]], *, told: str) -> Iterator[str]:
-    head = [Cell("figure", style="text")]
-    for row in rows:
-        head += [Cell(f"{told} at {row['clock_mhz']} MHz"), Cell("twin"), Cell("error")]
-    body = [[_figure_cell(name, found), *_errors(name, rows, found)] for name in rows[0]["errors"]]
-    yield table(head, [body])
-    for row in rows:
-        for doubt in row.get("doubts", []):
-            yield paragraph(f"Doubt, at {row['clock_mhz']} MHz: {doubt}.")
-    requests = " and ".join(str(row["requests"]) for row in rows)
-    yield paragraph(f"{found['workload']}. {_FIDELITY.format(requests=requests)}", style="soft")
-
-
-def _figure_cell(name: str, found: Mapping[str, Any]) -> Cell:
-    bound = found["bounds"].get(name)
-    note = "" if bound is None else f"bound {percent(bound)}"
-    return Cell(_figure_name(name), note, style="text")
-
-
-def _figure_name(name: str) -> str:
-    """As people write it: tpot_mean is mean TPOT."""
-    what, _, which = name.partition("_")
-    if which not in _FIGURES or what == "mean":
-        return name.replace("_", " ")
-    return _FIGURES[which].format(what if what == "e2e" else what.upper())
-
-
-def _amount(name: str, value: float) -> str:
-    if (unit := _UNITS.get(name)) is not None:
-        return f"{value:,.0f} {unit}"
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def _errors(name: str, rows: list[Mapping[str, Any]], found: Mapping[str, Any]) -> Iterator[Cell]:
-    bound = found["bounds"].get(name)
-    for row in rows:
-        for source in ("measured", "predicted"):
-            value = row[source][name]
-            yield Cell("–" if value is None else _amount(name, value))
-        error = row["errors"][name]
-        outside = bound is not None and error is not None and abs(error) > bound
-        yield Cell("–" if error is None else _signed(error), style="bad" if outside else "")
-
-
 def _load(load: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {"load": load["workload"], "which is": load.get("about"), "from": load["origin"]}
+    facts = {"workload": load["workload"], "rate and lengths": load.get("about"), "source": load["origin"]}
     facts = {name: value for name, value in facts.items() if value}
     if not slo:
         return facts
-    limits = [f"{name.upper()} {slo['slo'][f'{name}_s']:g} s" for name in slo["reached"]]
-    share = slo["slo"]["share"]
-    whom = "on average" if share is None else f"for {percent(share)} of the requests"
-    facts["SLO"] = f"{', '.join(limits)}, {whom}"
+    facts["SLO"] = slo_text(Slo(**slo["slo"]))
     if slo.get("default"):
-        facts["SLO from"] = _DEFAULT_SLO
-    reached = ", ".join(f"{name.upper()} {value_s:.3g} s" for name, value_s in slo["reached"].items())
-    attained = (
-        f"{percent(slo['attained'])} within it" if share is not None else "met" if slo["met"] else "missed"
-    )
-    facts["highest clock"] = f"modelled: {attained}; {reached}"
+        facts["source of the SLO"] = DEFAULT_SLO
+    if slo["slo"]["share"] is None:
+        attained = f"SLO {'met' if slo['met'] else 'missed'}"
+    else:
+        attained = f"SLO attainment {percent(slo['attained'])}"
+    reached = limits_text(slo["reached"])
+    facts["at the highest clock"] = f"modelled: {attained}; these limits would be met: {reached}"
     return facts
 
 
 def _policies(rows: list[Mapping[str, Any]], *, best: str) -> str:
     head = [Cell("policy", style="text"), Cell("J/request")]
     head += [Cell(f"vs {label(MAX_PERFORMANCE)}"), Cell("SLO attainment")]
-    head.append(Cell("what was tuned", style="text"))
+    head.append(Cell("tuned to", style="text"))
     names = [row["policy"] for row in rows]
     body = [
         [
@@ -269,13 +173,21 @@ def _policies(rows: list[Mapping[str, Any]], *, best: str) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return label(row["policy"]) if row["policy"] in _KNOWN else f"learned: {row['policy']}"
+    """A policy folder goes by its name."""
+    return label(row["policy"]) if row["policy"] in CATALOGUE else f"learned: {row['policy']}"
 
 
 def _against(row: Mapping[str, Any]) -> Cell:
     if row["policy"] == MAX_PERFORMANCE:
         return Cell("–")
     return Cell(change(row["against_max"]), _interval(row["interval_against_max"], row["band_against_max"]))
+
+
+def _small_print(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What it is, where there is some."""
+    if any(row["band_against_max"] for row in rows):
+        return f" Small print: {_AXES}."
+    return f" Small print: {_SEEDS}." if any(row["interval_against_max"][0] for row in rows) else ""
 
 
 def _interval(interval: list[float | None], band: list[float] | None) -> str:
@@ -285,7 +197,8 @@ def _interval(interval: list[float | None], band: list[float] | None) -> str:
 
 
 def _stages(stages: Stages) -> str:
-    head = [Cell("stage", style="text"), Cell("state", style="text"), Cell("s"), Cell("began", style="text")]
+    head = [Cell("stage", style="text"), Cell("state", style="text"), Cell("time (s)")]
+    head.append(Cell("started", style="text"))
     rows = [
         [
             Cell(name, style="text"),
@@ -298,5 +211,6 @@ def _stages(stages: Stages) -> str:
     return table(head, [rows])
 
 
-def _signed(error: float) -> str:
-    return change(1 + error)
+def _sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -17,6 +17,7 @@ class Cell:
 
 
 Row = Sequence[Cell]
+_SHORT_ROWS = 12  # in a table that print keeps on one page
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -57,7 +58,8 @@ def table(head: Row, groups: Iterable[Sequence[Row]], *, titles: Sequence[str] =
     named = zip(titles, groups, strict=True) if titles else ((None, rows) for rows in groups)
     bodies = "".join(_group(title, rows, columns=len(head)) for title, rows in named)
     heads = "".join(f'<th class="{cell.style}">{_text(cell.text)}</th>' for cell in head)
-    return f'<div class="card"><table><thead><tr>{heads}</tr></thead>{bodies}</table></div>'
+    short = " short" if bodies.count("<tr") <= _SHORT_ROWS else ""
+    return f'<div class="card{short}"><table><thead><tr>{heads}</tr></thead>{bodies}</table></div>'
 
 
 def definitions(pairs: Iterable[tuple[Cell, str]]) -> str:

@@ -18,42 +18,45 @@ from fuel_ray.report.data import (
     missed,
 )
 from fuel_ray.report.page import Cell, definitions, figure, folded, heading, page, paragraph, tile, tiles
-from fuel_ray.report.wording import change, ends, percent, span
+from fuel_ray.report.wording import ascii_only, change, ends, percent, slo_text, span
 from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.stats import Interval
 
 _SHOWN_BLOCK_SIZE = 16  # vLLM's default; the others are folded
 _UNBROKEN = "\u00a0"  # space
 _TERMS = {
-    "J/request": "GPU energy divided by the requests that arrived; lower is better",
-    "vs": "change of J/request against that policy, on the same requests: −10 % is a tenth less energy",
-    "SLO attainment": "share of requests within every limit of the SLO; more than the target earns nothing",
-    "TTFT, TPOT": "time to first token, and time per output token after it; p99s are means over seeds",
+    "J/request": "GPU energy divided by the number of requests that arrived; lower is better",
+    "vs": "change in J/request compared with that policy, on the same requests; −10 % is 10 % less energy",
+    "SLO attainment": "share of requests that meet all limits of the SLO; exceeding the target earns nothing",
+    "TTFT, TPOT": "time to first token, and time per output token after the first; p99 is the 99th "
+    "percentile",
+    "workload, seed": "when requests arrive and how long they are; a seed is one random draw of it, and a "
+    "held-out seed was used neither in training nor in tuning",
     "block size": "tokens per block of the server's KV cache; fixed while a server runs",
     "batch limit": "how many requests may run at once; the others wait",
-    "GPU clock, clock switches": "mean over time of the clock, and how often a policy changed it",
-    "anchor weight": "what each 100 MHz away from the best simple rule must gain before the learned policy "
-    "takes it; none: no minimum",
-    "small print": "95 % t intervals over held-out seeds; in the table of clock axes, lowest to highest axis",
+    "GPU clock, clock switches": "mean GPU clock over time, and how often the policy changed it",
+    "anchor weight": "what the learned policy must expect to gain for each 100 MHz by which it leaves the "
+    "best simple rule; none: any gain is enough",
+    "small print": "95 % t interval over held-out seeds; in the table of clock axes, the lowest and "
+    "highest value",
 }
 _ENERGY_CURVE = (
     "Energy of each checkpoint on the tuning seeds, without exploration. An early checkpoint may use little "
-    "because it misses the SLO."
+    "energy because it misses the SLO."
 )
-_REWARD_CURVE = "Reward with exploration: it should rise and then stay level."
-_SMOOTHED = "Thin: each checkpoint. Bold: mean of five."
+_REWARD_CURVE = "The reward includes exploration; it should rise and then level off."
+_SMOOTHED = "Thin lines: each checkpoint. Bold lines: mean of five."
 _SCATTER = (
-    "Left is less energy, up is more requests within the SLO. The better of two policies above the dashed "
-    "target is the one further left. Bars: 95 % intervals over seeds."
+    "Further left is less energy, further up is higher SLO attainment. Of two policies above the dashed "
+    "target, the one further left is better. Bars: 95 % intervals over held-out seeds."
 )
 _CHOICES = (
     "A policy that follows the load lowers the clock when fewer requests arrive, and raises it before "
-    f"requests queue. Thin: each window. Bold: mean over {figures.SMOOTH_S} s."
+    f"requests queue. Thin lines: each control window. Bold lines: mean over {figures.SMOOTH_S} s."
 )
 _HEAT_MAPS = (
-    "Percent of control windows in which the learned policy chose each batch limit and GPU clock; shares "
-    "below 3 % are coloured but not written. A number at an edge is the lowest value of the cell that begins "
-    "there."
+    "Share of control windows in which the learned policy chose each batch limit and GPU clock. Shares below "
+    "3 % are coloured but not written. A number at an edge is the lowest value of the cell that begins there."
 )
 
 
@@ -88,7 +91,7 @@ def summary_table(run_dir: Path) -> str:
         lines += ["clock axes", *tables.plain_clock_axes(run), text.axis_table(run), text.bands(run), ""]
     answer = (text.headline(run), text.origin(run), text.comparisons(run), text.sample(run))
     lines += [*answer, text.block_sizes(run), text.clock_axis(run)]
-    return "\n".join(lines).replace("−", "-").rstrip()
+    return ascii_only("\n".join(lines)).rstrip()
 
 
 def _sections(run: Run) -> Iterator[str]:
@@ -117,12 +120,13 @@ def _answer(run: Run) -> Iterator[str]:
     yield tiles(_tiles(run))
     yield paragraph(text.sample(run), style="soft")
     for size, reason in (run.info.get("unsupported") or {}).items():
-        yield paragraph(f"Block size {size} was not run: {reason}")
+        yield paragraph(f"Block size {size} was not evaluated: {reason}")
     yield heading("How to read this")
     policies = [
         (Cell(label(name), dot=color(name, run.policies)), _meaning(run, name)) for name in run.policies
     ]
-    yield definitions([*policies, *((Cell(term), meaning) for term, meaning in _TERMS.items())])
+    slo = {} if run.slo is None else {"SLO": f"service level objective, here {slo_text(run.slo)}"}
+    yield definitions([*policies, *((Cell(term), meaning) for term, meaning in (slo | _TERMS).items())])
 
 
 def _trust(run: Run) -> Iterator[str]:
@@ -152,8 +156,8 @@ def _pack(run: Run) -> Pack | None:
 def _meaning(run: Run, policy: str) -> str:
     if policy == run.learned:
         return (
-            "the learned policy: what this run trained, one for each block size, held near the best simple "
-            "rule where that helped on the tuning seeds"
+            "the policies that this run trained, one for each block size; each stays near the best simple "
+            "rule unless it expects to gain more than its anchor weight"
         )
     return CATALOGUE[policy].what if policy in CATALOGUE else "a further baseline"
 

@@ -19,14 +19,15 @@ from fuel_ray.report.data import (
     missed,
 )
 from fuel_ray.report.page import Cell, table
-from fuel_ray.report.wording import change, ends, percent, setting, span
+from fuel_ray.report.wording import ascii_only, bare, change, ends, percent, setting, span
 from fuel_ray.stats import Interval
 from fuel_ray.types import Knobs
 
 _POLICY = Cell("policy", style="text")
 _AGAINST = (*(f"vs {label(name)}" for name in JUDGED_BY), "SLO attainment")
-_MEAN = ("TTFT p99 s", "TPOT p99 ms", "GPU clock MHz", "batch limit", "clock switches")
-_AXIS_HEAD = (_POLICY, *map(Cell, (*_AGAINST, "GPU clock MHz")))
+_CLOCK = "GPU clock (MHz)"
+_MEAN = ("TTFT p99 (s)", "TPOT p99 (ms)", _CLOCK, "batch limit", "clock switches")
+_AXIS_HEAD = (_POLICY, *map(Cell, (*_AGAINST, _CLOCK)))
 _HEAD = (_POLICY, *map(Cell, ("J/request", *_AGAINST, *_MEAN)))
 _MEANS: dict[str, Callable[[float], str]] = {
     "ttft_p99_s": "{:.2f}".format,
@@ -39,7 +40,9 @@ _MEANS: dict[str, Callable[[float], str]] = {
 
 def results(run: Run, *, workload: str) -> str:
     """Block size x policy: energy, what it is relative to each baseline, SLO attainment and latency."""
-    groups = [_rows(run, workload, size) or [[Cell("not run", style="text")]] for size in run.block_sizes]
+    groups = [
+        _rows(run, workload, size) or [[Cell("not evaluated", style="text")]] for size in run.block_sizes
+    ]
     return table(_HEAD, groups, titles=[f"block size {size}" for size in run.block_sizes])
 
 
@@ -82,7 +85,7 @@ def _band(by_axis: Sequence[float], form: Callable[[float], str]) -> Cell:
     if not by_axis:
         return Cell("–")
     low, high = min(by_axis), max(by_axis)
-    return Cell(form(by_axis[0]), "" if form(low) == form(high) else _bare(ends(low, high, form)))
+    return Cell(form(by_axis[0]), "" if form(low) == form(high) else bare(ends(low, high, form)))
 
 
 def chosen_pairs(run: Run) -> str:
@@ -130,7 +133,7 @@ def _plain(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in (*heads, *rows)
     )
-    return [line.rstrip().replace("−", "-").replace("–", "-") for line in lines]
+    return [ascii_only(line).rstrip() for line in lines]
 
 
 def _rows(run: Run, workload: str, size: int) -> list[list[Cell]]:
@@ -158,12 +161,7 @@ def _row(run: Run, policy: str, workload: str, size: int) -> list[Cell]:
 def _cell(interval: Interval | None, form: Callable[[float], str], *, style: str = "") -> Cell:
     if interval is None:
         return Cell("–", style=style)
-    return Cell(form(interval.mean), _bare(span(interval, form)), style)
-
-
-def _bare(text: str) -> str:
-    """Small print has the unit of what it stands under."""
-    return text.replace(" %", "")
+    return Cell(form(interval.mean), bare(span(interval, form)), style)
 
 
 def _static(tuned: Mapping[str, Any]) -> str:
@@ -174,8 +172,8 @@ def _rates(tuned: Mapping[str, Any]) -> str:
     if not tuned.get("load_table"):
         return "–"
     load_table = LoadTable.from_dict(tuned["load_table"])
-    bounds = [f"up to {rate_rps:.1f} req/s" for rate_rps in load_table.rates_rps]
-    bounds.append("above" if bounds else "at any rate")
+    bounds = [f"up to {rate_rps:.1f} requests/s" for rate_rps in load_table.rates_rps]
+    bounds.append("above" if bounds else "any rate")
     steps = zip(bounds, load_table.knobs, (*load_table.knobs[1:], None), strict=True)
     last_of_each = [(bound, knobs) for bound, knobs, after in steps if knobs != after]
     (limit, *others) = {knobs.batch_limit for knobs in load_table.knobs}

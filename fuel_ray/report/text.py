@@ -16,17 +16,19 @@ from fuel_ray.report.data import (
     missed,
     unsure,
 )
-from fuel_ray.report.wording import NO_CHANGE, change, ends, listed, percent, span
+from fuel_ray.report.wording import NO_CHANGE, change, ends, energy_than, listed, percent, span, with_interval
 from fuel_ray.stats import Interval
 
 SMALLEST_DIFFERENCE = 0.01  # block sizes closer than this do not differ: they were within 1 % on a real H100
 _HEADLINE_BASELINES = 2
+_EASIER = "Missing the target makes it easier to save energy, so their energy cannot be compared directly."
+_DOUBT = "The 95 % interval begins below it for"
 
 _IN_PROSE = {BEST_RULE: "the best simple rule", LOAD_TABLE: "the load table"}
 
 
 def headline(run: Run) -> str:
-    """What was saved, against what, and whether within the SLO; begins with "Bad news" on a failure."""
+    """What was saved compared with what, and whether within the SLO; begins with "Bad news" on a failure."""
     workload = run.workloads[0]
     attainment = mean_over_seeds(run, "slo_attainment", workload=workload, policy=run.learned)
     if attainment is None:
@@ -37,10 +39,8 @@ def headline(run: Run) -> str:
 
 
 def comparisons(run: Run) -> str:
-    """The learned policy against each baseline, with intervals, in a line."""
-    parts = [
-        f"{change(r.mean)} vs {label(name)}{_brackets(span(r, change))}" for name, r in _ratios(run).items()
-    ]
+    """The learned policy beside each baseline, with intervals, in a line."""
+    parts = [f"{with_interval(ratio, change)} vs {label(name)}" for name, ratio in _ratios(run).items()]
     return f"The learned policy changes the energy per request by {listed(parts)}." if parts else ""
 
 
@@ -70,27 +70,27 @@ def axis_table(run: Run) -> str:
     """How to read the table over the clock axes."""
     names = axis_names(run)
     n, of = run.axes["seed"].nunique(), run.summary["seed"].nunique()
-    played = (
-        f"All axes were played on all {of} held-out seeds."
+    evaluated = (
+        f"All axes were evaluated on all {of} held-out seeds."
         if n == of
-        else f"The other axes were played on {n} of the {of} held-out seeds; what each changes there is "
-        "applied to the result of all seeds."
+        else f"The other axes were evaluated on {n} of the {of} held-out seeds; the change that each makes "
+        "there is applied to the result of all seeds."
     )
     return (
-        "Each figure is under the pack's nominal clock axis. The range below or behind it runs from the "
-        f"lowest to the highest of {len(names)} axes ({', '.join(names)}). Nothing was trained or tuned for "
-        f"another axis. Means over block sizes. {played}"
+        "Each value is the mean over block sizes under the pack's nominal clock axis. The range beside it is "
+        f"the lowest and highest value under {len(names)} axes ({', '.join(names)}). Nothing was trained or "
+        f"tuned again for the other axes. {evaluated}"
     )
 
 
 def sample(run: Run) -> str:
-    """What the headline averages over."""
+    """What the headline's numbers are means of."""
     workload, sizes = run.workloads[0], [str(size) for size in run.block_sizes]
     scope = f"mean over block sizes {listed(sizes)}" if len(sizes) > 1 else f"block size {sizes[0]}"
     sent = digests(run)
     seeds = sum(name == workload for name, _ in sent)
     paired = all(len(found) == 1 for found in sent.values())
-    warning = "" if paired else " Warning: policies faced different requests at the same seed."
+    warning = "" if paired else " Warning: policies served different requests at the same seed."
     return (
         f"Workload {workload}, {scope}, n = {seeds} held-out seeds. Intervals are 95 % t intervals over the "
         "seeds; comparisons are paired by seed. Each policy is compared as it was tuned, at the SLO "
@@ -109,7 +109,7 @@ def origin(run: Run) -> str:
 def pack_notes(run: Run) -> str:
     """What of the pack was measured and what was taken from elsewhere; nothing of a real server."""
     notes = (run.info.get("pack") or {}).get("notes")
-    return f"The calibration pack rests on this. {notes}" if notes and _modelled(run) else ""
+    return f"About the calibration pack: {notes}" if notes and _modelled(run) else ""
 
 
 def misses(run: Run, *, workload: str) -> str:
@@ -120,13 +120,11 @@ def misses(run: Run, *, workload: str) -> str:
     below = _where(run, workload, lambda share: missed(run, share), shown=True)
     doubtful = _where(run, workload, lambda share: unsure(run, share))
     if not below and not doubtful:
-        return f"Every policy meets {target} at every block size, with its whole 95 % interval."
-    told = [f"Below {target}: {'; '.join(below)}. Their energy is not at the same attainment as the others'."]
-    if doubtful:
-        rest = "Every policy meets" if not below else "All others meet"
-        told = [*(told if below else ()), f"{rest} {target} on average over the seeds."]
-        told.append(f"The 95 % interval begins below it for {'; '.join(doubtful)}.")
-    return " ".join(told)
+        return f"Every policy meets {target} at every block size{_surely(run, workload)}."
+    if not below:
+        return f"Every policy meets {target} on average. {_DOUBT} {'; '.join(doubtful)}."
+    told = f"These policies miss {target}: {'; '.join(below)}. {_EASIER}"
+    return f"{told} The others meet it on average. {_DOUBT} {'; '.join(doubtful)}." if doubtful else told
 
 
 def when(started: str) -> str:
@@ -149,6 +147,12 @@ def _where(run: Run, workload: str, holds: Callable[[Interval], bool], *, shown:
     return found
 
 
+def _surely(run: Run, workload: str) -> str:
+    """What the intervals add, where there are any."""
+    known = mean_over_seeds(run, "slo_attainment", workload=workload, policy=run.policies[0])
+    return "" if known is None or known.low is None else ", and so does the lower end of its 95 % interval"
+
+
 def block_sizes(run: Run) -> str:
     """Whether the block sizes differ at all for the learned policy."""
     workload = run.workloads[0]
@@ -160,32 +164,35 @@ def block_sizes(run: Run) -> str:
     apart = {pair: ratio for pair, ratio in ratios.items() if _differs(ratio)}
     (a, b), widest = max((apart or ratios).items(), key=lambda item: abs(item[1].mean - 1))
     interval = _brackets(span(widest, change))
-    fact = f"block size {a} uses {_energy(widest.mean)} block size {b}{interval}"
+    fact = f"block size {a} uses {energy_than(widest.mean)} block size {b}{interval}"
     if not apart:
         return (
             "The block sizes do not differ for the learned policy: every difference is below 1 % or its "
-            f"interval includes zero. The largest: {fact}.{_untrained(run)}"
+            f"interval includes 0. The largest difference: {fact}.{_untrained(run)}"
         )
     return (
         f"The block sizes differ for the learned policy: {fact}. {len(apart)} of {len(ratios)} pairs differ "
-        f"by 1 % or more with an interval that excludes zero.{_untrained(run)} Each block size has a policy "
-        "from one training, so a difference may also come from the training."
+        f"by 1 % or more with an interval that excludes 0.{_untrained(run)} The policy of each block size "
+        "comes from one training, so the training may also cause a difference."
     )
 
 
 def control(run: Run, *, workload: str) -> str:
     """What the negative control says about the comparison itself."""
     ratio = energy_against(run, run.learned, TUNED_STATIC, workload=workload)
-    aim = "Here the load does not change, so the learned policy should save nothing against tuned static"
+    aim = (
+        "The arrival rate of this workload is constant, so the learned policy should save no energy compared "
+        "with tuned static"
+    )
     if ratio is None:
-        return f"{aim}. This run has no such comparison."
+        return f"{aim}. This run did not evaluate both."
     if not _differs(ratio):
         verdict = "no saving, as expected"
     elif ratio.mean < 1:
-        verdict = "a saving, so distrust the comparison: tuned static may be badly tuned"
+        verdict = "a saving, so distrust the comparison; tuned static may be badly tuned"
     else:
-        verdict = "a loss where nothing could be gained"
-    fact = f"It uses {_energy(ratio.mean)} tuned static{_brackets(span(ratio, change))}"
+        verdict = "more energy without a reason"
+    fact = f"It uses {energy_than(ratio.mean)} tuned static{_brackets(span(ratio, change))}"
     return f"{aim}. {fact}: {verdict}."
 
 
@@ -207,50 +214,45 @@ def _news(*, missed: bool, ratios: Mapping[str, Interval]) -> str:
 
 
 def _uses(ratios: Mapping[str, Interval]) -> str:
-    """The learned policy's energy against the baselines that say most."""
-    shown = list(ratios.items())[:_HEADLINE_BASELINES]
-    parts = [
-        f"{_energy(ratio.mean, ' energy per request' if i == 0 else '')} {_IN_PROSE.get(name, label(name))}"
-        f"{'' if ratio.low is None or ratio.excludes(1.0) else ' (no clear difference)'}"
-        for i, (name, ratio) in enumerate(shown)
-    ]
+    """The learned policy's energy beside that of the baselines that say most."""
+    parts = []
+    for name, ratio in list(ratios.items())[:_HEADLINE_BASELINES]:
+        what = "" if parts else " energy per request"
+        unsure_of = "" if ratio.low is None or ratio.excludes(1.0) else " (no significant difference)"
+        parts.append(f"{energy_than(ratio.mean, what)} {_IN_PROSE.get(name, label(name))}{unsure_of}")
     return f"The learned policy uses {listed(parts)}. " if parts else ""
 
 
 def _slo(run: Run, attainment: Interval) -> str:
-    """Whether the SLO is met, surely or on average."""
-    met = f"{percent(attainment.mean)} of requests"
+    """Whether the attainment target is met, surely or on average."""
     if run.attainment_target is None:
-        return f"It meets the SLO for {met}."
-    target = f"the target is {percent(run.attainment_target)}"
+        return f"Its SLO attainment is {percent(attainment.mean)}."
+    target = percent(run.attainment_target)
     if missed(run, attainment):
-        return f"It meets the SLO for only {met}; {target}."
+        return f"Its SLO attainment is only {percent(attainment.mean)}; the target is {target}."
     if unsure(run, attainment):
-        interval = span(attainment, percent)
         return (
-            f"It meets the SLO for {met} on average, but the interval ({interval}) begins below the target "
-            f"of {percent(run.attainment_target)}."
+            f"Its SLO attainment is {percent(attainment.mean)} on average, but the 95 % interval "
+            f"({span(attainment, percent)}) begins below the target of {target}."
         )
-    return f"It meets the SLO for {met}; {target}."
+    return f"Its SLO attainment is {percent(attainment.mean)}; the target is {target}."
 
 
 def _below(run: Run, shares: list[float]) -> str:
-    """Under how many axes the target is missed."""
+    """Under how many axes the target is missed, if under any."""
     target = run.attainment_target
     n = sum(target is not None and share < target for share in shares)
-    return f"; the target is missed under {n} of the axes" if n else ""
+    return f", below the target under {n} of the axes" if n else ""
 
 
 def _untrained(run: Run) -> str:
-    """The largest difference where no training can blur it."""
+    """The largest difference that no training can have caused."""
     ratios = block_size_ratios(run, MAX_PERFORMANCE, workload=run.workloads[0])
     if not ratios:
         return ""
-    (a, b), widest = max(ratios.items(), key=lambda item: abs(item[1].mean - 1))
-    return (
-        " Under maximum performance, where nothing is learned, the largest difference is "
-        f"{percent(abs(widest.mean - 1))} (block size {a} against {b})."
-    )
+    widest = max(abs(ratio.mean - 1) for ratio in ratios.values())
+    most = f"at most {percent(widest)}" if widest >= NO_CHANGE else "less than 0.1 %"
+    return f" At maximum performance, where nothing is learned, block sizes differ by {most}."
 
 
 def _modelled(run: Run) -> bool:
@@ -259,13 +261,6 @@ def _modelled(run: Run) -> bool:
 
 def _differs(ratio: Interval) -> bool:
     return ratio.excludes(1.0) and abs(ratio.mean - 1) >= SMALLEST_DIFFERENCE
-
-
-def _energy(ratio: float, what: str = " energy per request") -> str:
-    """How much energy in words, up to the name of what it is compared with."""
-    if abs(ratio - 1) < NO_CHANGE:
-        return f"as much{what} as"
-    return f"{percent(abs(ratio - 1))} {'less' if ratio < 1 else 'more'}{what} than"
 
 
 def _brackets(text: str) -> str:

@@ -1,12 +1,14 @@
-"""Numbers as the report writes them, the same in every sentence, table and tile."""
+"""Numbers and limits as reports, tables and the terminal write them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from fuel_ray.stats import Interval
+from fuel_ray.types import LatencyName, Slo
 
 NO_CHANGE = 0.0005  # a change below it rounds to 0.0 %
+DEFAULT_SLO = "the default; set your own with --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 
 
 def percent(share: float) -> str:
@@ -26,9 +28,57 @@ def span(interval: Interval, form: Callable[[float], str]) -> str:
     return ends(interval.low, interval.high, form)
 
 
+def with_interval(interval: Interval, form: Callable[[float], str]) -> str:
+    """A value and, where it is known, its interval: "−10.0 % (−10.4 to −9.6)"."""
+    shown = bare(span(interval, form))
+    return f"{form(interval.mean)} ({shown})" if shown else form(interval.mean)
+
+
 def ends(low: float, high: float, form: Callable[[float], str]) -> str:
     """From one value to another, with one unit for both."""
     return f"{form(low).removesuffix(' %')} to {form(high)}"
+
+
+def bare(text: str) -> str:
+    """A range whose unit stands beside it already."""
+    return text.replace(" %", "")
+
+
+def energy_than(ratio: float, what: str = " energy per request") -> str:
+    """How much energy in words, up to the name of what it is compared with."""
+    if abs(ratio - 1) < NO_CHANGE:
+        return f"as much{what} as"
+    return f"{percent(abs(ratio - 1))} {'less' if ratio < 1 else 'more'}{what} than"
+
+
+def slo_text(slo: Slo) -> str:
+    """The limits, and who has to meet them."""
+    return f"{limits_text(slo.limits_s)} {whom(slo)}"
+
+
+def limits_text(limits_s: Mapping[LatencyName, float]) -> str:
+    """Latencies and their limits."""
+    return ", ".join(f"{latency_name(name)} {duration(limit_s)}" for name, limit_s in limits_s.items())
+
+
+def latency_name(name: str) -> str:
+    """As people write it: tpot is TPOT."""
+    return name if name == "e2e" else name.upper()
+
+
+def duration(seconds: float) -> str:
+    """Three digits of it."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def whom(slo: Slo) -> str:
+    """Which part of the requests has to meet the limits."""
+    return "on average" if slo.share is None else f"for {100 * slo.share:g} % of requests"
+
+
+def ascii_only(text: str) -> str:
+    """Text for a terminal of any encoding."""
+    return text.replace("−", "-").replace("–", "-")
 
 
 def listed(parts: Sequence[str]) -> str:
