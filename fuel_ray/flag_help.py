@@ -61,8 +61,7 @@ class _Entry:
         return re.findall(r"--([a-z][\w.-]*)", self.flag)
 
     def full(self, width: int) -> str:
-        indent = {"initial_indent": _INDENT, "subsequent_indent": _INDENT}
-        text = textwrap.fill(self.text, width, **indent, break_on_hyphens=False)
+        text = textwrap.TextWrapper(width, _INDENT, _INDENT, break_on_hyphens=False).fill(self.text)
         return "\n".join(filter(None, (f"  {self.flag}", text)))
 
     def short(self, name: str, width: int) -> str:

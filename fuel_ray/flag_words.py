@@ -51,7 +51,7 @@ def one_line(text: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m|╭.*|\A[^\n]*\n\s*-{8,}|-{8,}", "", text)  # without ╭ where all is ASCII
     words = " ".join(re.sub(r"[│╰╯─┆┄]", " ", plain).split())
     said = re.sub(r" (For full helptext|Argument helptext:).*", "", words)
-    told = {
+    told: dict[str, Callable[[re.Match[str]], str]] = {
         _NO_NUMBER: _no_number,
         _NO_CHOICE: _no_choice,
         _OTHER_CHOICE: lambda found: f"{found[2]} {found[1]}: must be one of {found[3].replace(chr(39), '')}",
