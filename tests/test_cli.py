@@ -300,8 +300,7 @@ def test_help_explains_every_flag_of_the_contract(capsys):
     assert "in s" in text and "tokens" in text and "MHz" in text
 
 
-MOST = "preset block-sizes workload slo-ttft-s slo-tpot-s slo-share steps node policies seeds out config "
-"resume"
+MOST = "preset block-sizes workload slo-ttft-s slo-tpot-s slo-share steps node policies seeds out resume"
 
 
 def test_the_first_screen_of_help_has_what_most_people_need(capsys, monkeypatch):

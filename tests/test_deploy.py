@@ -335,8 +335,8 @@ def near(knobs):
 
 
 MISFITS = [
-    ({"sizes": (32,)}, "trained for KV block size 32, the server has 16"),
-    ({"model": "Llama"}, "trained for model Llama, the server has tiny"),
+    ({"sizes": (32,)}, "trained for KV block size 32, and the server has 16"),
+    ({"model": "Llama"}, "trained for model Llama, and the server has tiny"),
     ({"gpu_name": "NVIDIA A100"}, "trained for GPU NVIDIA A100, and this is NVIDIA H100"),
     ({"pack": "h100-qwen3-8b"}, "it was trained on an older version of calibration pack h100-qwen3-8b"),
     (
@@ -344,9 +344,9 @@ MISFITS = [
         "trained for Hugging Face transformers, and the server is vLLM",
     ),
     ({"grid": ActionGrid((4,), (990, 1007))}, "the GPU does not support its clocks of 1007 MHz"),
-    ({"grid": ActionGrid((4, 64), (990,))}, "its highest batch limit is 64, the server's 32"),
-    ({"anchor": near(Knobs(4, 1007))}, "the GPU does not support its clocks 1007 MHz"),
-    ({"anchor": near(Knobs(64, 990))}, "its highest batch limit is 64, the server's 32"),
+    ({"grid": ActionGrid((4, 64), (990,))}, "its highest batch limit is 64, and the server's is 32"),
+    ({"anchor": near(Knobs(4, 1007))}, "the GPU does not support its clocks of 1007 MHz"),
+    ({"anchor": near(Knobs(64, 990))}, "its highest batch limit is 64, and the server's is 32"),
 ]
 
 
@@ -457,7 +457,7 @@ def test_a_tight_limit_is_judged_by_what_is_certain(
     assert code == 0 and any("latency" in line["overruled"] for line in lines) == overruled
     lowest, highest = lines[-1]["slo_attainment_bounds"]
     assert lowest == pytest.approx(bounds[0], abs=0.15) and highest == bounds[1]
-    assert "TTFT <= 1 s is judged exactly" in out
+    assert "SLO limit TTFT 1 s: attainment is exact" in out
     assert (
         "SLO limit TPOT 20 ms: attainment is known within bounds, because requests between 10 ms and 25 ms"
         in out

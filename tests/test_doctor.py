@@ -90,8 +90,7 @@ def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatc
     )
 
 
-STALE = "fuel_ray is installed in vLLM's environment, but cannot be imported: ModuleNotFoundError: No module "
-"named "
+STALE = "fuel_ray is installed in vLLM's environment, but cannot be imported: ModuleNotFoundError: No module"
 
 
 @pytest.mark.parametrize(

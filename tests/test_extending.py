@@ -206,7 +206,7 @@ def test_what_the_command_line_names_is_loaded(trap, tmp_path):
         (["--features", "full_batch"], "--features full_batch: give at least one, each one once, out of"),
         (["--workload", "examples.outside.workloads:classes:teachers=1"], "'teachers'"),
         (["--workload", "examples.outside.workloads:np"], "not a callable object|not callable"),
-        (["--workload", "fuel_ray.guard:Rules"], "makes a Rules, which has no name, period_s"),
+        (["--workload", "fuel_ray.guard:Rules"], "returns a Rules, which has no name, period_s"),
     ],
 )
 def test_what_is_wrong_with_code_from_outside_is_said_in_one_line(flags, says):

@@ -265,7 +265,7 @@ def test_a_default_load_and_an_slo_that_leaves_room_are_said(tmp_path, capsys):
         (["--server", "h", "--observe-minutes", "1", "--workload", "steady"], "exclude each other"),
         (["--node", "sim", "--workload", "stedy"], "stedy"),
         (["--node", "sim", "--block-sizes", "8", "16"], "exactly one block size"),
-        (["--node", "ray", "--server", "h"], "own machine"),
+        (["--node", "ray", "--server", "h"], "on the server's host"),
         (["--node", "sim", "--slo-share", "2"], "--slo-share"),
         (
             ["--node", "sim", "--batches", "1", "2", "--contexts", "128"],

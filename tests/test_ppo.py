@@ -123,10 +123,10 @@ def test_an_algorithm_from_outside_is_a_function_that_the_user_names():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--train.algorithm", "sarsa"], "allowed are dqn, rllib-dqn, ppo or"),
+        (["--train.algorithm", "sarsa"], "choose from dqn, rllib-dqn, ppo or"),
         (
             ["--train.algorithm", "ppo", "--train.n-step", "2"],
-            "--train.n-step: --train.algorithm ppo has no use",
+            "--train.n-step: --train.algorithm ppo does not use",
         ),
         (
             ["--train.algorithm", "ppo", "--train.epsilon-final", "0"],

@@ -43,7 +43,7 @@ def test_a_pack_calibrated_to_a_profile_of_the_twin_is_the_twin(profile, tmp_pat
     out = tmp_path / "pack.json"
     flags = ["--name", "again", "--gpu", "NVIDIA H100", "--out", str(out), "--power-cap-w", "700"]
     assert main(["calibrate", "--profile", str(profile), *flags]) == 0
-    assert "dropped" not in capsys.readouterr().out
+    assert "outlier" not in capsys.readouterr().out
     twin, again = load_pack("h100-qwen3-8b").perf, load_pack(str(out)).perf
     for clock_mhz in CLOCKS:
         for n in (1, 8, 32, 96):
@@ -204,7 +204,7 @@ def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tm
     with (folder / "profile.jsonl").open("a") as file:
         file.write('{"phase": "pre')
     assert main(["profile", "--resume", str(folder), "--batches", "1", "8"]) == 2
-    assert "that run has batches = (1, 4)" in capsys.readouterr().err
+    assert "this one has batches = (1, 4)" in capsys.readouterr().err
     assert main(["profile", "--resume", str(folder), "--batches", "1", "4"]) == 0
     assert re.search(r"11 points more than the 3 that are there at 1 clock: about", capsys.readouterr().out)
     names = [json.loads(line)["point"] for line in (folder / "profile.jsonl").read_text().splitlines()]

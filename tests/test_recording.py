@@ -285,8 +285,8 @@ def test_a_trace_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"gpu_name": "NVIDIA H200"}, "its GPU is NVIDIA H200, the pack's NVIDIA H100 80GB HBM3"),
-        ({"model": "/models/Qwen3-14B"}, "its model is /models/Qwen3-14B, the pack's Qwen3-8B"),
+        ({"gpu_name": "NVIDIA H200"}, "the GPU is NVIDIA H200, and that of the pack NVIDIA H100 80GB HBM3"),
+        ({"model": "/models/Qwen3-14B"}, "the model is /models/Qwen3-14B, and that of the pack Qwen3-8B"),
         ({"model": "Qwen/Qwen3-8B-FP8"}, None),
         ({"highest_sm_clock_mhz": 1755.0}, "clocks were not set and reached 1755 MHz"),
         ({"highest_sm_clock_mhz": 1965.0}, None),

@@ -91,7 +91,7 @@ WRONG = [
     ({"worklod": "steady"}, "unknown 'worklod', did you mean 'workload'"),
     ({"block_size": 32}, "unknown 'block_size'"),
     ({"seeds": 3}, "unknown 'seeds'"),
-    ({"workload": "nobody"}, "workload 'nobody' is unknown"),
+    ({"workload": "nobody"}, "unknown workload 'nobody'"),
     ({"steps": 0}, "--train.episode-steps 0"),
     ({"steps": "5"}, "episode_steps is '5'"),
     ({"steps": 5, "train": {"episode_steps": 7}}, "give one of them"),

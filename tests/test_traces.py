@@ -158,7 +158,7 @@ def test_a_column_in_another_unit_or_of_another_time_is_not_the_wanted_one(read,
 @pytest.mark.parametrize("delimiter", [",", ";"])
 def test_a_comma_of_decimals_in_times_is_not_taken_for_one_of_thousands(read, whole, delimiter):
     text = table(time=lambda i: f'"{whole}.{50 * i:03d}"').replace(",", delimiter).replace(".", ",")
-    with pytest.raises(ConfigError, match=r":2: .*(comma|no number)"):
+    with pytest.raises(ConfigError, match=r":2: .*(comma|not a number)"):
         read("azure", text)
     assert read("azure", table(time=lambda i: f'"1,234,{i:03d}.5"')).mean_rate_rps == 1
 
@@ -311,7 +311,7 @@ def test_failed_requests_as_pandas_writes_them_are_left_out(read):
         (
             "azure",
             table(time=lambda i: f"5/10/2024 0:{i:02d}"),
-            ":2: .*no number, nor a date such as 2024-",
+            ":2: .*not a number, nor a date such as 2024-",
         ),
         ("azure", table().split("\n", 1)[1], ":1: no column 'TIMESTAMP'; needs .*; has 2024-05-10"),
         ("azure", table(cell=lambda tokens: f"{tokens * 100:,}"), ":2: .*4 cells under a header of 3"),
@@ -320,7 +320,7 @@ def test_failed_requests_as_pandas_writes_them_are_left_out(read):
         ("azure", table() + table(), ":22: 'TIMESTAMP"),
         ("azure", table().replace(" 00:00:07", '" 00:00:07'), "trace"),
         ("azure", '"' + table(n=60) * 100, ":1: .*a quote that is not closed"),
-        ("azure", table(time=lambda i: 1e307 * (i - 9)), ":2: .*no time"),
+        ("azure", table(time=lambda i: 1e307 * (i - 9)), ":2: .*not a time"),
         ("azure", table(time=lambda i: 20240510000000 + i), "a date written as a number"),
         ("azure", table(end=",é").encode("latin-1"), "not UTF-8"),
         ("azure", gzip.compress(table().encode())[:60], "ended before"),

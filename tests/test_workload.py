@@ -353,9 +353,9 @@ def test_a_replay_caps_prompts_and_their_prefixes(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "part"),
     [
-        ("nightly", "one of steady, gamma"),
+        ("nightly", "choose from steady, gamma"),
         ("", "unknown"),
-        ("diurnal:hihg_rps=3", "one of high_rps, low_rps, period_s"),
+        ("diurnal:hihg_rps=3", "did you mean high_rps? The keys are high_rps, low_rps, period_s"),
         ("diurnal:high_rps", "key=value"),
         ("diurnal:low_rps=1,low_rps=2", "each key once"),
         ("diurnal:low_rps=20", "from 0 to 12"),
@@ -370,12 +370,12 @@ def test_a_replay_caps_prompts_and_their_prefixes(tmp_path):
         ("steady:prompt_mean=4000", "from 8 to 2048"),
         ("piecewise:rates=2@60+x@30", "'x@30'"),
         ("piecewise:rates=2", "'2'"),
-        ("piecewise:rates=0@60", "all 0"),
+        ("piecewise:rates=0@60", "all rates are 0"),
         ("listed:requests=0@5/0", "requests has '0@5/0'"),
         ("listed", "SECOND@PROMPT_TOKENS"),
         ("azure", "path=FILE"),
         ("azure:path=/no/such/file", "/no/such/file"),
-        ("azure-conv:lengths=fixed", "one of rate_scale, max_prompt_tokens"),
+        ("azure-conv:lengths=fixed", "the keys are rate_scale, max_prompt_tokens"),
         ("azure-conv:rate_scale=0", "rate_scale"),
     ],
 )

@@ -25,8 +25,7 @@ def run_doubts(run: RecordedRun) -> Iterator[str]:
     if (late := _number(run, "late_sends") - _behind_others(run)) > _LATE * n:
         yield f"at least {late:.0f} of {n:.0f} requests were sent late, because the client had too little CPU"
     if (foreign := _number(run, "foreign_requests")) > 0:
-        yield f"the server had at least {foreign:.0f} requests of other clients; the replay does not include "
-        "them"
+        yield f"the server had at least {foreign:.0f} requests of other clients, which the replay lacks"
     if (cached := _number(run, "prefix_hit_rate")) > _CACHED:
         yield f"{cached:.0%} of the prompt tokens came from the prefix cache; the replay computes them"
     if (gap_s := _number(run, "unmeasured_s")) > _GAP_S:

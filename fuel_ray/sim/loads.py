@@ -100,8 +100,7 @@ def chat(rows: Rows, *, begin_s: float, server: Server, share: float) -> Load | 
         return None
     bearable_rps = client_chunks_per_s(rows) / output
     if rate_rps > bearable_rps:
-        note = f"the rate is {bearable_rps:.3g} req/s, because at {rate_rps:.3g} the client would be the "
-        "bottleneck"
+        note = f"the rate is {bearable_rps:.3g} req/s; at {rate_rps:.3g} the client would be the bottleneck"
         rate_rps = bearable_rps
     lengths = (
         f"prompt_mean={prompt},max_prompt_tokens={most_prompt},"

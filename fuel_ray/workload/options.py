@@ -72,9 +72,10 @@ class Options:
                 raise self.error(f"unknown key {key}{self._meant(key)}{quotes}")
 
     def _meant(self, key: str) -> str:
-        """The key that was probably meant, or else all."""
+        """The key that was probably meant, and all keys."""
         near = difflib.get_close_matches(key, self._asked, n=1)
-        return f": did you mean {near[0]}?" if near else f"; keys are {', '.join(self._asked)}"
+        known = f"keys are {', '.join(self._asked)}"
+        return f": did you mean {near[0]}? The {known}" if near else f"; the {known}"
 
     def error(self, problem: str) -> ConfigError:
         """The error to raise about this spec."""
