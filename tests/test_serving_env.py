@@ -119,7 +119,7 @@ def test_an_env_config_has_a_runs_own_keys_or_the_arguments_and_nothing_beside()
     assert make_env({"workload": "steady", "steps": 7})._steps == 7
     own = {"config": learning_settings(PRESETS["plain"]), "block_sizes": [16]}
     assert make_env(own).reset(seed=1)[1] == {}, "a training keeps no windows"
-    with pytest.raises(ConfigError, match="unknown workload beside config"):
+    with pytest.raises(ConfigError, match="unknown key workload beside config"):
         make_env({**own, "workload": "steady"})
     several = make_env({"steps": 7, "num_envs": 2})
     assert isinstance(several, ParallelServingEnv) and several.num_envs == 2
@@ -131,7 +131,7 @@ def test_code_from_outside_is_loaded_where_the_arguments_name_it(tmp_path, monke
     reward = "examples.outside.rewards:EnergyDelay"
     assert env_settings({"reward": reward}).reward == reward
     (tmp_path / "run.json").write_text(json.dumps({"mode": "fixed_price", "reward": reward}))
-    with pytest.raises(ConfigError, match="code from outside"):
+    with pytest.raises(ConfigError, match="your own code"):
         env_settings({"config": str(tmp_path / "run.json")})
 
 

@@ -393,7 +393,7 @@ def test_a_trace_is_read_once_while_it_does_not_change(read, tmp_path, caplog):
 def test_numbers_and_dates_in_one_column_are_refused(read, monkeypatch, date_last):
     monkeypatch.setattr("fuel_ray.workload.table._PIECE", 3)
     date = "2024-05-10 00:00:00"
-    with pytest.raises(ConfigError, match=r":13: .*no (number|date)"):
+    with pytest.raises(ConfigError, match=r":13: .*not a (number|date)"):
         read("azure", table(time=lambda i: date if (i > 10) == date_last else i))
 
 
