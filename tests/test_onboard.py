@@ -123,7 +123,7 @@ def test_an_slo_that_cannot_be_met_is_said_with_one_that_can(tmp_path, capsys):
     offered = re.search(r"--slo-ttft-s \S+ --slo-tpot-s \S+", said).group().split()
     assert again(folder, *offered) == 0
     assert again(folder, "--slo-tpot-s", "0.05") == 2  # there is a policy for the other
-    assert "that run has slo_tpot_s" in capsys.readouterr().err
+    assert "this one has slo_tpot_s" in capsys.readouterr().err
 
 
 def test_a_twin_that_is_far_off_ends_it_until_that_is_accepted(tmp_path, monkeypatch, capsys):
@@ -160,7 +160,7 @@ def test_a_resumed_onboarding_keeps_its_settings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "STAGES", ())
     folder = onboarded(tmp_path)
     assert again(folder, "--validate-seconds", "31") == 2
-    assert "that run has validate_seconds = 30, not 31" in capsys.readouterr().err
+    assert "this one has validate_seconds = 30, not 31" in capsys.readouterr().err
     assert main(["onboard", "--resume", str(tmp_path)]) == 2
     assert "there is no onboard.json in it" in capsys.readouterr().err
 
@@ -297,7 +297,7 @@ def test_a_server_with_other_traffic_is_not_profiled(monkeypatch):
     monkeypatch.setattr(server, "LISTEN_S", 0.05)
     with serving(Stub()) as stub:
         config = parse(["--server", stub.url], prog="fuel-ray onboard")
-        with pytest.raises(NodeError, match="30 run and 10 wait"):
+        with pytest.raises(NodeError, match="30 running, 10 waiting"):
             server.require_alone(config)
         stub.page = re.sub(r"(?m)^(vllm:num_requests_(?:running|waiting)\b.*) \S+$", r"\1 0.0", PAGE)
         server.require_alone(config)
@@ -318,7 +318,7 @@ def test_counters_become_a_load_with_its_rates_and_lengths():
     longer = replace(found, prompt_mean=9000.0, output_mean=3000.0)
     prompt, output, *_ = load.mean_lengths(parse_workload(longer.spec()))
     assert prompt > 5000 and output > 2000
-    with pytest.raises(ConfigError, match="no request came"):
+    with pytest.raises(ConfigError, match="no request arrived"):
         load.summary([pages[0], pages[0][:1] + pages[0][1:] and (30.0, begin)])
 
 

@@ -249,7 +249,7 @@ def test_what_the_server_cannot_take_is_left_out_and_said(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "skipped: prompts of 4096 tokens (the server accepts" in said and "load-high: " in said
     assert main(["profile", *flags, "--kv-tokens", "200"]) == 2
-    assert "a profile needs at least 256 of both" in capsys.readouterr().err
+    assert "a profile needs at least 256 tokens of each" in capsys.readouterr().err
 
 
 SERVER = Server((1980,), max_num_seqs=128, max_model_len=8192, kv_tokens=400_000)

@@ -100,7 +100,7 @@ def test_requests_of_somebody_else_on_a_server_are_said(gpu, tmp_path, capsys):
 def test_a_short_model_is_refused_and_requests_that_fail_are_said(gpu, tmp_path, capsys):
     with serving(ServingStub(max_model_len=128)) as stub:
         assert _profile(stub, tmp_path) == 2
-    assert "a profile needs at least 256 of both" in capsys.readouterr().err
+    assert "a profile needs at least 256 tokens of each" in capsys.readouterr().err
     with serving(ServingStub(completion="refuse")) as stub:
         assert _profile(stub, tmp_path, "--batches", "2") == 2
     said = capsys.readouterr()
