@@ -162,7 +162,7 @@ def test_a_resumed_onboarding_keeps_its_settings(tmp_path, monkeypatch, capsys):
     assert again(folder, "--validate-seconds", "31") == 2
     assert "this one has validate_seconds = 30, not 31" in capsys.readouterr().err
     assert main(["onboard", "--resume", str(tmp_path)]) == 2
-    assert "there is no onboard.json in it" in capsys.readouterr().err
+    assert "no onboard.json in it" in capsys.readouterr().err
 
 
 def test_a_load_that_is_changed_before_the_training_is_taken(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_given_baselines_that_are_not_those_that_are_needed_are_refused(given, t
     monkeypatch.setattr(train, "in_parallel", refuse)
     size, load, gone = replace(given, block_sizes=(8, 16)), "mmpp", replace(given, baselines=tmp_path / "no")
     for config, loads, said in (
-        (size, [given.workload], "has none of diurnal at block size 8"),
+        (size, [given.workload], "has no baselines for diurnal at block size 8"),
         (given, [given.workload, load], "has none of mmpp at block size 16"),
         (gone, [given.workload], "No such file"),
     ):
