@@ -104,7 +104,7 @@ def test_given_baselines_that_are_not_those_that_are_needed_are_refused(given, t
     size, load, gone = replace(given, block_sizes=(8, 16)), "mmpp", replace(given, baselines=tmp_path / "no")
     for config, loads, said in (
         (size, [given.workload], "has no baselines for diurnal at block size 8"),
-        (given, [given.workload, load], "has none of mmpp at block size 16"),
+        (given, [given.workload, load], "has no baselines for mmpp at block size 16"),
         (gone, [given.workload], "No such file"),
     ):
         with pytest.raises(ConfigError, match=said):
