@@ -242,7 +242,7 @@ def _below(run: Run, shares: list[float]) -> str:
     """Under how many axes the target is missed, if under any."""
     target = run.attainment_target
     n = sum(target is not None and share < target for share in shares)
-    return f", below the target under {n} of the axes" if n else ""
+    return f", below the target under {n} of them" if n else ""
 
 
 def _untrained(run: Run) -> str:
