@@ -366,8 +366,12 @@ def test_a_policy_for_something_else_is_refused_unless_that_is_harmless_and_allo
     ("trained_for", "serves", "said"),
     [
         ("vLLM 0.32.0", "0.32.0", ()),
-        ("vLLM 0.20.2", "0.32.0", ("trained for vLLM 0.20.2, the server is vLLM 0.32.0",)),
-        ("vLLM 0.11", "0.9.1", ("trained for vLLM 0.11", "vLLM 0.9.1 is not one of 0.20 to 0.33")),
+        ("vLLM 0.20.2", "0.32.0", ("trained for vLLM 0.20.2, and the server is vLLM 0.32.0",)),
+        (
+            "vLLM 0.11",
+            "0.9.1",
+            ("trained for vLLM 0.11", "vLLM 0.9.1 is not supported; fuel_ray supports 0.20 to 0.33"),
+        ),
     ],
 )
 def test_another_version_of_vllm_is_said_and_taken(
@@ -428,7 +432,10 @@ def test_a_fresh_server_whose_histograms_are_empty_is_taken(stub, gpu, policy, t
     )
     code, lines, _ = deploy(stub, policy, tmp_path)
     assert code == 0 and lines[-1]["slo_attainment"] == 1.0
-    assert "TPOT <= 50 ms is judged once the server has served a request" in capsys.readouterr().out
+    assert (
+        "SLO limit TPOT 50 ms: attainment is known once the server has served a request"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_histogram_that_goes_away_makes_attainment_unknown_and_the_fallback_rule(
@@ -531,7 +538,7 @@ def test_a_server_on_another_card_is_warned_of_and_refused_with_strict(
     flags = ["--server", stub.url, "--out", str(tmp_path / "strict"), "--max-steps", "1", "--strict"]
     assert main(["deploy", "--policy", str(policy), *flags, "--gpu-ids", "0"]) == 2
     error = capsys.readouterr().err
-    assert "the server runs on GPU GPU-b, and GPU GPU-a would be measured: give --gpu-ids GPU-b" in error
+    assert "the server runs on GPU GPU-b, but GPU GPU-a would be measured: give --gpu-ids GPU-b" in error
     assert len(error.splitlines()) == 1 and cards[0].calls.count("reset") == 0
     assert deploy(stub, policy, tmp_path, "--gpu-ids", "0")[0] == 0
     assert "would be measured" in caplog.text

@@ -78,7 +78,7 @@ def test_validate_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"requests": [{"start": 1, "n_in": 1}]}, "n_out"),
         ({"requests": [{"n_in": 1, "n_out": 0, "start": 0, "ttft": 1, "e2e": 1}]}, "n_out"),
         ({"requests": [{"n_in": 1, "n_out": "many", "start": 0, "ttft": 1, "e2e": 1}]}, "many"),
-        ({"requests": [{"n_in": 10**6, "n_out": 2, "start": 0, "ttft": 1, "e2e": 2}]}, "KV pool"),
+        ({"requests": [{"n_in": 10**6, "n_out": 2, "start": 0, "ttft": 1, "e2e": 2}]}, "KV cache of"),
         ({"info.num_kv_blocks": None}, "num_kv_blocks"),
         ({"info.block_size": 0}, "block_size"),
         ({"info.secs": float("nan")}, "secs"),
@@ -241,7 +241,10 @@ def test_a_row_that_fits_nothing_is_dropped(
         ("[]", "object"),
         ('{"phase": "idle", "power_w": 100}', "no row with phase decode"),
         ('{"phase": "decode", "b": 1}', "ctx_mid"),
-        ('{"phase": "decode", "b": 1, "ctx_mid": 1, "itl": 0.1, "power_w": 9, "sm_mhz": 1410}', "at least 4"),
+        (
+            '{"phase": "decode", "b": 1, "ctx_mid": 1, "itl": 0.1, "power_w": 9, "sm_mhz": 1410}',
+            "a fit needs 4",
+        ),
     ],
 )
 def test_a_malformed_profile_is_refused(tmp_path: Path, line: str, named: str) -> None:

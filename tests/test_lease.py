@@ -364,7 +364,7 @@ def test_unlock_leaves_a_living_controller_its_clocks_unless_forced(controller, 
     living = controller()
     monkeypatch.setenv("FUEL_RAY_STATE_DIR", str(living.state))
     assert main(["unlock"]) == 0
-    assert f"GPU GPU-0: left to pid {living.pid} (" in capsys.readouterr().out
+    assert f"GPU GPU-0: not reset, it is in use by pid {living.pid} (" in capsys.readouterr().out
     assert main(["unlock", "--gpu-ids", "0"]) == 2
     assert f"controlled by pid {living.pid} (" in capsys.readouterr().err
     assert gpu.calls == []

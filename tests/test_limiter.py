@@ -102,7 +102,7 @@ def test_a_missing_or_corrupt_file_is_an_error_of_the_node(tmp_path):
     for use in (limiter.status, lambda: limiter.set(3), limiter.clear):
         with pytest.raises(NodeError, match=r"cannot be (read|written)"):
             use()
-    with pytest.raises(NodeError, match="cannot be made"):
+    with pytest.raises(NodeError, match="cannot be created"):
         BatchLimiter(tmp_path / "no" / "limit")
 
 

@@ -45,7 +45,7 @@ def test_a_folder_that_is_a_file_gives_way(monkeypatch, tmp_path):
 
 def test_too_few_open_files_are_told(monkeypatch):
     monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
-    with pytest.raises(ConfigError, match="64 open files"):
+    with pytest.raises(ConfigError, match="it needs 512 open files and 64 are allowed"):
         local.start_local({})
 
 

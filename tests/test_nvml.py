@@ -197,7 +197,7 @@ def test_an_unknown_gpu_is_answered_with_those_that_there_are(nvml, key):
 
 def test_a_machine_without_gpus_and_a_gpu_named_twice_are_refused(nvml):
     nvml()
-    with pytest.raises(GpuError, match="shows no GPU"):
+    with pytest.raises(GpuError, match="finds no GPU"):
         Gpus()
     nvml(FakeGpu("GPU-a"))
     with pytest.raises(ConfigError, match="twice"):

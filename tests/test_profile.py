@@ -68,7 +68,7 @@ def test_a_profile_says_where_it_was_taken(profile):
 def test_a_batch_that_does_not_fit_the_kv_pool_is_skipped_and_said(tmp_path, capsys):
     flags = ["--kv-tokens", "8000", "--clocks-mhz", "1980", "--batches", "4", "64", "--contexts", "1024"]
     assert main(["profile", "--out", str(tmp_path), "--prompts", "128", *flags]) == 0
-    assert "64 requests of 1024 tokens that decode together" in capsys.readouterr().out
+    assert "64 requests with 1024 prompt tokens that decode together" in capsys.readouterr().out
     (path,) = tmp_path.glob("profile-*/profile.jsonl")
     decode = [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == "decode"]
     assert [row["b"] for row in decode] == [4]
@@ -155,7 +155,7 @@ def test_batches_beyond_the_servers_capacity_are_left_out_and_one_is_measured():
 def test_a_profile_says_how_long_it_takes_and_keeps_to_it(profiled):
     """Virtual seconds, and what lies between two points on a real server: 6 min a clock, 30 for eight."""
     said = profiled[1]
-    n, about = re.match(r"(\d+) points at 8 clocks: about ([\d.]+) min", said).groups()
+    n, about = re.match(r"(\d+) points to measure, at 8 clocks: about ([\d.]+) min", said).groups()
     lines = [[float(word) for word in found] for found in PROGRESS.findall(said)]
     assert [line[0] for line in lines] == list(range(1, int(n) + 1))
     assert lines[-1][2] == lines[-1][3] == pytest.approx(float(about), rel=0.15) and lines[-1][2] < 30
@@ -206,7 +206,8 @@ def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tm
     assert main(["profile", "--resume", str(folder), "--batches", "1", "8"]) == 2
     assert "this one has batches = (1, 4)" in capsys.readouterr().err
     assert main(["profile", "--resume", str(folder), "--batches", "1", "4"]) == 0
-    assert re.search(r"11 points to measure \(3 are measured already\), at 1 clock: about", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "11 points to measure (3 are measured already), at 1 clock: about" in said
     names = [json.loads(line)["point"] for line in (folder / "profile.jsonl").read_text().splitlines()]
     assert names == [
         "idle",
@@ -246,7 +247,7 @@ def test_what_the_server_cannot_take_is_left_out_and_said(tmp_path, capsys):
     flags = ["--kv-tokens", "2000", "--clocks-mhz", "1980", "--batches", "1", "--out", str(tmp_path)]
     assert main(["profile", *flags]) == 0
     said = capsys.readouterr().out
-    assert "left out: prompts of 4096 tokens: the server takes" in said and "load-high: " in said
+    assert "skipped: prompts of 4096 tokens (the server accepts" in said and "load-high: " in said
     assert main(["profile", *flags, "--kv-tokens", "200"]) == 2
     assert "a profile needs at least 256 of both" in capsys.readouterr().err
 

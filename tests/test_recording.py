@@ -127,7 +127,10 @@ def test_a_trace_lies_beside_the_result_and_validate_reads_it(stub, tmp_path, mo
     capsys.readouterr()
     assert main(["validate", str(path), TRACES[0]]) == 0
     out = capsys.readouterr().out
-    assert "verdict: beyond the bounds: " in out and "warning: its model is tiny, the pack's Qwen3-8B" in out
+    assert (
+        "verdict: beyond the bounds: " in out
+        and "warning: the model is tiny, and that of the pack Qwen3-8B" in out
+    )
     assert "mean of 2 traces" in out and "verdict: 1 of 2 traces within the bounds" in out
 
 
@@ -324,7 +327,10 @@ def test_a_trace_of_absurd_numbers_is_refused(change, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("at_once", "said"), [(30, []), (0, ["at least 20 of 40 requests were sent late"])])
+@pytest.mark.parametrize(
+    ("at_once", "said"),
+    [(30, []), (0, ["at least 20 of 40 requests were sent late, because the client had too little CPU"])],
+)
 def test_requests_that_are_due_at_once_are_no_late_sends_of_a_slow_client(at_once, said):
     run = read_trace(TRACES[0])
     requests = run.requests.part(slice(40))

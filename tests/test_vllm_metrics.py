@@ -367,7 +367,7 @@ def test_what_is_not_known_of_the_cache_is_named(series, words):
 
 def test_a_page_without_the_cache_says_so():
     snapshot = parse_metrics(_page(without=["vllm:cache_config_info"]))
-    assert "there is no vllm:cache_config_info" in snapshot.cache_unknown
+    assert "vllm:cache_config_info is not on the page" in snapshot.cache_unknown
 
 
 def test_a_hybrid_models_page_without_the_attentions_block_size_contradicts_no_one():
