@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 SILENT_S = 30.0  # after which a run that is no terminal's says that it is alive
+_BAR_WIDTH = 12  # columns, so that 80 have room for words, times and it
 _PRIOR = 0.1  # of a run, for which the expected pace counts before the one that is seen does
 
 
@@ -35,8 +37,7 @@ class Bar:
         self._began_s = self._said_s = self._told_s = time.monotonic()
         console = Console()
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), _Left(self))
-            self._bar = Progress(*columns, console=console)
+            self._bar = Progress(*self._columns(), console=console)
             self._bar.add_task("begin", total=1.0)
             self._bar.start()
         else:
@@ -89,6 +90,12 @@ class Bar:
         start, end = self._part
         return start + (end - start) * (before + self._stages[self._stage] * share) / total
 
+    def _columns(self) -> tuple[ProgressColumn, ...]:
+        """Words, which are cut where the terminal is narrow, and what is always shown whole."""
+        whole = Column(no_wrap=True)
+        bar = BarColumn(bar_width=_BAR_WIDTH, table_column=whole)
+        return _Words(), bar, TimeElapsedColumn(table_column=whole), _Left(self, whole)
+
     def _say(self) -> None:
         self._said_s = time.monotonic()
         spent = f"{self._said_s - self._began_s:.0f} s"
@@ -104,11 +111,18 @@ class Bar:
 UNSEEN = Bar({})  # of who is called without one
 
 
+class _Words(ProgressColumn):
+    """The stage and what is said of it, in one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 class _Left(ProgressColumn):
     """When the run will end; it changes while nothing is reported."""
 
-    def __init__(self, bar: Bar) -> None:
-        super().__init__()
+    def __init__(self, bar: Bar, column: Column) -> None:
+        super().__init__(column)
         self._of = bar
 
     def render(self, task: Task) -> Text:

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "docker",
     "sudo",
     "curl",
+    "chromium",
     "kubectl",
     "jq",
     "check-jsonschema",

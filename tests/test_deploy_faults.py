@@ -437,6 +437,7 @@ class DayNode:
         pass
 
 
+@pytest.mark.slow
 def test_a_day_of_windows_leaves_memory_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fuel_ray"), "disabled", True)  # pytest keeps what is logged
     monkeypatch.setattr(logging.getLogger("fuel_ray.deploy.recorder"), "disabled", True)

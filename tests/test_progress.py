@@ -77,6 +77,21 @@ def test_a_terminal_has_one_bar_with_the_end_of_the_run(capsys, monkeypatch):
     assert "b " in shown and "left" in shown and "said beside it" in shown and "[ 50%]" not in shown
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_cuts_the_words_and_keeps_the_end_of_the_run_in_one_line(
+    capsys, monkeypatch, columns
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Bar({"training": 6000.0}) as bar:
+        bar.stage("training")
+        bar.at(
+            0.5, "block   8   37,800/60,000 steps  exploring: 50.1 J/request  0.977 of SLO " + "and more " * 9
+        )
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).splitlines()[-1]
+    assert "training  block" in last and "0:00:00" in last and re.search(r"about \d+ min left", last)
+
+
 @pytest.mark.parametrize("bar", [UNSEEN, Bar({"a": 1.0})])
 def test_who_is_called_without_a_bar_shows_nothing(bar, capsys):
     bar.stage("a")

@@ -73,7 +73,7 @@ def test_a_sweep_of_four_block_sizes_on_two_nodes(cluster):
         assert (run_dir / f"policies/block_{size}/weights.safetensors").is_file()
     assert json.loads((run_dir / "run.json").read_text())["config"]["node"] == "ray"
     table = [line for line in said.splitlines() if "J/request" in line and "|" in line]
-    assert all(name in table[-1] for name in ("block size", "steps", "of SLO", "reward"))
+    assert all(name in table[-1] for name in ("block size", "steps", "SLO attainment", "reward"))
     assert "2.0 fuel_node" in cluster.ray("exec", cluster.path, "ray status")
     assert cluster.ray("exec", cluster.path, "fuel-ray doctor --cluster --backend sim").count(" clock ") == 3
     page = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8265').read()[:4000])"

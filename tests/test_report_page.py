@@ -141,6 +141,13 @@ def test_the_clock_axis_has_a_band_with_the_clocks_that_each_policy_chose(tmp_pa
     assert f"lowest to highest of {len(pack.clock_axes)} axes" in band.caption
 
 
+def test_print_keeps_a_short_table_on_one_page():
+    rows = [[Cell("1"), Cell("2")]] * 8
+    assert 'class="card short"' in table([Cell("a"), Cell("b")], [rows])
+    assert 'class="card"' in table([Cell("a"), Cell("b")], [rows, rows])
+    assert re.search(r"@media print \{.*\.short[^}]*\{ break-inside: avoid \}", page("", []), re.DOTALL)
+
+
 def test_groups_of_a_table_have_a_title_each():
     shown = table([Cell("a"), Cell("b")], [[[Cell("1"), Cell("2")]], []], titles=["x", "y"])
     assert shown.count('<th colspan="2">') == 2

@@ -11,11 +11,14 @@ from fuel_ray.errors import ConfigError
 from fuel_ray.flags import parse_serving
 from fuel_ray.policies.catalogue import label
 from fuel_ray.policies.shipped import folder_of
+from fuel_ray.progress import Bar
 from fuel_ray.record import make_folder
 from fuel_ray.report.wording import ascii_only
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.contenders import check, is_folder, of_size
 from fuel_ray.workload.spec import parse_workload
+
+_SIZE_S = 60.0  # that a block size may take
 
 
 def parse(argv: list[str], *, prog: str) -> RecommendConfig:
@@ -71,12 +74,7 @@ def recommended(config: RecommendConfig) -> tuple[list[Pair], Pair, str]:
     """Every pair, the one to deploy, which is saved if it can be, and a sentence on it; all are printed."""
     if config.save is not None:
         make_folder(config.save)
-    pairs: list[Pair] = []
-    for found in by_size(config):
-        for pair in found:
-            print(line(pair, found[0]), flush=True)
-        pairs += found
-    pairs.sort(key=lambda pair: config.block_sizes.index(pair.kv_block_size))
+    pairs = sorted(_compared(config), key=lambda pair: config.block_sizes.index(pair.kv_block_size))
     best, sentence = recommendation(pairs, share=config.slo.share)
     if best.axes:
         print(f"\n{load_pack(config.pack).clock_axis_notes}")
@@ -84,3 +82,15 @@ def recommended(config: RecommendConfig) -> tuple[list[Pair], Pair, str]:
     if config.save is not None and best.fitted is not None:
         save(best, best.fitted, config)
     return pairs, best, sentence
+
+
+def _compared(config: RecommendConfig) -> Iterator[Pair]:
+    """Every pair, each printed as soon as its block size is done."""
+    sizes = len(config.block_sizes)
+    with Bar({"compare": _SIZE_S * sizes / min(sizes, config.workers)}) as bar:
+        bar.stage("compare")
+        for number, found in enumerate(by_size(config), start=1):
+            for pair in found:
+                print(line(pair, found[0]), flush=True)
+            yield from found
+            bar.at(number / sizes, f"{number}/{sizes} block sizes")

@@ -12,7 +12,7 @@ from fuel_ray.report.wording import change, latency_name, listed, percent
 from fuel_ray.sim.fidelity import ERRORS, Fidelity
 from fuel_ray.sim.pack import PerfModel, load_pack
 
-_SHORT_S = 0.1  # below it a latency is shown in tenths of ms
+_FEWER_DIGITS_S = (0.1, 0.01)  # a latency below has a decimal more in ms
 _UNITS = {"energy": "J", "mean_power": "W"}
 _FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{} p99"}
 _RESTS_ON = {"pack": "pack", "measured": "measured here", "transferred": "taken from elsewhere"}
@@ -122,4 +122,5 @@ def _amount(name: str, value: float) -> str:
         return f"{value:,.0f} {unit}"
     if value >= 1:
         return f"{value:.2f} s"
-    return f"{1000 * value:.{1 if value < _SHORT_S else 0}f} ms"
+    decimals = sum(value < limit_s for limit_s in _FEWER_DIGITS_S)
+    return f"{1000 * value:.{decimals}f} ms"

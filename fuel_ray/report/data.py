@@ -75,8 +75,8 @@ class Run:
     @property
     def slo(self) -> Slo | None:
         """The limits and the share of requests that has to meet them; None where no limit is known."""
-        limits = [self.setting(f"slo_{name}_s") for name in ("ttft", "tpot", "e2e")]
-        return None if not any(limits) else Slo(*limits, share=self.attainment_target)
+        ttft_s, tpot_s, e2e_s = (self.setting(f"slo_{name}_s") for name in ("ttft", "tpot", "e2e"))
+        return Slo(ttft_s, tpot_s, e2e_s, self.attainment_target) if ttft_s or tpot_s or e2e_s else None
 
     def setting(self, name: str) -> Any:
         """A config value by the last part of its key; None where the run has no such key."""

@@ -215,7 +215,7 @@ def _news(*, missed: bool, ratios: Mapping[str, Interval]) -> str:
 
 def _uses(ratios: Mapping[str, Interval]) -> str:
     """The learned policy's energy beside that of the baselines that say most."""
-    parts = []
+    parts: list[str] = []
     for name, ratio in list(ratios.items())[:_HEADLINE_BASELINES]:
         what = "" if parts else " energy per request"
         unsure_of = "" if ratio.low is None or ratio.excludes(1.0) else " (no significant difference)"
@@ -242,7 +242,7 @@ def _below(run: Run, shares: list[float]) -> str:
     """Under how many axes the target is missed, if under any."""
     target = run.attainment_target
     n = sum(target is not None and share < target for share in shares)
-    return f", below the target under {n} of the axes" if n else ""
+    return f", below the target under {n} of them" if n else ""
 
 
 def _untrained(run: Run) -> str:

@@ -97,7 +97,8 @@ def fit(profile: Profile, *, base: PerfModel) -> PerfModel:
 def too_few(points: Sequence[DecodePoint]) -> str:
     """Why a fit needs more decode rows than these; empty where it does not."""
     found = len({(point.seqs, point.context_tokens) for point in points})
-    few = f"decode rows with {found} different pairs of batch and context (b, ctx_mid); a fit needs {FEWEST}"
+    pairs = f"{found} different pairs of batch and context (b, ctx_mid)"
+    few = f"decode rows with {pairs}; a fit needs at least {FEWEST}"
     return few if found < FEWEST else ""
 
 

@@ -68,13 +68,13 @@ class Progress(tune.Callback):
         row = curve_row(result)
         self._done[trial.trial_id] = min(row["env_steps"], self._steps)
         sizes = "/".join(map(str, trial.config["env_config"]["block_sizes"]))
+        steps = f"block {sizes:>3}  {self._done[trial.trial_id]:>7,}/{self._steps:,} steps"
         shown = [
-            f"block {sizes:>3}  {self._done[trial.trial_id]:>7,}/{self._steps:,} steps",
             *_shown(row["reward"], "reward {:.2f}"),
             *_shown(row["energy_j_per_request"], "{:.1f} J/request"),
-            *_shown(row["slo_attainment"], "{:.3f} of SLO"),
+            *_shown(row["slo_attainment"], "SLO attainment {:.1%}"),
         ]
-        note = "  ".join(shown) + (", while exploring" if len(shown) > 1 else "")
+        note = "  ".join([steps, "exploring:", *shown] if shown else [steps])
         self._bar.at(sum(self._done.values()) / (self._trials * self._steps), note)
 
 

@@ -131,7 +131,7 @@ def _run_settings(config: LearnConfig, callbacks: list[tune.Callback], **where: 
             metric_columns={
                 _STEPS: "steps",
                 "env_runners/fuel/energy_j_per_request": "J/request",
-                "env_runners/fuel/slo_attainment": "of SLO",
+                "env_runners/fuel/slo_attainment": "SLO attainment",
                 "env_runners/fuel/reward": "reward",
             },
             max_report_frequency=30,  # s

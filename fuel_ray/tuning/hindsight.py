@@ -121,7 +121,7 @@ def hindsight_points(
         for own, best in zip(known, found, strict=True):
             own.append(best)
         prices[price_j] = _attained(found)
-        at = f"{_energy(found):.2f} J/request, {prices[price_j]:.4f} of SLO"
+        at = f"{_energy(found):.2f} J/request, SLO attainment {prices[price_j]:.2%}"
         say(f"hindsight at {price_j:.1f} J a miss: {at}")
         price_j = next_price(prices, attained)
     searched = {p: [min(own, key=lambda f: f.lagrangian(p)) for own in known] for p in sorted(prices)}
