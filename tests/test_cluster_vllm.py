@@ -73,6 +73,7 @@ def test_a_server_behind_an_actor_is_measured_and_dies_with_it(config, two_hosts
     node.close()
 
 
+@pytest.mark.slow
 def test_a_block_size_that_its_server_refuses_is_unsupported_there_too(config, two_hosts):
     with pytest.raises(UnsupportedError, match="block size 8"):
         node_of(config, 8)

@@ -24,7 +24,7 @@ def test_a_deployment_limits_a_real_server_under_load_and_lets_it_go(
     policy = write_policy(
         tmp_path / "policy", sizes=(32,), grid=GRID, best=Knobs(4, 1980), engine=f"vLLM {version}"
     )
-    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "25"]
+    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "18"]
     out = tmp_path / "out"
     with Load(real_server.url, clients=16) as load:
         began_s = time.monotonic()
@@ -40,7 +40,7 @@ def test_a_deployment_limits_a_real_server_under_load_and_lets_it_go(
         print(f"\nrunning {[line.get('running') for line in lines]}, vLLM {version}")
         print(f"waiting {[line.get('waiting') for line in lines]}")
         print(f"oldest wait {[line.get('oldest_wait_s') for line in lines]}")
-    assert [line["step"] for line in lines] == list(range(25)) and not any("error" in line for line in lines)
+    assert [line["step"] for line in lines] == list(range(18)) and not any("error" in line for line in lines)
     assert {line["applied"]["batch_limit"] for line in lines} == {4}
     assert all(line["running"] <= 4 for line in lines[8:]) and all(line["waiting"] > 4 for line in lines[8:])
     assert (
@@ -70,7 +70,7 @@ def test_a_guard_that_sees_the_queue_overrules_the_policy_on_a_real_server(
         **{"sizes": (32,), "grid": GRID, "best": Knobs(4, 1980)},
         engine=f"vLLM {server_version(real_server.url)}",
     )
-    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "20"]
+    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "14"]
     arguments = ["--policy", str(policy), "--server", real_server.url, "--out", str(tmp_path / "out"), *flags]
     with Load(real_server.url, clients=16):
         assert main(["deploy", *arguments, "--guard.max-waiting", "8"]) == 0

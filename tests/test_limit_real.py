@@ -77,7 +77,7 @@ def gpu(monkeypatch):
 def test_a_scheduler_of_ones_own_that_heeds_the_limit_is_limited(model, tmp_path):
     flags = ["--scheduler-cls", "own_schedulers.Heeding"]
     with limited(model, tmp_path, flags=flags) as (server, limit_file):
-        code, lines = deployed(server, limit_file, tmp_path, steps=20)
+        code, lines = deployed(server, limit_file, tmp_path, steps=14)
     assert (tmp_path / "plugin").read_text() == str(ROOT / "fuel_ray" / "vllm_plugin.py")
     assert code == 0 and {line["applied"]["batch_limit"] for line in lines[3:]} == {4}
     assert all(line["limit_acknowledged"] for line in lines[3:])
@@ -85,13 +85,13 @@ def test_a_scheduler_of_ones_own_that_heeds_the_limit_is_limited(model, tmp_path
 
 
 GREEDY = ("--scheduler-cls", "own_schedulers.Greedy")
-WITHOUT = {
-    "no plug-in": ((), "none", "no vLLM scheduler has read "),
-    "own schedule": (GREEDY, "fuel_ray", "its scheduler had 32 in force "),
-}
+WITHOUT = [
+    pytest.param((), "none", "no vLLM scheduler has read ", marks=pytest.mark.slow, id="no plug-in"),
+    pytest.param(GREEDY, "fuel_ray", "its scheduler had 32 in force ", id="own schedule"),
+]
 
 
-@pytest.mark.parametrize(("flags", "plugins", "words"), WITHOUT.values(), ids=WITHOUT)
+@pytest.mark.parametrize(("flags", "plugins", "words"), WITHOUT)
 def test_a_limit_that_is_not_heeded_is_not_said_to_be_in_force(
     model, tmp_path, capsys, flags, plugins, words
 ):

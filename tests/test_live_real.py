@@ -150,7 +150,7 @@ def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_size
     assert "measured on a live node" in capsys.readouterr().out
 
 
-@pytest.fixture(params=["live", "ray"])
+@pytest.fixture(params=[pytest.param("live", marks=pytest.mark.slow), "ray"])
 def sweep_flags(request, tmp_path, monkeypatch):
     """The flags for a node here, or on a host of a cluster whose actors have the same fake pynvml."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'lib'}:{ROOT}")

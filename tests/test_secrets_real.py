@@ -69,6 +69,7 @@ def test_a_deployment_before_a_server_behind_a_key_and_a_path(server, tmp_path, 
     unseen(tmp_path, *capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_an_evaluation_starts_a_server_with_its_key(model, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
