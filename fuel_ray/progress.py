@@ -19,11 +19,14 @@ _PRIOR = 0.1  # of a run, for which the expected pace counts before the one that
 class Bar:
     """The stages of a run in their order, by the seconds that each is expected to take.
 
-    It shows something only as a context manager; a copy in another process shows nothing.
+    It shows something only as a context manager; a copy in another process shows nothing. Where it is a stage
+    of another run, the terminal keeps the bar ``around`` it. Without ``lines`` only a terminal is shown it.
     """
 
-    def __init__(self, stages: Mapping[str, float]) -> None:
-        self._stages = dict(stages)
+    def __init__(
+        self, stages: Mapping[str, float], *, around: "Bar | None" = None, lines: bool = True
+    ) -> None:
+        self._stages, self._around, self._says = dict(stages), around, lines
         self._stage, self._share, self._note = "", 0.0, ""
         self._part = (0.0, 1.0)  # of the run, that the stages are gone through for
         self._began_s = self._said_s = self._told_s = 0.0  # monotonic
@@ -36,11 +39,13 @@ class Bar:
     def __enter__(self) -> "Bar":
         self._began_s = self._said_s = self._told_s = time.monotonic()
         console = Console()
+        if console.is_terminal and self._around is not None:
+            return self
         if console.is_terminal:
             self._bar = Progress(*self._columns(), console=console)
             self._bar.add_task("begin", total=1.0)
             self._bar.start()
-        else:
+        elif self._says:
             self._lines = threading.Event()
             threading.Thread(target=self._beat, args=(self._lines,), daemon=True).start()
         return self
@@ -64,8 +69,10 @@ class Bar:
     def at(self, share: float, note: str = "") -> None:
         """How much of the stage is done, and what is to be said of it."""
         self._share, self._note, self._told_s = share, note, time.monotonic()
+        words = f"{self._stage}  {note}".strip()
+        if self._around is not None:
+            self._around.at(self.done, words)
         if self._bar is not None:
-            words = f"{self._stage}  {note}".strip()
             self._bar.update(self._bar.task_ids[0], completed=self.done, description=words)
         elif self._lines is not None:
             self._say()

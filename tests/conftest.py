@@ -4,6 +4,9 @@ import signal
 
 import pytest
 
+from tests.real_vllm import model, real_server  # noqa: F401  (fixtures)
+
+TWO_HOSTS = ("test_cluster.py", "test_doctor.py", "test_node_contract.py")
 RAY_SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two torch threads are slower than one on small nets
@@ -36,6 +39,25 @@ def two_hosts():
             ray.init(hosts.address, log_to_driver=False, logging_level=logging.ERROR)
             yield hosts
             ray.shutdown()
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for all of the fast tests; one for some of them, and for servers, clusters, trainings."""
+    option = config.option
+    some = option.file_or_dir or option.keyword or option.lf or not option.markexpr.startswith("not slow")
+    return 0 if some else 2
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A process takes whole files, since they share fixtures; those that share ``two_hosts`` are one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "two_hosts" if file.endswith(TWO_HOSTS) else file
+
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items):

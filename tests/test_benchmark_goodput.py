@@ -13,9 +13,9 @@ from fuel_ray.live.load.loadgen import LoadResult
 from fuel_ray.report.benchmark import _goodput_figures
 from fuel_ray.types import RequestRecords
 from tests.fake_nvml import FakeNvml
+from tests.real_vllm import BIN
 from tests.stub_vllm import serving
 from tests.test_live_node import CountingStub
-from tests.test_vllm_real import BIN
 
 
 @pytest.fixture
@@ -128,7 +128,6 @@ for own in limits:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(not BIN, reason="FUEL_RAY_VLLM is not set")
 def test_vllm_itself_counts_the_same():

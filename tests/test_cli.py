@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -413,17 +414,14 @@ def test_an_interruption_is_said_and_exits_with_130(capsys, monkeypatch):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_the_experiment_is_the_verb(tmp_path):
+def test_the_experiment_is_the_verb(tmp_path, monkeypatch, capsys):
     script = Path(__file__).parent.parent / "experiments/sweep_block_size.py"
-    done = subprocess.run(
-        [sys.executable, script, "--block-sizes", "7"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "--block-sizes 7" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "--block-sizes", "7"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and "--block-sizes 7" in said.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,8 +12,8 @@ from fuel_ray.build.nodes import build_node
 from fuel_ray.config import LiveConfig, ServingConfig
 from fuel_ray.errors import UnsupportedError
 from fuel_ray.types import Knobs
+from tests.real_vllm import BIN, FLAGS, pytestmark  # noqa: F401  (the marks)
 from tests.test_cluster import actors_of, remote_node
-from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture and the marks)
 
 
 def start(config, kv_block_size, gpu_ids):
@@ -34,7 +34,7 @@ def node_of(config, kv_block_size):
 
 
 @pytest.fixture
-def config(model, tmp_path):  # noqa: F811
+def config(model, tmp_path):
     flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
     return ServingConfig(
         node="live",
@@ -73,6 +73,7 @@ def test_a_server_behind_an_actor_is_measured_and_dies_with_it(config, two_hosts
     node.close()
 
 
+@pytest.mark.slow
 def test_a_block_size_that_its_server_refuses_is_unsupported_there_too(config, two_hosts):
     with pytest.raises(UnsupportedError, match="block size 8"):
         node_of(config, 8)

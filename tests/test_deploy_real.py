@@ -2,9 +2,6 @@
 
 import json
 import time
-from pathlib import Path
-
-import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
@@ -13,34 +10,25 @@ from fuel_ray.types import Knobs
 from fuel_ray.vllm_plugin import create_file, read_file
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import write_policy
-from tests.test_vllm_real import BIN, FLAGS, Load, model, pytestmark, vllm_server  # noqa: F401  (a fixture and the marks)
+from tests.real_vllm import Load, pytestmark  # noqa: F401  (the marks)
 
-ROOT = Path(__file__).parent.parent
 GRID = ActionGrid((4, 32), (1980,))
 
 
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("server")
-    limit_file = folder / "limit"
-    with vllm_server(
-        model, folder, env={"PYTHONPATH": str(ROOT)}, kv_block_size=32, limit_file=limit_file
-    ) as started:
-        yield started, limit_file
-
-
-def test_a_deployment_limits_a_real_server_under_load_and_lets_it_go(server, tmp_path, monkeypatch, capsys):
-    started, limit_file = server
+def test_a_deployment_limits_a_real_server_under_load_and_lets_it_go(
+    real_server, tmp_path, monkeypatch, capsys
+):
+    limit_file = real_server.limit_file
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
-    version = server_version(started.url)
+    version = server_version(real_server.url)
     policy = write_policy(
         tmp_path / "policy", sizes=(32,), grid=GRID, best=Knobs(4, 1980), engine=f"vLLM {version}"
     )
-    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "25"]
+    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "18"]
     out = tmp_path / "out"
-    with Load(started.url, clients=16) as load:
+    with Load(real_server.url, clients=16) as load:
         began_s = time.monotonic()
-        arguments = ["--policy", str(policy), "--server", started.url, "--out", str(out), *flags]
+        arguments = ["--policy", str(policy), "--server", real_server.url, "--out", str(out), *flags]
         code = main(["deploy", *arguments, "--guard.max-wait-s", "1000", "--guard.no-latency"])
         assert code == 0 and time.monotonic() - began_s < 60
         assert not limit_file.exists() and load.failures == []
@@ -52,7 +40,7 @@ def test_a_deployment_limits_a_real_server_under_load_and_lets_it_go(server, tmp
         print(f"\nrunning {[line.get('running') for line in lines]}, vLLM {version}")
         print(f"waiting {[line.get('waiting') for line in lines]}")
         print(f"oldest wait {[line.get('oldest_wait_s') for line in lines]}")
-    assert [line["step"] for line in lines] == list(range(25)) and not any("error" in line for line in lines)
+    assert [line["step"] for line in lines] == list(range(18)) and not any("error" in line for line in lines)
     assert {line["applied"]["batch_limit"] for line in lines} == {4}
     assert all(line["running"] <= 4 for line in lines[8:]) and all(line["waiting"] > 4 for line in lines[8:])
     assert (
@@ -72,17 +60,19 @@ def _runs_freely_again(limit_file):
         time.sleep(0.05)
 
 
-def test_a_guard_that_sees_the_queue_overrules_the_policy_on_a_real_server(server, tmp_path, monkeypatch):
-    started, limit_file = server
+def test_a_guard_that_sees_the_queue_overrules_the_policy_on_a_real_server(
+    real_server, tmp_path, monkeypatch
+):
+    limit_file = real_server.limit_file
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     policy = write_policy(
         tmp_path / "policy",
         **{"sizes": (32,), "grid": GRID, "best": Knobs(4, 1980)},
-        engine=f"vLLM {server_version(started.url)}",
+        engine=f"vLLM {server_version(real_server.url)}",
     )
-    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "20"]
-    arguments = ["--policy", str(policy), "--server", started.url, "--out", str(tmp_path / "out"), *flags]
-    with Load(started.url, clients=16):
+    flags = ["--limit-file", str(limit_file), "--clock-control", "off", "--max-steps", "14"]
+    arguments = ["--policy", str(policy), "--server", real_server.url, "--out", str(tmp_path / "out"), *flags]
+    with Load(real_server.url, clients=16):
         assert main(["deploy", *arguments, "--guard.max-waiting", "8"]) == 0
     (steps,) = (tmp_path / "out").glob("deploy-*/steps.jsonl")
     lines = [json.loads(line) for line in steps.read_text().splitlines()]

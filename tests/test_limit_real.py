@@ -10,8 +10,8 @@ from fuel_ray.live.vllm.server import VllmServer, server_version
 from fuel_ray.types import Knobs
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import write_policy
-from tests.test_deploy_real import GRID, ROOT
-from tests.test_vllm_real import BIN, FLAGS, Load, model, pytestmark  # noqa: F401  (a fixture and the marks)
+from tests.real_vllm import BIN, FLAGS, ROOT, Load, pytestmark  # noqa: F401  (the marks)
+from tests.test_deploy_real import GRID
 
 OWN_SCHEDULERS = """
 from pathlib import Path
@@ -38,7 +38,7 @@ class Greedy(AsyncScheduler):
 
 
 @contextmanager
-def limited(model, folder, *, flags=(), **env):  # noqa: F811
+def limited(model, folder, *, flags=(), **env):
     (folder / "own_schedulers.py").write_text(OWN_SCHEDULERS)
     limit_file = folder / "limit"
     own = {"PYTHONPATH": f"{folder}:{ROOT}", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -74,10 +74,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
 
 
-def test_a_scheduler_of_ones_own_that_heeds_the_limit_is_limited(model, tmp_path):  # noqa: F811
+def test_a_scheduler_of_ones_own_that_heeds_the_limit_is_limited(model, tmp_path):
     flags = ["--scheduler-cls", "own_schedulers.Heeding"]
     with limited(model, tmp_path, flags=flags) as (server, limit_file):
-        code, lines = deployed(server, limit_file, tmp_path, steps=20)
+        code, lines = deployed(server, limit_file, tmp_path, steps=14)
     assert (tmp_path / "plugin").read_text() == str(ROOT / "fuel_ray" / "vllm_plugin.py")
     assert code == 0 and {line["applied"]["batch_limit"] for line in lines[3:]} == {4}
     assert all(line["limit_acknowledged"] for line in lines[3:])
@@ -85,25 +85,26 @@ def test_a_scheduler_of_ones_own_that_heeds_the_limit_is_limited(model, tmp_path
 
 
 GREEDY = ("--scheduler-cls", "own_schedulers.Greedy")
-WITHOUT = {
-    "no plug-in": ((), "none", "limit", "no vLLM scheduler has read "),
-    "another file": ((), "fuel_ray", "another", "no vLLM scheduler has read "),
-    "own schedule": (GREEDY, "fuel_ray", "limit", "the scheduler kept 32 "),
-}
+WITHOUT = [
+    pytest.param((), "none", "no vLLM scheduler has read ", marks=pytest.mark.slow, id="no plug-in"),
+    pytest.param(GREEDY, "fuel_ray", "the scheduler kept 32 ", id="own schedule"),
+]
 
 
-@pytest.mark.parametrize(("flags", "plugins", "name", "words"), WITHOUT.values(), ids=WITHOUT)
+@pytest.mark.parametrize(("flags", "plugins", "words"), WITHOUT)
 def test_a_limit_that_is_not_heeded_is_not_said_to_be_in_force(
-    model,  # noqa: F811
-    tmp_path,
-    capsys,
-    flags,
-    plugins,
-    name,
-    words,
+    model, tmp_path, capsys, flags, plugins, words
 ):
-    with limited(model, tmp_path, flags=flags, VLLM_PLUGINS=plugins) as (server, _):
-        code, lines = deployed(server, tmp_path / name, tmp_path, steps=60)
+    with limited(model, tmp_path, flags=flags, VLLM_PLUGINS=plugins) as (server, limit_file):
+        _stays_at_32(server, limit_file, tmp_path, capsys, words)
+
+
+def test_a_limit_in_another_file_is_not_said_to_be_in_force(real_server, tmp_path, capsys):
+    _stays_at_32(real_server, tmp_path / "another", tmp_path, capsys, "no vLLM scheduler has read ")
+
+
+def _stays_at_32(server, limit_file, tmp_path, capsys, words):
+    code, lines = deployed(server, limit_file, tmp_path, steps=60)
     assert code == 2 and len(lines) < 30
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fuel-ray: ")]
     assert len(err) == 1 and f"fuel-ray: batch limit 4 is not in force: {words}" in err[0]

@@ -22,21 +22,12 @@ from fuel_ray.types import Knobs, NodeSpec, Requests, Slo
 from tests.conftest import RAY_SETTINGS
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.ray_hosts import Hosts
+from tests.real_vllm import BIN, FLAGS, pytestmark  # noqa: F401  (the marks)
 from tests.test_lease import FAKE_PYNVML, ROOT
-from tests.test_vllm_real import BIN, FLAGS, model, pytestmark, vllm_server  # noqa: F401  (a fixture and the marks)
-
-
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("server")
-    limit_file = folder / "limit"
-    with vllm_server(model, folder, kv_block_size=32, limit_file=limit_file) as started:
-        yield started, limit_file
 
 
 @pytest.fixture
-def node(server, monkeypatch):
-    started, limit_file = server
+def node(real_server, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     spec = NodeSpec("cpu", "fake", ("GPU-0",), "tiny", 32, 100, (1, 32), (1980,))
     n = 400
@@ -46,13 +37,13 @@ def node(server, monkeypatch):
 
     def start_load(seed):
         prompts = TokenPrompts(work, vocab_size=500, rng=np.random.default_rng(seed))
-        return LoadGenerator(started.url, work, prompts=prompts, model="tiny")
+        return LoadGenerator(real_server.url, work, prompts=prompts, model="tiny")
 
     made = GpuNode(
         spec,
         Gpus(["GPU-0"]),
-        MetricsClient(started.url),
-        limiter=BatchLimiter(limit_file),
+        MetricsClient(real_server.url),
+        limiter=BatchLimiter(real_server.limit_file),
         start_load=start_load,
     )
     yield made
@@ -74,13 +65,20 @@ def test_the_control_loop_drives_a_real_server(node):
     assert len(records) > 20 and np.isfinite(records.finished_s).all()
 
 
-def test_the_monitor_and_the_benchmark_work_on_a_real_server(server, tmp_path, monkeypatch):
-    started, _ = server
+def test_the_monitor_and_the_benchmark_work_on_a_real_server(real_server, tmp_path, monkeypatch):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
-    with KVCacheMonitor(started.url, interval=0.2) as monitor:
+    with KVCacheMonitor(real_server.url, interval=0.2) as monitor:
         code = main(
             [
-                *("benchmark", "--model", "tiny", "--port", str(started.port), "--num-prompts", "40"),
+                *(
+                    "benchmark",
+                    "--model",
+                    "tiny",
+                    "--port",
+                    str(real_server.server.port),
+                    "--num-prompts",
+                    "40",
+                ),
                 *("--request-rate", "10", "--random-input-len", "32", "--random-output-len", "16"),
                 *("--vocab-size", "500", "--monitor-cpu", "--enable-kv-trace", "--save-result"),
                 *("--result-dir", str(tmp_path)),
@@ -96,12 +94,11 @@ def test_the_monitor_and_the_benchmark_work_on_a_real_server(server, tmp_path, m
     assert max(kv["trace"]["requests_running"]) > 0 and kv["samples_collected"] >= 6
 
 
-def test_a_benchmarks_trace_knows_the_server_and_is_validated(server, tmp_path, monkeypatch, capsys):
-    started, _ = server
+def test_a_benchmarks_trace_knows_the_server_and_is_validated(real_server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(energy_mj=None)))
     code = main(
         [
-            *("benchmark", "--model", "tiny", "--port", str(started.port), "--num-prompts", "30"),
+            *("benchmark", "--model", "tiny", "--base-url", real_server.url, "--num-prompts", "30"),
             *("--request-rate", "10", "--random-input-len", "32", "--random-output-len", "16"),
             *("--vocab-size", "500", "--save-trace", "--result-dir", str(tmp_path)),
         ]
@@ -121,7 +118,7 @@ def test_a_benchmarks_trace_knows_the_server_and_is_validated(server, tmp_path, 
 
 
 def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_sizes(
-    model,  # noqa: F811
+    model,
     tmp_path,
     monkeypatch,
     capsys,
@@ -134,7 +131,7 @@ def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_size
             *("--live.flags=" + " ".join(flags), "--live.clock-control", "off", "--live.vocab-size", "500"),
             *("--max-num-seqs", "32", "--kv-tokens", "65536", "--block-sizes", "8", "32"),
             *("--workload", "steady:rate_rps=4,lengths=fixed,prompt_mean=32,output_mean=16"),
-            *("--seconds", "6", "--seeds", "2"),
+            *("--seconds", "6", "--seeds", "1"),
             *("--static", "max", "2", "--out", str(tmp_path)),
         ]
     )
@@ -144,34 +141,34 @@ def test_policies_are_evaluated_on_a_live_node_that_skips_unsupported_block_size
         trace = read_trace(str(path))
         assert trace.info["said_by"]["max_num_seqs"] == "--max-num-seqs" and trace.info["failed"] == 0
         assert trace.limit_schedule[0] == (0.0, 32) and trace.limit_schedule[-1][1] in {32, 2}
-    names = [f"block32-{policy}-seed{k}.json" for policy in ("max_performance", "static-2") for k in (0, 1)]
+    names = [f"block32-{policy}-seed0.json" for policy in ("max_performance", "static-2")]
     assert sorted(path.name for path in folder.glob("traces/*.json")) == names
     run = json.loads((folder / "run.json").read_text())
     assert list(run["unsupported"]) == ["8"] and run["origin"] == "measured" and not run["partial"]
     rows = (folder / "summary.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 2
+    assert len(rows) == 1 + 2
     assert "measured on a live node" in capsys.readouterr().out
 
 
-@pytest.fixture(params=["live", "ray"])
-def live_node_flags(request, tmp_path, monkeypatch):
+@pytest.fixture(params=[pytest.param("live", marks=pytest.mark.slow), "ray"])
+def sweep_flags(request, tmp_path, monkeypatch):
     """The flags for a node here, or on a host of a cluster whose actors have the same fake pynvml."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'lib'}:{ROOT}")
     monkeypatch.setenv("FAKE_NVML_LOG", str(tmp_path / "nvml.log"))
     monkeypatch.setenv("FUEL_RAY_STATE_DIR", str(tmp_path / "state"))
     if request.param == "live":
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        yield ["--node", "live"]
+        yield ["--node", "live", "--block-sizes", "32"]
         return
     for name, value in RAY_SETTINGS.items():
         monkeypatch.setenv(name, value)
     with Hosts(0) as hosts:
         hosts.add(gpus=1)
         monkeypatch.setenv("RAY_ADDRESS", hosts.address)
-        yield ["--node", "ray", "--backend", "live"]
+        yield ["--node", "ray", "--backend", "live", "--block-sizes", "8", "32"]
 
 
-def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp_path):  # noqa: F811
+def test_a_sweep_learns_and_evaluates_on_a_live_node(model, sweep_flags, tmp_path):
     """In processes of its own and of Ray's, whose pynvml is a fake that logs who sets clocks."""
     (tmp_path / "lib").mkdir()
     without_counter = FAKE_PYNVML.replace('FakeGpu("GPU-0")', 'FakeGpu("GPU-0", energy_mj=None)')
@@ -179,13 +176,13 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp
     flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "fuel_ray", "sweep", *live_node_flags, "--live.model", str(model)),
+            *(sys.executable, "-m", "fuel_ray", "sweep", *sweep_flags, "--live.model", str(model)),
             *("--live.vllm", f"{BIN}/vllm", "--live.flags=" + " ".join(flags), "--live.vocab-size", "500"),
-            *("--max-num-seqs", "32", "--kv-tokens", "65536", "--block-sizes", "8", "32"),
+            *("--max-num-seqs", "32", "--kv-tokens", "65536"),
             *("--workload", "steady:rate_rps=4,lengths=fixed,prompt_mean=32,output_mean=16"),
-            *("--control-workload", "None", "--grid-batch-limits", "4", "16", "--steps", "24"),
-            *("--train.iterations", "2", "--train.episode-steps", "8", "--train.fragment-steps", "5"),
-            *("--train.batch-size", "4", "--seeds", "1", "--live-seconds", "5", "--out", str(tmp_path)),
+            *("--control-workload", "None", "--grid-batch-limits", "4", "16", "--steps", "10"),
+            *("--train.iterations", "2", "--train.episode-steps", "4", "--train.fragment-steps", "5"),
+            *("--train.batch-size", "4", "--seeds", "1", "--live-seconds", "3", "--out", str(tmp_path)),
         ],
         capture_output=True,
         text=True,
@@ -195,7 +192,8 @@ def test_a_sweep_learns_and_evaluates_on_a_live_node(model, live_node_flags, tmp
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.glob("sweep-*")
     run = json.loads((folder / "run.json").read_text())
-    assert list(run["unsupported"]) == ["8"] and run["engine"].startswith("vLLM 0.")
+    assert list(run["unsupported"]) == [size for size in sweep_flags if size == "8"]
+    assert run["engine"].startswith("vLLM 0.")
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
     assert {row["policy"] for row in rows} == {
         "max_performance",

@@ -37,7 +37,7 @@ ONE_CLOCK = ["--gpu-clocks-mhz", "1980"]
 def quick(monkeypatch):
     """A training that writes a policy by hand, and episodes of a minute."""
 
-    def trained(config):
+    def trained(config, around=None):
         pack, folder = load_pack(config.pack), new_folder(config.out, "train")
         write_policy(
             folder / "policies" / f"block_{config.block_sizes[0]}",
@@ -156,6 +156,22 @@ def test_it_goes_on_with_the_stage_that_was_killed(tmp_path, monkeypatch, capsys
     assert ran == [*range(at + 1), *range(at, len(STAGES))]
 
 
+def test_a_terminal_has_one_bar_over_all_stages(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def noted(stage):
+        return replace(stage, run=lambda state: seen.append((state.bar, state.bar.done)) or {})
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(stages, "STAGES", tuple(map(noted, STAGES)))
+    onboarded(tmp_path)
+    shares = [done for _, done in seen]
+    assert len({bar for bar, _ in seen}) == 1 and shares == sorted(shares) and shares[0] == 0.0 < shares[-1]
+    said = capsys.readouterr().out
+    assert "[3/9] profile" in said and " left" in said
+
+
 def test_a_resumed_onboarding_keeps_its_settings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "STAGES", ())
     folder = onboarded(tmp_path)
@@ -182,7 +198,7 @@ def test_a_load_that_is_changed_before_the_training_is_taken(tmp_path, monkeypat
 def test_a_training_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
     given, trained = [], train.run
 
-    def killed(config):
+    def killed(config, around=None):
         given.append(config.resume)
         if config.resume is None:
             new_folder(config.out, "train")

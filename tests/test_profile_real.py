@@ -1,6 +1,5 @@
-"""Profiling servers: a real vLLM on the CPU (FUEL_RAY_VLLM is its bin folder), and a stub over HTTP."""
+"""Profiling a server in real time: a stub over HTTP. A real vLLM's profile is in test_onboard_real.py."""
 
-import json
 import os
 import re
 import signal
@@ -11,28 +10,13 @@ import time
 import pytest
 
 from fuel_ray.cli import main
-from fuel_ray.sim.loads import TRACES
-from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.recorded import read_trace
-from fuel_ray.sim.replay import measured_figures
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.serving_stub import ServingStub
 from tests.stub_vllm import serving
 from tests.test_lease import FAKE_PYNVML, ROOT
-from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture)
 
-real, pytestmark = pytestmark, []
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 SHORT = ("--contexts", "64", "--prompts", "128", "--windows", "1", "--no-traces", "--live.model", "tiny")
-
-
-def _marked(marks):
-    def mark(test):
-        for each in marks:
-            test = each(test)
-        return test
-
-    return mark
 
 
 @pytest.fixture
@@ -42,42 +26,11 @@ def gpu(monkeypatch):
     return gpu
 
 
-@_marked(real)
-def test_a_profile_of_a_real_server_is_fitted(model, gpu, tmp_path, capsys):  # noqa: F811
-    flags = [flag for flag in FLAGS if flag not in ("--max-num-seqs", "32")]
-    code = main(
-        [
-            *("profile", "--node", "live", "--live.model", str(model), "--live.vllm", f"{BIN}/vllm"),
-            *("--live.flags=" + " ".join(flags), "--live.clock-control", "off", "--live.vocab-size", "500"),
-            *("--max-num-seqs", "32", "--kv-tokens", "65536", "--block-sizes", "32", "--windows", "2"),
-            *("--batches", "1", "2", "4", "8", "--contexts", "64", "512", "--prompts", "128", "512", "4096"),
-            *("--out", str(tmp_path)),
-        ]
-    )
-    said = capsys.readouterr().out
-    assert code == 0, said
-    assert "skipped: prompts of 4096 tokens (the server accepts 2048 tokens with the output)" in said
-    (path,) = tmp_path.glob("profile-*/profile.jsonl")
-    traces = sorted((path.parent / "traces").iterdir())
-    assert {trace.stem.rpartition("-")[0] for trace in traces} == set(TRACES), said
-    for trace in traces:
-        info, run = json.loads(trace.read_text())["info"], read_trace(str(trace))
-        assert (
-            info["origin"] == "measured" and info["engine"].startswith("vLLM 0.") and info["client_busy"] < 1
-        )
-        assert measured_figures(run)["mean_power"] == pytest.approx(400, rel=0.05)
-    out = tmp_path / "pack.json"
-    names = ["--name", "mine", "--gpu", "NVIDIA H100", "--out", str(out), "--power-cap-w", "700"]
-    assert main(["calibrate", "--profile", str(path), *names]) == 0
-    assert load_pack(str(out)).name == "mine"
-
-
 def _profile(stub, tmp_path, *flags):
     server = ("--live.server", stub.url, "--live.clock-control", "off")
     return main(["profile", "--node", "live", *server, *SHORT, "--out", str(tmp_path), *flags])
 
 
-@slow
 def test_a_server_that_goes_in_mid_profile_costs_what_is_missing(gpu, tmp_path, capsys):
     with serving(ServingStub(token_delay_s=0.005, dies_after=12)) as stub:
         assert _profile(stub, tmp_path, "--batches", "1", "2") == 2
@@ -89,14 +42,12 @@ def test_a_server_that_goes_in_mid_profile_costs_what_is_missing(gpu, tmp_path, 
     assert "3 points more than the 3 that are there at 1 clock" in capsys.readouterr().out
 
 
-@slow
 def test_requests_of_somebody_else_on_a_server_are_said(gpu, tmp_path, capsys):
     with serving(ServingStub(token_delay_s=0.005, foreign=4)) as stub:
         assert _profile(stub, tmp_path, "--batches", "1") == 2
     assert re.search("another client uses the server: at least [1-4] requests", capsys.readouterr().err)
 
 
-@slow
 def test_a_short_model_is_refused_and_requests_that_fail_are_said(gpu, tmp_path, capsys):
     with serving(ServingStub(max_model_len=128)) as stub:
         assert _profile(stub, tmp_path) == 2
@@ -108,7 +59,6 @@ def test_a_short_model_is_refused_and_requests_that_fail_are_said(gpu, tmp_path,
     assert "no decode point could be measured" in said.err
 
 
-@slow
 def test_a_clock_that_something_else_holds_is_said(gpu, tmp_path, capsys):
     gpu.sm_clock_mhz = 1500
     with serving(ServingStub(token_delay_s=0.005)) as stub:
@@ -116,7 +66,6 @@ def test_a_clock_that_something_else_holds_is_said(gpu, tmp_path, capsys):
     assert "throttled: 1500 MHz instead of 1980 at 400 W of 700" in capsys.readouterr().out
 
 
-@slow
 @pytest.mark.parametrize(("by", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_profile_that_is_ended_gives_the_clocks_back(tmp_path, by, code):
     (tmp_path / "lib").mkdir()

@@ -92,6 +92,28 @@ def test_a_narrow_terminal_cuts_the_words_and_keeps_the_end_of_the_run_in_one_li
     assert "training  block" in last and "0:00:00" in last and re.search(r"about \d+ min left", last)
 
 
+def test_a_run_that_is_a_stage_of_another_moves_its_bar_and_has_none(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Bar({"profile": 60.0, "train": 60.0}, lines=False) as outer:
+        outer.stage("train")
+        with Bar({"a": 10.0, "b": 30.0}, around=outer) as inner:
+            inner.stage("b")
+            assert outer.done == pytest.approx(0.5 + 0.25 / 2)
+    assert "train  b" in capsys.readouterr().out
+
+
+def test_without_a_terminal_a_stage_of_another_run_says_its_own_lines(capsys):
+    with (
+        Bar({"train": 60.0}, lines=False) as outer,
+        Bar({"a": 10.0, "b": 30.0}, around=outer) as inner,
+    ):
+        outer.stage("train")
+        inner.stage("b")
+    (line,) = lines(capsys)
+    assert line.startswith("[ 25%]  b  (")
+
+
 @pytest.mark.parametrize("bar", [UNSEEN, Bar({"a": 1.0})])
 def test_who_is_called_without_a_bar_shows_nothing(bar, capsys):
     bar.stage("a")

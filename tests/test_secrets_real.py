@@ -10,13 +10,13 @@ from fuel_ray.live.vllm.server import VllmServer, server_version
 from fuel_ray.types import Knobs
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import write_policy
-from tests.test_deploy_real import GRID, ROOT
+from tests.real_vllm import BIN, FLAGS, ROOT, pytestmark  # noqa: F401  (the marks)
+from tests.test_deploy_real import GRID
 from tests.test_secrets import KEY, LOAD, around, unseen  # noqa: F401  (a fixture)
-from tests.test_vllm_real import BIN, FLAGS, model, pytestmark  # noqa: F401  (a fixture and the marks)
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):  # noqa: F811
+def server(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     started = VllmServer(
         str(model),
@@ -69,7 +69,8 @@ def test_a_deployment_before_a_server_behind_a_key_and_a_path(server, tmp_path, 
     unseen(tmp_path, *capfd.readouterr())
 
 
-def test_an_evaluation_starts_a_server_with_its_key(model, tmp_path, monkeypatch, capfd):  # noqa: F811
+@pytest.mark.slow
+def test_an_evaluation_starts_a_server_with_its_key(model, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(uuid="GPU-0")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -15,6 +15,7 @@ from fuel_ray.disk import write_or_keep
 from fuel_ray.errors import ConfigError, NodeError
 from fuel_ray.flags import parse_serving, resumed, value_of
 from fuel_ray.live.vllm.facts import assumed
+from fuel_ray.progress import UNSEEN, Bar
 from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json, write_json, write_lines
 from fuel_ray.sim.calibrate import too_few
 from fuel_ray.sim.loads import Server
@@ -78,7 +79,7 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
     return config
 
 
-def run(config: ProfileConfig) -> int:
+def run(config: ProfileConfig, bar: Bar = UNSEEN) -> int:
     """Print a line per point, and write its row or its trace; what there is when stopped stays."""
     run_dir = config.resume or new_folder(config.out, "profile")
     facts = _facts(config)
@@ -98,7 +99,7 @@ def run(config: ProfileConfig) -> int:
         _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
         write_json(run_dir / "run.json", facts)
         of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
-        for point, found in _probes(replace(there, traces=traces), server, rows, run_dir):
+        for point, found in _probes(replace(there, traces=traces), server, rows, run_dir, bar):
             if found.row is not None:
                 keep(json.dumps(found.row))
             if found.trace is not None:
@@ -187,7 +188,7 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
 
 
 def _probes(
-    config: ProfileConfig, server: Server, rows: list[dict[str, Any]], run_dir: Path
+    config: ProfileConfig, server: Server, rows: list[dict[str, Any]], run_dir: Path, bar: Bar
 ) -> Iterator[tuple[Point, Probe]]:
     """Measure the points that are missing, with a line for each, and ``rows`` grown by them."""
     lengths = Lengths(config.batches, config.contexts, config.prompts, config.output_tokens, config.windows)
@@ -199,7 +200,7 @@ def _probes(
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
     missing = [point for point in plan if not _is_there(point, rows, run_dir)]
     first = [warm_up(missing[0].clock_mhz, lengths, server)] if missing else []
-    progress = _Progress([*first, *missing])
+    progress = _Progress([*first, *missing], bar)
     progress.begin(len(plan) - len(missing), len(clocks_mhz))
     for point in progress.points:
         of_clock = [row for row in rows if row["clock_mhz"] == point.clock_mhz]
@@ -223,8 +224,8 @@ def _is_there(point: Point, rows: Sequence[dict[str, Any]], run_dir: Path) -> bo
 class _Progress:
     """Says how long it will take before it begins, and at each point what is left."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
-        self.points = tuple(points)
+    def __init__(self, points: Sequence[Point], bar: Bar) -> None:
+        self.points, self._bar = tuple(points), bar
         self._done, self._spent_s, self._expected_s = 0, 0.0, 0.0
 
     def begin(self, there: int, clocks: int) -> None:
@@ -239,6 +240,7 @@ class _Progress:
         self._spent_s += found.spent_s
         self._expected_s += point.expected_s + CHANGE_S
         whole_s = self._spent_s + self._left_s() * min(max(self._spent_s / self._expected_s, 0.5), 3.0)
+        self._bar.at(self._spent_s / whole_s, f"{self._done}/{len(self.points)} points")
         line = f"{self._done}/{len(self.points)}  {self._spent_s / 60:.1f} of about {whole_s / 60:.1f} min"
         print(f"{line}  {point.clock_mhz} MHz  {_told(point, found)}", flush=True)
         if found.note:

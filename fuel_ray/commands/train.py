@@ -19,10 +19,10 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
     return replace(config, steps=steps, train=own)
 
 
-def run(config: TrainVerbConfig) -> int:
-    """Train, or resume a training; prints where the policies are."""
-    loads = [config.workload]
-    with running(config, "train", loads, held_out=()) as run_dir, Bar(expected_s(config)) as bar:
+def run(config: TrainVerbConfig, around: Bar | None = None) -> int:
+    """Train, or resume a training; prints where the policies are. It may be a stage of the bar ``around``."""
+    loads, own = [config.workload], Bar(expected_s(config), around=around)
+    with running(config, "train", loads, held_out=()) as run_dir, own as bar:
         work = partial(train_policies, run_dir=run_dir, workloads=loads, bar=bar)
         in_rounds(config, run_dir, work, table="learning.csv", bar=bar)
     print(f"\npolicies  {run_dir / 'policies'}")

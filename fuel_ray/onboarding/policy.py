@@ -66,7 +66,7 @@ def learn(state: Onboarding) -> dict[str, Any]:
     begun = sorted(state.folder.glob("train-*"))
     config = settings(TrainVerbConfig, state.twin(), resume=begun[-1] if begun else None)
     with into(state.folder, "train", begun):
-        train.run(config)
+        train.run(config, state.bar)
     return {"policy": str(_trained(state).relative_to(state.folder)), "steps": config.steps}
 
 

@@ -10,6 +10,7 @@ from fuel_ray.errors import ConfigError, DiskError, FuelRayError, NodeError
 from fuel_ray.onboarding import handover, load, policy, server, twin
 from fuel_ray.onboarding.config import OnboardConfig
 from fuel_ray.onboarding.state import Onboarding
+from fuel_ray.progress import Bar
 from fuel_ray.report.onboarded import write_onboarding
 
 
@@ -65,12 +66,13 @@ STAGES = (
 
 def onboard(config: OnboardConfig) -> int:
     """Go through the stages that are not done yet; the report is written however it ends."""
-    state = Onboarding(config)
+    bar = Bar({stage.name: stage.seconds(config) for stage in STAGES}, lines=False)
+    state = Onboarding(config, bar)
     left = [stage for stage in STAGES if not state.journal.is_done(stage.name)]
     duration = _minutes(sum(stage.seconds(config) for stage in left))
     print(f"onboard  {state.folder}: {len(left)} stages, about {duration}", flush=True)
     try:
-        with contextlib.closing(state):
+        with bar, contextlib.closing(state):
             _through(state)
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to continue: fuel-ray onboard --resume {state.folder}", flush=True)
@@ -87,6 +89,7 @@ def onboard(config: OnboardConfig) -> int:
 
 def _through(state: Onboarding) -> None:
     for number, stage in enumerate(STAGES):
+        state.bar.stage(stage.name)
         head = f"\n[{number + 1}/{len(STAGES)}] {stage.name}: {stage.what}"
         if not any(later.on_server for later in STAGES[number:]):
             state.close()

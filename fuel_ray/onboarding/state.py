@@ -13,6 +13,7 @@ from fuel_ray.live.vllm.kv_monitor import MetricsClient
 from fuel_ray.live.vllm.server import served_model
 from fuel_ray.onboarding.config import SERVED, OnboardConfig
 from fuel_ray.onboarding.journal import Journal
+from fuel_ray.progress import Bar
 from fuel_ray.record import new_folder
 from fuel_ray.sim.pack import load_pack
 
@@ -22,7 +23,8 @@ _SAME = ("model", "engine", "gpu_name", "kv_block_size")
 class Onboarding:
     """What the stages share. A server that is started lives from its first use to ``close``."""
 
-    def __init__(self, config: OnboardConfig) -> None:
+    def __init__(self, config: OnboardConfig, bar: Bar) -> None:
+        self.bar = bar
         self.folder = config.resume or new_folder(config.out, "onboard")
         self.config = replace(config, out=self.folder)
         self.journal = Journal(self.folder, config)

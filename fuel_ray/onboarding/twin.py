@@ -50,7 +50,8 @@ def measure(state: Onboarding) -> dict[str, Any]:
     tokens = state.facts.get("max_num_batched_tokens")
     with into(state.folder, "profile", begun):
         resume = begun[-1] if begun else None
-        profile.run(settings(ProfileConfig, config, resume=resume, max_num_batched_tokens=tokens))
+        own = settings(ProfileConfig, config, resume=resume, max_num_batched_tokens=tokens)
+        profile.run(own, state.bar)
         found = _measured(resume or max(state.folder.glob("profile-*")))
     print(f"the profile is now in {state.folder / 'profile'}; onboard runs the next steps itself")
     return {"clocks_mhz": found.clocks_mhz, "decode": len(found.decode), "prefill": len(found.prefill)}
