@@ -52,7 +52,8 @@ GROUPS = {
         ),
         "calibrate": Verb(
             "fit a calibration pack (a twin) to a profile",
-            "--profile results/profile-.../profile.jsonl --name own --out own.json",
+            "--profile results/profile-.../profile.jsonl --traces results/profile-.../traces/*.json "
+            "--name own --out own.json",
         ),
         "validate": Verb("compare the twin with recorded traces", "results/evaluate-.../traces/*.json"),
         "packs": Verb("list the calibration packs, or show one in full", "h100-qwen3-8b"),

@@ -384,6 +384,11 @@ def test_the_example_of_a_verb_has_flags_that_there_are(verb, capsys):
             parse_workload(value)
 
 
+def test_the_example_of_calibrate_gives_the_traces_which_name_the_gpu():
+    flags = [word for word in VERBS["calibrate"].example.split() if word.startswith("--")]
+    assert flags == ["--profile", "--traces", "--name", "--out"]
+
+
 @pytest.mark.parametrize(
     ("argv", "new"),
     [("sweep --also clipper", "--policies"), ("export --to x", "--out"), ("deploy --policies x", "--policy")],

@@ -15,6 +15,8 @@ from ray.rllib.algorithms.dqn import DQN
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experimental.output import get_air_verbosity
 from ray.tune.registry import register_env
@@ -117,7 +119,7 @@ def test_an_algorithm_with_other_resources_keeps_its_name():
 
 
 def test_tune_reads_what_is_put_into_its_environment(monkeypatch):
-    for name in ("TUNE_GLOBAL_CHECKPOINT_S", "RAY_AIR_NEW_OUTPUT"):
+    for name in ("TUNE_GLOBAL_CHECKPOINT_S", "RAY_AIR_NEW_OUTPUT", RAY_CHDIR_TO_TRIAL_DIR):
         monkeypatch.delenv(name, raising=False)
     ray_private.before_tune()
     with relied_on("RAY_AIR_NEW_OUTPUT=0 for tables with columns of ours"):
@@ -125,6 +127,10 @@ def test_tune_reads_what_is_put_into_its_environment(monkeypatch):
     with relied_on("TUNE_GLOBAL_CHECKPOINT_S"):
         assert os.environ["TUNE_GLOBAL_CHECKPOINT_S"] == "1"
         assert '"TUNE_GLOBAL_CHECKPOINT_S"' in inspect.getsource(TuneController)
+    with relied_on("RAY_CHDIR_TO_TRIAL_DIR=0, so that a trial finds the files that flags name"):
+        assert os.environ[RAY_CHDIR_TO_TRIAL_DIR] == "0"
+        assert RAY_CHDIR_TO_TRIAL_DIR in ENV_VARS_TO_PROPAGATE
+        assert "RAY_CHDIR_TO_TRIAL_DIR" in inspect.getsource(tune.Trainable)
 
 
 def test_tunes_state_has_the_trials_that_it_wanted_to_stop():

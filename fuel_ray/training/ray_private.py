@@ -70,7 +70,9 @@ def with_resources(
 def before_tune() -> None:
     """Let Tune save its state every second, so that a kill costs a result or two, and print old tables.
 
-    No others take columns of ours. Tune reads both from the environment, and documents neither's meaning.
+    No others take columns of ours. Trials stay in the working directory, where packs and traces that flags
+    name are. Tune reads all of it from the environment, and documents the meaning of the last alone.
     """
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
