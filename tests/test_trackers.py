@@ -47,7 +47,7 @@ def nothing_installed(monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_package_is_one_line_with_the_command(name, nothing_installed):
     with pytest.raises(
-        ConfigError, match=f"^--callbacks {name} needs the package {name}: pip install {name}$"
+        ConfigError, match=f"^--callbacks {name} needs the package {name}: run pip install {name}$"
     ):
         trackers.check_trackers((name,))
 

@@ -209,7 +209,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = _json(folder / "manifest.json")
         if raw.get("format", FORMAT) != FORMAT:
-            raise PolicyError(f"{folder}: has format {raw['format']}, and this version reads {FORMAT}")
+            raise PolicyError(
+                f"{folder}: has format {raw['format']}, and this version reads {FORMAT}: train again"
+            )
         return Manifest.from_dict(raw)
     except _MALFORMED as error:
         raise PolicyError(_no_folder(folder, error)) from error
