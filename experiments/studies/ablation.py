@@ -12,6 +12,7 @@ its 95 % interval over seeds and trainings, as tuned, and the attainment.
 dqn                the default preset
 no-branches        it learns by temporal differences from what it does, on as many windows
 no-branches-200k   the same on 200,000 windows, as live nodes are advised
+steps-180k         three times the windows, in a larger buffer
 no-anchor          it plays without the rule: any clock, any batch limit
 fixed-price        one price of a miss and a smooth head in place of a priced one, so without branches too;
                    its dial moves all clocks
@@ -51,6 +52,7 @@ VARIANTS = (
     Variant("dqn"),
     Variant("no-branches", ("--train.branch-tries", "0")),
     Variant("no-branches-200k", ("--train.branch-tries", "0", "--steps", "200000")),
+    Variant("steps-180k", ("--steps", "180000", "--train.buffer-size", "200000")),
     Variant("no-anchor", ("--no-anchor",)),
     Variant("fixed-price", ("--mode", "fixed_price", "--train.head", "smooth", "--features", *UNPRICED)),
     Variant("one-result", ("--train.average-results", "1")),
