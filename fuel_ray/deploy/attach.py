@@ -40,7 +40,7 @@ from fuel_ray.sim.pack import Pack, load_pack
 from fuel_ray.types import Knobs, NodeSpec, Policy
 
 SCRAPE_S = 2.0  # a page that takes longer is a lost window
-ATTACH_S = 2.0  # for a busy scheduler to find a new control file
+ATTACH_S = 2.0  # for a busy scheduler to find a new limit file
 
 _RULES = GuardConfig(latency=True, drift=True, switches_per_minute=30)
 

@@ -1,4 +1,4 @@
-"""Our side of the run-time batch limit: the control file that ``vllm_plugin`` reads at every step."""
+"""Our side of the run-time batch limit: the limit file that ``vllm_plugin`` reads at every step."""
 
 import contextlib
 import logging
@@ -27,13 +27,13 @@ class LimiterStatus:
 
 
 class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
-    """Sets the batch limit of a running vLLM server through a control file that it creates and removes.
+    """Sets the batch limit of a running vLLM server through a limit file that it creates and removes.
 
     Start the server with FUEL_RAY_LIMIT_FILE naming the file. With data parallelism each engine applies the
     limit, and the status is that of the engine that stepped last.
 
     Args:
-        path: of the control file.
+        path: of the limit file.
         leased: for this process alone; the limit ends when it does, even if it is killed.
         capacity: the server's highest limit, where it is known.
 
