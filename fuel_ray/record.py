@@ -20,7 +20,7 @@ from typing import Any
 from fuel_ray.address import concealed
 from fuel_ray.control import StepRecord
 from fuel_ray.disk import FAULTS, reason, whole, writing
-from fuel_ray.errors import ConfigError, DiskError
+from fuel_ray.errors import ConfigError, DiskError, FuelRayError
 from fuel_ray.metrics import EpisodeSummary
 from fuel_ray.stages import timed
 
@@ -128,7 +128,10 @@ def make_folder(path: Path) -> None:
 
 def new_folder(out: Path, verb: str) -> Path:
     """A new folder below ``out`` named after the verb and the time, and numbered where that is taken."""
-    make_folder(out)
+    try:
+        make_folder(out)
+    except FuelRayError as error:
+        raise type(error)(f"{error}; --out names another folder for results") from error
     name = f"{verb}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     return next(filter(_is_new, chain([out / name], (out / f"{name}-{number}" for number in count(2)))))
 

@@ -555,6 +555,7 @@ PLAIN = [
         "--static 48@0: 0 MHz is not a supported clock; supported are 900 to 1980 MHz",
     ),
     ("evaluate --gpu-clocks-mhz 0", "--gpu-clocks-mhz 0: must be at least 1"),
+    ("evaluate --out wrong.json", "cannot make folder wrong.json: File exists; --out names another folder"),
     ("sweep --block-sizes 17", "--block-sizes 17: must be a power of two from 1 to 256, such as 16"),
     ("sweep --slo-ttft-s -1", "--slo-ttft-s -1.0: must be above 0 s, or None for no limit"),
     ("evaluate --workload diurnl", "unknown workload 'diurnl': did you mean diurnal?"),
