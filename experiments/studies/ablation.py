@@ -31,9 +31,9 @@ for fixed-price. All of it, 16 variants in 3 trainings each: about 180 CPU minut
 a ``-same-time`` needs the plain one and dqn. With ``--steps 600 --trainings 1 --seconds 60 --seeds 3
 --tuning-seeds 1 --axis-seeds 0`` it only shows that it runs.
 
-What to expect (docs/arena.md, 2026-11-27, default workload, tight, n = 10, 3 trainings): dqn -0.5 % against the
-best simple rule, and no variant differs from it beyond its interval but no-branches, which stays with the rule,
-and no-anchor, which is worse (+4.5 %). RLlib's own, other holds and horizons: not measured yet.
+What to expect (docs/arena.md, 2026-11-27, default workload, tight, n = 10, 3 trainings): dqn -0.5 % against
+the best simple rule. No variant differs from it beyond the noise but no-branches, which gains nothing over the
+rule, and no-anchor, which is worse (+4.5 %). RLlib's own, other holds and horizons: not measured yet.
 """
 
 import argparse
