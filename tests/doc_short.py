@@ -11,6 +11,18 @@ NOT_RUN = {
         "the machines of cluster.yaml do not exist",
         "test_doctor.py::test_the_hosts_of_a_cluster_file_are_asked_by_ssh",
     ),
+    "doctor --cluster": (
+        "there is no cluster",
+        "test_doctor.py::test_every_host_of_a_cluster_is_looked_at",
+    ),
+    "unlock --cluster": (
+        "there is no cluster",
+        "test_cluster.py::test_unlock_asks_every_host_and_goes_on_where_one_fails",
+    ),
+    "sweep --node ray --backend sim": (
+        "there is no cluster",
+        "test_cluster_training.py::test_two_nodes_make_the_rollouts_of_a_trial",
+    ),
     "sweep --node ray --backend live": (
         "each node of the cluster starts a vLLM server on its GPU",
         "test_cluster_vllm.py::test_a_server_behind_an_actor_is_measured_and_dies_with_it",
@@ -81,7 +93,9 @@ LEAVES = {  # a file in --out
 def why_not(command: Command) -> tuple[str, str] | None:
     """Why a command is not run here, and what covers it; None if it is run."""
     shown = " ".join(command.words)
-    return next((why for begin, why in NOT_RUN.items() if shown.startswith(begin)), None)
+    return next(
+        (why for begin, why in NOT_RUN.items() if shown == begin or shown.startswith(f"{begin} ")), None
+    )
 
 
 def is_live(words: tuple[str, ...]) -> bool:
