@@ -77,7 +77,7 @@ def place(command, desk, gpu, tmp_path, monkeypatch):
     verb, shown = command.words[0], " ".join(command.words)
     with contextlib.ExitStack() as opened:
         if verb == "deploy":
-            stub = opened.enter_context(serving(TrafficStub(model="Qwen3-8B", blocks=1625, capacity=128)))
+            stub = opened.enter_context(serving(TrafficStub(model="Qwen3-8B", capacity=128)))
             yield {"--server": stub.url, "--out": str(tmp_path), **_files(stub, shown, tmp_path)}
         elif verb == "benchmark":
             stub = opened.enter_context(serving(_server(command.words)))
