@@ -27,6 +27,14 @@ NOT_RUN = {
         "each node of the cluster starts a vLLM server on its GPU",
         "test_cluster_vllm.py::test_a_server_behind_an_actor_is_measured_and_dies_with_it",
     ),
+    "sweep --node live": (
+        "Ray's workers measure the GPU, and the fake one is in this process alone",
+        "test_live_real.py::test_a_sweep_learns_and_evaluates_on_a_live_node",
+    ),
+    "train --node live": (
+        "Ray's workers measure the GPU, and the fake one is in this process alone",
+        "test_live_real.py::test_a_sweep_learns_and_evaluates_on_a_live_node",
+    ),
     "train --callbacks wandb mlflow": (
         "the trackers are not installed with fuel_ray",
         "test_trackers.py::test_without_a_server_results_are_in_the_folder_of_the_run",
@@ -67,17 +75,11 @@ SHORT: dict[str, Short] = {
     "train": _LEARN,
     "watch": {"--once": ""},
 }
-# On a server, windows last a second, and the load is what the stub bears
-_REAL_TIME = {
-    **{"--steps": "8", "--train.iterations": "1", "--train.episode-steps": "4"},
-    **{"--train.fragment-steps": "5", "--train.batch-size": "4"},
-}
+# On a server, windows last a second
 SHORT_LIVE: dict[str, Short] = {
     "evaluate": {"--seconds": "3"},
     "onboard": {"--validate-seconds": "5"},
     "profile": {"--clocks-mhz": "1980"},
-    "sweep": {**_REAL_TIME, "--live-seconds": "3"},
-    "train": _REAL_TIME,
 }
 LEAVES = {  # a file in --out
     "arena": "arena-*/summary.csv",

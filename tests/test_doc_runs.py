@@ -35,7 +35,7 @@ def test_what_is_not_run_is_covered_by_a_test_that_exists():
         assert any(f"{words} ".startswith(f"{begin} ") for words in shown) and why
         file, name = test.split("::")
         assert f"def {name}(" in (ROOT / "tests" / file).read_text()
-    assert len(COMMANDS) > 0.85 * len(shown)
+    assert len(COMMANDS) > 0.8 * len(shown)
 
 
 @pytest.fixture(scope="module")
