@@ -46,7 +46,7 @@ STANDS_FOR = {  # placeholders in the pages, and what stands there in a test
     "URL": "http://127.0.0.1:8000",
     "FILE": "limit",
     "USER": "fuel-ray",
-    "DIR": "results/sweep-1",
+    "DIR": "results/sweep-1/policies/block_16",
     "LOADS": "loads.json",
     "R": "4",
     "mine.json": "h100-qwen3-8b",  # a pack of one's own
