@@ -170,8 +170,10 @@ def _code(words):
 def _check(words, said, out):
     """What else the pages promise."""
     verb = words[0]
-    if verb in ("evaluate", "recommend", "demo", "arena", "sweep") and "--help" not in words:
+    if verb in ("evaluate", "demo", "arena", "sweep") and "--help" not in words:
         assert "max" in said and "%" in said
+    if verb == "recommend":
+        assert "Recommended: " in said
     if "--save-result" in words or "--save-trace" in words:
         assert list(out.glob("*.json"))
     if verb == "calibrate":
