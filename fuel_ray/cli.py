@@ -91,10 +91,8 @@ def _usage() -> int:
 def _run(verb: str, argv: list[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(_no_verb(verb, argv))
-    if verb not in _ANYWHERE and not _has_folder():
-        raise ConfigError(
-            "the working directory no longer exists: cd to another one"
-        )  # MKL aborts the process
+    if verb not in _ANYWHERE and not _has_folder():  # without one MKL aborts the process
+        raise ConfigError("the working directory no longer exists: cd to another one")
     os.environ |= stand_ins()
     flags = importlib.import_module("fuel_ray.flags")  # not at the top: this may lack a package too
     prog = f"fuel-ray {verb}"

@@ -106,8 +106,10 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {reason(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
 
 
 def make_folder(path: Path) -> None:

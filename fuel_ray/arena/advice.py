@@ -8,14 +8,14 @@ from fuel_ray.report.wording import (
     NO_CHANGE,
     ascii_only,
     bare,
+    capitalised,
     change,
     ends,
     energy_than,
+    in_brackets,
     percent,
-    span,
     with_interval,
 )
-from fuel_ray.stats import Interval
 from fuel_ray.tuning.search import SLACK
 
 AS_GOOD = 0.005  # of energy: within it of the best policy a simple rule is recommended instead
@@ -62,13 +62,13 @@ def recommendation(pairs: Sequence[Pair], *, share: float | None) -> tuple[Pair,
         return static, (
             f"Recommended: {_named(static)}. No other policy saves energy beyond the 95 % interval: the best "
             f"of them, {_named(best)}, {_uses(than_static.mean)} tuned "
-            f"static{_interval(than_static)}.{_warning(static, share)}"
+            f"static{in_brackets(than_static, change)}.{_warning(static, share)}"
         )
     if refused := _refused(best, static, share):
         chosen, sentence = recommendation([pair for pair in pairs if pair is not best], share=share)
         return chosen, (
-            f"{sentence} {_capital(_named(best))} {_uses(than_static.mean)} tuned static"
-            f"{_interval(than_static)}, but {refused}."
+            f"{sentence} {capitalised(_named(best))} {_uses(than_static.mean)} tuned static"
+            f"{in_brackets(than_static, change)}, but {refused}."
         )
     deployable = [pair for pair in ranked if not any(rank(pair)[:2])]
     chosen = _simpler(best, static, deployable, share) or best
@@ -85,7 +85,8 @@ def _runner_up(others: Sequence[Pair], chosen: Pair) -> str:
         return ""
     ratio = others[0].against(chosen)
     return (
-        f" Runner-up: {_named(others[0])}; it {_uses(ratio.mean)} the recommended policy{_interval(ratio)}."
+        f" Runner-up: {_named(others[0])}; it {_uses(ratio.mean)} the recommended policy"
+        f"{in_brackets(ratio, change)}."
     )
 
 
@@ -143,23 +144,13 @@ def _named(pair: Pair) -> str:
     return f"{label(pair.policy)} at block size {pair.kv_block_size} ({told})"
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def _uses(ratio: float) -> str:
     return f"uses {energy_than(ratio)}"
 
 
-def _interval(ratio: Interval) -> str:
-    """In brackets, as a change."""
-    shown = bare(span(ratio, change))
-    return f" ({shown})" if shown else ""
-
-
 def _ranges(pair: Pair, other: Pair) -> str:
     """The interval, and the lowest and highest over the clock axes, as changes."""
-    return _interval(pair.against(other)) + _band(pair, other)
+    return in_brackets(pair.against(other), change) + _band(pair, other)
 
 
 def _changed(pair: Pair, other: Pair) -> str:

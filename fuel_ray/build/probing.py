@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -19,6 +19,7 @@ from fuel_ray.live.node import GpuNode
 from fuel_ray.sim.loads import Load, Rows
 from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
 from fuel_ray.sim.recorded import RecordedRun
+from fuel_ray.sim.windows import Measured, Windows
 from fuel_ray.types import Knobs, Requests, WindowMetrics
 from fuel_ray.workload.spec import drawn, parse_workload
 
@@ -60,7 +61,10 @@ def _tried(config: ServingConfig, point: Point, load: Load) -> Probe:
     )
     with contextlib.closing(loop.node):
         windows = _Watched(loop, point.clock_mhz, seed=config.seed, load=load)
-        found = _record(windows, load, config=config) if load.measure is None else _row(windows, point, load)
+        if load.measure is None:
+            found = _record(windows, load, config=config)
+        else:
+            found = _row(windows, point, load, load.measure)
     virtual_s = sum(window.duration_s for window in windows.seen) + CHANGE_S
     return replace(found, spent_s=time.monotonic() - began_s if config.live_server else virtual_s)
 
@@ -141,8 +145,8 @@ class _Ours:
             )
 
 
-def _row(windows: _Watched, point: Point, load: Load) -> Probe:
-    measured = load.measure(iter(windows)) if load.measure else None
+def _row(windows: _Watched, point: Point, load: Load, measure: Callable[[Windows], Measured]) -> Probe:
+    measured = measure(iter(windows))
     if refused := windows.refused():
         return Probe(refused=refused)
     if measured is None:

@@ -13,6 +13,7 @@ from fuel_ray.report.tables import key_values
 from fuel_ray.report.text import when
 from fuel_ray.report.wording import (
     DEFAULT_SLO,
+    capitalised,
     change,
     ends,
     limits_text,
@@ -213,4 +214,4 @@ def _stages(stages: Stages) -> str:
 
 def _sentence(text: str) -> str:
     """With a capital and a full stop."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return capitalised(text) + ("" if text.endswith((".", "!", "?")) else ".")

@@ -30,8 +30,13 @@ def span(interval: Interval, form: Callable[[float], str]) -> str:
 
 def with_interval(interval: Interval, form: Callable[[float], str]) -> str:
     """A value and, where it is known, its interval: "−10.0 % (−10.4 to −9.6)"."""
+    return form(interval.mean) + in_brackets(interval, form)
+
+
+def in_brackets(interval: Interval, form: Callable[[float], str]) -> str:
+    """What follows a value: its interval without a unit, or nothing where it is unknown."""
     shown = bare(span(interval, form))
-    return f"{form(interval.mean)} ({shown})" if shown else form(interval.mean)
+    return f" ({shown})" if shown else ""
 
 
 def ends(low: float, high: float, form: Callable[[float], str]) -> str:
@@ -79,6 +84,11 @@ def whom(slo: Slo) -> str:
 def ascii_only(text: str) -> str:
     """Text for a terminal of any encoding."""
     return text.replace("−", "-").replace("–", "-")
+
+
+def capitalised(text: str) -> str:
+    """As a sentence begins."""
+    return text[:1].upper() + text[1:]
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -133,14 +133,13 @@ def _decoding(
     if n * (context + _FEWEST_OUTPUTS) > server.kv_tokens:
         return None
     most = min(server.max_model_len, server.kv_tokens) - context
-    tries = ((min(lengths.output_tokens, most), 1.0), (most, 1.0), (most, _HALF_S))
+    tries = dict.fromkeys(((min(lengths.output_tokens, most), 1.0), (most, 1.0), (most, _HALF_S)))
     again: Load | None = None
     for outputs, window_s in reversed(tries):
         load = f"burst:count={n},after_s={begin_s},lengths=fixed,prompt_mean={context},output_mean={outputs}"
         enough = math.ceil(lengths.windows / window_s)
         measure = partial(decode, n=n, context=context, enough=enough)
-        if again is None or (again.workload, again.window_s) != (load, window_s):
-            again = Load(load, LONGEST_S, measure, window_s=window_s, again=again)
+        again = Load(load, LONGEST_S, measure, window_s=window_s, again=again)
     return again
 
 

@@ -1,5 +1,6 @@
 """Runs of policies over fixed seeds; what a fixed pair of knobs does is run once and remembered."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Played:
     clocks_mhz: np.ndarray
     records: RequestRecords
     preemptions: int
-    most_running: int | None  # requests at once; None: not known
+    most_running: float  # requests at once; infinite where it is not known
 
     @property
     def schedule(self) -> np.ndarray:
@@ -68,10 +69,10 @@ def least_energy(points: Iterable[tuple[float, float]], attained: float) -> floa
 
 
 class _Fixed(NamedTuple):
-    """What runs showed: traces by SLO, one per seed, and the most requests that ran at once, if known."""
+    """What runs showed: traces by SLO, one per seed, and the most requests that ran at once."""
 
     traces: dict[str, list[Trace]]
-    most_running: int | None
+    most_running: float
 
 
 class Runs:
@@ -112,24 +113,23 @@ class Runs:
         """
         return score_of(self.traces(policy, slo), self.slos[slo], share=share)
 
-    def _under_higher_limit(self, knobs: Knobs) -> "_Fixed | None":
+    def _under_higher_limit(self, knobs: Knobs) -> _Fixed | None:
         """The runs under a higher batch limit, if so few requests ran that they are the same."""
         for known, fixed in self._static.items():
             higher = known.gpu_clock_mhz == knobs.gpu_clock_mhz and known.batch_limit > knobs.batch_limit
-            if higher and fixed.most_running is not None and fixed.most_running <= knobs.batch_limit:
+            if higher and fixed.most_running <= knobs.batch_limit:
                 return fixed
         return None
 
-    def _play(self, policy: Policy, slos: Sequence[str]) -> "_Fixed":
+    def _play(self, policy: Policy, slos: Sequence[str]) -> _Fixed:
         traces: dict[str, list[Trace]] = {name: [] for name in slos}
-        most: list[int | None] = []
+        most_running = 0.0
         for seed in self.seeds:
             own = self.played(policy, seed)
-            most.append(own.most_running)
+            most_running = max(most_running, own.most_running)
             for name in slos:
                 traces[name].append(trace_of(own.energy_j, own.arrivals, own.records, self.slos[name]))
-        known = [running for running in most if running is not None]
-        return _Fixed(traces, max(known) if len(known) == len(most) else None)
+        return _Fixed(traces, most_running)
 
     def _slow(self, policy: Policy, seed: int) -> Played:
         episode = self.episode(policy, seed)
@@ -137,7 +137,7 @@ class Runs:
         arrivals, limits, clocks_mhz = np.array(rows).T
         energy_j = np.array([w.energy_j for w in episode.windows])
         preemptions = episode.totals.preemptions
-        return Played(energy_j, arrivals, limits, clocks_mhz, episode.records, preemptions, most_running=None)
+        return Played(energy_j, arrivals, limits, clocks_mhz, episode.records, preemptions, math.inf)
 
     def _fast(self, policy: Policy, seed: int) -> Played | None:
         """The same without looking at windows, for a policy that need not; None for any other."""
