@@ -25,7 +25,7 @@ class Outlet(io.RawIOBase):
         return int(self._raw.fileno())
 
     def isatty(self) -> bool:
-        return bool(self._raw.isatty())
+        return not self._raw.closed and bool(self._raw.isatty())
 
     def write(self, data: Any) -> int | None:
         if self._left:

@@ -1,11 +1,11 @@
 """The arena in which the DQN of each cell was trained for it, as ``fuel-ray train`` does by default.
 
-    python experiments/studies/specialists.py --out FOLDER --slos interactive tight [--policies GENERALIST
-        GREENDLS]
+    python experiments/studies/specialists.py --out FOLDER --slos interactive tight [--trainings 3]
+        [--policies GENERALIST GREENDLS]
 
-A cell is a workload of the arena and an SLO. For each, three policies are trained on the workload that the
-cell is tuned on (seeds 0, 1, 2) and take part as "DQN". The flags are those of ``fuel-ray arena``, the same
-with the same policies everywhere; ``--policies`` take part in every cell. What is done is kept in FOLDER, so
+A cell is a workload of the arena and an SLO. For each, so many policies are trained on the workload that the
+cell is tuned on (seeds 0, 1, ..) and take part as "DQN". The other flags are those of ``fuel-ray arena``, the
+same with the same policies everywhere; ``--policies`` take part in every cell. What is done is kept in FOLDER, so
 that the same command goes on after an interruption. Other studies train other variants in the same way.
 
 It asks what a policy trained for its own load and SLO is worth beside every other policy, and makes the
@@ -17,6 +17,7 @@ What to expect (docs/arena.md, 2026-11-27, block size 16, n = 10): better than t
 interval in nine of 26 cells, worse beyond it in none that can be compared.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -176,5 +177,13 @@ def play(cell: Cell) -> str:
     return f"played {job.scenario.name}, {cell.slo}"
 
 
+def main(argv: list[str]) -> None:
+    """Train, play and print the tables."""
+    arguments = argparse.ArgumentParser(prog="specialists", add_help=False, allow_abbrev=False)
+    arguments.add_argument("--trainings", type=int, default=TRAININGS)
+    given, flags = arguments.parse_known_args(argv)
+    print(study(parse(flags, prog="specialists"), [Variant("DQN", trainings=given.trainings)]))
+
+
 if __name__ == "__main__":
-    print(study(parse(sys.argv[1:], prog="specialists"), [Variant("DQN")]))
+    main(sys.argv[1:])
