@@ -5,8 +5,9 @@
 
 A cell is a workload of the arena and an SLO. For each, so many policies are trained on the workload that the
 cell is tuned on (seeds 0, 1, ..) and take part as "DQN". The other flags are those of ``fuel-ray arena``, the
-same with the same policies everywhere; ``--policies`` take part in every cell. What is done is kept in FOLDER, so
-that the same command goes on after an interruption. Other studies train other variants in the same way.
+same with the same policies everywhere; ``--policies`` take part in every cell. What is done is kept in
+FOLDER, so that the same command goes on after an interruption. Other studies train other variants in the
+same way.
 
 It asks what a policy trained for its own load and SLO is worth beside every other policy, and makes the
 tables that docs/arena.md shows. It takes two hours on two cores for 26 cells:
