@@ -773,7 +773,7 @@ def test_a_planned_policy_gives_the_same_trace_as_window_by_window(policy):
     config = replace(PRESETS["default"], kv_tokens=6_000)
     loop = build_loop(config, 16, horizon_s=90.0, workload="steady:rate_rps=9")
     runs = Runs(loop, seeds=[3], seconds=90.0, slos={"a": Slo(ttft_s=0.5, tpot_s=0.012)})
-    fast, slow = runs._fast(policy, 3), runs._slow(policy, 3)
+    fast, slow = runs.fast(policy, 3), runs._slow(policy, 3)
     assert len(fast.energy_j) > 90  # the queue drains
     for name in ("energy_j", "arrivals", "limits", "clocks_mhz"):
         np.testing.assert_array_equal(getattr(fast, name), getattr(slow, name))
@@ -798,7 +798,7 @@ def test_rows_of_held_out_seeds_are_the_summaries_of_whole_episodes(slo):
 def test_what_looks_at_windows_is_not_planned():
     loop = build_loop(PRESETS["default"], 16, horizon_s=30.0)
     runs = Runs(loop, seeds=[3], seconds=30.0, slos={"a": INTERACTIVE})
-    assert runs._fast(Clipper(loop.node.spec, INTERACTIVE), 3) is None
+    assert runs.fast(Clipper(loop.node.spec, INTERACTIVE), 3) is None
 
 
 def test_the_headline_has_a_row_per_workload_with_the_references():

@@ -15,7 +15,7 @@ from fuel_ray.config import LiveConfig, SweepConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import GpuError, NodeError, UnsupportedError
 from fuel_ray.policies.learned import distinct_names
-from fuel_ray.policies.static import Static
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.record import read_csv, read_json
 from fuel_ray.types import Knobs
 from tests.fake_nvml import FakeGpu, FakeNvml
@@ -76,6 +76,25 @@ def test_a_recorded_trace_is_judged_on_what_nothing_was_tuned_on():
     assert len(first & second) < 0.1 * len(second), "lengths that two requests have by chance"
 
 
+def test_an_episode_played_without_its_windows_has_the_same_row():
+    table = LoadTable([3.0, 8.0], [Knobs(32, 990), Knobs(48, 1305), Knobs(64, 1980)])
+    rows = []
+    for traces in (True, False):  # a trace needs the windows
+        evaluate.evaluate_policies(
+            replace(SweepConfig(), kv_tokens=6_000),
+            16,
+            "steady:rate_rps=9",
+            lambda spec: {"max": Static(spec.max_performance), "table": table},
+            seeds=2,
+            seconds=90,
+            into=(found := evaluate.Evaluation([], [])),
+            traces=traces,
+        )
+        rows.append(found.rows)
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+    assert min(row["preemptions"] for row in rows[0]) > 0
+
+
 def test_policies_of_two_sweeps_are_told_apart():
     folders = [Path("a/block_16"), Path("b/block_16"), Path("b/block_32")]
     assert distinct_names(folders) == ["a/block_16", "b/block_16", "block_32"]
@@ -103,7 +122,18 @@ def test_episodes_that_were_measured_before_a_fault_are_kept_and_said(monkeypatc
         return episode(*arguments, **named)
 
     monkeypatch.setattr(evaluate, "run_episode", failing)
-    short = ["--seconds", "20", "--seeds", "3", "--workload", "steady:rate_rps=2", "--static", "max", "16"]
+    short = [
+        "--seconds",
+        "20",
+        "--seeds",
+        "3",
+        "--workload",
+        "steady:rate_rps=2",
+        "--static",
+        "max",
+        "16",
+        "--save-traces",
+    ]
     assert main(["evaluate", *short, "--out", str(tmp_path)]) == 2
     (run_dir,) = tmp_path.iterdir()
     facts = read_json(run_dir / "run.json")

@@ -15,7 +15,7 @@ from fuel_ray.policies.clipper import Clipper
 from fuel_ray.policies.eais import Eais
 from fuel_ray.policies.feedback import Feedback
 from fuel_ray.policies.models import BatchModel, StepModel, fit_batches, fit_steps, token_limits
-from fuel_ray.policies.static import Static
+from fuel_ray.policies.static import LoadTable, Static
 from fuel_ray.policies.voltana import Dwell, VoltanaLlm
 from fuel_ray.sim.pack import load_pack
 from fuel_ray.tuning.clock_search import (
@@ -394,7 +394,14 @@ def simulated(seeds, *, slo=SLO, workload="piecewise:rates=2@60+16@60"):
 
 def test_a_found_load_table_is_no_worse_than_a_fixed_clock():
     run = simulated([5, 6], slo=Slo(ttft_s=1.0, tpot_s=0.016))
-    table = find_load_table(run, CLOCKS, batch_limit=128, allowed=0.05, rows=4, stride=8, budget=10)
+    tables = []
+
+    def noted(policy):
+        tables.extend([policy] if isinstance(policy, LoadTable) else [])
+        return run(policy)
+
+    table = find_load_table(noted, CLOCKS, batch_limit=128, allowed=0.05, rows=4, stride=8, budget=10)
+    assert all(len(set(t.knobs)) > 1 for t in tables)  # a table of one clock is a fixed one, which was run
 
     def cost(policy):
         traces = run(policy)

@@ -82,7 +82,7 @@ def assert_alike(fast, slow):
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_compiled_episode_is_that_of_the_loop_byte_for_byte(name):
     runs = runs_of()
-    assert_alike(runs._fast(POLICIES[name], 7), runs._slow(POLICIES[name], 7))
+    assert_alike(runs.fast(POLICIES[name], 7), runs._slow(POLICIES[name], 7))
     windows = runs.episode(POLICIES[name], 7).windows
     assert len({window.knobs.gpu_clock_mhz for window in windows[1:]}) > 1  # it does something
 
@@ -138,7 +138,7 @@ def test_a_rule_in_a_folder_decides_as_by_itself(rule, tmp_path):
     loaded = load_policy(tmp_path / "p", SPEC)
     alike = [[w.knobs for w in runs.episode(policy, 3).windows] for policy in (own, loaded)]
     assert alike[0] == alike[1]
-    assert runs._fast(loaded, 3).energy_j.tobytes() == runs.played(own, 3).energy_j.tobytes()
+    assert runs.fast(loaded, 3).energy_j.tobytes() == runs.played(own, 3).energy_j.tobytes()
 
 
 def test_the_search_finds_the_middle_of_a_noisy_bowl_and_always_the_same():

@@ -18,6 +18,7 @@ from fuel_ray.build.recording import recorded_run
 from fuel_ray.config import ServingConfig, SweepConfig
 from fuel_ray.control import ControlLoop, StepRecord
 from fuel_ray.errors import ConfigError, NodeError, UnsupportedError
+from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.policies.anchor import at_work
 from fuel_ray.policies.catalogue import BEST_RULE, LOAD_TABLE, MAX_PERFORMANCE, TUNED_STATIC, label
 from fuel_ray.policies.learned import load_policy, read_manifest
@@ -30,8 +31,9 @@ from fuel_ray.sim.recorded import trace_text
 from fuel_ray.stats import relative_energy
 from fuel_ray.tuning.contenders import of_size
 from fuel_ray.tuning.episodes import EPISODE_S, HELD_OUT_SEED, Episode, held_out_episodes, run_episode
+from fuel_ray.tuning.runs import Runs
 from fuel_ray.tuning.tuned import Tuned, tuned_policies
-from fuel_ray.types import NodeSpec, Policy
+from fuel_ray.types import NodeSpec, Policy, RequestRecords
 from fuel_ray.workload.spec import parse_workload
 
 logger = logging.getLogger(__name__)
@@ -187,16 +189,37 @@ def evaluate_policies(
         loop = build_loop(own, kv_block_size, horizon_s=float(seconds), workload=workload, part="second half")
         opened.callback(loop.node.close)
         there = policies(loop.node.spec)
+        runs = Runs(loop, seeds=(), seconds=seconds, slos={})
         for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + seeds):
             for name, policy in there.items():
                 labels = {"block_size": kv_block_size, "policy": name, "workload": workload, "seed": seed}
-                episode, lines = _episode(config, loop, policy, labels, seconds=seconds)
-                figures = summary_fields(episode.totals.summary(episode.records, config.slo))
+                totals, records, episode = _totals(config, runs, policy, labels, into=into, traces=traces)
+                figures = summary_fields(totals.summary(records, config.slo))
                 into.rows.append({**labels, "workload_digest": digest, **figures})
-                into.lines.extend(lines)
                 say(_progress(into.rows[-1]))
-                if traces:
+                if traces and episode is not None:
                     _add_trace(config, loop, episode, labels, into=into, say=say)
+
+
+def _totals(
+    config: ServingConfig,
+    runs: Runs,
+    policy: Policy,
+    labels: dict[str, Any],
+    *,
+    into: Evaluation,
+    traces: bool,
+) -> tuple[EpisodeTotals, RequestRecords, Episode | None]:
+    """What an episode amounts to; the episode itself too, if its windows were looked at.
+
+    They need not be where neither a trace nor step lines, which the first seed has, are kept.
+    """
+    played = None if traces or labels["seed"] == HELD_OUT_SEED else runs.fast(policy, labels["seed"])
+    if played is not None:
+        return played.totals, played.records, None
+    episode, lines = _episode(config, runs.loop, policy, labels, seconds=runs.seconds)
+    into.lines.extend(lines)
+    return episode.totals, episode.records, episode
 
 
 def _add_trace(

@@ -190,6 +190,11 @@ class SimulatedNode:
         """The most requests that ran at once since the reset; a higher batch limit would change nothing."""
         return int(self._running().count[rules.MOST_RUNNING])
 
+    @property
+    def output_tokens(self) -> int:
+        """Since the reset, of all windows."""
+        return int(self._running().count[rules.ALL_TOKENS])
+
     def close(self) -> None:
         """Forget the requests."""
         self._state = None

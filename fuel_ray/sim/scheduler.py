@@ -50,8 +50,8 @@ TTFTS, TPOTS, FINISHED = range(10, 13)
 ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS, PREEMPTIONS, PREFIX_QUERIES, PREFIX_HITS = range(13, 19)
 # ... and, at its end, the number of requests without a first token
 WAITS = 19
-# The most requests that ran at once since time 0
-MOST_RUNNING = 20
+# The most requests that ran at once, and all output tokens, since time 0
+MOST_RUNNING, ALL_TOKENS = 20, 21
 
 FIRST_EVENT, LAST_EVENT = 1, 2  # bits of an event: request * 4 + bits
 NEVER = -1.0
@@ -89,7 +89,7 @@ class State(NamedTuple):
     finished: np.ndarray  # (n,) requests in order of finish
     wait: np.ndarray  # (n,) s: ages of the WAITS requests without a first token as the window ended
     clock: np.ndarray  # (10,) float64
-    count: np.ndarray  # type: ignore[assignment]  # (21,) int64; hides tuple.count
+    count: np.ndarray  # type: ignore[assignment]  # (22,) int64; hides tuple.count
 
 
 def new_state(requests: Requests, engine: Engine) -> State:
@@ -109,7 +109,7 @@ def new_state(requests: Requests, engine: Engine) -> State:
     block[:, FOLLOWING] = np.arange(1, blocks + 2)
     block[0, PREVIOUS], block[blocks, FOLLOWING] = blocks, 0
     block[:, CONTENT] = NO_CONTENT
-    count = np.zeros(21, np.int64)
+    count = np.zeros(22, np.int64)
     count[FREE_BLOCKS], count[FREE_SLOTS] = blocks, slots
     longest = int((requests.prompt_tokens + requests.output_tokens).max(initial=1))
     prefixes = int(requests.prefix_id.max(initial=-1)) + 1
@@ -168,6 +168,7 @@ def advance(s: State, e: Engine, m: Constants, at: AtClock, until_s: float, batc
             _start_step(s, m, at)
             _compose_step(s, e, m, batch_limit)
             _overlap_launch(s, m, at.stall_w)
+    s.count[ALL_TOKENS] += s.count[OUTPUT_TOKENS]
     _see_arrivals(s, m)
     _note_waits(s)
 

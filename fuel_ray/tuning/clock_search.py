@@ -130,10 +130,7 @@ class _Attempts:
     def cost(self, clocks_mhz: tuple[int, ...]) -> tuple[float, float]:
         """Energy in J and mean penalty of a candidate over all seeds."""
         if clocks_mhz not in self._tried:
-            traces = self._run(self._make(clocks_mhz))
-            arrivals = sum(t.arrivals for t in traces)
-            bad = sum(float(t.penalty.sum()) for t in traces) / max(arrivals, 1)
-            self._tried[clocks_mhz] = sum(float(t.energy_j.sum()) for t in traces), bad
+            self._note(clocks_mhz, self._run(self._make(clocks_mhz)))
         return self._tried[clocks_mhz]
 
     def rank(self, clocks_mhz: tuple[int, ...]) -> tuple[bool, float]:
@@ -160,8 +157,8 @@ class _Attempts:
         scale_j = float(energy_j.min(axis=0).sum()) / max(float(bad.max(axis=0).sum()), 1.0)
         clocks = np.array(clocks_mhz)
         self._bisect(lambda j: clocks[(energy_j + j * bad).argmin(axis=0)], scale_j * 1e-4, scale_j * 1e6)
-        for clock_mhz in clocks_mhz:
-            self.cost((clock_mhz,) * cells)
+        for clock_mhz, per_seed in zip(clocks_mhz, traces, strict=True):
+            self._note((clock_mhz,) * cells, per_seed)
 
     def descend(self, supported_mhz: Sequence[int], *, stride: int, budget: int) -> None:
         """Move one cell's clock at a time by ``stride`` places, as long as that ranks better."""
@@ -178,6 +175,11 @@ class _Attempts:
             price_j = (low_j * high_j) ** 0.5
             _, bad = self.cost(tuple(candidate(price_j).tolist()))
             low_j, high_j = (price_j, high_j) if bad > self._allowed else (low_j, price_j)
+
+    def _note(self, clocks_mhz: tuple[int, ...], traces: Sequence[Trace]) -> None:
+        arrivals = sum(t.arrivals for t in traces)
+        bad = sum(float(t.penalty.sum()) for t in traces) / max(arrivals, 1)
+        self._tried[clocks_mhz] = sum(float(t.energy_j.sum()) for t in traces), bad
 
     def best(self) -> tuple[int, ...]:
         """The candidate of lowest rank."""

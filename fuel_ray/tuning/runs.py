@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fuel_ray.control import ControlLoop
+from fuel_ray.metrics import EpisodeTotals
 from fuel_ray.policies.compiled import room
 from fuel_ray.policies.static import Compilable, Planned, Static
 from fuel_ray.sim.closed_loop import play
@@ -27,6 +28,7 @@ class Played:
     limits: np.ndarray  # batch limits in force
     clocks_mhz: np.ndarray
     records: RequestRecords
+    output_tokens: int
     preemptions: int
     most_running: float  # requests at once; infinite where it is not known
 
@@ -34,6 +36,20 @@ class Played:
     def schedule(self) -> np.ndarray:
         """The batch limit and clock (MHz) in force: (windows, 2)."""
         return np.stack([self.limits, self.clocks_mhz], axis=1)
+
+    @property
+    def totals(self) -> EpisodeTotals:
+        """Its windows, added up one by one."""
+        return EpisodeTotals(
+            energy_j=float(sum(self.energy_j.tolist())),
+            seconds=float(len(self.energy_j)),
+            arrivals=int(self.arrivals.sum()),
+            output_tokens=self.output_tokens,
+            preemptions=self.preemptions,
+            clock_mhz_s=float(self.clocks_mhz.sum()),
+            limit_s=float(self.limits.sum()),
+            clock_switches=int((np.diff(self.clocks_mhz) != 0).sum()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +111,7 @@ class Runs:
 
     def played(self, policy: Policy, seed: int) -> Played:
         """The same without what else its windows say: fast for what can be planned or compiled."""
-        return self._fast(policy, seed) or self._slow(policy, seed)
+        return self.fast(policy, seed) or self._slow(policy, seed)
 
     def traces(self, policy: Policy, slo: str) -> list[Trace]:
         """One trace per seed."""
@@ -136,11 +152,12 @@ class Runs:
         rows = [(w.arrivals, w.knobs.batch_limit, w.knobs.gpu_clock_mhz) for w in episode.windows]
         arrivals, limits, clocks_mhz = np.array(rows).T
         energy_j = np.array([w.energy_j for w in episode.windows])
-        preemptions = episode.totals.preemptions
-        return Played(energy_j, arrivals, limits, clocks_mhz, episode.records, preemptions, math.inf)
+        totals, records = episode.totals, episode.records
+        tokens, preemptions = totals.output_tokens, totals.preemptions
+        return Played(energy_j, arrivals, limits, clocks_mhz, records, tokens, preemptions, math.inf)
 
-    def _fast(self, policy: Policy, seed: int) -> Played | None:
-        """The same without looking at windows, for a policy that need not; None for any other."""
+    def fast(self, policy: Policy, seed: int) -> Played | None:
+        """One episode without looking at windows, of a policy that need not; None for any other."""
         node = self.loop.node
         if not isinstance(node, SimulatedNode) or self.loop.guarded:
             return None
@@ -185,8 +202,16 @@ def _played(
     """What a node has just served, which may have ended before the arrivals."""
     ran, (lowest, highest) = len(energy_j), node.spec.batch_limits
     in_force = np.clip(limits[:ran], lowest, highest)
-    records, preemptions, most = node.take_records(), node.preemptions, node.most_running
-    return Played(energy_j, arrivals[:ran], in_force, clocks_mhz[:ran], records, preemptions, most)
+    return Played(
+        energy_j,
+        arrivals[:ran],
+        limits=in_force,
+        clocks_mhz=clocks_mhz[:ran],
+        records=node.take_records(),
+        output_tokens=node.output_tokens,
+        preemptions=node.preemptions,
+        most_running=node.most_running,
+    )
 
 
 def plays_of(policy: Policy, alone: Sequence[Runs]) -> list[Played]:
