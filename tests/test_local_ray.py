@@ -130,3 +130,24 @@ def test_a_temp_folder_too_long_for_sockets_does_not_keep_ray_from_starting(tmp_
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "too long for a socket" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+def test_sigterm_while_ray_is_waited_for_has_its_code_and_no_stack():
+    script = """
+import threading, os, signal, time, ray
+from fuel_ray.cluster.hosts import connect
+from fuel_ray.live.processes import orderly_signals
+with orderly_signals():
+    connect(cluster=False)
+    waits = ray.remote(lambda: time.sleep(60)).remote()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    ray.wait([waits])
+"""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")

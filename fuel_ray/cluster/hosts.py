@@ -3,9 +3,12 @@
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -39,10 +42,20 @@ def connect(*, cluster: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the first of several servers' errors is told
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := _address(cluster=cluster):
-        _join(address, **quiet)
-    else:
-        start_local({NODE_RESOURCE: float(os.cpu_count() or 1)} if cluster else {}, **quiet)
+    with _own_sigterm():
+        if address := _address(cluster=cluster):
+            _join(address, **quiet)
+        else:
+            start_local({NODE_RESOURCE: float(os.cpu_count() or 1)} if cluster else {}, **quiet)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray answers SIGTERM with a stack and an exit code of its own; what there was before is set again."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _address(*, cluster: bool) -> str | None:

@@ -76,15 +76,21 @@ def orderly_signals() -> Iterator[None]:
     found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     handled = {n: handler for n, handler in found.items() if handler not in (signal.SIG_IGN, None)}
 
+    codes: list[int] = []
+
     def leave(number: int, frame: FrameType | None) -> None:
         for other in handled:
             signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(128 + number)
+        codes.append(128 + number)
+        raise SystemExit(*codes)
 
     try:
         for number in handled:
             signal.signal(number, leave)
         yield
+    except SystemExit as error:  # out of a call of Ray's it comes with another code
+        error.code = codes[0] if codes else error.code
+        raise
     finally:
         for number, handler in handled.items():
             signal.signal(number, handler)
