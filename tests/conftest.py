@@ -42,10 +42,11 @@ def two_hosts():
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Two processes for all of the fast tests; one for some of them, and for servers, clusters, trainings."""
+    """Three processes for all of the fast tests, half of whose time is waiting; one for some of them, and for
+    servers, clusters, trainings."""
     option = config.option
     some = option.file_or_dir or option.keyword or option.lf or not option.markexpr.startswith("not slow")
-    return 0 if some else 2
+    return 0 if some else 3
 
 
 def pytest_xdist_make_scheduler(config, log):

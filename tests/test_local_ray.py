@@ -122,20 +122,11 @@ def test_a_host_whose_disk_fails_does_not_keep_the_others_from_being_heard(monke
 
 
 @pytest.mark.ray
-def test_a_temp_folder_too_long_for_sockets_does_not_keep_ray_from_starting(tmp_path):
+def test_a_local_ray_starts_beside_a_temp_folder_too_long_for_sockets_and_leaves_sigterm_to_us(tmp_path):
     long = tmp_path / ("x" * 90)
     long.mkdir()
-    code = "from fuel_ray.cluster.hosts import connect; import ray; connect(cluster=False); ray.shutdown()"
-    env = {**os.environ, "TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "too long for a socket" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.ray
-def test_sigterm_while_ray_is_waited_for_has_its_code_and_no_stack():
     script = """
-import threading, os, signal, time, ray
+import os, signal, threading, time, ray
 from fuel_ray.cluster.hosts import connect
 from fuel_ray.live.processes import orderly_signals
 with orderly_signals():
@@ -144,10 +135,10 @@ with orderly_signals():
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     ray.wait([waits])
 """
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
-        "PYTHONPATH": str(ROOT)
-    }
+    env = {**os.environ, "TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=60
     )
-    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+    assert done.returncode == 143, done.stderr
+    (line,) = done.stderr.splitlines()  # Ray's own handler would print a stack
+    assert "too long for a socket" in line
