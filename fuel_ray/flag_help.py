@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from fuel_ray.verbs import VERBS
 WIDEST = 110  # columns; tyro sets boxes side by side from 130 on, where nothing can be found
 _OPTIONS = " options"
 _INDENT = " " * 8
+_SHORTEST = 18  # columns of the names of the flags that most people need
 _MOST = "workload, SLO and run"
 _GROUPS = {
     _MOST: (
@@ -34,7 +35,11 @@ _GROUPS = {
     ),
 }
 
-_OF_VERBS = {  # flags that most people need of verbs whose flags are in no groups
+_OF_VERBS = {  # flags that most people need, of verbs for which they are others
+    "onboard": (
+        *("server", "model", "gpu-ids", "limit-file", "observe-minutes", "workload", "slo-ttft-s"),
+        *("slo-tpot-s", "slo-share", "node", "out", "resume"),
+    ),
     "deploy": (
         "policy",
         "server",
@@ -64,12 +69,13 @@ class _Entry:
         text = textwrap.TextWrapper(width, _INDENT, _INDENT, break_on_hyphens=False).fill(self.text)
         return "\n".join(filter(None, (f"  {self.flag}", text)))
 
-    def short(self, name: str, width: int) -> str:
-        """A line with its first sentence and, where there is room, its default."""
+    def short(self, name: str, column: int, width: int) -> str:
+        """A line with its first sentence, from a column on, and, where there is room, its default."""
         sentence = re.split(r"(?<=\.) | \(default: | \(required", self.text, maxsplit=1)[0].removesuffix(".")
         default = re.search(r"\((?:default: )?([^()]+)\)$", self.text)
-        start = f"  --{name:<13} "
-        whole = f"{start}{sentence}" + (f" ({default[1]})" if default and default[1] != "None" else "")
+        start = f"{f'  --{name}':<{column}}"
+        is_told = default and default[1] not in ("None", "''")
+        whole = f"{start}{sentence}" + (f" ({default[1]})" if default and is_told else "")
         return whole if len(whole) <= width else start + textwrap.shorten(sentence, width - len(start))
 
 
@@ -94,25 +100,41 @@ def page(text: str, prog: str) -> str:
     name = prog.removeprefix("fuel-ray ")
     if name in VERBS:
         usage += f"\nexample: {prog} {VERBS[name].example}".rstrip()
-    return "\n\n".join((usage, *(own for block in blocks for own in _set(block, name, width)))) + "\n"
+    by_name = {flag: entry for block in blocks for entry in _parts(block)[-1] for flag in entry.names}
+    most = _most(by_name, name)
+    return "\n\n".join((usage, *(own for block in blocks for own in _set(block, most, width)))) + "\n"
 
 
-def _set(block: str, verb: str, width: int) -> list[str]:
-    """A block of the page, set anew: flags that most people need, and all in groups."""
+def _parts(block: str) -> tuple[str, str, str, list[_Entry]]:
+    """The title of a block, the line below it, its introduction and its flags; of a text there are none."""
     title, _, rest = block.partition("\n")
-    if not title.startswith(" "):
-        return [textwrap.fill(" ".join(block.split()), width)]
     rule, _, rest = rest.partition("\n")
     intro, inner, flags = rest.rpartition(f"\n  {rule.strip()[1:]}\n")
-    entries = [_entry(part) for part in re.split(r"^(?=  \S)", flags, flags=re.M) if part.strip()]
-    most, groups = _grouped(entries, verb if title == _OPTIONS else "")
-    boxes = {" used most": [e.short(name, width) for name, e in most]}
+    parts = re.split(r"^(?=  \S)", flags, flags=re.M) if title.startswith(" ") else []
+    return title, rule, intro + inner.rstrip(), [_entry(part) for part in parts if part.strip()]
+
+
+def _most(by_name: Mapping[str, _Entry], verb: str) -> list[tuple[str, _Entry]]:
+    """The flags that most people need of a verb, by name."""
+    names = _OF_VERBS.get(verb, _GROUPS[_MOST] if _in_groups(by_name) else ())
+    return [(name, by_name[name]) for name in names if name in by_name]
+
+
+def _in_groups(names: Collection[str]) -> bool:
+    """Whether a verb has so many flags that they are in groups."""
+    return {"workload", "kv-tokens"} <= {*names}
+
+
+def _set(block: str, most: Sequence[tuple[str, _Entry]], width: int) -> list[str]:
+    """A block of the page, set anew: in the first the flags that most people need, and all in groups."""
+    title, rule, intro, entries = _parts(block)
+    if not title.startswith(" "):
+        return [textwrap.fill(" ".join(block.split()), width)]
+    groups = _grouped(entries)
+    column = max((_SHORTEST, *(len(name) + len("  -- ") for name, _ in most)))
+    boxes = {" used most": [e.short(name, column, width) for name, e in most if title == _OPTIONS]}
     boxes |= {name or title: [e.full(width) for e in own] for name, own in groups.items()}
-    return [
-        "\n".join((name, rule, *filter(None, [intro + inner.rstrip()]), *own))
-        for name, own in boxes.items()
-        if own
-    ]
+    return ["\n".join((name, rule, *filter(None, [intro]), *own)) for name, own in boxes.items() if own]
 
 
 def _entry(part: str) -> _Entry:
@@ -123,17 +145,11 @@ def _entry(part: str) -> _Entry:
     return _Entry(flag, text.removesuffix(" (default: )"))
 
 
-Grouped = tuple[list[tuple[str, _Entry]], dict[str, list[_Entry]]]
-
-
-def _grouped(entries: list[_Entry], verb: str) -> Grouped:
-    """The flags that most people need, by name, and all in groups by title; a lone group keeps its own."""
-    by_name = {name: entry for entry in entries for name in entry.names}
-    if not {"workload", "kv-tokens"} <= by_name.keys():
-        return [(name, by_name[name]) for name in _OF_VERBS.get(verb, ())], {"": entries}
-    most = [(name, by_name[name]) for name in _GROUPS[_MOST] if name in by_name]
-    groups = {f" {title}": _taken(entries, names) for title, names in _GROUPS.items()}
-    return most, groups | {" more": entries}
+def _grouped(entries: list[_Entry]) -> dict[str, list[_Entry]]:
+    """Flags in groups by title; a lone group keeps its own."""
+    if not _in_groups([name for entry in entries for name in entry.names]):
+        return {"": entries}
+    return {f" {title}": _taken(entries, names) for title, names in _GROUPS.items()} | {" more": entries}
 
 
 def _taken(entries: list[_Entry], names: Sequence[str]) -> list[_Entry]:

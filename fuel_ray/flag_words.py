@@ -3,10 +3,13 @@
 import contextlib
 import difflib
 import io
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 
 from fuel_ray.errors import ConfigError
+from fuel_ray.verbs import VERBS
 
 _NO_NUMBER = r"Error parsing (\S+): (invalid literal for int|could not convert string to float).*: '(.*)'"
 _NO_CHOICE = r"Error parsing (\S+): no type matching (.+?) could be instantiated from \['(.*?)'\].*"
@@ -44,6 +47,31 @@ def wrong_flag(argv: Sequence[str], parsed: Callable[..., object]) -> str | None
     tails = [flag for flag in known if flag.partition(".")[2] == name.removeprefix("--")]
     near = tails or difflib.get_close_matches(name.lower(), known, n=1)
     return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else "; --help lists all flags")
+
+
+def check_folder(folder: Path, verb: str, *, file: str) -> None:
+    """Check that a folder to resume is that of a run of this verb, which has the file with its settings.
+
+    Raises:
+        ConfigError: it is another verb's, or no run's.
+    """
+    such, found = f"such as results/{verb}-20261127-120000", _verb_of(folder)
+    if found is not None and verb in VERBS and found != verb:
+        article = "an" if found[0] in "aeiou" else "a"
+        raise ConfigError(f"--resume {folder}: that is {article} {found}'s folder; give one {such}")
+    if not (folder / file).is_file():
+        raise ConfigError(
+            f"--resume {folder}: not the folder of a run (no {file} in it); give the folder that the run "
+            f"printed, {such}"
+        )
+
+
+def _verb_of(folder: Path) -> str | None:
+    """The verb that made a folder, by the command in its files; None where none of them has one."""
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError, IndexError):
+            return str(json.loads(path.read_text(encoding="utf-8"))["command"].split()[1])
+    return None
 
 
 def one_line(text: str) -> str:

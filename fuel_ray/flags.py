@@ -40,13 +40,12 @@ from fuel_ray.config import (
 )
 from fuel_ray.errors import ConfigError
 from fuel_ray.flag_help import narrowed, page
-from fuel_ray.flag_words import check_words, one_line, wrong_flag
+from fuel_ray.flag_words import check_folder, check_words, one_line, wrong_flag
 from fuel_ray.node_config import LiveConfig
 from fuel_ray.objective import from_outside
 from fuel_ray.outside import reference
 
 NOT_NAMED = "which is loaded only if the command line names it too"
-_RUNS = "give the folder that the run printed, such as results/sweep-20261127-120000"
 
 # Lowest and highest value of each number, or of each in a tuple, and the flags that have this range
 _COUNT, _SHARE, _STEP_SIZE, _WAIT_S = (1, 10**9), (0.0, 1.0), (1e-9, 1.0), (0.0, 86_400.0)
@@ -189,8 +188,7 @@ def resumed(
     Raises:
         ConfigError: it is not the folder of a run, or a flag differs from its settings.
     """
-    if not (folder / file).is_file():
-        raise ConfigError(f"--resume {folder}: not the folder of a run (no {file} in it); {_RUNS}")
+    check_folder(folder, prog.removeprefix("fuel-ray "), file=file)
     began = load_config(folder / file, base=base)
     asked = parse_serving(type(base), argv, prog=prog, default=began)
     for f in dataclasses.fields(began):

@@ -283,6 +283,22 @@ def test_a_run_of_another_config_is_not_resumed(capsys, tmp_path):
     assert "steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "file", "made_by"),
+    [
+        ("onboard", "run.json", "a sweep"),
+        ("sweep", "onboard.json", "an onboard"),
+        ("train", "run.json", "a sweep"),
+    ],
+)
+def test_the_folder_of_another_verb_is_not_resumed(verb, file, made_by, capsys, tmp_path):
+    facts = {"command": f"fuel-ray {made_by.split()[1]} --steps 1", "config": to_dict(SweepConfig())}
+    (tmp_path / file).write_text(json.dumps(facts))
+    assert main([verb, "--resume", str(tmp_path)]) == 2
+    such = f"that is {made_by}'s folder; give one such as results/{verb}-2"
+    assert f"--resume {tmp_path}: {such}" in capsys.readouterr().err
+
+
 def help_page(capsys, verb):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -315,6 +331,15 @@ def test_the_first_screen_of_help_has_what_most_people_need(capsys, monkeypatch)
     for flag in ["node-wait-s", "grid-batch-limits", "train.lr", "guard.drift"]:
         assert f"--{flag} " not in screen and f"\n  --{flag}" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_first_screen_of_onboards_help_has_the_flags_of_a_server(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_page(capsys, "onboard").splitlines()
+    most = lines[lines.index(" used most") + 2 :][:12]
+    names = [re.match(r"  --(\S+) +\w.*\w", line)[1] for line in most]
+    assert names[:5] == ["server", "model", "gpu-ids", "limit-file", "observe-minutes"]
+    assert "--live.server" in "".join(lines[24:]) and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(("verb", "flag"), [("deploy", "policy"), ("benchmark", "model"), ("arena", "slos")])

@@ -288,6 +288,7 @@ def test_a_default_load_and_an_slo_that_leaves_room_are_said(tmp_path, capsys):
             "too few for a twin; give at least 4",
         ),
         (["--node", "live"], "--live.model"),
+        (["--node", "sim", "--server", "h"], "^--server: --node sim is a rehearsal without a server"),
     ],
 )
 def test_wrong_settings_are_named(words, said):

@@ -54,8 +54,7 @@ class OnboardConfig(LearnConfig, ProfileConfig):
     seeds: int = 6
     """Held-out seeds on which policies are compared."""
     observe_minutes: float | None = None
-    """Minutes to watch the traffic of the server, from which the workload is derived, instead of
-    --workload."""
+    """Minutes to watch the server's traffic. The workload is derived from it, instead of --workload."""
     observe_server: str | None = None
     """URL of a server whose traffic is watched. None: the server that is onboarded."""
     validate_seconds: int = 60
@@ -79,6 +78,8 @@ def parse(argv: list[str], *, prog: str) -> OnboardConfig:
         raise ConfigError(
             "--node ray: onboard measures a server on this machine; run it on the server's host"
         )
+    if config.node == "sim" and config.live.server is not None:
+        raise ConfigError("--server: --node sim is a rehearsal without a server; leave one of the two out")
     if len(config.block_sizes) != 1:
         raise ConfigError("--block-sizes: a server has exactly one block size, such as --block-sizes 16")
     if (pairs := len({*config.batches}) * len({*config.contexts})) < FEWEST:
