@@ -71,7 +71,7 @@ def test_a_host_that_has_all_it_needs(vllm, capsys, monkeypatch, tmp_path):
     assert found["readings"] == ("ok", "energy counter, power, utilisation, SM clock")
     assert found["clocks"][0] == found["plug-in"][0] == found["disk"][0] == found["port"][0] == "ok"
     assert found["vLLM"] == ("ok", f"0.32.0 ({command})")
-    assert found["block sizes"] == ("ok", "this vLLM serves multiples of 16: 16, 32")
+    assert found["block sizes"] == ("ok", "only multiples of 16: serves 16, 32")
 
 
 def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatch):
@@ -86,7 +86,7 @@ def test_what_a_live_node_lacks_is_said_with_what_to_do(vllm, capsys, monkeypatc
     assert text.endswith(f"/python {ROOT}")
     assert found["block sizes"] == (
         "note",
-        "this vLLM serves multiples of 32: 32, 64: 8, 16 will be skipped as unsupported",
+        "only multiples of 32: serves 32, 64; skips 8, 16",
     )
 
 

@@ -58,7 +58,7 @@ def test_validate_prints_one_json_object_per_trace(capsys: pytest.CaptureFixture
     results = json.loads(capsys.readouterr().out)
     assert [result["trace"] for result in results] == TRACES
     for result in results:
-        assert set(result) == {"trace", "predicted", "measured", "errors", "beyond", "warnings"}
+        assert set(result) == {"trace", "source", "predicted", "measured", "errors", "beyond", "warnings"}
         for name in FIGURES:
             ratio = result["predicted"][name] / result["measured"][name]
             assert result["errors"][name] == pytest.approx(ratio - 1)
@@ -68,6 +68,17 @@ def test_validate_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert validate.run(ValidateConfig(traces=(TRACES[0],))) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (TRACES[0], "predicted", "measured", *FIGURES))
+
+
+def test_the_column_of_a_twins_trace_is_called_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = json.loads(Path(TRACES[0]).read_text())
+    raw["info"]["origin"] = "modelled, pack h100-qwen3-8b"
+    (tmp_path / "twin.json").write_text(json.dumps(raw))
+    assert validate.run(ValidateConfig(traces=(str(tmp_path / "twin.json"),))) == 0
+    out = capsys.readouterr().out
+    assert "predicted    simulated" in out and "measured" not in out
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,7 @@ def test_a_row_that_fits_nothing_is_dropped(
     extra.write_text(json.dumps(wrong))
     out = str(tmp_path / "mine.json")
     calibrate.run(CalibrateConfig(profile=(profile, str(extra)), name="mine", gpu="A100", out=out))
-    assert "step_s=0.2" in capsys.readouterr().out
+    assert "any fit: 64 requests with 128 tokens each at 1410 MHz (200 ms per step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from fuel_ray.onboarding.config import OnboardConfig, parse
 from fuel_ray.onboarding.stages import STAGES, Stage
 from fuel_ray.policies.learned import read_policy
 from fuel_ray.record import new_folder
+from fuel_ray.sim.loads import Server
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.points import CHANGE_S, Lengths, all_points, spread
 from fuel_ray.sim.replay import BOUNDS
 from fuel_ray.types import NodeSpec
 from fuel_ray.workload.spec import parse_workload
@@ -81,8 +83,10 @@ def test_one_command_leads_from_a_server_to_commands_that_deploy_takes(tmp_path,
     assert [(config.shadow, config.canary) for config in found] == [(True, None), (False, 0.1), (False, None)]
     assert all(config.policy == str(folder / "policies" / "recommended") for config in found)
     page, said = (folder / "report.html").read_text(), capsys.readouterr().out
-    for text in ("Modelled, not measured", "validate-1980", "about "):
+    for text in ("Modelled, not measured", "validate-1980", "about ", "predicted    simulated"):
         assert text in said
+    assert f"wrote {folder / 'profile'}\n" in said and "measured: nothing; simulated: " in said
+    assert "next: fuel-ray" not in said and "profile-2" not in said
     for text in ("How accurate is the twin?", "--canary 0.1", "simulated server, 1980 MHz"):
         assert text in page
 
@@ -211,6 +215,22 @@ def test_a_training_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
     folder = onboarded(tmp_path, *ONE_CLOCK, code=130)
     assert again(folder) == 0
     assert given[0] is None and given[1].parent == folder
+
+
+def test_a_profile_that_is_interrupted_is_gone_on_with_by_onboard(tmp_path, monkeypatch, capsys):
+    measured = profile.probe
+
+    def stopped(config, point, *given, **named):
+        if point.phase == "decode" and "512" in point.name:
+            raise KeyboardInterrupt
+        return measured(config, point, *given, **named)
+
+    monkeypatch.setattr(profile, "probe", stopped)
+    folder = onboarded(tmp_path, *ONE_CLOCK, code=130)
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "--resume" in line] == [
+        f"interrupted; to continue: fuel-ray onboard --resume {folder}"
+    ]
 
 
 def test_a_server_that_is_gone_in_mid_profile_is_said_and_its_profile_gone_on_with(
@@ -358,6 +378,19 @@ def test_traffic_is_read_before_anything_is_sent(tmp_path, monkeypatch, capsys):
     assert "watching the traffic of http://h:1 for 1 min" in capsys.readouterr().out
     (path,) = tmp_path.glob("onboard-*/observed.json")
     assert json.loads(path.read_text())["rates"] == [[2.0, 30.0]]
+
+
+@pytest.mark.parametrize("clock_control", ["on", "off"])
+@pytest.mark.parametrize("traces", [[], ["--no-traces"]])
+def test_the_time_of_a_profile_is_expected_to_be_that_of_its_points(clock_control, traces):
+    words = ["--server", "h", "--live.clock-control", clock_control, *traces]
+    config, pack = parse(words, prog="fuel-ray onboard"), load_pack("h100-qwen3-8b")
+    clocks = spread(pack.gpu_clocks_mhz) if clock_control == "on" else pack.gpu_clocks_mhz[-1:]
+    lengths = Lengths(config.batches, config.contexts, config.prompts, config.output_tokens, config.windows)
+    there = Server(clocks, max_num_seqs=128, max_model_len=8192, kv_tokens=pack.kv_tokens)
+    points = all_points(clocks, lengths, server=there, token_s=4e-5, traces=config.traces)
+    expected_s = STAGES[2].seconds(config)
+    assert expected_s == pytest.approx(sum(point.expected_s + CHANGE_S for point in points), rel=0.2)
 
 
 def test_the_twin_of_a_server_without_a_limit_file_has_its_capacity_alone():

@@ -22,7 +22,9 @@ from fuel_ray.sim.replay import measured_figures, predicted_figures, relative_er
 DATA = Path(__file__).parent / "data"
 CLOCKS = (1980, 1845, 1695, 1560, 1410, 1275, 1125, 990)
 SMALL = ("--clocks-mhz", "1980", "--contexts", "128", "--prompts", "128", "2048")
-PROGRESS = re.compile(r"^(\d+)/(\d+)  ([\d.]+) of about ([\d.]+) min", re.MULTILINE)
+PROGRESS = re.compile(
+    r"^(\d+)/(\d+)  ([\d.]+) of about ([\d.]+) min of virtual time  (\d+) MHz$", re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,28 @@ def test_a_pack_calibrated_to_a_profile_of_the_twin_is_the_twin(profile, tmp_pat
             step_s, power_w, _ = again.step_cost(n, n * 700, 0, clock_mhz)
             assert step_s == pytest.approx(expected_s, rel=0.03)
             assert power_w == pytest.approx(expected_w, rel=0.03)
+
+
+def test_the_pack_of_a_simulated_server_says_so_and_has_its_limits(tmp_path, capsys):
+    raw = json.loads(Path("fuel_ray/sim/packs/h100-qwen3-8b.json").read_text()) | {"max_model_len": 2048}
+    (tmp_path / "short.json").write_text(json.dumps(raw))
+    flags = ["--pack", str(tmp_path / "short.json"), "--max-num-seqs", "32", "--kv-tokens", "26000"]
+    words = ["--clocks-mhz", "1980", "--no-traces", *flags, "--out", str(tmp_path)]
+    assert main(["profile", *words]) == 0
+    (path,) = tmp_path.glob("profile-*/profile.jsonl")
+    words = ["--profile", str(path), "--name", "mine", "--gpu", "NVIDIA H100"]
+    assert main(["calibrate", *words, "--out", str(tmp_path / "mine.json")]) == 0
+    assert "measured: nothing; simulated: 11 decode and 2 prefill rows; tr" in capsys.readouterr().out
+    pack = load_pack(str(tmp_path / "mine.json"))
+    found = (pack.max_num_seqs, pack.max_model_len, pack.max_num_batched_tokens, pack.kv_tokens)
+    assert found == (32, 2048, 8192, 26000)
+    facts = json.loads((path.parent / "run.json").read_text()) | {"origin": "measured"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text(json.dumps(facts))
+    (tmp_path / "other" / "profile.jsonl").write_text(path.read_text())
+    words[2:2] = [str(tmp_path / "other" / "profile.jsonl")]
+    assert main(["calibrate", *words, "--out", str(tmp_path / "mixed.json")]) == 2
+    assert "--profile: some are measured, others simulated" in capsys.readouterr().err
 
 
 def test_a_profile_says_where_it_was_taken(profile):
@@ -155,12 +179,14 @@ def test_batches_beyond_the_servers_capacity_are_left_out_and_one_is_measured():
 def test_a_profile_says_how_long_it_takes_and_keeps_to_it(profiled):
     """Virtual seconds, and what lies between two points on a real server: 6 min a clock, 30 for eight."""
     said = profiled[1]
-    n, about = re.match(r"(\d+) points to measure, at 8 clocks: about ([\d.]+) min", said).groups()
+    first, second = said.splitlines()[:2]
+    assert first == "a simulated node, modelled by pack h100-qwen3-8b; no server is measured"
+    told = r"(\d+) points on the twin, at 8 clocks: ([\d.]+) min of virtual time, a few seconds here"
+    n, about = re.fullmatch(told, second).groups()
     lines = [[float(word) for word in found] for found in PROGRESS.findall(said)]
-    assert [line[0] for line in lines] == list(range(1, int(n) + 1))
+    assert [line[4] for line in lines] == list(CLOCKS) and lines[-1][:2] == [float(n)] * 2
     assert lines[-1][2] == lines[-1][3] == pytest.approx(float(about), rel=0.15) and lines[-1][2] < 30
-    (first,) = (line for line in said.splitlines() if " 1980 MHz  load-high" in line)
-    assert float(PROGRESS.match(first).group(3)) < 6
+    assert lines[0][2] < 6 and len(said.splitlines()) < 20
 
 
 def test_the_twin_replays_the_traces_of_a_profile_of_itself(profile):
@@ -207,7 +233,7 @@ def test_a_profile_that_was_stopped_goes_on_with_what_is_missing(monkeypatch, tm
     assert "this one has batches = (1, 4)" in capsys.readouterr().err
     assert main(["profile", "--resume", str(folder), "--batches", "1", "4"]) == 0
     said = capsys.readouterr().out
-    assert "11 points to measure (3 are measured already), at 1 clock: about" in said
+    assert "11 points on the twin (3 are measured already), at 1 clock: " in said
     names = [json.loads(line)["point"] for line in (folder / "profile.jsonl").read_text().splitlines()]
     assert names == [
         "idle",
@@ -247,7 +273,8 @@ def test_what_the_server_cannot_take_is_left_out_and_said(tmp_path, capsys):
     flags = ["--kv-tokens", "2000", "--clocks-mhz", "1980", "--batches", "1", "--out", str(tmp_path)]
     assert main(["profile", *flags]) == 0
     said = capsys.readouterr().out
-    assert "skipped: prompts of 4096 tokens (the server accepts" in said and "load-high: " in said
+    assert "skipped: prompts of 4096 tokens (the server accepts" in said
+    assert list(tmp_path.glob("profile-*/traces/load-high-1980.json"))
     assert main(["profile", *flags, "--kv-tokens", "200"]) == 2
     assert "a profile needs at least 256 tokens of each" in capsys.readouterr().err
 

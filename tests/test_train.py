@@ -147,6 +147,19 @@ def test_a_workload_is_looked_at_before_servers_start(wrong, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(("is_stage", "said"), [(False, "to continue: fuel-ray train --resume"), (True, "")])
+def test_only_a_run_that_is_no_stage_says_how_to_continue_it(is_stage, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_check", lambda *given: None)
+    config = replace(SweepConfig(), out=tmp_path)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        run.running(config, "train", [config.workload], held_out=(), is_stage=is_stage),
+    ):
+        raise KeyboardInterrupt
+    printed = capsys.readouterr().out
+    assert said in printed and bool(printed) is not is_stage
+
+
 def test_training_may_start_from_a_policy_whose_price_was_tuned(tmp_path):
     config = replace(PRESETS["default"], train=replace(PRESETS["default"].train, head="joint"))
     codec = build_codec(config, build_spec(config, 16))

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -16,6 +16,7 @@ from fuel_ray.config import ServingConfig
 from fuel_ray.control import ControlLoop
 from fuel_ray.errors import NodeError
 from fuel_ray.live.node import GpuNode
+from fuel_ray.progress import Bar
 from fuel_ray.sim.loads import Load, Rows
 from fuel_ray.sim.points import CHANGE_S, LONGEST_S, Point
 from fuel_ray.sim.recorded import RecordedRun
@@ -39,6 +40,52 @@ class Probe:
     note: str = ""  # what else there is to say
     again: Load | None = None  # where there was no window to measure
     spent_s: float = 0.0  # with what lies between two points
+
+
+class Points:
+    """The points of a profile in turn: says how long they will take, and what was measured and what is left.
+
+    On a server there is a line for each point, on a twin, whose seconds are virtual, one for each clock.
+    """
+
+    def __init__(self, points: Sequence[Point], bar: Bar, *, on_twin: bool) -> None:
+        self.points, self._bar, self._on_twin = tuple(points), bar, on_twin
+        self._done, self._spent_s, self._expected_s = 0, 0.0, 0.0
+
+    def begin(self, there: int, clocks: int) -> None:
+        """Before the first point; others may be there already."""
+        already = f" ({there} are measured already)" if there else ""
+        at, minutes = f"{already}, at {clocks} clock{'s' * (clocks > 1)}", self._left_s() / 60
+        if self._on_twin:
+            said = f"points on the twin{at}: {minutes:.1f} min of virtual time, a few seconds here"
+        else:
+            said = f"points to measure{at}: about {minutes:.1f} min"
+        print(f"{len(self.points)} {said}", flush=True)
+
+    def measured(self, point: Point, found: Probe) -> None:
+        """After each point."""
+        self._done += 1
+        self._spent_s += found.spent_s
+        self._expected_s += point.expected_s + CHANGE_S
+        whole_s = self._spent_s + self._left_s() * min(max(self._spent_s / self._expected_s, 0.5), 3.0)
+        self._bar.at(self._spent_s / whole_s, f"{self._done}/{len(self.points)} points")
+        time = f"{self._spent_s / 60:.1f} of about {whole_s / 60:.1f} min"
+        self._say(point, found, f"{self._done}/{len(self.points)}  {time}")
+        if found.note:
+            print(f"  {found.note}", flush=True)
+
+    def _say(self, point: Point, found: Probe, so_far: str) -> None:
+        clock = f"{point.clock_mhz} MHz"
+        if not self._on_twin:
+            print(f"{so_far}  {clock}  {_told(point, found)}", flush=True)
+            return
+        if found.refused:
+            print(f"{clock}  {_told(point, found)}", flush=True)
+        if point.clock_mhz not in {later.clock_mhz for later in self.points[self._done :]}:
+            print(f"{so_far} of virtual time  {clock}", flush=True)
+
+    def _left_s(self) -> float:
+        return sum(point.expected_s + CHANGE_S for point in self.points[self._done :])
 
 
 def probe(config: ServingConfig, point: Point, rows: Rows) -> Probe:
@@ -175,6 +222,19 @@ def _record(windows: _Watched, load: Load, *, config: ServingConfig) -> Probe:
         facts["late_sends"] = node.load.so_far().late_sends
         facts["client_busy"] = round(node.load.busy_s / trace.duration_s, 3)
     return Probe(trace=trace, facts=facts, note=load.note)
+
+
+def _told(point: Point, found: Probe) -> str:
+    if found.row is not None:
+        figures = {k: v for k, v in found.row.items() if k not in ("clock_mhz", "point", "client_s")}
+        return " ".join(f"{key}={_short(value)}" for key, value in figures.items())
+    if found.trace is not None:
+        return f"{point.name}: {len(found.trace.requests)} requests, {found.trace.duration_s:.0f} s"
+    return f"skipped: {found.refused}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _client_s(windows: _Watched) -> float | None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import islice
@@ -17,6 +17,7 @@ from fuel_ray.sim.calibrate import (
     Profile,
     errors,
     fit,
+    in_words,
     leave_one_out,
     table,
     with_clock_axis,
@@ -26,11 +27,12 @@ from fuel_ray.sim.doubts import run_doubts
 from fuel_ray.sim.fidelity import Fidelity, fidelity_table
 from fuel_ray.sim.nearest import nearest_pack, same_architecture
 from fuel_ray.sim.pack import Pack, PerfModel, load_pack, pack_fields, variant_fields
-from fuel_ray.sim.profile import CLOCK_STEP_MHZ, read_profile
+from fuel_ray.sim.profile import CLOCK_STEP_MHZ, is_simulated, read_profile, read_source
 from fuel_ray.sim.recorded import RecordedRun, read_trace
 from fuel_ray.sim.rows import Row
 from fuel_ray.sim.trace_fit import WANDER, fidelity, leave_out, refine, wander
 
+_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_tokens")  # of a server
 _FACTS = ("gpu_name", "model", "engine", "power_cap_w", "origin")  # of a trace's info
 
 
@@ -61,7 +63,7 @@ class CalibrateConfig:
     """Supported GPU clocks in MHz: lowest, highest, step. None: from the lowest profiled clock to the highest
     in steps of 15; from half of it if only one was profiled."""
     kv_tokens: int | None = None
-    """Size of the KV cache in tokens. None: as in the traces, else as in the base pack."""
+    """Size of the KV cache in tokens. None: as in the traces, else as in profile or base pack."""
     base: str | None = None
     """Pack that supplies what the profile lacks: front end, limits, CPU. None: the shipped pack with the
     nearest GPU and model size."""
@@ -82,7 +84,7 @@ def run(config: CalibrateConfig) -> int:
     start = with_clock_axis(base.perf, of=shape.perf).replace(power_cap_w=cap_w)
     profile, dropped = without_outliers(profile, base=start)
     for point in dropped:
-        print(f"outlier left out, more than {OUTLIER:.0%} off any fit: {point}")
+        print(f"outlier left out, more than {OUTLIER:.0%} off any fit: {in_words(point)}")
     _warn_of_noise(profile, base=start)
     raw = _pack(config, server, profile, *_fitted(profile, server, base=start), base=base, shape=shape)
     with whole(Path(os.path.realpath(config.out))) as file:  # a user's link stays one
@@ -112,9 +114,9 @@ class _Server:
     gpu_name: str
     model: str
     engine: str
-    origin: str  # of the traces
+    origin: str  # of profile and traces
     power_cap_w: float | None
-    kv_tokens: int | None
+    limits: Mapping[str, int]  # what it can serve, by the names in a pack
 
 
 def _server(config: CalibrateConfig) -> _Server:
@@ -133,18 +135,36 @@ def _server(config: CalibrateConfig) -> _Server:
     gpu_name = config.gpu or told["gpu_name"]
     if not gpu_name:
         raise ConfigError("no trace names the GPU: give its name with --gpu")
-    runs = dict(islice(both.items(), len(config.traces)))
+    runs, source = dict(islice(both.items(), len(config.traces))), read_source(config.profile)
+    if told["origin"] and source.origin and is_simulated(told["origin"]) != is_simulated(source.origin):
+        raise ConfigError(
+            "--profile, --traces, --held-out: some are measured, others simulated; give one kind"
+        )
     return _Server(
         runs,
         {name: run for name, run in both.items() if name not in runs},
         gpu_name=gpu_name,
         model=config.model or told["model"] or "unknown",
         engine=config.engine or told["engine"] or "vLLM",
-        origin=told["origin"] or "measured",
+        origin=told["origin"] or source.origin or "measured",
         power_cap_w=config.power_cap_w or told["power_cap_w"],
-        kv_tokens=config.kv_tokens
-        or max((run.num_kv_blocks * run.kv_block_size for run in both.values()), default=None),
+        limits=dict(source.limits) | _limits(both.values()) | _given(config),
     )
+
+
+def _given(config: CalibrateConfig) -> dict[str, int]:
+    return {} if config.kv_tokens is None else {"kv_tokens": config.kv_tokens}
+
+
+def _limits(runs: Collection[RecordedRun]) -> dict[str, int]:
+    """What the server of these runs can serve, as far as they tell it."""
+    if not runs:
+        return {}
+    return {
+        "max_num_seqs": max(run.max_num_seqs for run in runs),
+        "max_num_batched_tokens": max(run.max_num_batched_tokens for run in runs),
+        "kv_tokens": max(run.num_kv_blocks * run.kv_block_size for run in runs),
+    }
 
 
 def _told(rows: Sequence[Row], *, given: Sequence[str]) -> dict[str, Any]:
@@ -234,11 +254,7 @@ def _pack(
         f"prefill from {base.name}": not (profile.prefill or runs),
         f"{from_base} and what else was not measured from {base.name}": True,
     }
-    limits = {
-        name: getattr(base, name) for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
-    }
-    for name in ("max_num_seqs", "max_num_batched_tokens"):
-        limits[name] = max((getattr(run, name) for run in runs.values()), default=limits[name])
+    limits = {name: server.limits.get(name, getattr(base, name)) for name in _LIMITS}
     requests = sum(len(run.requests) for run in runs.values())
     of_traces = f"; traces {server.origin}" if runs else ""
     with_traces = (
@@ -254,10 +270,11 @@ def _pack(
         "engine": server.engine,
         "gpu_clocks_mhz": {"min": lowest, "max": highest, "step": step},
         **limits,
-        "kv_tokens": server.kv_tokens or base.kv_tokens,
         **pack_fields(perf),
         **(_axis_of(shape, perf) if profiled < AXIS_CLOCKS else {}),
-        "measured": _rows(profile) + with_traces,
+        "measured": ("nothing; simulated: " if is_simulated(server.origin) else "")
+        + _rows(profile)
+        + with_traces,
         "transferred": "; ".join(what for what, is_so in transferred.items() if is_so),
         "sources": [f"fuel-ray calibrate, {date.today().isoformat()}, from {base.name}{of_traces}"],
         "fidelity": [asdict(row) for row in rows],

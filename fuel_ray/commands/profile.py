@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fuel_ray.build.nodes import build_spec, described, served
-from fuel_ray.build.probing import Probe, probe
+from fuel_ray.build.probing import Points, Probe, probe
 from fuel_ray.codec import clock_range
 from fuel_ray.config import ServingConfig, to_dict
 from fuel_ray.disk import write_or_keep
@@ -20,7 +20,7 @@ from fuel_ray.record import StepLog, make_folder, new_folder, origin, read_json,
 from fuel_ray.sim.calibrate import too_few
 from fuel_ray.sim.loads import Server
 from fuel_ray.sim.pack import load_pack
-from fuel_ray.sim.points import CHANGE_S, WARM_UP, Lengths, Point, all_points, fitting, spread, warm_up
+from fuel_ray.sim.points import WARM_UP, Lengths, Point, all_points, fitting, spread, warm_up
 from fuel_ray.sim.profile import read_profile
 from fuel_ray.sim.recorded import trace_text
 from fuel_ray.types import NodeSpec
@@ -79,15 +79,20 @@ def parse(argv: list[str], *, prog: str) -> ProfileConfig:
     return config
 
 
-def run(config: ProfileConfig, bar: Bar = UNSEEN) -> int:
-    """Print a line per point, and write its row or its trace; what there is when stopped stays."""
+def run(config: ProfileConfig, around: Bar | None = None) -> int:
+    """Write the row or the trace of each point; what there is when stopped stays.
+
+    As a stage of the bar ``around`` it leaves the words on how to go on to the run that it is a stage of.
+    """
+    if not config.live_server:
+        print(f"a simulated node, modelled by pack {config.pack}; no server is measured")
     run_dir = config.resume or new_folder(config.out, "profile")
     facts = _facts(config)
     path = run_dir / "profile.jsonl"
     make_folder(run_dir / "traces")
     rows, skipped = _rows_of(path), dict[str, str]()
     with (
-        _kept_lines(path, rows) as keep,
+        _kept_lines(path, rows, go_on=None if around else _go_on(run_dir)) as keep,
         served(replace(config, out=run_dir), config.block_sizes[0]) as there,
     ):
         spec, engine, server = _server(there)
@@ -97,9 +102,10 @@ def run(config: ProfileConfig, bar: Bar = UNSEEN) -> int:
         if traces != there.traces:
             print("no traces will be recorded: the server's /metrics does not report the number of KV blocks")
         _add(facts, config, gpu_name=spec.gpu_name, model=spec.model, engine=engine)
+        facts["limits"] = _limits(spec, server)
         write_json(run_dir / "run.json", facts)
         of = {name: facts[name] for name in ("origin", "gpu_name", "model", "engine")}
-        for point, found in _probes(replace(there, traces=traces), server, rows, run_dir, bar):
+        for point, found in _probes(replace(there, traces=traces), server, rows, run_dir, around or UNSEEN):
             if found.row is not None:
                 keep(json.dumps(found.row))
             if found.trace is not None:
@@ -112,15 +118,16 @@ def run(config: ProfileConfig, bar: Bar = UNSEEN) -> int:
             f"no decode point could be measured (the lines above say why), so {path} is of no use"
         )
     write_json(run_dir / "run.json", {**facts, "partial": False, "skipped": skipped})
-    _say_next(run_dir, spec, skipped)
+    if skipped:
+        print(f"not measured (the lines above say why): {', '.join(skipped)}")
+    if around is None:
+        _say_next(run_dir, spec, skipped)
     return 0
 
 
 def _say_next(run_dir: Path, spec: NodeSpec, skipped: Collection[str]) -> None:
     path, traces = run_dir / "profile.jsonl", sorted((run_dir / "traces").glob("*.json"))
     print(f"\nwrote {path} and {len(traces)} traces")
-    if skipped:
-        print(f"not measured (the lines above say why): {', '.join(skipped)}")
     if why := too_few(read_profile([str(path)]).decode):
         more = f"measure the rest: {_go_on(run_dir)}" if skipped else "profile more --batches or --contexts"
         print(f"not enough for `fuel-ray calibrate`: {why}; {more}")
@@ -187,6 +194,17 @@ def _server(config: ProfileConfig) -> tuple[NodeSpec, str, Server]:
     return spec, engine, server
 
 
+def _limits(spec: NodeSpec, server: Server) -> dict[str, int | None]:
+    """What the server can serve, as a pack has it; None where it is not known."""
+    size, blocks = spec.kv_block_size, spec.num_kv_blocks
+    return {
+        "max_num_seqs": server.max_num_seqs,
+        "max_num_batched_tokens": spec.server.max_num_batched_tokens if spec.server else None,
+        "max_model_len": server.max_model_len,
+        "kv_tokens": blocks and blocks * size,
+    }
+
+
 def _probes(
     config: ProfileConfig, server: Server, rows: list[dict[str, Any]], run_dir: Path, bar: Bar
 ) -> Iterator[tuple[Point, Probe]]:
@@ -200,7 +218,7 @@ def _probes(
     plan = all_points(clocks_mhz, lengths, server=server, token_s=token_s, traces=config.traces)
     missing = [point for point in plan if not _is_there(point, rows, run_dir)]
     first = [warm_up(missing[0].clock_mhz, lengths, server)] if missing else []
-    progress = _Progress([*first, *missing], bar)
+    progress = Points([*first, *missing], bar, on_twin=not config.live_server)
     progress.begin(len(plan) - len(missing), len(clocks_mhz))
     for point in progress.points:
         of_clock = [row for row in rows if row["clock_mhz"] == point.clock_mhz]
@@ -221,46 +239,10 @@ def _is_there(point: Point, rows: Sequence[dict[str, Any]], run_dir: Path) -> bo
     return any((row.get("clock_mhz"), row.get("point")) == (point.clock_mhz, point.name) for row in rows)
 
 
-class _Progress:
-    """Says how long it will take before it begins, and at each point what is left."""
-
-    def __init__(self, points: Sequence[Point], bar: Bar) -> None:
-        self.points, self._bar = tuple(points), bar
-        self._done, self._spent_s, self._expected_s = 0, 0.0, 0.0
-
-    def begin(self, there: int, clocks: int) -> None:
-        """Before the first point; others may be there already."""
-        already = f" ({there} are measured already)" if there else ""
-        points = f"{len(self.points)} points to measure{already}, at {clocks} clock{'s' * (clocks > 1)}"
-        print(f"{points}: about {self._left_s() / 60:.1f} min", flush=True)
-
-    def measured(self, point: Point, found: Probe) -> None:
-        """After each point."""
-        self._done += 1
-        self._spent_s += found.spent_s
-        self._expected_s += point.expected_s + CHANGE_S
-        whole_s = self._spent_s + self._left_s() * min(max(self._spent_s / self._expected_s, 0.5), 3.0)
-        self._bar.at(self._spent_s / whole_s, f"{self._done}/{len(self.points)} points")
-        line = f"{self._done}/{len(self.points)}  {self._spent_s / 60:.1f} of about {whole_s / 60:.1f} min"
-        print(f"{line}  {point.clock_mhz} MHz  {_told(point, found)}", flush=True)
-        if found.note:
-            print(f"  {found.note}", flush=True)
-
-    def _left_s(self) -> float:
-        return sum(point.expected_s + CHANGE_S for point in self.points[self._done :])
-
-
-def _told(point: Point, found: Probe) -> str:
-    if found.row is not None:
-        figures = {k: v for k, v in found.row.items() if k not in ("clock_mhz", "point", "client_s")}
-        return " ".join(f"{key}={_short(value)}" for key, value in figures.items())
-    if found.trace is not None:
-        return f"{point.name}: {len(found.trace.requests)} requests, {found.trace.duration_s:.0f} s"
-    return f"skipped: {found.refused}"
-
-
 @contextlib.contextmanager
-def _kept_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Callable[[str], None]]:
+def _kept_lines(
+    path: Path, rows: Sequence[dict[str, Any]], *, go_on: str | None
+) -> Iterator[Callable[[str], None]]:
     """Takes lines for the file of ``rows``, there at once, and whole; without room, elsewhere in the end.
 
     Raises:
@@ -279,12 +261,9 @@ def _kept_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Callable
         log.close()
         if lines and not whole:
             print(f"stopped early; {len(lines)} points were saved in {path}", flush=True)
-            print(f"to continue: {_go_on(path.parent)}", flush=True)
+            if go_on is not None:
+                print(f"to continue: {go_on}", flush=True)
         if log.lost_lines:
             with contextlib.suppress(OSError):
                 path.unlink()  # a line of it may be torn
             write_or_keep(path.parent, {path.name: "".join(f"{line}\n" for line in lines)})
-
-
-def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -20,10 +20,14 @@ def parse(argv: list[str], *, prog: str) -> TrainVerbConfig:
 
 
 def run(config: TrainVerbConfig, around: Bar | None = None) -> int:
-    """Train, or resume a training; prints where the policies are. It may be a stage of the bar ``around``."""
+    """Train, or resume a training; prints where the policies are.
+
+    As a stage of the bar ``around`` it leaves such words to the run that it is a stage of.
+    """
     loads, own = [config.workload], Bar(expected_s(config), around=around)
-    with running(config, "train", loads, held_out=()) as run_dir, own as bar:
+    with running(config, "train", loads, held_out=(), is_stage=around is not None) as run_dir, own as bar:
         work = partial(train_policies, run_dir=run_dir, workloads=loads, bar=bar)
         in_rounds(config, run_dir, work, table="learning.csv", bar=bar)
-    print(f"\npolicies  {run_dir / 'policies'}")
+    if around is None:
+        print(f"\npolicies  {run_dir / 'policies'}")
     return 0

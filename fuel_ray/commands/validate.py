@@ -11,6 +11,7 @@ import tyro
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.doubts import pack_doubts, run_doubts
 from fuel_ray.sim.pack import NOMINAL, Pack, load_pack
+from fuel_ray.sim.profile import is_simulated
 from fuel_ray.sim.recorded import RecordedRun, read_trace
 from fuel_ray.sim.replay import (
     BOUNDS,
@@ -36,8 +37,9 @@ class ValidateConfig:
     """Clock axis of the pack, which says how step time and power depend on the GPU clock: nominal, or another
     one that the pack has, such as low or high."""
     json: bool = False
-    """Print JSON: a list with one object per trace, with trace, predicted, measured, errors (0.03 = 3 % too
-    high; null = not measured), beyond (errors above the accepted bounds) and warnings."""
+    """Print JSON: a list with one object per trace, with trace, source (what "measured" is: measured, or
+    simulated), predicted, measured, errors (0.03 = 3 % too high; null = not measured), beyond (errors above
+    the accepted bounds) and warnings."""
 
 
 def run(config: ValidateConfig) -> int:
@@ -57,6 +59,7 @@ def compared(path: str, trace: RecordedRun, pack: Pack) -> dict[str, Any]:
     errors = relative_errors(predicted, measured)
     return {
         "trace": path,
+        "source": "simulated" if is_simulated(str(trace.info.get("origin"))) else "measured",
         "predicted": predicted,
         "measured": measured,
         "errors": errors,
@@ -71,7 +74,7 @@ def text(results: Sequence[Result]) -> str:
 
 
 def _table(result: Result) -> str:
-    lines = [result["trace"], f"{'':>12} {'predicted':>12} {'measured':>12} {'error':>8}"]
+    lines = [result["trace"], f"{'':>12} {'predicted':>12} {result['source']:>12} {'error':>8}"]
     for name in FIGURES:
         unit = {"energy": "J", "mean_power": "W"}.get(name, "s")
         predicted, measured, error = (result[key][name] for key in ("predicted", "measured", "errors"))

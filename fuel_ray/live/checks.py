@@ -243,11 +243,12 @@ def _block_sizes(asked: Sequence[int], *, multiple_of: int) -> Check:
     """By the rule of vLLM 0.20 to 0.33's backends; a run tries each and says what its server refuses."""
     can = ", ".join(str(size) for size in asked if size % multiple_of == 0)
     cannot = ", ".join(str(size) for size in asked if size % multiple_of)
-    found = f"this vLLM serves multiples of {multiple_of}: {can or 'none of those given'}"
+    only = f"only multiples of {multiple_of}"
     if not can:
-        return Check("block sizes", found, f"give multiples of {multiple_of} with --block-sizes")
-    left = f"{cannot} will be skipped as unsupported" if cannot else None
-    return Check("block sizes", found, left, needed=False)
+        return Check("block sizes", only, f"serves none of {cannot}; give others with --block-sizes")
+    if not cannot:
+        return Check("block sizes", f"{only}: serves {can}")
+    return Check("block sizes", only, f"serves {can}; skips {cannot}", needed=False)
 
 
 def _port() -> Check:

@@ -12,6 +12,8 @@ from fuel_ray.onboarding.config import OnboardConfig
 from fuel_ray.onboarding.state import Onboarding
 from fuel_ray.progress import Bar
 from fuel_ray.report.onboarded import write_onboarding
+from fuel_ray.sim.loads import TRACES
+from fuel_ray.sim.points import CLOCKS, LOWER_TRACES
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +27,30 @@ class Stage:
     on_server: bool = False
 
 
-_FIRST_CLOCK_S, _NEXT_CLOCK_S = 330.0, 200.0  # of a profile, which says itself what it will take
+_ROW_S, _TRACE_S = 5.5, 18.5  # of a profile, on average over its points
+_FIT_S = 2.0  # by trace
+
+
+def _clocks(config: OnboardConfig) -> int:
+    """How many will be profiled."""
+    return (len(config.clocks_mhz) or CLOCKS) if config.live.clock_control == "on" else 1
+
+
+def _traces(config: OnboardConfig) -> int:
+    """How many will be recorded: some of them at two lower clocks too."""
+    lower = min(_clocks(config) - 1, 2)
+    return (len(TRACES) + lower * len(LOWER_TRACES)) * config.traces
 
 
 def _profile_s(config: OnboardConfig) -> float:
     if config.node == "sim":
-        return 30.0
-    clocks = len(config.clocks_mhz) or (8 if config.live.clock_control == "on" else 1)
-    return _FIRST_CLOCK_S + (clocks - 1) * _NEXT_CLOCK_S
+        return 5.0
+    rows = 2 + len(config.prompts) + len(config.batches) * len(config.contexts)
+    return _clocks(config) * rows * _ROW_S + _traces(config) * _TRACE_S
 
 
 def _validate_s(config: OnboardConfig) -> float:
-    return 1.0 if config.node == "sim" else 2.0 * (config.validate_seconds + 10.0)
+    return 1.0 if config.node == "sim" else min(_clocks(config), 2) * (config.validate_seconds + 10.0)
 
 
 def _server_s(config: OnboardConfig) -> float:
@@ -55,11 +69,13 @@ STAGES = (
     ),
     Stage("load", "determine the workload", lambda c: 60.0 * (c.observe_minutes or 0.0), load.find),
     Stage("profile", "measure the server's steps, prefills and idle power", _profile_s, twin.measure, True),
-    Stage("calibrate", "fit a twin to the profile", lambda c: 240.0 if c.traces else 10.0, twin.fit),
+    Stage("calibrate", "fit a twin to the profile", lambda c: 2.0 + _FIT_S * _traces(c), twin.fit),
     Stage("validate", "compare twin and server on a new workload", _validate_s, twin.compare, True),
     Stage("slo", "check on the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
-    Stage("train", "train a policy on the twin", lambda c: 90.0 + c.steps / 500.0, policy.learn),
-    Stage("recommend", "compare the policy with the baselines", lambda c: 15.0 * c.seeds, policy.decide),
+    Stage("train", "train a policy on the twin", lambda c: 60.0 + c.steps / 600.0, policy.learn),
+    Stage(
+        "recommend", "compare the policy with the baselines", lambda c: 60.0 + 3.0 * c.seeds, policy.decide
+    ),
     Stage("commands", "write the commands that deploy the policy", lambda c: 1.0, handover.write),
 )
 
@@ -107,11 +123,14 @@ def _through(state: Onboarding) -> None:
 
 
 def _seen(state: Onboarding) -> OnboardConfig:
-    """The settings, without the clocks that the server's stage has found not to be ours."""
+    """The settings, without what the server's stage has found that the server cannot do."""
     config = state.config
-    if not state.facts.get("gpu_clocks_mhz") or state.sets_clocks:
+    if not state.facts.get("gpu_clocks_mhz"):
         return config
-    return replace(config, live=replace(config.live, clock_control="off"))
+    most = state.facts["batch_limits"][-1]
+    config = replace(config, batches=tuple(n for n in config.batches if n <= most) or (most,))
+    control = config.live.clock_control if state.sets_clocks else "off"
+    return replace(config, live=replace(config.live, clock_control=control))
 
 
 def _one(state: Onboarding, stage: Stage) -> None:

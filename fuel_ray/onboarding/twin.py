@@ -20,6 +20,7 @@ from fuel_ray.onboarding.load import mean_lengths
 from fuel_ray.onboarding.server import require_alone
 from fuel_ray.onboarding.state import Onboarding
 from fuel_ray.record import make_folder, read_json
+from fuel_ray.report.wording import figure_name, listed
 from fuel_ray.sim.calibrate import AXIS_CLOCKS, Profile, too_few
 from fuel_ray.sim.nearest import same_architecture
 from fuel_ray.sim.pack import Pack, load_pack
@@ -53,7 +54,7 @@ def measure(state: Onboarding) -> dict[str, Any]:
         own = settings(ProfileConfig, config, resume=resume, max_num_batched_tokens=tokens)
         profile.run(own, state.bar)
         found = _measured(resume or max(state.folder.glob("profile-*")))
-    print(f"the profile is now in {state.folder / 'profile'}; onboard runs the next steps itself")
+    print(f"wrote {state.folder / 'profile'}")
     return {"clocks_mhz": found.clocks_mhz, "decode": len(found.decode), "prefill": len(found.prefill)}
 
 
@@ -145,8 +146,9 @@ def _measured(folder: Path) -> Profile:
 
 
 def _poor(state: Onboarding, names: list[str]) -> str:
+    errors = listed([figure_name(name) for name in names])
     return (
-        f"the error of the twin in {', '.join(names)} is more than {POOR:g} times the accepted bound, so its "
+        f"the error of the twin in {errors} is more than {POOR:g} times the accepted bound, so its "
         "predictions cannot be trusted. Check whether something else ran at the same time and start again, "
         f"or continue anyway: fuel-ray onboard --resume {state.folder} --accept-fidelity"
     )

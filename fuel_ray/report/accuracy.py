@@ -8,13 +8,12 @@ from typing import Any
 from fuel_ray.report.figures import ProfilePoint, profile_and_model
 from fuel_ray.report.page import Cell, figure, paragraph, table
 from fuel_ray.report.tables import key_values
-from fuel_ray.report.wording import change, latency_name, listed, percent
+from fuel_ray.report.wording import change, figure_name, listed, percent
 from fuel_ray.sim.fidelity import ERRORS, Fidelity
 from fuel_ray.sim.pack import PerfModel, load_pack
 
 _FEWER_DIGITS_S = (0.1, 0.01)  # a latency below has a decimal more in ms
 _UNITS = {"energy": "J", "mean_power": "W"}
-_FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{} p99"}
 _RESTS_ON = {"pack": "pack", "measured": "measured here", "transferred": "taken from elsewhere"}
 _PROFILE = (
     "Points: decode steps as {origin}. Lines: the fitted twin at the same points. The energy of a token is "
@@ -53,17 +52,12 @@ def fidelity(found: Mapping[str, Any], rows: list[Mapping[str, Any]], *, source:
     for row in rows:
         for doubt in row.get("doubts", []):
             yield paragraph(f"Doubt, at {row['clock_mhz']} MHz: {doubt}.")
-    requests = listed([str(row["requests"]) for row in rows])
-    runs = f"One run of {requests} requests" + (" at each clock" if len(rows) > 1 else "")
+    requests = [str(row["requests"]) for row in rows]
+    same, at = len({*requests}) == 1, " at each clock" if len(rows) > 1 else ""
+    runs = (
+        f"One run of {requests[0]} requests{at}" if same else f"One run{at}, of {listed(requests)} requests"
+    )
     yield paragraph(f"Workload {found['workload']}. {_FIDELITY.format(runs=runs)}", style="soft")
-
-
-def figure_name(name: str) -> str:
-    """As people write it: tpot_mean is mean TPOT."""
-    what, _, which = name.partition("_")
-    if which not in _FIGURES or what == "mean":
-        return name.replace("_", " ")
-    return _FIGURES[which].format(latency_name(what))
 
 
 def signed(error: float) -> str:

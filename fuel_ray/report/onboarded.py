@@ -7,7 +7,7 @@ from typing import Any
 from fuel_ray.disk import whole
 from fuel_ray.policies.catalogue import CATALOGUE, MAX_PERFORMANCE, color, label
 from fuel_ray.record import read_json
-from fuel_ray.report.accuracy import fidelity, figure_name, profile, signed
+from fuel_ray.report.accuracy import fidelity, profile, signed
 from fuel_ray.report.page import Cell, code, heading, page, paragraph, table, tile, tiles
 from fuel_ray.report.tables import key_values
 from fuel_ray.report.text import when
@@ -16,6 +16,7 @@ from fuel_ray.report.wording import (
     capitalised,
     change,
     ends,
+    figure_name,
     limits_text,
     percent,
     slo_text,

@@ -7,6 +7,7 @@ from typing import Any
 from fuel_ray.stats import Interval
 from fuel_ray.types import LatencyName, Slo
 
+_FIGURES = {"p50": "median {}", "mean": "mean {}", "p99": "{} p99"}
 NO_CHANGE = 0.0005  # a change below it rounds to 0.0 %
 DEFAULT_SLO = "the default; set your own with --slo-ttft-s, --slo-tpot-s, --slo-e2e-s and --slo-share"
 
@@ -69,6 +70,14 @@ def limits_text(limits_s: Mapping[LatencyName, float]) -> str:
 def latency_name(name: str) -> str:
     """As people write it: tpot is TPOT."""
     return name if name == "e2e" else name.upper()
+
+
+def figure_name(name: str) -> str:
+    """As people write it: tpot_mean is mean TPOT."""
+    what, _, which = name.partition("_")
+    if which not in _FIGURES or what == "mean":
+        return name.replace("_", " ")
+    return _FIGURES[which].format(latency_name(what))
 
 
 def duration(seconds: float) -> str:

@@ -127,6 +127,14 @@ def without_outliers(profile: Profile, *, base: PerfModel) -> tuple[Profile, tup
         dropped.append(worst)
 
 
+def in_words(p: DecodePoint) -> str:
+    """A decode row for people."""
+    return (
+        f"{p.seqs} requests with {p.context_tokens:.0f} tokens each at {p.clock_mhz:.0f} MHz "
+        f"({1000 * p.step_s:.3g} ms per step, {p.power_w:.0f} W)"
+    )
+
+
 def leave_one_out(profile: Profile, *, base: PerfModel) -> tuple[LeftOut, ...]:
     """Errors per clock left out, but the highest, which is the reference; per row if there is one clock.
 

@@ -17,7 +17,7 @@ LONGEST_S = 120.0  # in which a row's windows have to be there
 CHANGE_S = 0.6  # between two points: the load is stopped, the node given back and taken again
 WARM_UP = "warmup"
 LOWER_TRACES = ("mixed-few", "mixed-many", "load-high")  # at two more clocks
-_CLOCKS = 8  # from half of the highest clock to the highest
+CLOCKS = 8  # from half of the highest clock to the highest
 _SETTLED_S = 1.4  # the first window is at the highest clock, and a change takes up to 0.2 s
 _FEWEST_OUTPUTS = 64  # tokens, of a request that decodes
 _HALF_S = 0.5  # windows where requests end before one of 1 s lies between the first token and the last
@@ -105,7 +105,7 @@ def warm_up(clock_mhz: int, lengths: Lengths, server: Server) -> Point:
 def spread(clocks_mhz: Sequence[int]) -> tuple[int, ...]:
     """Eight of the ascending clocks, from half of the highest to the highest."""
     upper = [clock_mhz for clock_mhz in clocks_mhz if clock_mhz >= clocks_mhz[-1] / 2]
-    return tuple(sorted({upper[round(i * (len(upper) - 1) / (_CLOCKS - 1))] for i in range(_CLOCKS)}))
+    return tuple(sorted({upper[round(i * (len(upper) - 1) / (CLOCKS - 1))] for i in range(CLOCKS)}))
 
 
 def _points(clock_mhz: int, lengths: Lengths, *, server: Server, token_s: float) -> Iterator[Point]:

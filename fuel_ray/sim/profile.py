@@ -12,16 +12,26 @@ clock, where less than 5 % below the highest counts as the highest; prefill rows
 the highest clock, because the power cap lowers their mean.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fuel_ray.errors import ConfigError
 from fuel_ray.sim.calibrate import DecodePoint, PrefillPoint, Profile
 from fuel_ray.sim.rows import Row
 
 CLOCK_STEP_MHZ = 15  # NVIDIA's data centre GPUs since Volta
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a profile comes from."""
+
+    origin: str | None  # measured, or modelled with a pack; None: nothing tells it
+    limits: Mapping[str, int]  # of the server that was profiled, by their names in a pack
 
 
 def read_profile(paths: Sequence[str]) -> Profile:
@@ -42,6 +52,37 @@ def read_profile(paths: Sequence[str]) -> Profile:
         tuple(_prefill_point(row, highest_mhz) for row in prefill),
         _idle_powers(idle, highest_mhz),
     )
+
+
+def read_source(paths: Sequence[str]) -> Source:
+    """What the run.json beside each profile says of where it comes from; nothing where there is none.
+
+    Raises:
+        ConfigError: some of them are measured and others simulated.
+    """
+    every = [_facts(Path(path).with_name("run.json")) for path in paths]
+    origins = [str(facts["origin"]) for facts in every if facts.get("origin")]
+    if len({is_simulated(origin) for origin in origins}) > 1:
+        raise ConfigError("--profile: some are measured, others simulated; give those of one server only")
+    limits: dict[str, int] = {}
+    for facts in every:
+        found = facts.get("limits")
+        for name, value in found.items() if isinstance(found, dict) else ():
+            if type(value) is int and value > 0:
+                limits[name] = max(value, limits.get(name, 0))
+    return Source(origins[0] if origins else None, limits)
+
+
+def is_simulated(origin: str) -> bool:
+    """Whether what has this origin was recorded on a simulated node."""
+    return origin.startswith("modelled")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts if isinstance(facts, dict) else {}
+    return {}
 
 
 def _rows(path: str) -> Iterator[Row]:

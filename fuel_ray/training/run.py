@@ -46,9 +46,14 @@ def parse_run(config_class: type[Learning], argv: list[str], *, prog: str) -> Le
 
 @contextmanager
 def running(
-    config: LearnConfig, verb: str, workloads: Sequence[str], *, held_out: Sequence[int]
+    config: LearnConfig,
+    verb: str,
+    workloads: Sequence[str],
+    *,
+    held_out: Sequence[int],
+    is_stage: bool = False,
 ) -> Iterator[Path]:
-    """The folder of a run, new or resumed; if the user stops it, how to go on is said.
+    """The folder of a run, new or resumed; one that is no stage of another run says how to continue it.
 
     What cannot be served is said before anything is written. Files are in --storage too in the end.
 
@@ -65,11 +70,22 @@ def running(
             f"--resume {run_dir}: calibration pack {config.pack} has changed since that run began; start a "
             "new run"
         )
+    with disk_faults() if is_stage else _alone(config, verb, run_dir):
+        yield run_dir
+        _publish(config, run_dir)
+
+
+@contextmanager
+def _alone(config: LearnConfig, verb: str, run_dir: Path) -> Iterator[None]:
+    """Say where the run is and, if it is stopped, how to go on.
+
+    Raises:
+        DiskError: a file could not be written; the message says how to go on.
+    """
     print(f"{verb}  {run_dir}: block sizes {', '.join(map(str, config.block_sizes))}, {config.workload}")
     try:
         with disk_faults():
-            yield run_dir
-            _publish(config, run_dir)
+            yield
     except (KeyboardInterrupt, SystemExit):
         print(f"\ninterrupted; to continue: fuel-ray {verb} --resume {run_dir}", flush=True)
         raise
