@@ -63,6 +63,8 @@ def test_a_sweeps_report_and_table_never_call_a_saving_measured(tmp_path):
     run = write_run(tmp_path / "run", shape)
     page, table = as_lines(write_report(run).read_text()), summary_table(run)
     assert all(pack.measured in page and pack.clock_axis_notes in page for pack in packs)
+    assert not re.search(r"launch_spread|prefill_clock", page)
+    assert "\nassumed\n600 output tokens" in re.sub(r"\s*\n\s*", "\n", page)
     for shown in (page, table):
         assert len(SAVING.findall(shown)) > 10 and "Modelled, not measured" in shown
         assert beside_each_other(shown) == []

@@ -89,6 +89,7 @@ def test_one_command_leads_from_a_server_to_commands_that_deploy_takes(tmp_path,
     assert "next: fuel-ray" not in said and "profile-2" not in said
     for text in ("How accurate is the twin?", "--canary 0.1", "simulated server, 1980 MHz"):
         assert text in page
+    assert re.search(r"One run of \d+ requests at each clock\.", page)
 
 
 def test_a_rule_that_is_recommended_can_be_deployed_and_never_leaves_its_knobs(tmp_path):
@@ -134,7 +135,7 @@ def test_a_twin_that_is_far_off_ends_it_until_that_is_accepted(tmp_path, monkeyp
     for name in BOUNDS:
         monkeypatch.setitem(BOUNDS, name, 1e-9)
     folder = onboarded(tmp_path, *ONE_CLOCK, code=2)
-    assert "cannot be trusted" in capsys.readouterr().err
+    assert "the twin in mean e2e, energy, mean TPOT and median TTFT is more" in capsys.readouterr().err
     assert journal(folder)["validate"]["found"]["poor"]
     assert again(folder) == 2
     assert again(folder, "--accept-fidelity") == 0

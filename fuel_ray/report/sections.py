@@ -141,7 +141,9 @@ def _trust(run: Run) -> Iterator[str]:
         yield paragraph(text.axis_table(run), style="soft")
     if (pack := _pack(run)) and (band := clocks.band(run, pack, workload=run.workloads[0])):
         yield figure(band.uri, caption=band.caption)
-    yield paragraph(notes)
+    if notes:
+        yield heading("What the calibration pack rests on", level=3)
+        yield definitions((Cell(name), what) for name, what in notes.items())
 
 
 def _pack(run: Run) -> Pack | None:

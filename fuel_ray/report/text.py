@@ -1,5 +1,6 @@
 """The report's sentences: what the numbers say, good or bad, in plain words."""
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
@@ -24,6 +25,12 @@ _HEADLINE_BASELINES = 2
 _EASIER = "Missing the target makes it easier to save energy, so their energy cannot be compared directly."
 _DOUBT = "The 95 % interval begins below it for"
 
+_IN_WORDS = {  # what packs say with the names of their constants, as patterns
+    "launch_spread": "the spread of launch times",
+    r"prefill_clock with the power cap leaves the clock that sustained prefill was seen at \((.*?)\)": (
+        r"under the power cap, long prefills run at the clock that was seen: \1"
+    ),
+}
 _IN_PROSE = {BEST_RULE: "the best simple rule", LOAD_TABLE: "the load table"}
 
 
@@ -106,10 +113,22 @@ def origin(run: Run) -> str:
     return f"Modelled, not measured: every number comes from a simulated node with calibration pack {name}."
 
 
-def pack_notes(run: Run) -> str:
-    """What of the pack was measured and what was taken from elsewhere; nothing of a real server."""
-    notes = (run.info.get("pack") or {}).get("notes")
-    return f"About the calibration pack: {notes}" if notes and _modelled(run) else ""
+def pack_notes(run: Run) -> dict[str, str]:
+    """What of the pack was measured, taken from elsewhere and assumed; nothing of a real server."""
+    notes = (run.info.get("pack") or {}).get("notes") or ""
+    if not _modelled(run):
+        return {}
+    for pattern, plain in _IN_WORDS.items():
+        notes = re.sub(pattern, plain, notes)
+    measured, _, rest = notes.removesuffix(".").removeprefix("Measured: ").partition(". Transferred: ")
+    taken, _, assumed = rest.partition("assumed: ")  # all that follows
+    items = taken.removesuffix("; ").split("; ")
+    found = {
+        "measured": [measured],
+        "taken from elsewhere": [item for item in items if "assumed" not in item],
+        "assumed": [*(item for item in items if "assumed" in item), assumed],
+    }
+    return {name: what for name, parts in found.items() if (what := "; ".join(filter(None, parts)))}
 
 
 def misses(run: Run, *, workload: str) -> str:
