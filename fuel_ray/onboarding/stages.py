@@ -72,7 +72,7 @@ STAGES = (
     Stage("calibrate", "fit a twin to the profile", lambda c: 2.0 + _FIT_S * _traces(c), twin.fit),
     Stage("validate", "compare twin and server on a new workload", _validate_s, twin.compare, True),
     Stage("slo", "check on the twin whether the SLO can be met", lambda c: 5.0, policy.check_slo),
-    Stage("train", "train a policy on the twin", lambda c: 60.0 + c.steps / 600.0, policy.learn),
+    Stage("train", "train a policy on the twin", lambda c: 60.0 + c.steps / 700.0, policy.learn),
     Stage(
         "recommend", "compare the policy with the baselines", lambda c: 60.0 + 3.0 * c.seeds, policy.decide
     ),
