@@ -90,12 +90,15 @@ def test_a_profile_says_where_it_was_taken(profile):
 
 
 def test_a_batch_that_does_not_fit_the_kv_pool_is_skipped_and_said(tmp_path, capsys):
-    flags = ["--kv-tokens", "8000", "--clocks-mhz", "1980", "--batches", "4", "64", "--contexts", "1024"]
+    flags = ["--kv-tokens", "8000", "--batches", "4", "64", "--contexts", "1024", "--no-traces"]
+    flags += ["--clocks-mhz", "1980", "990"]
     assert main(["profile", "--out", str(tmp_path), "--prompts", "128", *flags]) == 0
-    assert "64 requests with 1024 prompt tokens that decode together" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("64 requests with 1024 prompt tokens that decode together") == 1
+    assert "not measured (the lines above say why): decode-64x1024 at 2 clocks" in said
     (path,) = tmp_path.glob("profile-*/profile.jsonl")
     decode = [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == "decode"]
-    assert [row["b"] for row in decode] == [4]
+    assert [row["b"] for row in decode] == [4, 4]
 
 
 def _decoded(tmp_path, *flags):

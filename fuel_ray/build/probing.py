@@ -45,12 +45,14 @@ class Probe:
 class Points:
     """The points of a profile in turn: says how long they will take, and what was measured and what is left.
 
-    On a server there is a line for each point, on a twin, whose seconds are virtual, one for each clock.
+    On a server there is a line for each point. On a twin, whose seconds are virtual, there is one for each
+    clock, and one for each reason to skip a point.
     """
 
     def __init__(self, points: Sequence[Point], bar: Bar, *, on_twin: bool) -> None:
         self.points, self._bar, self._on_twin = tuple(points), bar, on_twin
         self._done, self._spent_s, self._expected_s = 0, 0.0, 0.0
+        self._refused: list[str] = []
 
     def begin(self, there: int, clocks: int) -> None:
         """Before the first point; others may be there already."""
@@ -79,8 +81,9 @@ class Points:
         if not self._on_twin:
             print(f"{so_far}  {clock}  {_told(point, found)}", flush=True)
             return
-        if found.refused:
-            print(f"{clock}  {_told(point, found)}", flush=True)
+        if found.refused not in ("", *self._refused):
+            self._refused.append(found.refused)
+            print(_told(point, found), flush=True)
         if point.clock_mhz not in {later.clock_mhz for later in self.points[self._done :]}:
             print(f"{so_far} of virtual time  {clock}", flush=True)
 

@@ -119,10 +119,21 @@ def run(config: ProfileConfig, around: Bar | None = None) -> int:
         )
     write_json(run_dir / "run.json", {**facts, "partial": False, "skipped": skipped})
     if skipped:
-        print(f"not measured (the lines above say why): {', '.join(skipped)}")
+        print(f"not measured (the lines above say why): {_by_point(skipped)}")
     if around is None:
         _say_next(run_dir, spec, skipped)
     return 0
+
+
+def _by_point(skipped: Collection[str]) -> str:
+    """Points that were not measured, each once."""
+    clocks: dict[str, list[str]] = {}
+    for text in skipped:
+        name, _, clock = text.partition(" at ")
+        clocks.setdefault(name, []).append(clock)
+    return ", ".join(
+        f"{name} at {own[0] if len(own) == 1 else f'{len(own)} clocks'}" for name, own in clocks.items()
+    )
 
 
 def _say_next(run_dir: Path, spec: NodeSpec, skipped: Collection[str]) -> None:
