@@ -44,7 +44,7 @@ def _traces(config: OnboardConfig) -> int:
 
 def _profile_s(config: OnboardConfig) -> float:
     if config.node == "sim":
-        return 5.0
+        return 10.0
     rows = 2 + len(config.prompts) + len(config.batches) * len(config.contexts)
     return _clocks(config) * rows * _ROW_S + _traces(config) * _TRACE_S
 
