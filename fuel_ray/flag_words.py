@@ -57,8 +57,7 @@ def check_folder(folder: Path, verb: str, *, file: str) -> None:
     """
     such, found = f"such as results/{verb}-20261127-120000", _verb_of(folder)
     if found is not None and verb in VERBS and found != verb:
-        article = "an" if found[0] in "aeiou" else "a"
-        raise ConfigError(f"--resume {folder}: that is {article} {found}'s folder; give one {such}")
+        raise ConfigError(f"--resume {folder}: that is a folder of fuel-ray {found}; give one {such}")
     if not (folder / file).is_file():
         raise ConfigError(
             f"--resume {folder}: not the folder of a run (no {file} in it); give the folder that the run "

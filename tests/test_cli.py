@@ -284,18 +284,14 @@ def test_a_run_of_another_config_is_not_resumed(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verb", "file", "made_by"),
-    [
-        ("onboard", "run.json", "a sweep"),
-        ("sweep", "onboard.json", "an onboard"),
-        ("train", "run.json", "a sweep"),
-    ],
+    ("verb", "made_by", "file"),
+    [("onboard", "sweep", "run.json"), ("sweep", "onboard", "onboard.json"), ("train", "sweep", "run.json")],
 )
-def test_the_folder_of_another_verb_is_not_resumed(verb, file, made_by, capsys, tmp_path):
-    facts = {"command": f"fuel-ray {made_by.split()[1]} --steps 1", "config": to_dict(SweepConfig())}
+def test_the_folder_of_another_verb_is_not_resumed(verb, made_by, file, capsys, tmp_path):
+    facts = {"command": f"fuel-ray {made_by} --steps 1", "config": to_dict(SweepConfig())}
     (tmp_path / file).write_text(json.dumps(facts))
     assert main([verb, "--resume", str(tmp_path)]) == 2
-    such = f"that is {made_by}'s folder; give one such as results/{verb}-2"
+    such = f"that is a folder of fuel-ray {made_by}; give one such as results/{verb}-2"
     assert f"--resume {tmp_path}: {such}" in capsys.readouterr().err
 
 
