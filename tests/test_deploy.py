@@ -303,6 +303,8 @@ WRONG = [
     "--policy {policy} --guard.fallback 4@1234",
     "--policy {policy} --guard.fallback 4@1500 --guard.dwell-s -1",
     "--policy {policy} --limit-file {tmp}/no/such/folder/limit",
+    "--policy {policy} --limit-file {tmp}/no/such/folder/limit --shadow",
+    "--policy {policy} --limit-file {tmp} --shadow",
     "--policy {policy} --out /proc/nowhere",
     "--policy {policy} --nonsense",
     "--shadow",
