@@ -570,6 +570,17 @@ def test_a_card_whose_energy_cannot_be_had_is_refused_before_anything_is_set(
     assert gpu.locked_mhz is None
 
 
+def test_without_a_driver_a_deployment_says_where_it_runs_and_what_runs_here(
+    stub, policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
+    arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main(["deploy", *arguments, "--shadow"]) == 2
+    error = capsys.readouterr().err
+    assert "no NVIDIA driver on this host (a container needs `--gpus all`); deploy runs on the machine" in error
+    assert "`fuel-ray evaluate --policies example` needs no GPU" in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("error", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_UNKNOWN])
 def test_readings_that_are_not_needed_may_be_missing(stub, gpu, policy, tmp_path, error):
     names = ("PowerUsage", "UtilizationRates", "ClockInfo", "MaxMigDeviceCount", "ComputeRunningProcesses")
