@@ -136,14 +136,14 @@ def test_a_server_on_a_card_that_is_not_recorded_is_said(stub, tmp_path, monkeyp
     )
 
 
-def test_a_server_whose_card_cannot_be_checked_is_said_beside_its_energy(
-    stub, tmp_path, monkeypatch, capsys
-):
+def test_a_server_whose_card_cannot_be_checked_is_said_beside_its_energy(stub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu("GPU-0", pids=(1,))))
     monkeypatch.setattr("fuel_ray.live.gpu.placement.is_local", lambda host: False)
     _, result = benchmark(stub, tmp_path)
     (line,) = result["missing"]
-    assert "whether the server runs on GPU GPU-0: 127.0.0.1 is another host; the energy is that of this" in line
+    assert (
+        "whether the server runs on GPU GPU-0: 127.0.0.1 is another host; the energy is that of this" in line
+    )
     assert capsys.readouterr().out.count(line) == 2  # before the load and beside its figures
 
 

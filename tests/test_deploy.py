@@ -577,7 +577,9 @@ def test_without_a_driver_a_deployment_says_where_it_runs_and_what_runs_here(
     arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
     assert main(["deploy", *arguments, "--shadow"]) == 2
     error = capsys.readouterr().err
-    assert "no NVIDIA driver on this host (a container needs `--gpus all`); deploy runs on the machine" in error
+    assert (
+        "no NVIDIA driver on this host (a container needs `--gpus all`); deploy runs on the machine" in error
+    )
     assert "`fuel-ray evaluate --policies example` needs no GPU" in error and len(error.splitlines()) == 1
 
 

@@ -77,9 +77,9 @@ class Gpus(AbstractContextManager["Gpus"]):
 
     ``devices`` are what a server runs on, ``uuids`` the cards that they are or, being MIG instances, are
     parts of: readings and clocks are the cards'. Power and energy are summed; utilisations and clocks are
-    means. What one card does not give is None for all, and a process says it once. ``supported_clocks_mhz`` ascend, are
-    supported by every GPU, and are empty where NVML lists none. Clocks are set by the clock helper that
-    FUEL_RAY_CLOCK_SOCKET names, unless ``direct``.
+    means. What one card does not give is None for all, and a process says it once.
+    ``supported_clocks_mhz`` ascend, are supported by every GPU, and are empty where NVML lists none. Clocks
+    are set by the clock helper that FUEL_RAY_CLOCK_SOCKET names, unless ``direct``.
 
     Args:
         which: indices and UUIDs.
