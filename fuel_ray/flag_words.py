@@ -14,6 +14,7 @@ from fuel_ray.verbs import VERBS
 _NO_NUMBER = r"Error parsing (\S+): (invalid literal for int|could not convert string to float).*: '(.*)'"
 _NO_CHOICE = r"Error parsing (\S+): no type matching (.+?) could be instantiated from \['(.*?)'\].*"
 _NO_VALUE = r"Missing value for argument '(\S+)'.*"
+_NOT_A_LIST = r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]"
 _REQUIRED = r"Missing from (.*?): (.*)"
 _FIRST_FLAG = r"(?:--\S+ [^,]*, )*(--[\w.-]+|[A-Z]+)"  # tyro writes other names of a flag before its own
 _OTHER_CHOICE = r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?),?\)\."
@@ -82,6 +83,7 @@ def one_line(text: str) -> str:
         _NO_NUMBER: _no_number,
         _NO_CHOICE: _no_choice,
         _OTHER_CHOICE: lambda found: f"{found[2]} {found[1]}: must be one of {found[3].replace(chr(39), '')}",
+        _NOT_A_LIST: lambda found: _not_a_list(found[1], found[2]),
         _NO_VALUE: lambda found: f"{found[1].rpartition('/')[2]} needs a value",
         _REQUIRED: lambda found: _required(found[1], found[2].split("(required)")[:-1]),
         _STRAY: lambda found: f"unexpected {found[1]!r}; --help lists what is accepted",
@@ -99,6 +101,14 @@ def _no_number(found: re.Match[str]) -> str:
 def _no_choice(found: re.Match[str]) -> str:
     given = found[3].replace("', '", " ")
     return f"{found[1]} {given}: {_must_be(found[2])}"
+
+
+def _not_a_list(flag: str, given: str) -> str:
+    words = re.findall("'(.*?)'", given)
+    apart = " ".join(" ".join(words).replace(",", " ").split())
+    if any("," in word for word in words):
+        return f"{flag}: separate the values by spaces: {flag} {apart}"
+    return f"{flag} {apart}: not what this flag takes; --help shows what is"
 
 
 def _required(prog: str, missing: Sequence[str]) -> str:

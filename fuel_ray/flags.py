@@ -364,11 +364,15 @@ def _without_secrets(config: ServingConfig) -> LiveConfig:
 
 
 def _validate_slo(config: ServingConfig) -> None:
-    limits = ("slo_ttft_s", "slo_tpot_s", "slo_e2e_s")
-    for name in limits:
+    limits = {"slo_ttft_s": 100.0, "slo_tpot_s": 10.0, "slo_e2e_s": 3600.0}  # s that anybody may promise
+    for name, longest_s in limits.items():
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{_flag(name)} {value}: must be above 0 s, or None for no limit")
+        if value is not None and value > longest_s:
+            raise ConfigError(
+                f"{_flag(name)} {value:g}: this is in seconds; for {value:g} ms give {value / 1000:g}"
+            )
     if all(getattr(config, name) is None for name in limits):
         raise ConfigError(f"the SLO has no limit: give at least one of {', '.join(map(_flag, limits))}")
     if config.slo_share is not None and not 0 < config.slo_share <= 1:

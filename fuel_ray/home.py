@@ -16,16 +16,23 @@ def stand_ins() -> dict[str, str]:
     except FileNotFoundError:
         found["TMPDIR"] = temporary = _SHARED_MEMORY
     home = Path(os.path.expanduser("~"))  # where a user has no home, ~ stays as it is
-    caches = [Path(__file__).parent / "sim" / "__pycache__", _of_user("XDG_CACHE_HOME", home / ".cache")]
     there = {
         "HOME": home.is_absolute() and os.path.isdir(home),
-        "NUMBA_CACHE_DIR": any(map(_may_write, caches)),
+        "NUMBA_CACHE_DIR": _may_write(compile_cache()),
         "MPLCONFIGDIR": _may_write(_of_user("XDG_CONFIG_HOME", home / ".config")),
     }
     lacking = [name for name, is_there in there.items() if not is_there]
     if lacking and (own := _own(temporary)) is not None:
         found |= {name: own for name in lacking if name == "HOME" or name not in os.environ}
     return found if _may_write(Path(temporary)) else {}
+
+
+def compile_cache() -> Path:
+    """Where compiled code is kept: beside the simulator, or with the user's caches if it cannot be there."""
+    beside = Path(__file__).parent / "sim" / "__pycache__"
+    return (
+        beside if _may_write(beside) else _of_user("XDG_CACHE_HOME", Path(os.path.expanduser("~")) / ".cache")
+    )
 
 
 def is_own_folder(path: Path) -> bool:

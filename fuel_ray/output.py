@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import select
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -41,6 +42,13 @@ class Outlet(io.RawIOBase):
         return written
 
 
+def print_unless_blocked(line: str) -> None:
+    """Print a line, or lose it where that would wait for a reader or nobody reads any more."""
+    with contextlib.suppress(BrokenPipeError):
+        if _takes_more(sys.stdout):
+            print(line, flush=True)
+
+
 @contextlib.contextmanager
 def lasting_output() -> Iterator[Callable[[], str | None]]:
     """Let no print end the work of the block for want of room; the call says why some of it is lost."""
@@ -59,6 +67,14 @@ def lasting_output() -> Iterator[Callable[[], str | None]]:
             with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: it is closed
                 stream.flush()
         sys.stdout, sys.stderr = found
+
+
+def _takes_more(stream: TextIO) -> bool:
+    """Whether a short line can be written at once; not on a stopped terminal or into a full pipe."""
+    try:
+        return bool(select.select([], [stream], [], 0)[1])
+    except (OSError, ValueError):  # it is no file's, such as a notebook's
+        return True
 
 
 def _lasting(stream: TextIO, outlets: list[Outlet]) -> TextIO:

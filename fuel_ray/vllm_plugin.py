@@ -162,7 +162,7 @@ class SchedulerLimit:
         try:
             self._write(report)
         except OSError as error:
-            self._say_once(str(error), f"no report of the batch limit: {error}")
+            self._say_failed("no report of the batch limit", error)
 
     def _in_force(self, running: int, waiting: int) -> int:
         """What was set, or the capacity once a step has admitted above it, until one shows that it binds."""
@@ -177,7 +177,7 @@ class SchedulerLimit:
         try:
             content = read_file(self._path)
         except OSError as error:
-            self._say_once(str(error), f"no batch limit: {error}")
+            self._say_failed("no batch limit", error)
             return None
         if content is None:
             self._say_once("corrupt", f"no batch limit: {self._path} is not a control file of fuel_ray")
@@ -191,6 +191,13 @@ class SchedulerLimit:
                 os.pwrite(fd, _REPORT.pack(*report), _COMMAND.size)
         finally:
             os.close(fd)
+
+    def _say_failed(self, what: str, error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):  # as it should be until the first controller
+            creates = f"`fuel-ray deploy --limit-file {self._path}` creates it"
+            self._say_once("absent", f"{self._path} does not exist yet; no batch limit until {creates}")
+        else:
+            self._say_once(str(error), f"{what}: {error}")
 
     def _say_once(self, key: int | str, text: str) -> None:
         if key not in self._said:

@@ -850,4 +850,4 @@ def test_recommend_names_a_pair_or_tuned_static(tmp_path, capsys):
     lines = [line for line in said if not re.match(r"\[ *\d+%\]", line)]
     names = [label(name) for name in (STATIC, *SIMPLE, "mine")]
     assert [name in line for name, line in zip(names, lines, strict=False)] == [True] * len(names)
-    assert lines[-1].startswith("Recommended: ")
+    assert lines[-2].startswith("Recommended: ") and "--save DIR" in lines[-1]

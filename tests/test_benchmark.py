@@ -101,7 +101,15 @@ def test_without_nvml_the_rest_is_recorded_and_that_is_said(stub, tmp_path, monk
     code, result = benchmark(stub, tmp_path)
     assert code == 0 and result["gpu_power_stats"] == {}
     assert result["cpu_power_stats"] is None and result["kv_cache_monitoring_stats"] is None
-    assert "not recorded" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("no GPU is recorded: no NVIDIA driver on this host") == 1 == out.count("recorded")
+
+
+def test_without_gpus_asked_for_that_is_the_reason(stub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
+    assert benchmark(stub, tmp_path, "--gpu-ids")[0] == 0
+    out = capsys.readouterr().out
+    assert "GPU        no samples: none was asked for" in out and "missing" not in out
 
 
 def test_the_visible_gpu_is_recorded_and_what_it_lacks_is_unknown(stub, tmp_path, monkeypatch, capsys):
@@ -126,6 +134,26 @@ def test_a_server_on_a_card_that_is_not_recorded_is_said(stub, tmp_path, monkeyp
     assert (
         "runs on GPU GPU-1, but GPU GPU-0 would be measured: give --gpu-ids GPU-1" in capsys.readouterr().out
     )
+
+
+def test_a_server_whose_card_cannot_be_checked_is_said_beside_its_energy(stub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu("GPU-0", pids=(1,))))
+    monkeypatch.setattr("fuel_ray.live.gpu.placement.is_local", lambda host: False)
+    _, result = benchmark(stub, tmp_path)
+    (line,) = result["missing"]
+    assert (
+        "whether the server runs on GPU GPU-0: 127.0.0.1 is another host; the energy is that of this" in line
+    )
+    assert capsys.readouterr().out.count(line) == 2  # before the load and beside its figures
+
+
+def test_a_model_that_the_server_does_not_list_is_said_before_a_request(stub, capsys):
+    flags = ["--base-url", stub.url, "--num-prompts", "2", "--request-rate", "inf", "--gpu-ids"]
+    assert main(["benchmark", "--model", "tinny", *flags]) == 2
+    assert "the server has no model tinny; it has tiny" in capsys.readouterr().err and not stub.bodies
+    stub.models_list = [{"id": "tiny", "root": "/models/tinny"}]
+    assert main(["benchmark", "--model", "/models/tinny", *flags]) == 0
+    assert {body["model"] for body in stub.bodies} == {"tiny"}
 
 
 def test_failed_requests_are_counted(stub, tmp_path, monkeypatch):
@@ -360,7 +388,7 @@ def test_a_result_folder_that_is_removed_in_the_run_is_made_again(stub, tmp_path
     folder = tmp_path / "results"
     threading.Timer(0.5, folder.rmdir).start()
     flags = ["--port", stub.url.rsplit(":", 1)[1], "--num-prompts", "20", "--request-rate", "20"]
-    long_name = "m" * 300
+    stub.model = long_name = "m" * 300
     assert (
         main(["benchmark", "--model", long_name, *flags, "--save-result", "--result-dir", str(folder)]) == 0
     )

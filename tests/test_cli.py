@@ -455,7 +455,7 @@ def test_validate_prints_predicted_beside_measured(capsys):
     trace = Path(__file__).parent / "data/h100_trace_16_open5.json"
     assert main(["validate", str(trace), "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
-    assert set(result) == {"trace", "predicted", "measured", "errors", "beyond", "warnings"}
+    assert set(result) == {"trace", "source", "predicted", "measured", "errors", "beyond", "warnings"}
     assert abs(result["errors"]["energy"]) < 0.05
     assert main(["validate", str(trace)]) == 0
     assert "tpot_p50" in capsys.readouterr().out
@@ -579,6 +579,14 @@ PLAIN = [
     ("evaluate --out wrong.json", "cannot make folder wrong.json: File exists; --out names another folder"),
     ("sweep --block-sizes 17", "--block-sizes 17: must be a power of two from 1 to 256, such as 16"),
     ("sweep --slo-ttft-s -1", "--slo-ttft-s -1.0: must be above 0 s, or None for no limit"),
+    ("sweep --slo-tpot-s 50", "--slo-tpot-s 50: this is in seconds; for 50 ms give 0.05"),
+    ("sweep --block-sizes 8,16", "--block-sizes: separate the values by spaces: --block-sizes 8 16"),
+    ("sweep --block-sizes a", "--block-sizes a: not what this flag takes; --help shows what is"),
+    ("sweep --workload t.csv", "--workload t.csv: name the trace's format too, as in azure:path=t.csv"),
+    (
+        "evaluate --policies example --block-sizes 32",
+        "example: not trained for block size 32 (--block-sizes), but for 16",
+    ),
     ("evaluate --workload diurnl", "unknown workload 'diurnl': did you mean diurnal?"),
     ("evaluate --workload diurnal:high_rsp=3", "unknown key high_rsp: did you mean high_rps?"),
     ("deploy --policy empty", "empty is not a policy folder: it has no manifest.json; give a folder such as"),

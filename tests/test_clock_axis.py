@@ -249,7 +249,7 @@ def test_three_clocks_tell_the_clock_axis(tmp_path: Path) -> None:
         assert pack.perf.at(mhz).idle_w == pytest.approx(truth.at(mhz).idle_w, rel=1e-3)
     m = pack.perf.constants
     assert (m.clock_s, m.clock_seq_s) == pytest.approx((0.0016, 8e-6), rel=0.05)
-    assert "streaming by clock from h100-qwen3-8b" in pack.transferred
+    assert "streaming by clock, from h100-qwen3-8b" in pack.transferred
     assert "clock axis, all of it" not in pack.transferred
 
 
@@ -292,7 +292,7 @@ def test_fewer_clocks_take_the_axis_of_the_same_architecture(
 ) -> None:
     assert calibrated(tmp_path, clocks_mhz, "--gpu", gpu) == 0
     pack, shape = load_pack(str(tmp_path / "mine.json")), load_pack(of)
-    assert f"clock axis, all of it modelled, from {of}" in pack.transferred
+    assert f"modelled: the clock axis, from {of}" in pack.transferred
     assert pack.architecture == shape.architecture
     top_mhz = shape.perf.constants.max_clock_mhz
     for share in (0.6, 0.8, 1.0):

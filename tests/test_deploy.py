@@ -13,15 +13,21 @@ import pytest
 
 from fuel_ray.cli import main
 from fuel_ray.codec import ActionGrid
+from fuel_ray.control import StepRecord
 from fuel_ray.deploy.recorder import Recorder
+from fuel_ray.deploy.status import Status
+from fuel_ray.errors import GpuError
+from fuel_ray.guard import Verdict
+from fuel_ray.live.vllm.server import free_port
 from fuel_ray.policies.anchor import Anchor
 from fuel_ray.policies.learned import read_manifest, save_rule
 from fuel_ray.policies.static import LoadTable
-from fuel_ray.types import Knobs
+from fuel_ray.types import Knobs, Slo
 from fuel_ray.vllm_plugin import read_file
 from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.policy_folders import SLO, write_policy
 from tests.stub_vllm import serving
+from tests.test_codec import WINDOW
 from tests.test_lease import FAKE_PYNVML, until
 from tests.test_rules import KINDS
 from tests.test_rules import SPEC as TWIN
@@ -108,6 +114,47 @@ def test_shadow_mode_sets_nothing(stub, gpu, policy, tmp_path):
     assert code == 0 and not limit_file.exists() and gpu.calls.count("reset") == 0 and gpu.locked_mhz is None
     assert lines[-1]["chosen"] == {"batch_limit": 4, "gpu_clock_mhz": 990}
     assert lines[-1]["applied"] == {"batch_limit": 32, "gpu_clock_mhz": 1980}
+
+
+@pytest.mark.parametrize(
+    ("flags", "begins", "ends"),
+    [
+        (["--shadow"], "shadow: recording to", "; Ctrl-C ends it"),
+        ([], "control: recording to", "; Ctrl-C ends it and gives clock and batch limit back"),
+        (["--canary", "0.1"], "canary, 10 % of the time: recording to", "clock and batch limit back"),
+    ],
+)
+def test_a_deployment_says_what_it_begins_and_does(
+    flags, begins, ends, stub, gpu, policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("fuel_ray.deploy.status.EVERY_S", 0.0)
+    port = str(free_port())
+    deploy(stub, policy, tmp_path, "--max-steps", "1", "--metrics-port", port, *flags)
+    (folder,) = (tmp_path / "out").glob("deploy-*")
+    first, *others = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("deploy  1 windows, ") for line in others)
+    assert first.startswith(f"deploy  {begins} {folder}") and f"{ends}; `fuel-ray watch --urls" in first
+    assert first.endswith(f"http://127.0.0.1:{port}` shows it")
+
+
+def test_a_line_a_minute_says_what_a_deployment_did_in_it(capsys):
+    clock_s = [0.0]
+    status, of = Status(Slo(1.0), clock=lambda: clock_s[0]), Knobs(8, 990)
+    status.attached(None)
+    for step in range(60):
+        clock_s[0] += 2.0
+        reasons = ("wait",) if step < 3 else ()
+        calm = replace(WINDOW, knobs=of, ttfts_s=() if step % 10 else (2.0,))
+        status.measured(
+            StepRecord(step, of, of, calm, None, Verdict(of, reasons)), decision_s=0.0, saved_j=None
+        )
+        if step == 30:
+            status.lost(step, of, GpuError("x"))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        "deploy  30 windows, 27000 J, SLO attainment 90.0 %, policy overruled 3 times, mean clock 990 MHz"
+    )
+    assert second.startswith("deploy  30 windows, 1 lost, 27000 J, SLO") and "overruled 0 times" in second
 
 
 RULES = [("clipper", []), ("eais", ["--pack", "h100-qwen3-8b"]), ("tests.test_deploy:Lowest", [])]
@@ -303,6 +350,8 @@ WRONG = [
     "--policy {policy} --guard.fallback 4@1234",
     "--policy {policy} --guard.fallback 4@1500 --guard.dwell-s -1",
     "--policy {policy} --limit-file {tmp}/no/such/folder/limit",
+    "--policy {policy} --limit-file {tmp}/no/such/folder/limit --shadow",
+    "--policy {policy} --limit-file {tmp} --shadow",
     "--policy {policy} --out /proc/nowhere",
     "--policy {policy} --nonsense",
     "--shadow",
@@ -566,6 +615,19 @@ def test_a_card_whose_energy_cannot_be_had_is_refused_before_anything_is_set(
     assert main(["deploy", *arguments]) == 2
     assert "cannot be measured: no energy counter on GPU GPU-0" in capsys.readouterr().err
     assert gpu.locked_mhz is None
+
+
+def test_without_a_driver_a_deployment_says_where_it_runs_and_what_runs_here(
+    stub, policy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
+    arguments = ["--policy", str(policy), "--server", stub.url, "--out", str(tmp_path / "out")]
+    assert main(["deploy", *arguments, "--shadow"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "no NVIDIA driver on this host (a container needs `--gpus all`); deploy runs on the machine" in error
+    )
+    assert "`fuel-ray evaluate --policies example` needs no GPU" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_UNKNOWN])

@@ -15,6 +15,7 @@ def nvml(monkeypatch):
     def install(*gpus, **flags):
         fake = FakeNvml(*gpus, **flags)
         monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", fake)
+        monkeypatch.setattr("fuel_ray.live.gpu.nvml._SAID", set())
         return fake
 
     return install
@@ -248,6 +249,8 @@ def test_a_reading_that_is_not_given_is_none_and_takes_no_other_with_it(
         assert gpus.settable_clocks_mhz(wanted=False) == (1980,)
     assert {name for name in reading.__slots__ if getattr(reading, name) is None} == unknown
     assert (energy_j is None) == (function == ENERGY)
+    with Gpus() as again:
+        again.read(), again.energy_j()
     assert len([line for line in caplog.messages if "GPU GPU-a does not report its" in line]) <= 1
 
 

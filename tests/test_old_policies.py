@@ -71,7 +71,7 @@ def test_the_same_pack_and_one_that_is_not_here_are_taken(verb, facts, tmp_path,
 
 def test_the_pack_that_is_named_counts_rather_than_the_shipped_one_of_its_name(tmp_path):
     shipped = resources.files("fuel_ray.sim") / "packs" / f"{PACK.name}.json"
-    raw = {**json.loads(shipped.read_text()), "measured": "changed by hand"}
+    raw = {**json.loads(shipped.read_text()), "max_model_len": 4096}
     (tmp_path / "own.json").write_text(json.dumps(raw))
     folder = policy(tmp_path / "mine", pack_sha256=load_pack(str(tmp_path / "own.json")).sha256)
     evaluate.parse([*flags("evaluate", folder), "--pack", str(tmp_path / "own.json")], prog="x")

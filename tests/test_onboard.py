@@ -331,6 +331,12 @@ def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch, capsys):
     assert "http://127.0.0.1:9" in said and "--resume" in said
 
 
+def test_a_host_without_a_gpu_is_told_how_to_rehearse(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(driver=False))
+    assert main(["onboard", "--server", "http://127.0.0.1:9", "--out", str(tmp_path)]) == 2
+    assert "or rehearse without a GPU: fuel-ray onboard --node sim" in capsys.readouterr().err
+
+
 def test_a_server_with_other_traffic_is_not_profiled(monkeypatch):
     monkeypatch.setattr(server, "LISTEN_S", 0.05)
     with serving(Stub()) as stub:

@@ -209,3 +209,14 @@ def test_a_setting_that_a_pack_has_not_is_refused(tmp_path: Path) -> None:
         load_pack(f"a100-llama31-8b:{SETTING}")
     with pytest.raises(ConfigError, match=r"not a calibration pack.*source"):
         load_pack(edited(tmp_path, settings={SETTING: {"rest_w": 80.0}}))
+
+
+def test_what_is_said_of_a_pack_may_be_corrected_and_its_figures_identify_it(tmp_path):
+    raw = json.loads(PACK_FILE.read_text())
+
+    def digest(**entries):
+        (tmp_path / "p.json").write_text(json.dumps(raw | entries))
+        return load_pack(str(tmp_path / "p.json")).sha256
+
+    assert digest(measured="in other words", clock_axis_notes="") == digest() == PACK.sha256
+    assert digest(perf=raw["perf"] | {"idle_w": 134.0}) != PACK.sha256

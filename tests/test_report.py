@@ -42,7 +42,7 @@ AXIS_HEADS = [
     "SLO attainment",
     "GPU clock (MHz)",
 ]
-AXIS_NOTES = "Comparisons with maximum performance hang on 1830 to 1980 MHz."
+AXIS_NOTES = "Comparisons with maximum performance depend on 1830 to 1980 MHz."
 LIMIT = {"max_performance": 256, "tuned_static": 48, "load_table": 52, "dqn": 58}
 
 

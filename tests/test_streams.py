@@ -1,11 +1,14 @@
 """What is printed may go anywhere: to a reader that leaves, a full disk, another encoding, no width."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fuel_ray.output import print_unless_blocked
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +43,25 @@ def test_a_reader_that_has_left_is_no_error_to_speak_of(line, code, unbuffered):
     done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, check=False, timeout=60)
     os.close(write)
     assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_a_line_that_nobody_takes_is_lost_and_holds_nobody_up(monkeypatch):
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as taken, os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        print_unless_blocked("one")
+        assert taken.readline() == b"one\n"
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(writer, b"x" * 4096):
+                pass
+        os.set_blocking(writer, True)
+        print_unless_blocked("two")  # would wait for ever
+        taken.close()
+        print_unless_blocked("three")  # SIGPIPE is no end either
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
 
 
 @pytest.mark.parametrize("line", ["--version", "sweep --help"])

@@ -209,9 +209,15 @@ def test_a_foreign_file_is_not_written(scheduler_class, path):
         assert file.read() == b"\xff" * 64
 
 
-def test_a_file_that_comes_late_is_found(scheduler_class, path):
+def test_a_file_that_comes_late_is_found(scheduler_class, path, caplog):
     os.unlink(path)
     scheduler = scheduler_class(waiting=100)
+    scheduler.schedule()
+    assert caplog.messages == [
+        f"fuel_ray: {path} does not exist yet; no batch limit until `fuel-ray deploy --limit-file {path}` "
+        "creates it"
+    ]
+    scheduler.finish(CAPACITY)
     create_file(path)
     write_limit(path, 2)
     assert len(scheduler.schedule()) == 2

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from importance import Bench, arguments, at_equal, bench_of, say
-from numba import njit
 
 from fuel_ray.arena.equal import Sweep, sweep_of
 from fuel_ray.arena.pool import in_processes
@@ -37,6 +36,7 @@ from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.branches import soft_missed
 from fuel_ray.sim.choice import choose, look
 from fuel_ray.sim.closed_loop import run_window
+from fuel_ray.sim.compilation import kept
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.program import SIGHT, Program, Server
@@ -80,7 +80,7 @@ class Futures(NamedTuple):
     seen_s: np.ndarray  # (k, n) when they reach the engine
 
 
-@njit(cache=True)
+@kept()
 def search(
     s: State, other: State, t: Twin, how: Search, futures: Futures, at_least: int, served: np.ndarray
 ) -> int:
@@ -115,7 +115,7 @@ def search(
     return served.shape[1]
 
 
-@njit(cache=True)
+@kept()
 def _expect(other: State, s: State, futures: Futures, future: int, horizon: int) -> None:
     """Let a future's requests come after those that the engine knows of."""
     for i in range(s.count[rules.ADMITTED], s.count[rules.ARRIVED]):
@@ -129,7 +129,7 @@ def _expect(other: State, s: State, futures: Futures, future: int, horizon: int)
         j += 1
 
 
-@njit(cache=True)
+@kept()
 def _cost(
     other: State,
     first: int,

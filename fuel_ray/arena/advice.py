@@ -19,6 +19,10 @@ from fuel_ray.report.wording import (
 from fuel_ray.tuning.search import SLACK
 
 AS_GOOD = 0.005  # of energy: within it of the best policy a simple rule is recommended instead
+LEGEND = (
+    "vs: change in J/request at equal SLO attainment, so not the quotient of the J/request shown. (..): 95 % "
+    "interval. [..]: range over the clock axes. All modelled."
+)
 _AS_GOOD = f"it uses at most {percent(AS_GOOD)} more energy than the best policy"
 
 
@@ -141,7 +145,8 @@ def _warning(pair: Pair, share: float | None) -> str:
 def _named(pair: Pair) -> str:
     how = [pair.how] if pair.how else []
     told = ", ".join([*how, f"SLO attainment {percent(pair.attained)}"])
-    return f"{label(pair.policy)} at block size {pair.kv_block_size} ({told})"
+    name = f'"{label(pair.policy)}"' if "," in label(pair.policy) else label(pair.policy)
+    return f"{name} at block size {pair.kv_block_size} ({told})"
 
 
 def _uses(ratio: float) -> str:

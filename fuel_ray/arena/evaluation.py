@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ from fuel_ray.types import NodeSpec, Policy, RequestRecords
 from fuel_ray.workload.spec import parse_workload
 
 logger = logging.getLogger(__name__)
+_SOON_S = 4.0
+_COMPILES = "the first run compiles the simulator, which takes up to a minute"
 _NAME_LETTERS = 120  # of the policy, in the name of a file
 _SHOWN = ("energy_j_per_request", "slo_attainment", "ttft_p50_s", "tpot_p50_s", "e2e_mean_s")
 
@@ -189,6 +192,11 @@ def evaluate_policies(
         loop = build_loop(own, kv_block_size, horizon_s=float(seconds), workload=workload, part="second half")
         opened.callback(loop.node.close)
         there = policies(loop.node.spec)
+        late = Timer(_SOON_S, say, [_COMPILES])
+        opened.callback(late.cancel)
+        late.daemon = True
+        if not config.live_server:
+            late.start()
         runs = Runs(loop, seeds=(), seconds=seconds, slos={})
         for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + seeds):
             for name, policy in there.items():
@@ -196,6 +204,7 @@ def evaluate_policies(
                 totals, records, episode = _totals(config, runs, policy, labels, into=into, traces=traces)
                 figures = summary_fields(totals.summary(records, config.slo))
                 into.rows.append({**labels, "workload_digest": digest, **figures})
+                late.cancel()
                 say(_progress(into.rows[-1]))
                 if traces and episode is not None:
                     _add_trace(config, loop, episode, labels, into=into, say=say)

@@ -121,7 +121,7 @@ def run(config: BenchmarkConfig) -> int:
         max_concurrency=config.max_concurrency,
         goodput=goodput,
     )
-    print("\n".join(check(result)), flush=True)
+    print("\n".join(check(result, measured)), flush=True)
     now = datetime.now()
     if config.save_result:
         _save(config, "benchmark", json.dumps(result, indent=2), now)
@@ -170,13 +170,20 @@ def _endpoint(config: BenchmarkConfig) -> Endpoint:
 
 
 def _served_as(server: Endpoint, model: str) -> str:
-    """The name to ask for, where the model is what the server was started from; else as it was given."""
+    """The name to ask for, which is another where the model is what the server was started from.
+
+    Raises:
+        ConfigError: the server lists its models, and this is none of them.
+    """
     try:
         found = served_models(server)
     except PageError:  # a gateway need not list what it serves
         return model
-    is_name = any(model == served.name for served in found)
-    return model if is_name else next((served.name for served in found if served.root == model), model)
+    names = [served.name for served in found]
+    name = model if model in names else next((s.name for s in found if s.root == model), None)
+    if name is None:
+        raise ConfigError(f"--model: the server has no model {model}; it has {', '.join(names)}")
+    return name
 
 
 def _send(load: LoadGenerator, n: int) -> str | None:

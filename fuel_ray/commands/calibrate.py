@@ -247,12 +247,12 @@ def _pack(
             f"--clocks-mhz {lowest} {highest} {step}: give the lowest clock, the highest, and a step that "
             "divides their difference, such as 345 1980 15"
         )
-    from_base = "CPU" if runs else "front end, launch times, mixed steps, CPU"
+    from_base = "CPU figures" if runs else "front end, launch times, mixed steps, CPU figures"
     transferred = {
-        f"clock axis, all of it modelled, from {shape.name} ({shape.gpu_name})": profiled < AXIS_CLOCKS,
-        f"streaming by clock from {shape.name} ({shape.gpu_name})": profiled >= AXIS_CLOCKS,
-        f"prefill from {base.name}": not (profile.prefill or runs),
-        f"{from_base} and what else was not measured from {base.name}": True,
+        f"modelled: the clock axis, from {shape.name} ({shape.gpu_name})": profiled < AXIS_CLOCKS,
+        f"streaming by clock, from {shape.name} ({shape.gpu_name})": profiled >= AXIS_CLOCKS,
+        f"prefill, from {base.name}": not (profile.prefill or runs),
+        f"{from_base} and all else that was not measured, from {base.name}": True,
     }
     limits = {name: server.limits.get(name, getattr(base, name)) for name in _LIMITS}
     requests = sum(len(run.requests) for run in runs.values())

@@ -1,6 +1,7 @@
 """fuel-ray deploy: a policy in front of a running vLLM server; clocks and limit are given back at its end."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from fuel_ray.address import check_variable, page_url, server_url
 from fuel_ray.config import to_dict
 from fuel_ray.deploy.attach import Target, attach
 from fuel_ray.deploy.canary import Canary
-from fuel_ray.deploy.deployment import Deployment, Observer
+from fuel_ray.deploy.deployment import Attached, Deployment, Observer
 from fuel_ray.deploy.exporter import Exporter
 from fuel_ray.deploy.recorder import Recorder
 from fuel_ray.deploy.rule import Rule
-from fuel_ray.errors import ConfigError
+from fuel_ray.deploy.status import Status
+from fuel_ray.errors import ConfigError, GpuError
 from fuel_ray.flags import parse_flags
+from fuel_ray.live.checks import has_driver
 from fuel_ray.policies.learned import PolicyFolder
 from fuel_ray.policies.shipped import folder_of
 from fuel_ray.record import new_folder, origin
@@ -111,13 +114,40 @@ def run(config: DeployConfig) -> int:
             exporter = Exporter(config.metrics_port, folder.slo, host=config.metrics_host, info=info)
             opened.callback(exporter.close)
             observers.append(exporter)
-        first = attach_again()  # what is wrong at first is the user's to know
+        first = _first(attach_again)  # what is wrong at first is the user's to know
         opened.callback(first.loop.node.close)
-        recorder = Recorder(new_folder(config.out, "deploy"), facts, folder.slo, trial)
+        run_dir = new_folder(config.out, "deploy")
+        recorder = Recorder(run_dir, facts, folder.slo, trial)
         opened.callback(recorder.close)
-        deployment = Deployment(attach_again, [recorder, *observers], interval_s=config.interval_s)
+        print(f"deploy  {_beginning(config, run_dir)}", flush=True)
+        observers = [recorder, Status(folder.slo), *observers]
+        deployment = Deployment(attach_again, observers, interval_s=config.interval_s)
         deployment.run(first, max_steps=config.max_steps)
     return 0
+
+
+def _first(attach: Callable[[], Attached]) -> Attached:
+    try:
+        return attach()
+    except GpuError as error:
+        if has_driver():
+            raise
+        raise GpuError(
+            f"{error}; deploy runs on the machine of the server's GPU, also with --shadow; "
+            "`fuel-ray evaluate --policies example` needs no GPU"
+        ) from error
+
+
+def _beginning(config: DeployConfig, run_dir: Path) -> str:
+    """What is done from now on, and how to end and watch it."""
+    ends = "Ctrl-C ends it and gives clock and batch limit back"
+    if config.shadow:
+        mode, ends = "shadow", "Ctrl-C ends it"
+    else:
+        mode = "control" if config.canary is None else f"canary, {100 * config.canary:g} % of the time"
+    address = f"http://{config.metrics_host}:{config.metrics_port}"
+    watch = "" if config.metrics_port is None else f"; `fuel-ray watch --urls {address}` shows it"
+    return f"{mode}: recording to {run_dir}; {ends}{watch}"
 
 
 def _rule(config: DeployConfig) -> Rule | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fuel_ray.arena.advice import line, recommendation
+from fuel_ray.arena.advice import LEGEND, line, recommendation
 from fuel_ray.arena.config import RecommendConfig, check_tuning
 from fuel_ray.arena.recommendation import Pair, by_size, save
 from fuel_ray.build.nodes import build_spec
@@ -67,6 +67,8 @@ def run(config: RecommendConfig) -> int:
         print(f"wrote {config.save}; to deploy: fuel-ray deploy --policy {config.save} ...")
     elif config.save is not None:
         print(f"nothing was written to {config.save}: {label(best.policy)} has no policy folder")
+    elif best.fitted is not None:
+        print("to deploy it: repeat this with --save DIR, then fuel-ray deploy --policy DIR --shadow")
     return 0
 
 
@@ -75,6 +77,7 @@ def recommended(config: RecommendConfig) -> tuple[list[Pair], Pair, str]:
     if config.save is not None:
         make_folder(config.save)
     pairs = sorted(_compared(config), key=lambda pair: config.block_sizes.index(pair.kv_block_size))
+    print(LEGEND)
     best, sentence = recommendation(pairs, share=config.slo.share)
     if best.axes:
         print(f"\n{load_pack(config.pack).clock_axis_notes}")

@@ -16,6 +16,7 @@ from fuel_ray.policies.learned import read_manifest
 from fuel_ray.progress import Bar
 from fuel_ray.record import read_json, update_csv, update_lines, write_json
 from fuel_ray.report.sections import summary_table, write_report
+from fuel_ray.report.wording import slo_text
 from fuel_ray.training.policies import policy_folder, train_policies
 from fuel_ray.training.run import expected_s, in_rounds, parse_run, running, shown
 from fuel_ray.tuning.contenders import check
@@ -36,6 +37,7 @@ def run(config: SweepConfig) -> int:
     """Run or resume a sweep; prints a table and the path of the report."""
     held_out = range(HELD_OUT_SEED, HELD_OUT_SEED + config.seeds)
     with running(config, "sweep", _workloads(config), held_out=held_out) as run_dir:
+        print(f"SLO    {slo_text(config.slo)}")
         with Bar({**expected_s(config), "evaluation": _evaluation_s(config)}) as bar:
             _stages(config, run_dir, bar)
         report = write_report(run_dir)

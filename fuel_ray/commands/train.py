@@ -6,6 +6,7 @@ from functools import partial
 from fuel_ray.algorithms import branches
 from fuel_ray.config import TrainVerbConfig
 from fuel_ray.progress import Bar
+from fuel_ray.report.wording import slo_text
 from fuel_ray.training.policies import train_policies
 from fuel_ray.training.run import expected_s, in_rounds, parse_run, running
 
@@ -26,6 +27,7 @@ def run(config: TrainVerbConfig, around: Bar | None = None) -> int:
     """
     loads, own = [config.workload], Bar(expected_s(config), around=around)
     with running(config, "train", loads, held_out=(), is_stage=around is not None) as run_dir, own as bar:
+        print(f"SLO    {slo_text(config.slo)}")
         work = partial(train_policies, run_dir=run_dir, workloads=loads, bar=bar)
         in_rounds(config, run_dir, work, table="learning.csv", bar=bar)
     if around is None:

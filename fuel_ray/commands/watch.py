@@ -15,7 +15,17 @@ from fuel_ray.deploy.exporter import Page, read_page
 from fuel_ray.errors import ConfigError, TelemetryError
 from fuel_ray.live.vllm.endpoint import Endpoint
 
-_NAME_WIDTH = 30  # columns that an address keeps beside the numbers on a terminal of 80
+_COLUMNS = (  # of numbers; each fits beside an address on a terminal of 80 columns
+    "clock\nMHz",
+    "limit",
+    "W",
+    "run/\nwait",
+    "mean\nTTFT\nms",
+    "mean\nTPOT\nms",
+    "SLO",
+    "overruled",
+)
+_CAPTION = "A number in parentheses is the policy's choice; the number above it is in force."
 PORT = 9464  # of a controller's /metrics, where an address has none
 
 
@@ -45,7 +55,7 @@ def run(config: WatchConfig) -> int:
     controllers = [Endpoint.of(url, access, flag="--urls") for url in urls]
     if config.once:
         found = [(controller.url, _look(controller)) for controller in controllers]
-        console.print(table(found))
+        console.print(table(found), soft_wrap=True)  # a line of text stays whole, to be searched for
         return 2 if any(isinstance(page, str) for _, page in found) else 0
     with Live(console=console, auto_refresh=False) as live:
         while True:
@@ -64,26 +74,15 @@ def _look(controller: Endpoint) -> Page | str:
 
 def table(found: list[tuple[str, Page | str]]) -> Group:
     """One row per controller, and below them what is wrong with those that do not answer."""
-    names = [_server(url) for url, _ in found]
-    columns = (
-        Column("controller", min_width=min(_NAME_WIDTH, *map(len, names)), overflow="fold"),
-        "clock MHz",
-        "limit",
-        "W",
-        "run/wait",
-        "mean TTFT ms",
-        "mean TPOT ms",
-        "SLO",
-        "overruled",
-    )
-    shown = Table(*columns, title="fuel-ray", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = (Column("controller", overflow="fold"), *(Column(name, no_wrap=True) for name in _COLUMNS))
+    shown = Table(*columns, box=SIMPLE_HEAD, padding=0, show_edge=False)
     errors = []
     for url, page in found:
         if isinstance(page, str):
             errors.append(Text(page, style="red"))
         else:
             shown.add_row(*_row(url, page))
-    return Group(shown, *errors) if shown.row_count else Group(*errors)
+    return Group(shown, Text(_CAPTION, style="dim"), *errors) if shown.row_count else Group(*errors)
 
 
 def _row(url: str, page: Page) -> tuple[Text | str, ...]:
@@ -97,10 +96,10 @@ def _row(url: str, page: Page) -> tuple[Text | str, ...]:
         f"{_knob(page, 'batch_limit')}",
         _number(page.get("power_watts"), 0),
         f"{_number(page.get('requests', 'running'), 0)}/{_number(page.get('requests', 'waiting'), 0)}",
-        _number(page.get("latency_seconds", "ttft"), 1, scale=1e3),
+        _number(page.get("latency_seconds", "ttft"), 0, scale=1e3),
         _number(page.get("latency_seconds", "tpot"), 1, scale=1e3),
         _attainment(page),
-        ", ".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
+        "\n".join(f"{reason} {count:.0f}" for reason, count in page.labelled("overruled_total").items())
         or "-",
     )
 
@@ -116,21 +115,23 @@ def _age(seconds: float | None) -> str:
 
 def _attainment(page: Page) -> str:
     """What is certain of it, where that is not one number."""
-    lowest, highest = (
-        _number(page.get("slo_attainment_bounds", which), 3) for which in ("lowest", "highest")
-    )
+    lowest, highest = (_percent(page.get("slo_attainment_bounds", which)) for which in ("lowest", "highest"))
     return lowest if lowest == highest and lowest != "-" else _estimate(page, lowest, highest)
 
 
 def _estimate(page: Page, lowest: str, highest: str) -> str:
-    attainment = _number(page.get("slo_attainment"), 3)
-    return attainment if "-" in (lowest, highest) else f"{lowest} to {highest}"
+    attainment = _percent(page.get("slo_attainment"))
+    return attainment if "-" in (lowest, highest) else f"{lowest.removesuffix(' %')} to\n{highest}"
 
 
 def _knob(page: Page, name: str) -> str:
     """In force, and what the policy chose where that is another value."""
     applied, chosen = page.get(name, "applied"), page.get(name, "chosen")
-    return _number(applied, 0) + ("" if applied == chosen else f" ({_number(chosen, 0)})")
+    return _number(applied, 0) + ("" if applied == chosen else f"\n({_number(chosen, 0)})")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}".replace("%", " %")
 
 
 def _number(value: float | None, digits: int, *, scale: float = 1.0) -> str:

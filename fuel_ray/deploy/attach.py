@@ -29,7 +29,7 @@ from fuel_ray.live.node import GpuNode
 from fuel_ray.live.vllm.cache import CacheConfig
 from fuel_ray.live.vllm.endpoint import Endpoint
 from fuel_ray.live.vllm.kv_monitor import MetricsClient
-from fuel_ray.live.vllm.limiter import BatchLimiter
+from fuel_ray.live.vllm.limiter import BatchLimiter, check_creatable
 from fuel_ray.live.vllm.metrics import MetricsSnapshot
 from fuel_ray.live.vllm.server import served_model, server_version
 from fuel_ray.node_config import GuardConfig
@@ -98,7 +98,9 @@ def attach(
         cache = _cache(client, page)
         check_judged(client.url, folder.slo, page)
         limiter = None
-        if target.limit_file is not None and not target.shadow:
+        if target.limit_file is not None and target.shadow:
+            check_creatable(target.limit_file)
+        elif target.limit_file is not None:
             limiter = BatchLimiter(target.limit_file, leased=True, capacity=target.max_num_seqs)
             opened.callback(limiter.close)
         model = served_model(server, name=target.served_model, like=_model(folder))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -242,6 +243,9 @@ def read_page(server: str | Endpoint, *, timeout_s: float = 2.0) -> Page:
         text = ask(controller, "/metrics", timeout_s=timeout_s).decode()
         families = list(text_string_to_metric_families(text))
     except NodeError as error:
+        if isinstance(error.__cause__, ConnectionRefusedError):
+            starts = f"start fuel-ray deploy with --metrics-port {urlsplit(url).port or 'PORT'}"
+            raise TelemetryError(f"no controller at {url} (connection refused): {starts}") from error
         raise TelemetryError(f"no controller: {error}") from error
     except ValueError as error:
         raise TelemetryError(f"{url}/metrics does not answer like a controller: {error}") from error

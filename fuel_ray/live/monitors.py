@@ -102,7 +102,7 @@ def monitors(
 
 
 def _elsewhere(gpus: dict[int, Gpus], server: str | Endpoint) -> Iterator[str]:
-    """A line if the server is seen to be on other cards than these."""
+    """A line unless the server is seen to be on these cards."""
     if gpus:
         url = server.url if isinstance(server, Endpoint) else server
         with contextlib.suppress(GpuError), contextlib.ExitStack() as stack:  # lost since: its samples say so
@@ -111,6 +111,8 @@ def _elsewhere(gpus: dict[int, Gpus], server: str | Endpoint) -> Iterator[str]:
             found = placement_of(together, url)
             if found.found == "wrong":
                 yield found.text
+            elif found.found == "unknown":
+                yield f"{found.text}; the energy is that of this machine's GPU"
 
 
 def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: Measured) -> dict[int, Gpus]:
@@ -122,9 +124,9 @@ def _opened(gpu_ids: Sequence[str] | None, stack: contextlib.ExitStack, found: M
             opened = Gpus(which, default=1)
             stack.callback(_close, opened)
         except GpuError as error:
-            name = ", ".join(map(str, which)) or "by default"
-            found.missing.append(f"GPU {name} is not recorded: {error}")
-            found.gpu_ids.append(name)
+            name, why = ", ".join(which), str(error).removeprefix("cannot start NVML: ")
+            found.missing.append(f"{f'GPU {name} is not' if name else 'no GPU is'} recorded: {why}")
+            found.gpu_ids.append(name or "by default")
             continue
         (device,) = opened.devices
         if device.index in gpus:

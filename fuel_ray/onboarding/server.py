@@ -39,7 +39,10 @@ def look(state: Onboarding) -> dict[str, Any]:
     """
     checks = list(_checks(state.config)) if state.config.node == "live" else []
     if checks and show("", checks):
-        raise ConfigError("a check failed: fix what the lines that begin with FAIL say, and start again")
+        raise ConfigError(
+            "a check failed: fix what the lines that begin with FAIL say, and start again, or rehearse "
+            "without a GPU: fuel-ray onboard --node sim"
+        )
     found = state.look()
     found["idle_power"] = next((_line(check) for check in checks if check.what == "idle power"), None)
     clocks_mhz, limits = found["gpu_clocks_mhz"], found["batch_limits"]

@@ -23,8 +23,8 @@ def pack_mismatch(manifest: Manifest, pack: Pack | None) -> str | None:
     if pack is None or pack.name != manifest.pack or pack.sha256 == manifest.pack_sha256:
         return None
     return (
-        f"was trained on an older version of calibration pack {manifest.pack}, whose file has changed since: "
-        "train it again"
+        f"was trained on an older version of calibration pack {manifest.pack}, whose figures have changed "
+        "since: train it again"
     )
 
 

@@ -50,8 +50,11 @@ def benchmark_result(
     return {**result, "missing": missing}
 
 
-def check(result: dict[str, Any]) -> list[str]:
-    """Lines that say what was measured and whether the samples are what they should be."""
+def check(result: dict[str, Any], measured: Measured) -> list[str]:
+    """Lines that say what was measured and whether the samples are what they should be.
+
+    Why there is no GPU is not among them: that was said before the load.
+    """
     shown = partial(_shown, result)
     latencies = (
         f"TTFT p50 {shown('p50_ttft_ms', '.1f', ' ms')}, TPOT p50 {shown('p50_tpot_ms', '.1f', ' ms')}"
@@ -69,7 +72,7 @@ def check(result: dict[str, Any]) -> list[str]:
             f" {shown('gpu_energy_per_output_token_j', '.2f')} J/output token"
         )
     else:
-        lines.append("GPU        no samples: no NVML here")
+        lines.append("GPU        no samples" + ("" if measured.gpu_ids else ": none was asked for"))
     if kv_samples:
         usage = kv["avg_stats"]["avg_cache_usage_perc"]
         average = "unknown" if usage is None else f"{usage:.1f} %"
@@ -78,7 +81,8 @@ def check(result: dict[str, Any]) -> list[str]:
         lines.append("KV cache   no samples: give --enable-kv-trace, or look at the server's /metrics")
     if gpu_samples and kv_samples:
         lines.append(f"ratio      {gpu_samples[0] / kv_samples:.1f} : 1 (expected about 10 : 1 by default)")
-    return lines + [f"missing    {line}" for line in result["missing"]]
+    said = () if measured.gpus else measured.missing
+    return lines + [f"missing    {line}" for line in result["missing"] if line not in said]
 
 
 def errors_by_kind(errors: list[str]) -> list[str]:

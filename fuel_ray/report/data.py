@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,15 @@ def axis_names(run: Run) -> list[str]:
 
 def _over_axes(run: Run, figure: Callable[[Run], Interval | None]) -> list[float]:
     """A figure under each clock axis, on the workload trained for."""
-    under = {axis: figure(replace(run, summary=where(run.axes, clock_axis=axis))) for axis in axis_names(run)}
+    under = {axis: figure(_under(run, axis)) for axis in axis_names(run)}
     of_all, of_same = figure(run), under.get(run.setting("clock_axis") or NOMINAL)
     moved = of_all.mean - of_same.mean if of_all is not None and of_same is not None else 0.0
     return [found.mean + moved for found in under.values() if found is not None]
+
+
+@lru_cache
+def _under(run: Run, axis: str) -> Run:
+    return replace(run, summary=where(run.axes, clock_axis=axis))
 
 
 def block_size_ratios(run: Run, policy: str, *, workload: str) -> dict[tuple[int, int], Interval]:
@@ -184,6 +190,7 @@ def where(rows: pd.DataFrame, **values: Any) -> pd.DataFrame:
     return rows
 
 
+@lru_cache(maxsize=4096)  # tables ask for the same ones again and again
 def _cells(run: Run, column: str, workload: str, policy: str, block_size: int | None = None) -> pd.Series:
     """A column indexed by (block_size, seed), without unknown values."""
     rows = where(run.summary, workload=workload, policy=policy, block_size=block_size)

@@ -70,7 +70,7 @@ def learning_curves(run: Run) -> str:
         ):
             by_size = run.learning.dropna(subset=[column]).sort_values("env_steps").groupby("block_size")
             for (size, curve), ink in zip(by_size, cycle(_BLOCK_COLORS), strict=False):
-                axes.plot(curve["env_steps"], curve[column], color=ink, alpha=0.3, linewidth=0.8)
+                axes.plot(curve["env_steps"], curve[column], color=ink, alpha=0.5, linewidth=0.8)
                 smooth = curve[column].rolling(5, min_periods=1).mean()
                 axes.plot(curve["env_steps"], smooth, color=ink, linewidth=1.8, label=f"block size {size}")
             axes.set(xlabel="environment steps (control windows)", ylabel=name)

@@ -40,12 +40,11 @@ _TERMS = {
     "small print": "95 % t interval over held-out seeds; in the table of clock axes, the lowest and "
     "highest value",
 }
-_ENERGY_CURVE = (
-    "Energy of each checkpoint on the tuning seeds, without exploration. An early checkpoint may use little "
-    "energy because it misses the SLO."
-)
+_ENERGY_CURVE = "Energy of each checkpoint on the tuning seeds, without exploration"
+_AT_SHARE = ", at the price of a miss at which {} of the requests meet the SLO."
+_AS_TRAINED = ". An early checkpoint may use little energy because it misses the SLO."
 _REWARD_CURVE = "The reward includes exploration; it should rise and then level off."
-_SMOOTHED = "Thin lines: each checkpoint. Bold lines: mean of five."
+_SMOOTHED = "Thin lines: each checkpoint. Bold lines: running mean of up to five."
 _SCATTER = (
     "Further left is less energy, further up is higher SLO attainment. Of two policies above the dashed "
     "target, the one further left is better. Bars: 95 % intervals over held-out seeds."
@@ -200,7 +199,9 @@ def _figures(run: Run) -> Iterator[str]:
     if len(run.learning):
         yield heading("Learning")
         rewarded = run.learning["reward"].notna().any()
-        caption = " ".join((_ENERGY_CURVE, *([_REWARD_CURVE] if rewarded else []), _SMOOTHED))
+        attained = run.learning["slo_attainment"].dropna().unique()
+        end = _AT_SHARE.format(percent(attained[0])) if len(attained) == 1 else _AS_TRAINED
+        caption = " ".join((_ENERGY_CURVE + end, *([_REWARD_CURVE] if rewarded else []), _SMOOTHED))
         yield figure(figures.learning_curves(run), caption=caption)
     yield heading("Energy against SLO attainment")
     yield figure(

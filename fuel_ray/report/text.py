@@ -25,12 +25,6 @@ _HEADLINE_BASELINES = 2
 _EASIER = "Missing the target makes it easier to save energy, so their energy cannot be compared directly."
 _DOUBT = "The 95 % interval begins below it for"
 
-_IN_WORDS = {  # what packs say with the names of their constants, as patterns
-    "launch_spread": "the spread of launch times",
-    r"prefill_clock with the power cap leaves the clock that sustained prefill was seen at \((.*?)\)": (
-        r"under the power cap, long prefills run at the clock that was seen: \1"
-    ),
-}
 _IN_PROSE = {BEST_RULE: "the best simple rule", LOAD_TABLE: "the load table"}
 
 
@@ -115,20 +109,13 @@ def origin(run: Run) -> str:
 
 def pack_notes(run: Run) -> dict[str, str]:
     """What of the pack was measured, taken from elsewhere and assumed; nothing of a real server."""
-    notes = (run.info.get("pack") or {}).get("notes") or ""
-    if not _modelled(run):
+    notes = (run.info.get("pack") or {}).get("notes")
+    if not notes or not _modelled(run):
         return {}
-    for pattern, plain in _IN_WORDS.items():
-        notes = re.sub(pattern, plain, notes)
     measured, _, rest = notes.removesuffix(".").removeprefix("Measured: ").partition(". Transferred: ")
-    taken, _, assumed = rest.partition("assumed: ")  # all that follows
-    items = taken.removesuffix("; ").split("; ")
-    found = {
-        "measured": [measured],
-        "taken from elsewhere": [item for item in items if "assumed" not in item],
-        "assumed": [*(item for item in items if "assumed" in item), assumed],
-    }
-    return {name: what for name, parts in found.items() if (what := "; ".join(filter(None, parts)))}
+    taken, *assumed = re.split(r"(?:^|[.;] )assumed: ", rest, flags=re.IGNORECASE)
+    found = {"measured": measured, "taken from elsewhere": taken, "assumed": ". ".join(assumed)}
+    return {name: what for name, what in found.items() if what}
 
 
 def misses(run: Run, *, workload: str) -> str:

@@ -13,6 +13,7 @@ from numba import njit
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.choice import choose, encode, look
 from fuel_ray.sim.closed_loop import run_window
+from fuel_ray.sim.compilation import kept
 from fuel_ray.sim.node import Inside
 from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.program import SIGHT, Program, Server
@@ -49,7 +50,7 @@ def start(inside: Inside) -> tuple[State, State, Engine, Constants, np.ndarray]:
     return state, new_copy(state), engine, constants, clock_table
 
 
-@njit(cache=True)
+@kept()
 def collect(
     s: State,
     other: State,
@@ -117,7 +118,7 @@ def collect(
     return at
 
 
-@njit(cache=True)
+@kept()
 def _branch(
     other: State,
     s: State,
@@ -157,7 +158,7 @@ def _row(clocks: np.ndarray, mhz: float) -> int:
     return best
 
 
-@njit(cache=True)
+@kept()
 def _action(p: Program, limit: int, mhz: float) -> int:
     """The index of the grid's nearest action."""
     i = 0
@@ -171,7 +172,7 @@ def _action(p: Program, limit: int, mhz: float) -> int:
     return i * len(p.grid_mhz) + j
 
 
-@njit(cache=True)
+@kept()
 def soft_missed(s: State, first: int, limits: Limits, soft: float) -> float:
     """As ``missed``, but a request near its limit counts in part: 0 at 1 - soft of it, 1 at 1 + soft."""
     misses, now = 0.0, s.clock[rules.NOW]

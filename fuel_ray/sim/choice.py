@@ -8,6 +8,7 @@ from numba import njit
 from fuel_ray.averages import EWMA_S, FAST_EWMA_S, GAP_EWMA_S
 from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.clock_axis import AtClock
+from fuel_ray.sim.compilation import kept
 from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.perf_model import step_cost
 from fuel_ray.sim.program import (
@@ -38,7 +39,7 @@ _RATE_SHARE, _FAST_SHARE = -math.expm1(-1.0 / EWMA_S), -math.expm1(-1.0 / FAST_E
 _GAP_SHARE, _SLOW_GAP_SHARE = (-math.expm1(-1.0 / average_s) for average_s in GAP_EWMA_S)
 _IDLE_RPS = 0.05  # below which an empty server is idle
 _PRESSURE = 0.85  # KV usage from which preemption is near
-_compiled = njit(cache=True, _nrt=False)
+_compiled = kept(_nrt=False)
 _inlined = njit(inline="always")
 
 

@@ -6,9 +6,9 @@ What is minimised is the Lagrangian: energy + price x requests that miss a limit
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from fuel_ray.sim.clock_axis import AtClock
+from fuel_ray.sim.compilation import kept
 from fuel_ray.sim.node import Inside
 from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.scheduler import (
@@ -54,7 +54,7 @@ def episode_of(inside: Inside, limits: Limits, *, at_least: int) -> Episode:
     return Episode(new_copy(inside.state), *inside[1:], limits, at_least)
 
 
-@njit(cache=True)
+@kept()
 def outcome(e: Episode, work: State, knobs: np.ndarray) -> tuple[float, int, int]:
     """Energy (J), requests and how many of them met the limits, of a whole episode under these knobs.
 
@@ -65,7 +65,7 @@ def outcome(e: Episode, work: State, knobs: np.ndarray) -> tuple[float, int, int
     return energy_j, work.count[ARRIVED], met(work, e.limits)
 
 
-@njit(cache=True)
+@kept()
 def improve(
     e: Episode, s: State, branch: State, knobs: np.ndarray, moves: Moves, price_j: float, offset: int
 ) -> int:
@@ -104,7 +104,7 @@ def improve(
     return made
 
 
-@njit(cache=True)
+@kept()
 def _crowd(s: State, windows: int) -> int:
     """At most so many requests are in the system at once in the next windows."""
     arrived, until_s = s.count[ARRIVED], s.clock[NOW] + windows * WINDOW_S
@@ -113,7 +113,7 @@ def _crowd(s: State, windows: int) -> int:
     return s.count[RUNNING] + s.count[PREEMPTED] + arrived - s.count[ADMITTED]
 
 
-@njit(cache=True)
+@kept()
 def _move(knobs: np.ndarray, moves: Moves, k: int, clocks: int) -> bool:
     """Make the k-th move; whether it changed anything."""
     changed = False
@@ -128,7 +128,7 @@ def _move(knobs: np.ndarray, moves: Moves, k: int, clocks: int) -> bool:
     return changed
 
 
-@njit(cache=True)
+@kept()
 def _lagrangian(
     e: Episode, s: State, branch: State, knobs: np.ndarray, begin: int, end: int, price_j: float
 ) -> float:
@@ -138,7 +138,7 @@ def _lagrangian(
     return energy_j + price_j * missed(branch, first, e.limits)
 
 
-@njit(cache=True)
+@kept()
 def _serve(e: Episode, s: State, knobs: np.ndarray, begin: int, end: int) -> float:
     """Energy (J) of these windows, or of those before the episode is over."""
     energy_j = 0.0
@@ -152,7 +152,7 @@ def _serve(e: Episode, s: State, knobs: np.ndarray, begin: int, end: int) -> flo
     return energy_j
 
 
-@njit(cache=True)
+@kept()
 def _is_over(e: Episode, s: State, windows: int) -> bool:
     return (
         windows >= e.at_least

@@ -15,6 +15,7 @@ from fuel_ray.sim.clock_axis import AtClock, ClockAxis
 from fuel_ray.sim.fidelity import ERRORS, Fidelity
 
 FORMAT = 2  # of pack files
+_ABOUT = ("measured", "transferred", "clock_axis_notes", "sources", "fidelity")  # entries that no run reads
 NOMINAL = "nominal"
 AXIS_TABLES = tuple(field.name for field in fields(ClockAxis))
 
@@ -190,8 +191,8 @@ class Pack:
     perf: PerfModel
     measured: str  # which axes were measured on this very server
     transferred: str  # which were taken from elsewhere or assumed, and from where
-    sha256: str  # of the pack file
-    clock_axis_notes: str = ""  # which comparison hangs on which part of the axis, in a sentence or two
+    sha256: str  # of the pack file's figures; what is said about them may be corrected
+    clock_axis_notes: str = ""  # which comparison depends on which part of the axis, in a sentence or two
     clock_axis: str = NOMINAL  # which of the clock axes that the data allow
     other_axes: tuple[tuple[str, PerfModel], ...] = ()
     clock_axis_from: str = ""  # the pack whose axis it has; empty: its own
@@ -267,10 +268,9 @@ def load_pack(name_or_path: str, clock_axis: str = NOMINAL) -> Pack:
     if not path.is_file():
         raise ConfigError(f"calibration pack {name_or_path}: there is no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        raw = json.loads(text)
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         _check_format(name_or_path, raw.get("format"))
-        pack = _parse_pack(raw, digest=sha256(text.encode()).hexdigest())
+        pack = _parse_pack(raw, digest=_digest(raw))
     except KeyError as error:
         raise ConfigError(f"{name_or_path} is not a calibration pack: it has no {error.args[0]}") from error
     except (AttributeError, TypeError, ValueError, OSError) as error:
@@ -306,6 +306,12 @@ def _check_format(name_or_path: str, found: Any) -> None:
         f"{name_or_path} is not a calibration pack that this version can read: it has {said}, and needs "
         f"format {FORMAT}; write it with `fuel-ray calibrate`"
     )
+
+
+def _digest(raw: dict[str, Any]) -> str:
+    """What identifies a pack: all that its figures are, and nothing that is said about them."""
+    figures = {name: value for name, value in raw.items() if name not in _ABOUT}
+    return sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
 
 
 def _parse_pack(raw: dict[str, Any], *, digest: str) -> Pack:

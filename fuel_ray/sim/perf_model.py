@@ -5,12 +5,13 @@ import math
 from numba import njit
 
 from fuel_ray.sim import pack
+from fuel_ray.sim.compilation import kept
 from fuel_ray.sim.pack import Constants
 
 HOST_STEPS = 1000  # that a host keeps its speed
 _GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
-step_cost = njit(cache=True, _nrt=False)(pack.step_cost)
+step_cost = kept(_nrt=False)(pack.step_cost)
 
 
 @njit(inline="always")

@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from fuel_ray.sim.clock_axis import AtClock
+from fuel_ray.sim.compilation import kept
 from fuel_ray.sim.pack import Constants
 from fuel_ray.sim.perf_model import launch_cost, step_cost
 from fuel_ray.types import Requests
@@ -59,7 +60,7 @@ _TAIL_S = 2e-4  # a step ends no earlier than this after its launch: the last ke
 NO_CONTENT = -(2**62)
 _CONTENT_BLOCKS = 2**20  # blocks per request or prefix in a content key
 # Nothing below allocates, and reference counts of the state's arrays would cost more than the work itself.
-_compiled = njit(cache=True, _nrt=False)
+_compiled = kept(_nrt=False)
 _inlined = njit(inline="always")  # passing the state costs more than these do
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from fuel_ray.sim.compilation import kept
 from fuel_ray.sim.scheduler import (
     ADMITTED,
     ARRIVAL,
@@ -42,7 +43,7 @@ def new_copy(source: State) -> State:
     return State(*(array.copy() for array in source))
 
 
-@njit(cache=True)
+@kept()
 def copy_state(to: State, source: State) -> int:
     """Let ``to`` go on from where ``source`` stands, byte for byte; returns the oldest unfinished request.
 
@@ -72,7 +73,7 @@ def copy_state(to: State, source: State) -> int:
     return first
 
 
-@njit(cache=True)
+@kept()
 def missed(s: State, first: int, limits: Limits) -> int:
     """How many requests from ``first`` on are certain by now to miss a limit; never fewer later on.
 
@@ -87,7 +88,7 @@ def missed(s: State, first: int, limits: Limits) -> int:
     return misses
 
 
-@njit(cache=True)
+@kept()
 def met(s: State, limits: Limits) -> int:
     """How many requests finished within every limit."""
     count = 0

@@ -117,9 +117,13 @@ def of_size(entries: Sequence[str], kv_block_size: int) -> dict[str, str]:
 def check_sizes(flag: str, entries: Sequence[str], block_sizes: Sequence[int]) -> None:
     """Check that each entry can play at one of the block sizes; raises ConfigError."""
     played = {name for size in block_sizes for name in of_size(entries, size)}
-    if left := [name for name in names_of(entries) if name not in played]:
-        sizes = ", ".join(map(str, block_sizes))
-        raise ConfigError(f"{flag} {' '.join(left)}: not trained for block size {sizes} (--block-sizes)")
+    for name, entry in zip(names_of(entries), entries, strict=True):
+        if name not in played:
+            trained = read_manifest(folder_of(entry)).kv_block_sizes
+            sizes, own = (", ".join(map(str, sizes)) for sizes in (block_sizes, trained))
+            raise ConfigError(
+                f"{flag} {name}: not trained for block size {sizes} (--block-sizes), but for {own}"
+            )
 
 
 def families(name: str, entry: str, case: Case) -> list[tuple[Contender, ...]]:

@@ -92,6 +92,8 @@ def parse_workload(text: str) -> Workload:
         arrivals, lengths, prefixes = _ARRIVALS[name](options), _lengths(options), _prefixes(options)
         workload = Synthetic(options.text, arrivals, lengths, prefixes)
     else:
+        if Path(name).suffix in (".csv", ".json", ".jsonl", ".parquet"):
+            raise ConfigError(f"--workload {name}: name the trace's format too, as in azure:path={name}")
         near = difflib.get_close_matches(name, names, n=1)
         meant = f"did you mean {near[0]}? There are" if near else "choose from"
         raise ConfigError(

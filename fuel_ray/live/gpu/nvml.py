@@ -48,6 +48,7 @@ GONE = frozenset(  # whatever is read then, there is nothing to be had; all else
         pynvml.NVML_ERROR_GPU_NOT_FOUND,
     }
 )
+_SAID: set[tuple[str, str]] = set()  # cards and their missing readings that this process has logged
 NOT_AVAILABLE = (2**32 - 1, 2**64 - 1)  # NVML_VALUE_NOT_AVAILABLE, as a value
 
 
@@ -76,9 +77,9 @@ class Gpus(AbstractContextManager["Gpus"]):
 
     ``devices`` are what a server runs on, ``uuids`` the cards that they are or, being MIG instances, are
     parts of: readings and clocks are the cards'. Power and energy are summed; utilisations and clocks are
-    means. What one card does not give is None for all, and said once. ``supported_clocks_mhz`` ascend, are
-    supported by every GPU, and are empty where NVML lists none. Clocks are set by the clock helper that
-    FUEL_RAY_CLOCK_SOCKET names, unless ``direct``.
+    means. What one card does not give is None for all, and a process says it once.
+    ``supported_clocks_mhz`` ascend, are supported by every GPU, and are empty where NVML lists none. Clocks
+    are set by the clock helper that FUEL_RAY_CLOCK_SOCKET names, unless ``direct``.
 
     Args:
         which: indices and UUIDs.
@@ -104,7 +105,6 @@ class Gpus(AbstractContextManager["Gpus"]):
         self._open = True
         self._helper = None if direct else clock_client()
         self._locked: set[str] = set()
-        self._said: set[tuple[str, str]] = set()
         try:
             with translated("list the GPUs"):
                 self._there = devices(pynvml)
@@ -252,7 +252,7 @@ class Gpus(AbstractContextManager["Gpus"]):
         return processes(pynvml, self._there)
 
     def _each(self, what: str, read: Callable[[Handle], T | None]) -> list[T | None]:
-        """What each card says, None where it does not; the first time of each is logged."""
+        """What each card says, None where it does not; the first time of each in this process is logged."""
         return [self._one(what, read, uuid) for uuid in self._handles]
 
     def _one(self, what: str, read: Callable[[Handle], T | None], uuid: str) -> T | None:
@@ -266,8 +266,8 @@ class Gpus(AbstractContextManager["Gpus"]):
             value, reason = None, error
         if value is not None and value not in NOT_AVAILABLE:
             return value
-        if (uuid, what) not in self._said:
-            self._said.add((uuid, what))
+        if (uuid, what) not in _SAID:
+            _SAID.add((uuid, what))
             logger.warning("GPU %s does not report its %s: %s", uuid, what, reason)
         return None
 

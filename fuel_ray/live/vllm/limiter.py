@@ -1,8 +1,10 @@
 """Our side of the run-time batch limit: the limit file that ``vllm_plugin`` reads at every step."""
 
 import contextlib
+import errno
 import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +57,7 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
                 f"--limit-file {self.path}: in use by {_holder(self.path)}; stop that process first"
             ) from None
         except OSError as error:
-            raise NodeError(f"limit file {self.path} cannot be created: {error.strerror or error}") from error
+            raise _uncreated(self.path, error) from error
         try:
             self._acknowledgement = Acknowledgement(self.path, self._read()[1], capacity=capacity)
         except NodeError:
@@ -146,6 +148,25 @@ class BatchLimiter(contextlib.AbstractContextManager["BatchLimiter"]):
             vllm_plugin.write_limit(str(self.path), wanted)
         except OSError as error:
             raise NodeError(f"limit file {self.path} cannot be written: {error.strerror or error}") from error
+
+
+def check_creatable(path: Path) -> None:
+    """Return if a limit file could be put there, without doing so.
+
+    Raises:
+        NodeError: it could not; ``BatchLimiter`` would say the same.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _uncreated(path, error) from error
+
+
+def _uncreated(path: Path, error: OSError) -> NodeError:
+    return NodeError(f"limit file {path} cannot be created: {error.strerror or error}")
 
 
 def _holder(path: Path) -> str:
