@@ -126,18 +126,22 @@ def test_a_local_ray_starts_beside_a_temp_folder_too_long_for_sockets_and_leaves
     long = tmp_path / ("x" * 90)
     long.mkdir()
     script = """
-import os, signal, threading, time, ray
+import os, signal, sys, threading, time, ray
+from fuel_ray import cli
 from fuel_ray.cluster.hosts import connect
-from fuel_ray.live.processes import orderly_signals
-with orderly_signals():
+from fuel_ray.commands import unlock
+def run(config: unlock.UnlockConfig):
     connect(cluster=False)
     waits = ray.remote(lambda: time.sleep(60)).remote()
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(1.0, os.killpg, (0, signal.SIGTERM)).start()  # Ray's processes get it too
     ray.wait([waits])
+unlock.run = run
+sys.exit(cli.main(["unlock"]))
 """
     env = {**os.environ, "TMPDIR": str(long), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=60
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(  # Ray would look 60 s for its processes
+        command, env=env, capture_output=True, text=True, check=False, timeout=50, start_new_session=True
     )
     assert done.returncode == 143, done.stderr
     (line,) = done.stderr.splitlines()  # Ray's own handler would print a stack

@@ -58,6 +58,14 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+def left(*, within_s: float) -> bool:
+    """Whether Ray could be left in this time; it looks a minute for processes of its own that are gone."""
+    ending = threading.Thread(target=ray.shutdown, daemon=True)
+    ending.start()
+    ending.join(within_s)
+    return not ending.is_alive()
+
+
 def _address(*, cluster: bool) -> str | None:
     """Where the cluster is that is to be joined; None for a local Ray."""
     address = os.environ.get("RAY_ADDRESS", "").strip()
