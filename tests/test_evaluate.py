@@ -147,7 +147,7 @@ def test_episodes_that_were_measured_before_a_fault_are_kept_and_said(monkeypatc
 STUB = f"{sys.executable} {Path(__file__).parent / 'tools/stub_vllm.py'}"
 
 
-@pytest.mark.parametrize("plugins", ["fuel_ray", "none"])
+@pytest.mark.parametrize("plugins", ["fuel_ray", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_live_evaluation_says_what_limit_was_in_force(plugins, monkeypatch, tmp_path, capsys, caplog):
     monkeypatch.setattr("fuel_ray.live.gpu.nvml.pynvml", FakeNvml(FakeGpu(energy_mj=None)))
     monkeypatch.setattr("fuel_ray.live.vllm.in_force.PATIENCE_S", 2.0)

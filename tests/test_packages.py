@@ -73,6 +73,7 @@ def told(without, lines, cwd=ROOT, **options):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_verb_says_which_package_it_lacks():
     lacking = set()
     for (module,), (verb, _), code, said in told([[m] for m in PACKAGES], [[v, "--help"] for v in VERBS]):

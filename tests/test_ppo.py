@@ -55,6 +55,7 @@ class Loads(gymnasium.Env):
         return self.look(), -abs(limit - best_limit) - abs(clock - best_clock), False, self.left == 0, {}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_known_optimum_is_learned_and_acts_by_argmax_of_the_exported_arrays(tmp_path):
     train = TrainConfig(gamma=0.5, lr=3e-3, num_envs=8, fragment_steps=8, batch_size=64)
