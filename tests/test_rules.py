@@ -39,8 +39,10 @@ KINDS["trimmed table"] = replace(KINDS["requests"], trim_mhz=TRIM, shift_mhz=-60
 KINDS["trimmed prediction"] = replace(KINDS["prediction"], trim_mhz=TRIM, shift_mhz=40.0)
 
 
-def runs_of(seconds=240, seeds=(1000,), workload="steady:rate_rps=9", slo=SLO):
-    loop = build_loop(PRESETS["default"], 16, horizon_s=float(seconds), workload=workload)
+def runs_of(seconds=240, seeds=(1000,), workload="steady:rate_rps=9", slo=SLO, clock_axis="nominal"):
+    loop = build_loop(
+        replace(PRESETS["default"], clock_axis=clock_axis), 16, horizon_s=float(seconds), workload=workload
+    )
     return Runs(loop, seeds=seeds, seconds=seconds, slos={"a": slo})
 
 
@@ -85,6 +87,14 @@ def test_a_compiled_episode_is_that_of_the_loop_byte_for_byte(name):
     assert_alike(runs.fast(POLICIES[name], 7), runs._slow(POLICIES[name], 7))
     windows = runs.episode(POLICIES[name], 7).windows
     assert len({window.knobs.gpu_clock_mhz for window in windows[1:]}) > 1  # it does something
+
+
+@pytest.mark.parametrize("name", ["prediction", "trimmed prediction", "network near a prediction"])
+def test_a_prediction_does_not_know_the_clock_axis_of_its_server(name):
+    runs = runs_of(clock_axis="clocked")
+    fast = runs.fast(POLICIES[name], 7)
+    assert_alike(fast, runs._slow(POLICIES[name], 7))
+    assert fast.energy_j.tobytes() != runs_of().fast(POLICIES[name], 7).energy_j.tobytes()
 
 
 @pytest.mark.parametrize("name", KINDS)

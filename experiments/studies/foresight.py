@@ -97,7 +97,7 @@ def search(
         busy = s.count[rules.RUNNING] + s.count[rules.PREEMPTED]
         if k + 1 >= at_least and busy + s.count[rules.ARRIVED] == s.count[rules.ADMITTED]:
             return k + 1
-        limit, own = choose(t.program, sight, t.server, t.constants, t.clocks, hidden)
+        limit, own = choose(t.program, sight, t.server, t.clocks, hidden)
         row, least_j = own, np.inf
         for place in how.places:
             tried = own + place
@@ -144,7 +144,7 @@ def _cost(
     energy_j = 0.0
     for k in range(how.horizon):
         if k >= how.hold:
-            limit, row = choose(t.program, sight, t.server, t.constants, t.clocks, hidden)
+            limit, row = choose(t.program, sight, t.server, t.clocks, hidden)
         run_window(other, t.engine, t.constants, t.clocks, limit, row)
         look(other, t.engine, sight, limit, t.clocks[row, 0])
         energy_j += other.clock[rules.ENERGY]

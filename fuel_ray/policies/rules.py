@@ -1,8 +1,7 @@
 """Simple rules that look at the node: tables and a prediction, with a trim; plain data, and at work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from fuel_ray.policies.models import token_limits
 from fuel_ray.policies.static import Compiled, are_counts
 from fuel_ray.sim import program as compiled
-from fuel_ray.sim.clock_axis import AtClock, ClockAxis
+from fuel_ray.sim.clock_axis import ClockAxis
 from fuel_ray.sim.pack import Constants, PerfModel
 from fuel_ray.sim.program import TRIM, Program, Server
 from fuel_ray.types import Knobs, NodeSpec, Slo, WindowMetrics
@@ -94,9 +93,12 @@ class Rule:
         """The same prediction, within this share of the TPOT limit."""
         return replace(self, stretch=stretch)
 
-    def program(self) -> Program:
-        """As the compiled loop reads it."""
+    def program(self, gpu_clocks_mhz: Sequence[int]) -> Program:
+        """As the compiled loop reads it, of a node with these clocks."""
         parts: dict[str, Any] = {}
+        if self.perf is not None:
+            clocks = np.array([self.perf.at(clock_mhz) for clock_mhz in gpu_clocks_mhz], float)
+            parts |= {"constants": self.perf.constants, "clocks": clocks}
         for axis, key, knots in zip("xy", self.keys, self.knots, strict=False):
             parts |= {axis: _KEYS[key], f"{axis}_knots": np.array(knots, float)}
         if self.keys:
@@ -124,20 +126,14 @@ class RulePolicy:
     def __init__(self, rule: Rule, spec: NodeSpec, slo: Slo) -> None:
         self.rule = rule
         self._spec, self._slo = spec, slo
-        self._program, self._server = rule.program(), server_of(spec, slo)
-        self._constants = rule.perf.constants if rule.perf else Constants(*[0.0] * len(Constants._fields))
+        self._program, self._server = rule.program(spec.gpu_clocks_mhz), server_of(spec, slo)
+        self._clocks_mhz = np.array(spec.gpu_clocks_mhz, float).reshape(-1, 1)
         self._hidden = np.zeros((3, 1))
         self.reset()
 
     def reset(self) -> None:
         self._sight = np.zeros(compiled.SIGHT)
         self._choose()  # compiles it before a server waits
-
-    @cached_property
-    def _clocks(self) -> np.ndarray:
-        """A row per clock, as the model has it."""
-        perf, clocks_mhz = self.rule.perf, self._spec.gpu_clocks_mhz
-        return np.array([perf.at(mhz) if perf else [mhz] * len(AtClock._fields) for mhz in clocks_mhz], float)
 
     def decide(self, window: WindowMetrics) -> Knobs:
         see(self._sight, window)
@@ -146,9 +142,7 @@ class RulePolicy:
     def _choose(self) -> Knobs:
         from fuel_ray.sim.choice import choose  # noqa: PLC0415  (a table does not wait for numba)
 
-        limit, row = choose(
-            self._program, self._sight, self._server, self._constants, self._clocks, self._hidden
-        )
+        limit, row = choose(self._program, self._sight, self._server, self._clocks_mhz, self._hidden)
         return Knobs(limit, self._spec.gpu_clocks_mhz[row])
 
     def compiled(self, spec: NodeSpec) -> Compiled:

@@ -81,7 +81,7 @@ def collect(
         totals[0] += s.clock[rules.ENERGY]
         totals[1] += s.count[rules.ARRIVALS]
         totals[2] += clocks[row, 0]
-        limit, row = choose(p, sight, server, m, clocks, hidden)
+        limit, row = choose(p, sight, server, clocks, hidden)
         if k % plan.every == 0 and k > 5:
             own_j, own_misses = _branch(
                 other, s, e, m, clocks, p, server, limits, plan, sight, aside, hidden, limit, row
@@ -142,7 +142,7 @@ def _branch(
     energy_j = 0.0
     for k in range(plan.horizon):
         if k >= plan.hold:
-            limit, row = choose(p, aside, server, m, clocks, hidden)
+            limit, row = choose(p, aside, server, clocks, hidden)
         run_window(other, e, m, clocks, limit, row)
         look(other, e, aside, limit, clocks[row, 0])
         energy_j += other.clock[rules.ENERGY]

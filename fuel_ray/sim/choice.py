@@ -81,13 +81,13 @@ def remember(sight: np.ndarray) -> None:
 
 @_compiled
 def choose(
-    p: Program, sight: np.ndarray, server: Server, m: Constants, clocks: np.ndarray, hidden: np.ndarray
+    p: Program, sight: np.ndarray, server: Server, clocks: np.ndarray, hidden: np.ndarray
 ) -> tuple[int, int]:
-    """The batch limit, and the clock as a row of ``clocks``, which has an ``AtClock`` in each.
+    """The batch limit, and the clock as a row of ``clocks``, which begin with it.
 
     ``hidden`` is room for a network's layers: (3, units).
     """
-    mhz = _predicted_mhz(p, sight, server, m, clocks) if p.base == PREDICTION else _table_mhz(p, sight)
+    mhz = _predicted_mhz(p, sight, server) if p.base == PREDICTION else _table_mhz(p, sight)
     mhz += p.shift_mhz + _trim_mhz(p, sight, server)
     row = _nearest(clocks[:, 0], mhz)
     if len(p.features) == 0:
@@ -141,19 +141,19 @@ def _between(knots: np.ndarray, value: float) -> tuple[int, float]:
 
 
 @_compiled
-def _predicted_mhz(p: Program, sight: np.ndarray, server: Server, m: Constants, clocks: np.ndarray) -> float:
+def _predicted_mhz(p: Program, sight: np.ndarray, server: Server) -> float:
     """The clock of least predicted energy per token among those whose token gap keeps the limit."""
     requests = max(sight[IN_SYSTEM], 1.0)
     if sight[IN_SYSTEM] == 0.0 and sight[RATE_RPS] < _IDLE_RPS:
-        return clocks[0, 0]
+        return p.clocks[0, 0]
     context = max(sight[KV_USAGE] * server.kv_tokens, 150.0 * requests)
     rate_rps = 0.7 * sight[RATE_RPS] + 0.3 * sight[ARRIVALS]
-    best, least_j = len(clocks) - 1, math.inf
-    for k in range(len(clocks)):
-        gap_s, token_j = _predicted(m, clocks[k], requests, context, rate_rps, sight[PROMPT_MEAN])
+    best, least_j = len(p.clocks) - 1, math.inf
+    for k in range(len(p.clocks)):
+        gap_s, token_j = _predicted(p.constants, p.clocks[k], requests, context, rate_rps, sight[PROMPT_MEAN])
         if gap_s <= p.stretch * server.tpot_s and token_j < least_j:
             best, least_j = k, token_j
-    return clocks[best, 0]
+    return p.clocks[best, 0]
 
 
 @_compiled

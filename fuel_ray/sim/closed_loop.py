@@ -42,7 +42,7 @@ def play(
         busy += s.count[rules.ARRIVED] - s.count[rules.ADMITTED]
         if k + 1 >= at_least and busy == 0:
             return k + 1
-        limit, row = choose(p, sight, server, m, clocks, hidden)
+        limit, row = choose(p, sight, server, clocks, hidden)
     return len(energy_j)
 
 

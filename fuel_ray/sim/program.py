@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fuel_ray.sim.clock_axis import AtClock
+from fuel_ray.sim.pack import Constants
+
 # Entries of a sight (float64): the window that ended ...
 RUNNING, WAITING, IN_SYSTEM, KV_USAGE, ARRIVALS, PROMPT_TOKENS, OUTPUT_TOKENS = range(7)
 OLDEST_WAIT_S, CLOCK_MHZ, LIMIT = range(7, 10)
@@ -41,6 +44,8 @@ class Program(NamedTuple):
     mhz: np.ndarray  # (x knots, y knots), linear between them; of a stepped table up to each knot
     stepped: bool
     stretch: float  # of the TPOT limit that a prediction is to keep
+    constants: Constants  # of the GPU as a prediction has it, which its server may differ from
+    clocks: np.ndarray  # the same at each of the server's clocks, an ``AtClock`` per row
     trim_mhz: np.ndarray  # (TRIM,)
     shift_mhz: float
     batch_limit: int
@@ -81,7 +86,9 @@ def program(**parts: Any) -> Program:
     }  # fmt: skip
     plain: dict[str, Any] = {
         "x": IN_SYSTEM, "y": IN_SYSTEM, "x_knots": np.zeros(1), "y_knots": np.zeros(1),
-        "mhz": np.zeros((1, 1)), "stepped": False, "stretch": 1.0, "trim_mhz": np.zeros(TRIM),
+        "mhz": np.zeros((1, 1)), "stepped": False, "stretch": 1.0,
+        "constants": Constants(*[0.0] * len(Constants._fields)),
+        "clocks": np.zeros((0, len(AtClock._fields))), "trim_mhz": np.zeros(TRIM),
         "shift_mhz": 0.0,
     }  # fmt: skip
     return Program(**{**network, **plain, **parts})
