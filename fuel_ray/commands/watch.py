@@ -14,6 +14,7 @@ from fuel_ray.address import Access, server_url
 from fuel_ray.deploy.exporter import Page, read_page
 from fuel_ray.errors import ConfigError, TelemetryError
 from fuel_ray.live.vllm.endpoint import Endpoint
+from fuel_ray.report.wording import percent
 
 _COLUMNS = (  # of numbers; each fits beside an address on a terminal of 80 columns
     "clock\nMHz",
@@ -131,7 +132,7 @@ def _knob(page: Page, name: str) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}".replace("%", " %")
+    return "-" if share is None else percent(share)
 
 
 def _number(value: float | None, digits: int, *, scale: float = 1.0) -> str:

@@ -8,6 +8,7 @@ from fuel_ray.deploy.deployment import Attached
 from fuel_ray.errors import FuelRayError
 from fuel_ray.metrics import EpisodeTotals, window_attainment
 from fuel_ray.output import print_unless_blocked
+from fuel_ray.report.wording import percent
 from fuel_ray.types import Knobs, Slo
 
 EVERY_S = 60.0
@@ -54,7 +55,7 @@ class Status:
         totals = self._totals
         clock_mhz = totals.clock_mhz_s / totals.seconds
         lost = f", {self._lost} lost" if self._lost else ""
-        attained = f"{100 * self._attained_s / self._judged_s:.1f} %" if self._judged_s else "unknown"
+        attained = percent(self._attained_s / self._judged_s) if self._judged_s else "unknown"
         return (
             f"{self._windows} windows{lost}, {totals.energy_j:.0f} J, SLO attainment {attained}, "
             f"policy overruled {self._overruled} times, mean clock {clock_mhz:.0f} MHz"

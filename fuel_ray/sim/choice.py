@@ -83,7 +83,7 @@ def remember(sight: np.ndarray) -> None:
 def choose(
     p: Program, sight: np.ndarray, server: Server, clocks: np.ndarray, hidden: np.ndarray
 ) -> tuple[int, int]:
-    """The batch limit, and the clock as a row of ``clocks``, which begin with it.
+    """The batch limit, and the clock as a row of ``clocks``, whose first column is the clock in MHz.
 
     ``hidden`` is room for a network's layers: (3, units).
     """
