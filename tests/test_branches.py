@@ -14,6 +14,7 @@ from fuel_ray.sim import scheduler as rules
 from fuel_ray.sim.branches import Plan, Samples, collect, soft_missed, start
 from fuel_ray.sim.node import SimulatedNode
 from fuel_ray.sim.pack import load_pack
+from fuel_ray.sim.program import base_alone
 from fuel_ray.sim.snapshot import limits_of, missed
 from fuel_ray.types import Knobs, Slo
 from fuel_ray.workload.spec import parse_workload
@@ -60,6 +61,12 @@ def room(n):
     return Samples(seen, ints(), ints(), floats(), floats())
 
 
+def programs(policy, node):
+    """What plays, what sees, and the server."""
+    seen, server = policy.compiled(node.spec)
+    return base_alone(seen), seen, server
+
+
 def branched(rule, *, random=None, lower=False, **changes):
     """An episode and its branches: the node, the policy, what was found, the totals."""
     node = node_of()
@@ -67,9 +74,7 @@ def branched(rule, *, random=None, lower=False, **changes):
     random = np.random.default_rng(0).random(400) if random is None else random
     found, totals = room(500), np.zeros(3)
     plan = PLAN._replace(**changes)
-    n = collect(
-        *start(node.inside), *policy.compiled(node.spec), LIMITS, plan, WINDOWS, random, found, totals
-    )
+    n = collect(*start(node.inside), *programs(policy, node), LIMITS, plan, WINDOWS, random, found, totals)
     return node, policy, Samples(*(column[:n] for column in found)), totals
 
 
@@ -167,7 +172,7 @@ def test_an_action_that_is_held_for_no_window_makes_no_difference():
 
 def test_when_there_is_no_more_room_the_episode_ends():
     node = node_of()
-    program = silent(node.spec, RULES["table"]).compiled(node.spec)
+    program = programs(silent(node.spec, RULES["table"]), node)
     found = room(4)
     draws = np.random.default_rng(0).random(400)
     assert collect(*start(node.inside), *program, LIMITS, PLAN, WINDOWS, draws, found, np.zeros(3)) == 4

@@ -28,8 +28,8 @@ def network_parts(arrays: Mapping[str, np.ndarray], codec: Codec, spec: NodeSpec
         return None
     parts: dict[str, Any] = {}
     for layer, name in zip(LAYERS, _NAMES, strict=True):
-        for kind in ("weight", "bias"):
-            parts[name.format(kind)] = np.ascontiguousarray(arrays[f"{layer}.{kind}"], float)
+        parts[name.format("weight")] = np.ascontiguousarray(arrays[f"{layer}.weight"].T, float)
+        parts[name.format("bias")] = np.ascontiguousarray(arrays[f"{layer}.bias"], float)
     codes = [0 if name in _FIXED else FEATURES.index(name) for name in codec.features]
     context: Any = Context(spec, codec.slo, 0.0, codec.miss_price_j)
     window: Any = None
@@ -54,5 +54,6 @@ def untethered(grid: ActionGrid) -> tuple[Program, None]:
 
 def room(p: Program) -> tuple[np.ndarray, np.ndarray]:
     """A sight that has seen nothing, and room for the network's layers."""
-    units = max(len(p.features), len(p.bias_1), len(p.bias_2), 1)
+    biases = (p.bias_1, p.bias_2, p.limit_bias, p.clock_bias)
+    units = max(1, len(p.features), *map(len, biases))
     return np.zeros(SIGHT), np.zeros((3, units))

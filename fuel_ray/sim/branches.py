@@ -58,6 +58,7 @@ def collect(
     m: Constants,
     clocks: np.ndarray,
     p: Program,
+    seen: Program,
     server: Server,
     limits: Limits,
     plan: Plan,
@@ -68,11 +69,12 @@ def collect(
 ) -> int:
     """Play an episode of so many windows and fill ``out``; returns how many rows.
 
+    ``p`` plays; it has no network, but the grid of one. ``seen`` is the same with the network's features.
     ``random`` are draws from 0..1, used one after the other and again from the first. ``totals`` get the
     episode's energy (J), arrivals and the sum of its windows' clocks (MHz).
     """
     sight, aside = np.zeros(SIGHT), np.zeros(SIGHT)
-    hidden = np.zeros((3, max(len(p.features), len(p.bias_1), len(p.bias_2))))
+    hidden = np.zeros((3, 1))
     at, drawn, held, away = 0, 0, 0, 0.0
     limit, row = e.max_num_seqs, len(clocks) - 1
     for k in range(windows):
@@ -105,7 +107,7 @@ def collect(
                 energy_j, misses = _branch(
                     other, s, e, m, clocks, p, server, limits, plan, sight, aside, hidden, try_limit, try_row
                 )
-                encode(p, sight, server, out.observation[at])
+                encode(seen, sight, server, out.observation[at])
                 out.action[at], out.base[at] = action, base
                 out.energy_j[at], out.misses[at] = energy_j - own_j, misses - own_misses
                 at += 1

@@ -85,7 +85,7 @@ def choose(
 ) -> tuple[int, int]:
     """The batch limit, and the clock as a row of ``clocks``, whose first column is the clock in MHz.
 
-    ``hidden`` is room for a network's layers: (3, units).
+    ``hidden`` is room for a network's layers: (3, units of the largest).
     """
     mhz = _predicted_mhz(p, sight, server) if p.base == PREDICTION else _table_mhz(p, sight)
     mhz += p.shift_mhz + _trim_mhz(p, sight, server)
@@ -251,20 +251,22 @@ def encode(p: Program, sight: np.ndarray, server: Server, out: np.ndarray) -> No
 
 
 @_inlined
-def _layer(weight: np.ndarray, bias: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+def _linear(weight: np.ndarray, bias: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+    """Write x @ weight + bias; all sums grow together, which the processor does four at a time."""
     for i in range(len(bias)):
-        total = bias[i]
-        for j in range(weight.shape[1]):
-            total += weight[i, j] * x[j]
-        out[i] = total if total > 0.0 else 0.0
+        out[i] = bias[i]
+    for j in range(len(weight)):
+        value = x[j]
+        if value != 0.0:
+            for i in range(len(bias)):
+                out[i] += value * weight[j, i]
 
 
 @_inlined
-def _linear(weight: np.ndarray, bias: np.ndarray, x: np.ndarray, i: int) -> float:
-    total = bias[i]
-    for j in range(weight.shape[1]):
-        total += weight[i, j] * x[j]
-    return total
+def _layer(weight: np.ndarray, bias: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+    _linear(weight, bias, x, out)
+    for i in range(len(bias)):
+        out[i] = max(out[i], 0.0)
 
 
 @_compiled
@@ -275,10 +277,13 @@ def _improved(
     encode(p, sight, server, hidden[0])
     _layer(p.weight_1, p.bias_1, hidden[0], hidden[1])
     _layer(p.weight_2, p.bias_2, hidden[1], hidden[2])
+    limit_q, clock_q = hidden[0], hidden[1]
+    _linear(p.limit_weight, p.limit_bias, hidden[2], limit_q)
+    _linear(p.clock_weight, p.clock_bias, hidden[2], clock_q)
     own_limit = _nearest(p.grid_limits, p.batch_limit)
     limit, most = own_limit, -math.inf
     for i in range(0 if p.lower_limits else own_limit, len(p.grid_limits)):
-        q = _linear(p.limit_weight, p.limit_bias, hidden[2], i) - p.per_100_mhz * abs(i - own_limit)
+        q = limit_q[i] - p.per_100_mhz * abs(i - own_limit)
         if q > most:
             limit, most = i, q
     own_clock = _nearest(p.grid_mhz, clocks[row, 0])
@@ -287,7 +292,7 @@ def _improved(
         away_mhz = abs(p.grid_mhz[j] - p.grid_mhz[own_clock])
         if away_mhz > p.reach_mhz:
             continue
-        q = _linear(p.clock_weight, p.clock_bias, hidden[2], j) - p.per_100_mhz * away_mhz / 100.0
+        q = clock_q[j] - p.per_100_mhz * away_mhz / 100.0
         if q > most:
             clock, most = j, q
     if clock != own_clock:

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from fuel_ray.sim.pack import Constants, Pack
 from fuel_ray.sim.scheduler import Engine, State, advance, advance_windows, new_state
 from fuel_ray.types import Knobs, NodeSpec, RequestRecords, Requests, ServerFacts, WindowMetrics
 from fuel_ray.workload.spec import Workload, drawn
+
+_SEEDS_KEPT = 32  # whose requests are not drawn again: searches come back to the same few
 
 
 class Inside(NamedTuple):
@@ -59,9 +62,9 @@ class SimulatedNode:
             )
         num_kv_blocks = (kv_tokens or pack.kv_tokens) // kv_block_size
         self._pack = pack
-        self._workload = workload
-        self._horizon_s = horizon_s
-        self._random_start = random_start
+        self._drawn = lru_cache(_SEEDS_KEPT)(
+            lambda seed: drawn(workload, horizon_s, seed=seed, random_start=random_start)
+        )
         self._engine = Engine(
             block_size=kv_block_size,
             num_blocks=num_kv_blocks - 1,
@@ -103,7 +106,7 @@ class SimulatedNode:
 
     def reset(self, *, seed: int) -> None:
         """Draw new requests and start idle at time 0 with maximum performance."""
-        self.replay(drawn(self._workload, self._horizon_s, seed=seed, random_start=self._random_start))
+        self.replay(self._drawn(seed))
 
     def replay(self, requests: Requests) -> None:
         """Start idle at time 0 with these requests to come.

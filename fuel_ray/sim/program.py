@@ -51,7 +51,7 @@ class Program(NamedTuple):
     batch_limit: int
     features: np.ndarray  # codes of what the network sees
     fixed: np.ndarray  # their values, of those that do not change
-    weight_1: np.ndarray
+    weight_1: np.ndarray  # (inputs, units), as of every layer
     bias_1: np.ndarray
     weight_2: np.ndarray
     bias_2: np.ndarray
@@ -92,3 +92,8 @@ def program(**parts: Any) -> Program:
         "shift_mhz": 0.0,
     }  # fmt: skip
     return Program(**{**network, **plain, **parts})
+
+
+def base_alone(p: Program) -> Program:
+    """The same without its network, whose grid it keeps."""
+    return p._replace(features=np.zeros(0, np.int64))

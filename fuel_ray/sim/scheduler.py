@@ -316,7 +316,7 @@ def _compose_step(s: State, e: Engine, m: Constants, batch_limit: int) -> None:
     decodes = origins = 0
     k = 0
     while k < running and budget > 0:
-        if s.run[DUE, k] > step:  # one more token, into a block that it holds: the hot path
+        if s.run[DUE, k] > step or _takes_next_block(s, e, k):  # one more token: the hot path
             decodes += 1
             origins += s.run[ORIGIN, k]
             budget -= 1
@@ -334,6 +334,21 @@ def _compose_step(s: State, e: Engine, m: Constants, batch_limit: int) -> None:
         while budget > 0 and s.count[RUNNING] < min(batch_limit, e.max_num_seqs):
             budget = _admit(s, e, buffer, budget)
     s.count[READY] = 1 if s.step[buffer, SEQS] > 0 else 0
+
+
+@_inlined
+def _takes_next_block(s: State, e: Engine, k: int) -> bool:
+    """Give the k-th running request its next block, if it decodes, needs no more and a block is free."""
+    r = s.run[REQUEST, k]
+    slot = s.request[r, SLOT]
+    held, computed = s.slot[slot, HELD], s.count[STEP] - 1 - s.run[ORIGIN, k]
+    left = s.request[r, PROMPT] + s.request[r, OUTPUT] - 2 - computed  # tokens to give after this step's
+    if s.run[DUE, k] == 0 or computed < held * e.block_size or left == 0 or s.count[FREE_BLOCKS] == 0:
+        return False
+    _publish_block(s, e, r, held - 1)
+    _take_blocks(s, slot, 1)
+    s.run[DUE, k] = s.count[STEP] + min(e.block_size, left)
+    return True
 
 
 @_inlined
@@ -572,26 +587,31 @@ def _hold_block(s: State, block: int) -> None:
 def _take_blocks(s: State, slot: int, needed: int) -> None:
     """Give the slot ``needed`` more blocks, the least recently freed ones, whose content is lost."""
     head = len(s.block) - 1
-    for _ in range(needed):
-        block = s.block[head, FOLLOWING]
-        _hold_block(s, block)
+    block, held = s.block[head, FOLLOWING], s.slot[slot, HELD]
+    for j in range(held, held + needed):
+        s.block[block, REFERENCES] = 1
         s.block[block, CONTENT] = NO_CONTENT
-        s.table[slot, s.slot[slot, HELD]] = block
-        s.slot[slot, HELD] += 1
+        s.table[slot, j] = block
+        block = s.block[block, FOLLOWING]
+    s.block[head, FOLLOWING] = block
+    s.block[block, PREVIOUS] = head
+    s.slot[slot, HELD] = held + needed
+    s.count[FREE_BLOCKS] -= needed
 
 
 @_compiled
 def _free_blocks(s: State, slot: int) -> None:
     """Give the slot's blocks back, the last one first, so that it is also reused first."""
     head = len(s.block) - 1
+    last = s.block[head, PREVIOUS]
     for j in range(s.slot[slot, HELD] - 1, -1, -1):
         block = s.table[slot, j]
         s.block[block, REFERENCES] -= 1
         if s.block[block, REFERENCES] == 0:
-            last = s.block[head, PREVIOUS]
             s.block[last, FOLLOWING] = block
             s.block[block, PREVIOUS] = last
-            s.block[block, FOLLOWING] = head
-            s.block[head, PREVIOUS] = block
+            last = block
             s.count[FREE_BLOCKS] += 1
+    s.block[last, FOLLOWING] = head
+    s.block[head, PREVIOUS] = last
     s.slot[slot, HELD] = 0

@@ -27,6 +27,7 @@ from fuel_ray.policies.learned import LearnedPolicy
 from fuel_ray.policies.network import ENERGY_J
 from fuel_ray.sim.branches import Plan, Samples, collect, start
 from fuel_ray.sim.node import SimulatedNode
+from fuel_ray.sim.program import base_alone
 from fuel_ray.sim.snapshot import limits_of
 from fuel_ray.training.dqn import MAX_GRADIENT, FastDqn, follow
 from fuel_ray.training.ray_private import local_module, local_optimizer
@@ -54,18 +55,19 @@ class BranchedDqn(FastDqn):
             part="first half",
         )
         self._seen = Seen(c.replay_buffer_config["capacity"], len(learn.features))
-        self._program = self._rule(Anchor.from_dict(c.env_config["anchors"][str(size)]))
+        self._programs = self._rule(Anchor.from_dict(c.env_config["anchors"][str(size)]))
         self._rng: np.random.Generator | None = None
 
     def _rule(self, anchor: Anchor) -> Any:
-        """The rule as a program with a network that says nothing, which knows the grid and what is seen."""
+        """The rule as a program, the same with a network, which knows what is seen, and the server."""
         learn, spec = self.config.learn, self._node.spec
         q = local_module(self).q.state_dict()
         arrays = {name: np.zeros(tuple(values.shape), np.float32) for name, values in q.items()}
         policy = LearnedPolicy(arrays, build_codec(learn, spec), spec, head=learn.train.head, anchor=anchor)
         found = policy.compiled(spec)
         assert found is not None, "branches() knows what can be compiled"
-        return found
+        seen, server = found
+        return base_alone(seen), seen, server
 
     def training_step(self) -> None:
         """One round: an episode with its branches, then updates on what all of them showed."""
@@ -95,7 +97,8 @@ class BranchedDqn(FastDqn):
         most = (EPISODE_S // train.branch_every + 1) * train.branch_tries
         new, totals = empty(most, self._seen.features), np.zeros(3)
         state, limits = start(node.inside), limits_of(self.config.learn.slo)
-        n = collect(*state, *self._program, limits, plan, EPISODE_S, rng.random(4 * EPISODE_S), new, totals)
+        draws = rng.random(4 * EPISODE_S)
+        n = collect(*state, *self._programs, limits, plan, EPISODE_S, draws, new, totals)
         self._seen.add(new, n)
         records = node.take_records()
         shown = {
