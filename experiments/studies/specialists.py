@@ -10,9 +10,9 @@ FOLDER, so that the same command goes on after an interruption. Other studies tr
 same way.
 
 It asks what a policy trained for its own load and SLO is worth beside every other policy, and makes the
-tables that docs/arena.md shows. It takes two hours on two cores for 26 cells:
-beside other work 70 minutes to train (24 loads and SLOs, three times each) and 54 to play, the search in
-hindsight and twelve other clock axes included.
+tables that docs/arena.md shows. It takes 76 minutes on two cores for 26 cells: 6 to tune, 33 to train (24
+loads and SLOs, three times each) and 37 to play, the search in hindsight and eleven other clock axes
+included.
 
 What to expect (docs/arena.md, 2026-11-27, block size 16, n = 10): better than the best simple rule beyond the
 interval in nine of 26 cells, worse beyond it in none that can be compared.

@@ -140,13 +140,13 @@ def expected_s(config: LearnConfig) -> dict[str, float]:
     """Seconds of each stage of a training, by what they took on two cores; only their shares matter long."""
     sizes, tuned = len(config.block_sizes), config.tuning_seeds / 8
     turns = sizes if config.live_server else max(1.0, sizes / 2)  # block sizes are side by side
-    per_s = float(config.nodes_per_trial) if config.live_server else 2000.0 if branches(config) else 400.0
+    per_s = float(config.nodes_per_trial) if config.live_server else 4000.0 if branches(config) else 400.0
     return {
         "start": 120.0 * turns if config.live_server else 10.0,
-        "baselines": turns * (8.0 + 40.0 * tuned),
-        "training": turns * (5.0 + config.steps / per_s),
-        "scoring": turns * config.train.iterations * 2.0 * tuned,
-        "anchors": turns * 12.0 * tuned,
+        "baselines": turns * (5.0 + 28.0 * tuned),
+        "training": turns * (12.0 + config.steps / per_s),
+        "scoring": turns * config.train.iterations * 1.5 * tuned,
+        "anchors": turns * 6.0 * tuned,
     }
 
 
