@@ -1,5 +1,7 @@
 """A copy of an engine goes on exactly as the original would have, and its misses are those of its records."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -92,3 +94,15 @@ def test_a_miss_counts_when_its_limit_passes():
     waiting = s.time_s[: s.count[rules.ARRIVED]]
     late = (waiting[:, rules.FIRST_TOKEN] < 0) & (s.clock[rules.NOW] - waiting[:, rules.ARRIVAL] > 0.5)
     assert missed(s, 0, limits) >= late.sum() > 50
+
+
+def test_a_node_that_was_used_is_sent_and_comes_back_to_each_seed_with_the_same_requests():
+    def arrivals(node, seed):
+        node.reset(seed=seed)
+        return node.inside.state.time_s[:, rules.ARRIVAL].tolist()
+
+    node = SimulatedNode(PACK, parse_workload("steady:rate_rps=2"), kv_block_size=16, horizon_s=30.0)
+    first = [arrivals(node, seed) for seed in range(50)]
+    sent = pickle.loads(pickle.dumps(node))
+    assert [arrivals(sent, seed) for seed in range(50)] == first
+    assert len({tuple(times) for times in first}) == 50

@@ -2,7 +2,6 @@
 
 from array import array
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -62,9 +61,10 @@ class SimulatedNode:
             )
         num_kv_blocks = (kv_tokens or pack.kv_tokens) // kv_block_size
         self._pack = pack
-        self._drawn = lru_cache(_SEEDS_KEPT)(
-            lambda seed: drawn(workload, horizon_s, seed=seed, random_start=random_start)
-        )
+        self._workload = workload
+        self._horizon_s = horizon_s
+        self._random_start = random_start
+        self._drawn: dict[int, Requests] = {}
         self._engine = Engine(
             block_size=kv_block_size,
             num_blocks=num_kv_blocks - 1,
@@ -106,7 +106,12 @@ class SimulatedNode:
 
     def reset(self, *, seed: int) -> None:
         """Draw new requests and start idle at time 0 with maximum performance."""
-        self.replay(self._drawn(seed))
+        if seed not in self._drawn:
+            if len(self._drawn) == _SEEDS_KEPT:
+                self._drawn.pop(next(iter(self._drawn)))
+            own = drawn(self._workload, self._horizon_s, seed=seed, random_start=self._random_start)
+            self._drawn[seed] = own
+        self.replay(self._drawn[seed])
 
     def replay(self, requests: Requests) -> None:
         """Start idle at time 0 with these requests to come.

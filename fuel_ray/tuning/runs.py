@@ -41,7 +41,7 @@ class Played:
     def totals(self) -> EpisodeTotals:
         """Its windows, added up one by one."""
         return EpisodeTotals(
-            energy_j=float(sum(self.energy_j.tolist())),
+            energy_j=float(self.energy_j.cumsum()[-1]),  # one after the other, as the loop adds them
             seconds=float(len(self.energy_j)),
             arrivals=int(self.arrivals.sum()),
             output_tokens=self.output_tokens,
