@@ -18,8 +18,8 @@ scarce KV         block sizes 8 to 64, a DQN each, on the default load
 ample KV          the same on diurnal 1..20
 conditional       one DQN for the four sizes, on as many windows as each of those beside it; without branches
 
-A cell takes half a CPU minute of baselines, and a training 1 CPU minute (60,000 windows on branches) or,
-estimated, 3 (``reward``, ``conditional``) or 7 (``features``: not compiled, so that scoring takes most of
+It takes half a CPU minute of baselines per cell and, per training, 1 CPU minute (60,000 windows on branches)
+or, estimated, 3 (``reward``, ``conditional``) or 7 (``features``: not compiled, so that scoring takes most of
 it); then a minute per policy in the arena, 2 where it is not compiled. In 3 trainings each: prefix caching 10
 CPU minutes, scarce KV 20, and estimated ample KV 20, reward 25, conditional 70, features 150. ``--only``
 picks questions. With ``--steps 600 --trainings 1 --seconds 60 --seeds 3 --tuning-seeds 1 --axis-seeds 0`` it
